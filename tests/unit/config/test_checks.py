@@ -1,0 +1,226 @@
+"""check_config and the batch arithmetic: what is refused, what the message says, and what the numbers add up to."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any, get_args
+
+import pytest
+
+from torchtitan.config import checks
+from torchtitan.config.checks import accumulation_steps, check_config, dp_degree, resolve_shard_degree, rows_per_step
+from torchtitan.config.job_config import JobConfig, Source
+from torchtitan.config.toml_file import known_names
+from torchtitan.tools.errors import UserError
+
+SOURCE = Source(name="books", path="books.jsonl")
+
+
+def make(**changes: Any) -> JobConfig:
+    """A configuration that passes, with `table__key=value` changed."""
+    changes = {"data__sources": (SOURCE,), "lr_scheduler__warmup_steps": 0, **changes}
+    config = JobConfig()
+    for name, value in changes.items():
+        table, _, key = name.partition("__")
+        config = dataclasses.replace(config, **{table: dataclasses.replace(getattr(config, table), **{key: value})})
+    return config
+
+
+def error_of(world_size: int = 1, **changes: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        check_config(make(**changes), world_size)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def degrees(replicate: int = 1, shard: int = -1, tp: int = 1, cp: int = 1) -> dict[str, Any]:
+    return {
+        "parallelism__data_parallel_replicate_degree": replicate,
+        "parallelism__data_parallel_shard_degree": shard,
+        "parallelism__tensor_parallel_degree": tp,
+        "parallelism__context_parallel_degree": cp,
+    }
+
+
+# --- ranges ----------------------------------------------------------------------------------------------------------
+
+
+def numeric_names() -> list[str]:
+    return [n for n, hint in known_names().items() if {int, float} & {hint, *get_args(hint)} - {bool}]
+
+
+def test_every_number_of_the_schema_has_a_range() -> None:
+    tables = (checks._AT_LEAST, checks._ABOVE_ZERO, checks._FROM_0_TO_1, checks._FROM_0_BELOW_1)
+    assert sorted(itertools.chain(*tables)) == sorted(numeric_names())
+
+
+def test_the_defaults_are_in_range() -> None:
+    check_config(make(), 1)
+
+
+@pytest.mark.parametrize("name", numeric_names())
+def test_a_number_below_its_range_is_refused_by_name(name: str) -> None:
+    low = checks._AT_LEAST.get(name, 0)
+    value: Any = low - 1 if name in checks._AT_LEAST else -1e-9
+    message = error_of(**{name.replace(".", "__"): value})
+    assert message.startswith(f"{name} = {value} ")
+
+
+@pytest.mark.parametrize("name", [*checks._FROM_0_TO_1, *checks._FROM_0_BELOW_1])
+def test_a_share_above_its_range_is_refused(name: str) -> None:
+    assert f"{name} = 1.5" in error_of(**{name.replace(".", "__"): 1.5})
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in numeric_names() if float in {known_names()[n], *get_args(known_names()[n])}]
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_are_finite(name: str, value: float) -> None:
+    assert "not a finite number" in error_of(**{name.replace(".", "__"): value})
+
+
+def test_values_at_the_edge_pass() -> None:
+    check_config(
+        make(
+            optimizer__lr=0.0,
+            optimizer__beta1=0.0,
+            lr_scheduler__decay_ratio=1.0,
+            lr_scheduler__min_lr_factor=1.0,
+            training__max_norm=0.0,
+            training__steps=1,
+            checkpoint__keep_latest_k=0,
+        ),
+        1,
+    )
+
+
+def test_precision() -> None:
+    message = error_of(training__dtype="bfloat16", training__mixed_precision_param="float32")
+    assert "training.dtype" in message and "mixed_precision_param" in message
+    for stored, cast in (("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("float32", "float32")):
+        check_config(make(training__dtype=stored, training__mixed_precision_param=cast), 1)
+
+
+# --- degrees ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8, 12])
+@pytest.mark.parametrize("replicate", [1, 2, 3])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("shard", [-1, 1, 2, 3])
+def test_degrees_multiply_to_the_world_or_are_refused(world: int, replicate: int, tp: int, shard: int) -> None:
+    config = make(**degrees(replicate, shard, tp))
+    possible = [s for s in range(1, world + 1) if s * replicate * tp == world and shard in (-1, s)]
+    if possible:
+        assert [resolve_shard_degree(config, world)] == possible
+        assert dp_degree(config, world) * tp == world
+        assert accumulation_steps(config, world) == 1
+    else:
+        with pytest.raises(UserError, match=r"^\[parallelism\]"):
+            check_config(config, world)
+
+
+def test_the_message_shows_the_product_and_what_works() -> None:
+    message = error_of(4, **degrees(replicate=2, shard=3))
+    assert "= 6, but there are 4 processes" in message
+    assert "Start 6, or set data_parallel_shard_degree = 2" in message
+    message = error_of(5, **degrees(tp=2))
+    assert "= 2 does not divide 5 processes" in message and "Start 4 or 6 processes" in message
+
+
+def test_degrees_that_are_not_offered() -> None:
+    assert "context parallelism is not in this version" in error_of(2, **degrees(cp=2))
+    assert "at least 1, or -1" in error_of(1, **degrees(shard=0))
+
+
+@pytest.mark.parametrize(("seq_len", "rows", "tp", "fits"), [(6, 1, 4, False), (6, 2, 4, True), (8, 1, 4, True)])
+def test_tensor_parallel_ranks_share_the_tokens_evenly(seq_len: int, rows: int, tp: int, fits: bool) -> None:
+    changes = {"training__seq_len": seq_len, "training__local_batch_size": rows, **degrees(tp=tp)}
+    if fits:
+        check_config(make(**changes), tp)
+    else:
+        assert f"parallelism.tensor_parallel_degree = {tp}" in error_of(tp, **changes)
+        assert "4 or 8" in error_of(tp, **changes)
+
+
+# --- batch -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("local", [1, 2, 3])
+@pytest.mark.parametrize("rows", [None, 1, 2, 4, 6, 7, 12])
+def test_accumulation_covers_the_step_exactly_or_is_refused(world: int, local: int, rows: int | None) -> None:
+    in_rows = make(training__seq_len=128, training__local_batch_size=local, training__global_batch_size=rows)
+    tokens = None if rows is None else rows * 128
+    in_tokens = make(training__seq_len=128, training__local_batch_size=local, training__global_batch_tokens=tokens)
+    for config in (in_rows, in_tokens):
+        if rows is None or rows % (local * world) == 0:
+            steps = accumulation_steps(config, world)
+            assert steps * local * world == rows_per_step(config, world) == (rows or local * world)
+            check_config(config, world)
+        else:
+            with pytest.raises(UserError, match="would do"):
+                check_config(config, world)
+
+
+def test_the_sizes_that_the_message_offers_work() -> None:
+    wrong = {"training__seq_len": 128, "training__local_batch_size": 3}
+    assert "6 or 12 would do" in error_of(2, **wrong, training__global_batch_size=7)
+    assert "global_batch_tokens = 768 or 1536 would do" in error_of(2, **wrong, training__global_batch_tokens=7 * 128)
+    assert "896 or 1024 would do" in error_of(2, **wrong, training__global_batch_tokens=7 * 128 + 1)
+    assert "6 would do" in error_of(2, **wrong, training__global_batch_size=2)
+    for rows in (6, 12):
+        check_config(make(**wrong, training__global_batch_size=rows), 2)
+
+
+def test_rows_and_tokens_are_not_both_given() -> None:
+    message = error_of(training__global_batch_size=4, training__global_batch_tokens=4 * 2048)
+    assert "give one of the two" in message
+
+
+def test_replicas_read_different_rows_and_tensor_ranks_the_same() -> None:
+    config = make(**degrees(replicate=2, shard=2, tp=2), training__local_batch_size=3)
+    assert (dp_degree(config, 8), rows_per_step(config, 8), accumulation_steps(config, 8)) == (4, 12, 1)
+
+
+# --- schedule --------------------------------------------------------------------------------------------------------
+
+
+def test_warmup_fits_into_the_steps() -> None:
+    check_config(make(training__steps=10, lr_scheduler__warmup_steps=10), 1)
+    message = error_of(training__steps=10, lr_scheduler__warmup_steps=11)
+    assert "lr_scheduler.warmup_steps = 11 is more than training.steps = 10" in message
+
+
+def test_warmup_and_decay_fit_into_the_steps() -> None:
+    fits = {"training__steps": 10, "lr_scheduler__warmup_steps": 7, "lr_scheduler__decay_ratio": 0.3}
+    check_config(make(**fits), 1)
+    message = error_of(**{**fits, "lr_scheduler__warmup_steps": 8})
+    assert "= 11 steps is more than the 10 there are" in message
+    assert "decay_ratio to at most 0.2, or warmup_steps to at most 7" in message
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ((), "no [[data.sources]]"),
+        ((dataclasses.replace(SOURCE, path=""),), "data.sources[0] (books) has no path"),
+        ((SOURCE, Source(path="x.jsonl")), "data.sources[1] (x.jsonl) has no name"),
+        ((SOURCE, Source(name="web", path="w"), dataclasses.replace(SOURCE, path="z")), "data.sources[2] (z)"),
+        ((dataclasses.replace(SOURCE, weight=-1.0),), "weight = -1.0"),
+        ((dataclasses.replace(SOURCE, weight=math.nan),), "weight = nan"),
+        ((dataclasses.replace(SOURCE, weight=0.0), Source(name="b", path="b", weight=0.0)), "(books, b)"),
+    ],
+)
+def test_sources_that_cannot_be_read(sources: tuple[Source, ...], expected: str) -> None:
+    assert expected in error_of(data__sources=sources)
+
+
+def test_one_source_may_be_left_out_by_its_weight() -> None:
+    check_config(make(data__sources=(dataclasses.replace(SOURCE, weight=0.0), Source(name="b", path="b"))), 1)

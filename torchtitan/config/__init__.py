@@ -1,0 +1,9 @@
+"""The configuration of a stage: its schema, how it is read, and the checks that need only arithmetic.
+
+Importing this package does not import torch: `--help` and a misspelt key are answered at once.
+"""
+
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.manager import dump_toml, load_config
+
+__all__ = ["JobConfig", "dump_toml", "load_config"]

@@ -1,0 +1,241 @@
+"""What a configuration can be wrong about by itself: ranges, degrees, batch arithmetic, schedule, sources.
+
+Pure arithmetic on the configuration and the number of processes, done by every rank before anything is built. What
+needs files, a tokenizer or the model is checked where those are opened.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.toml_file import known_names
+from torchtitan.tools.errors import UserError
+
+# Every numeric key of the schema is in exactly one of these (a test sees to it); unset keys are not checked.
+_AT_LEAST: dict[str, int] = {
+    "profiling.profile_freq": 2,  # the step before a traced one is its warm-up
+    "metrics.log_freq": 1,
+    "optimizer.lr": 0,
+    "optimizer.weight_decay": 0,
+    "lr_scheduler.warmup_steps": 0,
+    "training.seq_len": 1,
+    "training.local_batch_size": 1,
+    "training.global_batch_size": 1,
+    "training.global_batch_tokens": 1,
+    "training.steps": 1,
+    "training.max_norm": 0,
+    "training.seed": 0,
+    "training.gc_freq": 1,
+    "parallelism.data_parallel_replicate_degree": 1,
+    "parallelism.data_parallel_shard_degree": -1,
+    "parallelism.context_parallel_degree": 1,
+    "parallelism.tensor_parallel_degree": 1,
+    "checkpoint.interval": 1,
+    "checkpoint.keep_latest_k": 0,
+    "checkpoint.load_step": -1,
+    "comm.init_timeout_seconds": 1,
+    "comm.train_timeout_seconds": 1,
+    "data.num_workers": 0,
+}
+_ABOVE_ZERO = ("metrics.peak_tflops", "optimizer.eps", "rope.theta")
+_FROM_0_TO_1 = ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor")
+_FROM_0_BELOW_1 = ("optimizer.beta1", "optimizer.beta2")
+
+
+def check_config(config: JobConfig, world_size: int) -> None:
+    """Raise UserError for the first thing in `config` that cannot work with `world_size` processes."""
+    _check_ranges(config)
+    _check_precision(config)
+    _check_schedule(config)
+    _check_sources(config)
+    if config.parallelism.context_parallel_degree != 1:
+        raise UserError(
+            f"parallelism.context_parallel_degree = {config.parallelism.context_parallel_degree}: context parallelism "
+            "is not in this version; set it to 1."
+        )
+    accumulation_steps(config, world_size)
+    training, tp = config.training, config.parallelism.tensor_parallel_degree
+    tokens = training.seq_len * training.local_batch_size
+    if tokens % tp:
+        raise UserError(
+            f"training.seq_len * training.local_batch_size = {training.seq_len} * {training.local_batch_size} = "
+            f"{tokens} tokens cannot be divided over parallelism.tensor_parallel_degree = {tp} (sequence parallel): "
+            f"{tokens} / {tp} = {tokens / tp:.2f}. A seq_len that is a multiple of {tp} works, e.g. "
+            f"{_multiples(training.seq_len, tp)}."
+        )
+
+
+def resolve_shard_degree(config: JobConfig, world_size: int) -> int:
+    """data_parallel_shard_degree with -1 replaced by what the other degrees leave of `world_size`.
+
+    Raises UserError when the degrees do not multiply to `world_size`.
+    """
+    p = config.parallelism
+    shard = p.data_parallel_shard_degree
+    others = p.data_parallel_replicate_degree * p.context_parallel_degree * p.tensor_parallel_degree
+    processes = f"{world_size} process{'' if world_size == 1 else 'es'} (NGPU, times the nodes)"
+    factors = (
+        f"data_parallel_replicate_degree {p.data_parallel_replicate_degree} * context_parallel_degree "
+        f"{p.context_parallel_degree} * tensor_parallel_degree {p.tensor_parallel_degree}"
+    )
+    left, remainder = divmod(world_size, others)
+    if shard == -1:
+        if left == 0 or remainder:
+            raise UserError(
+                f"[parallelism] {factors} = {others} does not divide {processes}, so that there is no "
+                f"data_parallel_shard_degree for the rest. Start {_multiples(world_size, others)} processes, or lower "
+                "a degree."
+            )
+        return left
+    product = shard * others
+    if product != world_size:
+        fits = left > 0 and not remainder
+        other = f"set data_parallel_shard_degree = {left} (or -1: all that are left)" if fits else "lower a degree"
+        raise UserError(
+            f"[parallelism] data_parallel_shard_degree {shard} * {factors} = {product}, but there are {processes}. "
+            f"Start {product}, or {other}."
+        )
+    return shard
+
+
+def dp_degree(config: JobConfig, world_size: int) -> int:
+    """Ranks that read different rows: data_parallel_replicate_degree times the resolved shard degree."""
+    return config.parallelism.data_parallel_replicate_degree * resolve_shard_degree(config, world_size)
+
+
+def rows_per_step(config: JobConfig, world_size: int) -> int:
+    """Rows of one optimizer step over all ranks and accumulation. Raises UserError when tokens are not whole rows."""
+    t = config.training
+    if t.global_batch_size is not None and t.global_batch_tokens is not None:
+        raise UserError(
+            f"training.global_batch_size = {t.global_batch_size} (rows) and training.global_batch_tokens = "
+            f"{t.global_batch_tokens} are both given (one perhaps by a file named in `extends`); give one of the two. "
+            f"On the command line, --training.global_batch_size None unsets the first."
+        )
+    if t.global_batch_tokens is not None:
+        if t.global_batch_tokens % t.seq_len:
+            raise UserError(
+                f"training.global_batch_tokens = {t.global_batch_tokens} is not a whole number of rows of "
+                f"training.seq_len = {t.seq_len}: {t.global_batch_tokens} / {t.seq_len} = "
+                f"{t.global_batch_tokens / t.seq_len:.3f}. {_multiples(t.global_batch_tokens, t.seq_len)} would do."
+            )
+        return t.global_batch_tokens // t.seq_len
+    if t.global_batch_size is not None:
+        return t.global_batch_size
+    return t.local_batch_size * dp_degree(config, world_size)
+
+
+def accumulation_steps(config: JobConfig, world_size: int) -> int:
+    """Micro-batches that each data-parallel rank runs in one optimizer step. Raises UserError when it is no integer."""
+    t, dp, rows = config.training, dp_degree(config, world_size), rows_per_step(config, world_size)
+    at_once = t.local_batch_size * dp
+    if rows % at_once:
+        if t.global_batch_tokens is not None:
+            given = f"training.global_batch_tokens = {t.global_batch_tokens} makes {rows} rows of {t.seq_len}, which"
+            fix = f"global_batch_tokens = {_multiples(rows, at_once, t.seq_len)}"
+        else:
+            given = f"training.global_batch_size = {rows} rows"
+            fix = f"global_batch_size = {_multiples(rows, at_once)}"
+        raise UserError(
+            f"{given} cannot be divided into micro-batches of training.local_batch_size {t.local_batch_size} * "
+            f"data-parallel degree {dp} = {at_once} rows: {rows} / {at_once} = {rows / at_once:.3f}. {fix} would do, "
+            "or another local_batch_size or number of processes."
+        )
+    return rows // at_once
+
+
+def _check_ranges(config: JobConfig) -> None:
+    for name in known_names():
+        value = _value(config, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name} = {value} is not a finite number.")
+        if value is None:
+            continue
+        if name in _AT_LEAST and value < _AT_LEAST[name]:
+            raise UserError(f"{name} = {value} is too small: it must be at least {_AT_LEAST[name]}.")
+        if name in _ABOVE_ZERO and value <= 0:
+            raise UserError(f"{name} = {value} is too small: it must be greater than 0.")
+        if name in _FROM_0_TO_1 and not 0 <= value <= 1:
+            raise UserError(f"{name} = {value} is out of range: it is a share and must be from 0 to 1.")
+        if name in _FROM_0_BELOW_1 and not 0 <= value < 1:
+            raise UserError(f"{name} = {value} is out of range: it must be at least 0 and less than 1.")
+    if config.parallelism.data_parallel_shard_degree == 0:
+        raise UserError(
+            "parallelism.data_parallel_shard_degree = 0: it must be at least 1, or -1 for all processes that the other "
+            "degrees leave."
+        )
+
+
+def _check_precision(config: JobConfig) -> None:
+    t = config.training
+    if t.dtype == "bfloat16" and t.mixed_precision_param == "float32":
+        raise UserError(
+            'training.dtype = "bfloat16" stores parameters in 16 bits, and training.mixed_precision_param = "float32" '
+            'would widen what has already been rounded: memory without precision. Set dtype = "float32", or '
+            'mixed_precision_param = "bfloat16".'
+        )
+
+
+def _check_schedule(config: JobConfig) -> None:
+    steps, s = config.training.steps, config.lr_scheduler
+    if s.warmup_steps > steps:
+        raise UserError(
+            f"lr_scheduler.warmup_steps = {s.warmup_steps} is more than training.steps = {steps}: the learning rate "
+            f"would never reach optimizer.lr. Set warmup_steps to at most {steps} (for a trial, "
+            f"--lr_scheduler.warmup_steps {steps // 10})."
+        )
+    if s.decay_ratio is None:
+        return
+    decay = round(steps * s.decay_ratio)
+    if s.warmup_steps + decay > steps:
+        raise UserError(
+            f"lr_scheduler.warmup_steps {s.warmup_steps} + decay (lr_scheduler.decay_ratio {s.decay_ratio} * "
+            f"training.steps {steps} = {decay}) = {s.warmup_steps + decay} steps is more than the {steps} there are. "
+            f"Set decay_ratio to at most {(steps - s.warmup_steps) / steps:g}, or warmup_steps to at most "
+            f"{steps - decay}."
+        )
+
+
+def _check_sources(config: JobConfig) -> None:
+    sources = config.data.sources
+    if not sources:
+        raise UserError(
+            "There is nothing to train on: the configuration has no [[data.sources]]. Write one table for each source "
+            'into the TOML file: [[data.sources]], name = "books", path = "books/*.jsonl".'
+        )
+    for i, source in enumerate(sources):
+        for key in ("name", "path"):
+            if not getattr(source, key).strip():
+                other = source.path if key == "name" else source.name
+                which = f" ({other})" if other.strip() else ""
+                raise UserError(
+                    f'data.sources[{i}]{which} has no {key}: write {key} = "..." into that [[data.sources]].'
+                )
+        if not (math.isfinite(source.weight) and source.weight >= 0):
+            raise UserError(
+                f'data.sources[{i}] ("{source.name}"): weight = {source.weight} must be a finite number that is not '
+                "negative; 0 leaves the source out."
+            )
+        first = next(j for j, earlier in enumerate(sources) if earlier.name == source.name)
+        if first != i:
+            raise UserError(
+                f"data.sources[{first}] ({sources[first].path}) and data.sources[{i}] ({source.path}) have the same "
+                f'name "{source.name}": reports and metrics are kept by name, so give each its own.'
+            )
+    if all(source.weight == 0 for source in sources):
+        names = ", ".join(source.name for source in sources)
+        raise UserError(f"Every source has weight = 0 ({names}): at least one must be above 0.")
+
+
+def _value(config: JobConfig, name: str) -> Any:
+    table, _, key = name.partition(".")
+    return getattr(getattr(config, table), key)
+
+
+def _multiples(number: int, divisor: int, times: int = 1) -> str:
+    """The nearest positive multiples of `divisor` below and above `number`, each `times` as large, as text."""
+    below = number // divisor * divisor
+    above = below + divisor
+    return f"{below * times} or {above * times}" if below > 0 else str(above * times)

@@ -1,0 +1,323 @@
+"""The schema of a stage: one frozen dataclass a TOML table, one field a key.
+
+Table and key names are torchtitan 0.2's where the meaning is the same. The string under each field is its
+documentation: `--help` prints it. A new option is a new field here and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Job:
+    """What this run is and where it writes."""
+
+    config_file: str | None = None
+    """TOML file of the stage. Not part of the resolved configuration."""
+
+    dump_folder: str = "./outputs"
+    """Folder that receives everything the run leaves: config.toml, plan.json, metrics.jsonl, tb/, checkpoint/."""
+
+    description: str = ""
+    """Free text, logged at start."""
+
+    print_config: bool = False
+    """Print the resolved configuration as TOML and exit."""
+
+
+@dataclass(frozen=True)
+class Profiling:
+    """PyTorch profiler traces and CUDA memory snapshots."""
+
+    enable_profiling: bool = False
+    """Write a Chrome trace of one step every profile_freq steps."""
+
+    save_traces_folder: str = "profile_traces"
+    """Folder under job.dump_folder for the traces, one file a rank."""
+
+    profile_freq: int = 10
+    """Steps from one trace to the next; the step before each is run as warm-up."""
+
+    enable_memory_snapshot: bool = False
+    """Record CUDA allocations and write a snapshot every profile_freq steps (CUDA only)."""
+
+    save_memory_snapshot_folder: str = "memory_snapshot"
+    """Folder under job.dump_folder for the memory snapshots."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What is logged, how often, and where to."""
+
+    log_freq: int = 10
+    """Steps between two log lines. metrics.jsonl gets a line as often; step 1 and the last step always."""
+
+    enable_tensorboard: bool = True
+    """Write TensorBoard events to save_tb_folder."""
+
+    save_tb_folder: str = "tb"
+    """Folder under job.dump_folder for TensorBoard events."""
+
+    enable_wandb: bool = False
+    """Log to Weights & Biases too (needs the extra `wandb`; WANDB_PROJECT and the like are its own)."""
+
+    peak_tflops: float | None = None
+    """Peak dense bf16 TFLOP/s of one device, for MFU. Unset: from a table of known GPUs; MFU is left out elsewhere."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which architecture, and where its tokenizer, config.json and weights are."""
+
+    flavor: str = "debugmodel"
+    """A size from torchtitan/models/registry.py (`llama3.1_8b`, `qwen3_8b`, ...), or `auto`: read config.json in
+    hf_assets_path."""
+
+    hf_assets_path: str = "./assets/tokenizer"
+    """Hugging Face style folder with the tokenizer (tokenizer.json or a Llama-3 tokenizer.model) and, for flavor
+    `auto` and checkpoint.initial_load_in_hf, config.json and *.safetensors."""
+
+    attention_backend: Literal["sdpa", "dense"] = "sdpa"
+    """`sdpa`: memory linear in the row, one call a segment. `dense`: an explicit mask, the oracle of the tests."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW."""
+
+    name: Literal["AdamW"] = "AdamW"
+    """The only optimizer offered."""
+
+    lr: float = 8e-4
+    """Peak learning rate."""
+
+    beta1: float = 0.9
+    """Decay of the first moment."""
+
+    beta2: float = 0.95
+    """Decay of the second moment."""
+
+    eps: float = 1e-8
+    """Added to the square root of the second moment."""
+
+    weight_decay: float = 0.1
+    """Decoupled weight decay of every parameter that no_decay does not name."""
+
+    no_decay: tuple[str, ...] = ()
+    """Shell patterns of parameter names without weight decay, e.g. ["*norm*", "*bias", "tok_embeddings.*"]."""
+
+    implementation: Literal["fused", "foreach", "for-loop"] = "fused"
+    """Which of PyTorch's AdamW kernels."""
+
+
+@dataclass(frozen=True)
+class LRScheduler:
+    """Learning rate as a pure function of the step: linear warmup, constant part, decay to min_lr_factor."""
+
+    warmup_steps: int = 200
+    """Steps from 0 to the peak; step k < warmup_steps runs at lr * k / warmup_steps."""
+
+    decay_ratio: float | None = None
+    """Share of training.steps spent decaying (warmup-stable-decay). Unset: decay starts when warmup ends. 0: never."""
+
+    decay_type: Literal["linear", "cosine", "sqrt"] = "linear"
+    """Shape of the decay; sqrt is 1 - sqrt(progress)."""
+
+    min_lr_factor: float = 0.0
+    """The decay ends at lr * min_lr_factor."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Row length, batch, steps, precision."""
+
+    seq_len: int = 2048
+    """Tokens in a row."""
+
+    local_batch_size: int = 1
+    """Rows in a micro-batch of one data-parallel rank; they are laid end to end as one stream."""
+
+    global_batch_size: int | None = None
+    """Rows in a step over all ranks and accumulation. Unset: local_batch_size times the data-parallel degree."""
+
+    global_batch_tokens: int | None = None
+    """The same in tokens (global_batch_size * seq_len); give one of the two."""
+
+    steps: int = 10000
+    """Optimizer steps of this stage."""
+
+    max_norm: float = 1.0
+    """Gradients are clipped to this global norm; 0 never clips."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the stored parameters and of the optimizer state."""
+
+    mixed_precision_param: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type that parameters are cast to for forward and backward."""
+
+    mixed_precision_reduce: Literal["float32"] = "float32"
+    """Type that gradients are reduced in across ranks."""
+
+    seed: int = 0
+    """Seeds weight initialisation and the data plan."""
+
+    deterministic: bool = False
+    """Ask PyTorch for deterministic kernels (an error where there is none)."""
+
+    gc_freq: int = 50
+    """Python's garbage collector runs only every gc_freq steps, on all ranks at once."""
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """Degrees of parallelism; their product is the number of processes. There is no pipeline parallelism."""
+
+    data_parallel_replicate_degree: int = 1
+    """Copies of the sharded model (HSDP when above 1)."""
+
+    data_parallel_shard_degree: int = -1
+    """Ranks that FSDP2 shards parameters, gradients and optimizer state over; -1: all that are left."""
+
+    context_parallel_degree: int = 1
+    """Ranks that share one row. Only 1 so far."""
+
+    tensor_parallel_degree: int = 1
+    """Ranks that share each matrix; norms and residuals are sharded along the tokens (sequence parallel)."""
+
+    disable_loss_parallel: bool = False
+    """Gather the logits before the loss instead of leaving them sharded by vocabulary."""
+
+    fsdp_reshard_after_forward: bool = True
+    """Free a block's gathered parameters after its forward and gather them again for its backward."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """DCP checkpoints: when, where, how many, and what a run starts from."""
+
+    enable: bool = True
+    """Save checkpoints, and resume from the newest complete one in the folder."""
+
+    folder: str = "checkpoint"
+    """Folder under job.dump_folder; each checkpoint is step-N/ in it."""
+
+    interval: int = 500
+    """Steps between two checkpoints; the last step is always saved."""
+
+    async_mode: Literal["disabled", "async"] = "disabled"
+    """async: write in a background thread while training goes on."""
+
+    keep_latest_k: int = 10
+    """Older complete checkpoints beyond this many are deleted; 0 keeps all."""
+
+    load_step: int = -1
+    """Resume from exactly this step; -1: the newest complete one."""
+
+    initial_load_in_hf: bool = False
+    """Start a fresh run from the safetensors in model.hf_assets_path."""
+
+
+@dataclass(frozen=True)
+class ActivationCheckpoint:
+    """Recomputation in backward."""
+
+    mode: Literal["none", "full"] = "none"
+    """full: keep only each block's input and recompute the block in backward."""
+
+
+@dataclass(frozen=True)
+class Compile:
+    """torch.compile, block by block."""
+
+    enable: bool = False
+    """Compile every transformer block; attention stays outside."""
+
+    backend: str = "inductor"
+    """Backend of torch.compile."""
+
+
+@dataclass(frozen=True)
+class Comm:
+    """Collectives."""
+
+    init_timeout_seconds: int = 300
+    """Longest wait in a collective until the first step has ended."""
+
+    train_timeout_seconds: int = 100
+    """Longest wait in a collective after the first step."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of documents: text that is tokenized once into the cache, or a tokenized folder."""
+
+    name: str = ""
+    """Name in reports and metrics."""
+
+    path: str = ""
+    """Folder written by scripts/tokenize.py, or a file, folder or glob of .jsonl, .parquet or .txt text."""
+
+    weight: float = 1.0
+    """Share of the training tokens, relative to the other sources' weights."""
+
+    text_field: str = "text"
+    """Field of a jsonl or parquet record that holds the text."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the stage reads."""
+
+    sources: tuple[Source, ...] = ()
+    """The sources, each a [[data.sources]] table."""
+
+    add_bos: bool = True
+    """Begin every document with the tokenizer's BOS token."""
+
+    add_eos: bool = True
+    """End every document with the tokenizer's EOS token."""
+
+    cache_folder: str = "./data_cache"
+    """Where tokenized text is kept, one folder a source, named by content and tokenizer."""
+
+    num_workers: int = 1
+    """Loader processes a rank; 0 builds batches in the training process."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding."""
+
+    theta: float | None = None
+    """Base of the rotary frequencies. Unset: the model's own."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """This run's place in a recipe."""
+
+    name: str = ""
+    """Name in logs and manifests. Unset: the TOML file's name."""
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """One training stage."""
+
+    job: Job = field(default_factory=Job)
+    profiling: Profiling = field(default_factory=Profiling)
+    metrics: Metrics = field(default_factory=Metrics)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    training: Training = field(default_factory=Training)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
+    comm: Comm = field(default_factory=Comm)
+    data: Data = field(default_factory=Data)
+    rope: Rope = field(default_factory=Rope)
+    stage: Stage = field(default_factory=Stage)

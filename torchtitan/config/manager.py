@@ -1,0 +1,172 @@
+"""From the command line to a JobConfig: the TOML file, what it extends, and the overrides; and back to TOML.
+
+Order, the later winning: the defaults of job_config.py, the extended files, the file, the command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import tyro
+
+from torchtitan.config.job_config import Data, JobConfig, Source
+from torchtitan.config.toml_file import element_table, fields_of, known_names, load_tables, suggest
+from torchtitan.tools.errors import UserError
+
+_NAME_WITHOUT_FILE = "defaults"
+
+
+def load_config(args: list[str]) -> JobConfig:
+    """The configuration that `args` (a command line without the program's name) asks for.
+
+    `--job.config_file X` names the TOML file (the schema's defaults without it); any other `--table.key value`
+    overrides one key, `--data.sources.0.weight 2` one of an array of tables. true and false may follow a switch.
+    stage.name, where empty, becomes the file's stem.
+
+    Raises:
+        UserError: an unknown name, a value of the wrong type, a file that cannot be read.
+        SystemExit: with code 0 after printing `--help`.
+    """
+    path = _config_file(args)
+    tables = load_tables(Path(path)) if path is not None else {}
+    config = JobConfig(**{table: fields_of(JobConfig)[table](**values) for table, values in tables.items()})
+    config = _override(config, args)
+    if not config.stage.name:
+        name = Path(path).stem if path is not None else _NAME_WITHOUT_FILE
+        config = dataclasses.replace(config, stage=dataclasses.replace(config.stage, name=name))
+    return config
+
+
+def dump_toml(config: JobConfig) -> str:
+    """`config` as a TOML file that load_config turns into the same configuration.
+
+    Keys that are None are left out, and job.config_file and job.print_config too: they say how a run was started.
+    """
+    tables = {table: _plain(getattr(config, table)) for table in fields_of(JobConfig)}
+    for key in ("config_file", "print_config"):
+        tables["job"].pop(key, None)
+    return tomli_w.dumps(tables)
+
+
+def _plain(table: Any) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key in fields_of(type(table)):
+        value = getattr(table, key)
+        if isinstance(value, tuple):
+            value = [_plain(item) if dataclasses.is_dataclass(item) else item for item in value]
+        if value is not None:
+            result[key] = value
+    return result
+
+
+def _config_file(args: list[str]) -> str | None:
+    path = None
+    for i, arg in enumerate(args):
+        flag, equals, value = arg.partition("=")
+        if flag.replace("-", "_") != "__job.config_file":
+            continue
+        if not equals:
+            value = args[i + 1] if i + 1 < len(args) and not args[i + 1].startswith("--") else ""
+        if not value:
+            raise UserError("--job.config_file needs the name of a TOML file after it.")
+        path = value
+    return path
+
+
+def _override(config: JobConfig, args: list[str]) -> JobConfig:
+    """`config` with the overrides of `args`, read by tyro once their names are known to be right."""
+    if "--help" in args or "-h" in args:
+        args = ["--help"]
+        if not config.data.sources:  # one, so that the keys of [[data.sources]] are explained too
+            config = dataclasses.replace(config, data=Data(sources=(Source(),)))
+    else:
+        args = _check_flags(config, args)
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(JobConfig, prog="run_train.sh", default=config, args=args, use_underscores=True)
+    except BrokenPipeError:  # --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UserError(f"The command line cannot be read: {_first_paragraph(errors.getvalue())}") from None
+
+
+def _check_flags(config: JobConfig, args: list[str]) -> list[str]:
+    """`args` with `--table.switch false` rewritten as `--table.no_switch`; UserError for a flag that is not known."""
+    flags = _flags(config)
+    result: list[str] = []
+    rest = list(args)
+    while rest:
+        arg = rest.pop(0)
+        if not arg.startswith("--"):
+            result.append(arg)
+            continue
+        name, equals, value = arg[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in flags:
+            raise UserError(f"--{name} is not known; {_suggest_flag(name, config, flags)}")
+        if flags[name] is bool:
+            if not equals and rest and rest[0].lower() in ("true", "false"):
+                value = rest.pop(0)
+            if value and value.lower() not in ("true", "false"):
+                raise UserError(f"--{name} = {value} is not possible: it must be true or false.")
+            table, _, key = name.rpartition(".")
+            if value.lower() == "false":
+                name = f"{table}.{key[3:]}" if key.startswith("no_") else f"{table}.no_{key}"
+            result.append(f"--{name}")
+        else:
+            result.append(f"--{name}={value}" if equals else f"--{name}")
+    return result
+
+
+def _flags(config: JobConfig) -> dict[str, Any]:
+    """Every flag that tyro offers for `config`, without the dashes, and its type."""
+    flags: dict[str, Any] = {}
+    for name, hint in known_names().items():
+        element = element_table(hint)
+        if element is None:
+            flags[name] = hint
+            continue
+        table, _, key = name.partition(".")
+        for i in range(len(getattr(getattr(config, table), key))):
+            flags.update({f"{name}.{i}.{inner}": kind for inner, kind in fields_of(element).items()})
+    switches = [name for name, hint in flags.items() if hint is bool]
+    for name in switches:
+        table, _, key = name.rpartition(".")
+        flags[f"{table}.no_{key}"] = bool
+    return flags
+
+
+def _suggest_flag(name: str, config: JobConfig, flags: dict[str, Any]) -> str:
+    if name.startswith("data.source"):
+        count = len(config.data.sources)
+        if count == 0:
+            return "there is no [[data.sources]] in the configuration; sources are written in the TOML file"
+        near = difflib.get_close_matches(name, [f for f in flags if f.startswith("data.sources.")], n=1)
+        numbers = "0" if count == 1 else f"0 to {count - 1}"
+        guess = f"did you mean --{near[0]}? " if near else ""
+        keys = ", ".join(fields_of(Source))
+        return f"{guess}The flags are --data.sources.N.KEY with N = {numbers} and KEY one of {keys}"
+    return suggest(name, flags, prefix="--")
+
+
+def _first_paragraph(box: str) -> str:
+    """The message of tyro's error box, without the box and without the advice under its first rule."""
+    lines = []
+    for line in box.splitlines()[1:]:
+        line = line.strip(" │")
+        if not line.strip("─╰╯"):
+            break
+        lines.append(line)
+    return " ".join(lines) or box.strip()
