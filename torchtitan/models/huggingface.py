@@ -1,0 +1,163 @@
+"""Hugging Face folders in: config.json to architecture, safetensors straight into sharded parameters."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+from torchtitan.models.rope import Llama3Scaling, RopeArgs
+from torchtitan.models.transformer import Transformer, TransformerArgs
+from torchtitan.tools.errors import UserError
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+_TOP = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def hf_name(name: str) -> str:
+    """Hugging Face's name of our parameter: layers.3.attention.wq.weight -> model.layers.3.self_attn.q_proj.weight."""
+    if name in _TOP:
+        return _TOP[name]
+    _, layer, rest = name.split(".", 2)
+    module, kind = rest.rsplit(".", 1)
+    return f"model.layers.{layer}.{_LAYER[module]}.{kind}"
+
+
+def read_config(folder: Path) -> TransformerArgs:
+    """Architecture from folder/config.json; UserError for what this model cannot be (named, with its value)."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f'model.flavor = "auto" reads the architecture from {path}, which does not exist. '
+            "Give model.hf_assets_path a Hugging Face folder, or name a flavor."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not valid JSON: {e}") from None
+
+    def refuse(key: str, works: str) -> UserError:
+        return UserError(f"{path}: {key} = {config.get(key)!r} is not supported; {works}.")
+
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise refuse("model_type", f"supported are {', '.join(MODEL_TYPES)}")
+    if config.get("hidden_act", "silu") != "silu":
+        raise refuse("hidden_act", "the feed-forward is SwiGLU, which is silu")
+    if model_type != "qwen2" and config.get("attention_bias"):
+        raise refuse("attention_bias", "only Qwen2's bias (query, key, value; not the output) is")
+    if config.get("mlp_bias"):
+        raise refuse("mlp_bias", "the feed-forward has no bias")
+    slides = config.get("use_sliding_window", model_type == "mistral") and config.get("sliding_window")
+    if slides or "sliding_attention" in (config.get("layer_types") or ()):
+        raise refuse("sliding_window", "attention is causal over the whole document; set it to null if that is wanted")
+    try:
+        heads, dim = config["num_attention_heads"], config["hidden_size"]
+        return TransformerArgs(
+            dim=dim,
+            n_layers=config["num_hidden_layers"],
+            n_heads=heads,
+            n_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or dim // heads,
+            ffn_dim=config["intermediate_size"],
+            vocab_size=config["vocab_size"],
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+            qkv_bias=model_type == "qwen2",
+            qk_norm=model_type == "qwen3",
+            tied_embeddings=config.get("tie_word_embeddings", False),
+            rope=_read_rope(path, config),
+        )
+    except KeyError as e:
+        raise UserError(f"{path} has no key {e}.") from None
+
+
+def _read_rope(path: Path, config: dict[str, Any]) -> RopeArgs:
+    # transformers 5 keeps everything in rope_parameters; 4 has rope_theta and rope_scaling, which win where both stand
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return RopeArgs(theta)
+    if kind == "llama3":
+        missing = [f.name for f in fields(Llama3Scaling) if f.name not in rope]
+        if missing:
+            raise UserError(f"{path}: the llama3 rope scaling lacks {', '.join(missing)}.")
+        return RopeArgs(theta, Llama3Scaling(**{f.name: rope[f.name] for f in fields(Llama3Scaling)}))
+    raise UserError(f'{path}: rope_type = "{kind}" is not supported; supported are default and llama3.')
+
+
+def check_weights(folder: Path, args: TransformerArgs) -> None:
+    """Compare names and shapes in the safetensors headers with the model; UserError with the first mismatches.
+
+    Reads headers only, so that a wrong folder is refused before anything is allocated.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"checkpoint.initial_load_in_hf = true, but there is no *.safetensors file in "
+            f"model.hf_assets_path = {folder}."
+        )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as f:
+                for key in f.keys():  # noqa: SIM118  (not a dict)
+                    found[key] = tuple(f.get_slice(key).get_shape())
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{file} cannot be read as safetensors: {e}") from None
+    with torch.device("meta"):
+        wanted = {hf_name(n): tuple(p.shape) for n, p in Transformer(args).named_parameters()}
+    wrong = [
+        f"{name} should be {list(shape)} and is {list(found[name]) if name in found else 'missing'}"
+        for name, shape in wanted.items()
+        if found.get(name) != shape
+    ]
+    # a bias that the file has and the model lacks would be dropped in silence: another architecture
+    known = set(wanted) | {"lm_head.weight"} if args.tied_embeddings else set(wanted)
+    extra = [
+        f"{name} {list(found[name])} has no place in the model"
+        for name in found
+        if name.startswith(("model.", "lm_head.")) and name not in known and not name.endswith("rotary_emb.inv_freq")
+    ]
+    if wrong or extra:
+        lines = (wrong + extra)[:5]
+        raise UserError(
+            f"The weights in {folder} do not fit the model: {len(wrong)} of {len(wanted)} tensors differ, "
+            f"{len(extra)} are left over. First: " + "; ".join(lines) + "."
+        )
+
+
+def load_weights(model: Transformer, folder: Path) -> None:
+    """Copy the safetensors into the model's (sharded) parameters, cast to their dtype.
+
+    Collective. Every rank reads just the slices of its own shards; nothing is held whole.
+    """
+    # named_parameters gives a tied matrix once, under the embedding's name, as the files do
+    dcp.load(
+        {hf_name(name): param.detach() for name, param in model.named_parameters()},
+        storage_reader=HuggingFaceStorageReader(str(folder)),
+    )

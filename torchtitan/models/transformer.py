@@ -1,0 +1,135 @@
+"""One decoder-only transformer that is Llama, Mistral, Qwen2, Qwen3 or SmolLM2 by its arguments.
+
+Pre-norm blocks with RMSNorm, grouped-query attention, RoPE and SwiGLU. Parameter names are torchtitan's. The input is
+a stream of T tokens with their positions and segments; nothing here knows about parallelism.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from torchtitan.attention.segments import Segments
+from torchtitan.models.attention import Attention
+from torchtitan.models.rope import RopeArgs, rope_tables
+
+
+@dataclass(frozen=True)
+class TransformerArgs:
+    """Architecture. head_dim times n_heads need not equal dim (Qwen3)."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    vocab_size: int
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied_embeddings: bool = False
+    rope: RopeArgs = field(default_factory=RopeArgs)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, dim] -> [T, dim]."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward, each behind its norm and added to the residual stream."""
+
+    def __init__(self, args: TransformerArgs, attention_backend: str):
+        super().__init__()
+        self.attention = Attention(
+            args.dim,
+            args.n_heads,
+            args.n_kv_heads,
+            args.head_dim,
+            args.qkv_bias,
+            args.qk_norm,
+            args.norm_eps,
+            attention_backend,
+        )
+        self.feed_forward = FeedForward(args.dim, args.ffn_dim)
+        self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """x [T, dim] -> [T, dim]."""
+        x = x + self.attention(self.attention_norm(x), cos, sin, segments)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """Token ids to logits. With tied embeddings `output.weight` is `tok_embeddings.weight`."""
+
+    def __init__(self, args: TransformerArgs, attention_backend: str = "sdpa"):
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleDict({str(i): TransformerBlock(args, attention_backend) for i in range(args.n_layers)})
+        self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.tie_embeddings()
+
+    def tie_embeddings(self) -> None:
+        """Make the output matrix the embedding again; whatever replaces parameters must call this."""
+        if self.args.tied_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """tokens int64 [T], positions int64 [T], segments over T -> logits [T, vocab_size]."""
+        cos, sin = rope_tables(self.args.rope, self.args.head_dim, positions)
+        x = self.tok_embeddings(tokens)
+        for layer in self.layers.values():
+            x = layer(x, cos, sin, segments)
+        return self.output(self.norm(x))
+
+
+@torch.no_grad()
+def init_weights(model: Transformer, seed: int) -> None:
+    """Fill the (possibly sharded) parameters: normal, std 0.02, smaller into the residual stream; norms 1, biases 0.
+
+    Each parameter is drawn whole from a generator seeded by (seed, its name) and cut to this rank's shard, so the
+    values do not depend on the layout. Only one parameter is ever held whole.
+    """
+    residual_std = 0.02 / (2 * model.args.n_layers) ** 0.5  # GPT-2: the sum of 2L branches keeps the same variance
+    for name, param in model.named_parameters():
+        if name.endswith("bias"):
+            param.zero_()
+        elif "norm" in name:
+            param.fill_(1.0)
+        else:
+            # 32 bits: the CPU generator ignores the rest of a seed
+            generator = torch.Generator(param.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            std = residual_std if name.endswith(("wo.weight", "w2.weight")) else 0.02
+            full = torch.randn(param.shape, generator=generator, device=param.device, dtype=torch.float32) * std
+            full = full.to(param.dtype)
+            if isinstance(param, DTensor):
+                full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
+            param.copy_(full)
+
+
+def parameter_counts(args: TransformerArgs) -> tuple[int, int]:
+    """(all parameters, those that multiply activations: all but the input embedding), without allocating any."""
+    with torch.device("meta"):
+        model = Transformer(args)
+    total = sum(p.numel() for p in model.parameters())
+    embedding = 0 if args.tied_embeddings else model.tok_embeddings.weight.numel()
+    return total, total - embedding
