@@ -1,0 +1,167 @@
+"""Text files -> documents: .jsonl and .parquet (a field of each record) and .txt (a file is a document).
+
+A file is cut into spans, each of which one worker reads without looking at the rest. What cannot be read is a
+UserError that names the file and, where there are lines, the line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torchtitan.tools.errors import UserError
+
+EXTENSIONS = (".jsonl", ".parquet", ".txt")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Part of a file: the lines of a .jsonl that begin at bytes [start, stop), the row groups [start, stop) of a
+    .parquet, or a whole .txt. size is its bytes of text, for sharing out the work."""
+
+    path: str
+    start: int
+    stop: int
+    size: int
+
+
+def split_into_spans(paths: list[str], target: int) -> list[list[Span]]:
+    """Units of work in document order, each some spans of together about `target` bytes."""
+    units: list[list[Span]] = [[]]
+    held = 0
+    for path in paths:
+        for span in _spans_of(path, target):
+            if units[-1] and held + span.size > target:
+                units.append([])
+                held = 0
+            units[-1].append(span)
+            held += span.size
+    return units
+
+
+def _spans_of(path: str, target: int) -> Iterator[Span]:
+    size = os.path.getsize(path)
+    if path.endswith(".jsonl"):
+        for start in range(0, size, target):
+            stop = min(start + target, size)
+            yield Span(path, start, stop, stop - start)
+    elif path.endswith(".parquet"):
+        groups = _open_parquet(path).metadata
+        for index in range(groups.num_row_groups):
+            yield Span(path, index, index + 1, groups.row_group(index).total_byte_size)
+    else:
+        yield Span(path, 0, size, size)
+
+
+def read_documents(span: Span, text_field: str) -> Iterator[str]:
+    """The texts of a span in order, empty ones too."""
+    if span.path.endswith(".jsonl"):
+        return _read_jsonl(span, text_field)
+    if span.path.endswith(".parquet"):
+        return _read_parquet(span, text_field)
+    return _read_txt(span)
+
+
+def _read_txt(span: Span) -> Iterator[str]:
+    with open(span.path, "rb") as file:
+        content = file.read()
+    try:
+        yield content.decode("utf-8-sig")  # -sig: a byte order mark is not text
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{span.path} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}. Convert it "
+            "(e.g. iconv -f latin1 -t utf-8) or take it out of the source."
+        ) from error
+
+
+def _read_jsonl(span: Span, text_field: str) -> Iterator[str]:
+    with open(span.path, "rb") as file:
+        if span.start:  # the line that begins before the span belongs to the span before
+            file.seek(span.start - 1)
+            file.readline()
+        while (start := file.tell()) < span.stop:
+            line = file.readline()
+            try:
+                text = _parse_line(line, text_field, first=start == 0)
+            except ValueError as error:
+                number = _line_number(span.path, start)
+                raise UserError(f"{span.path} line {number}: {error}") from error
+            if text is not None:
+                yield text
+
+
+def _parse_line(line: bytes, text_field: str, first: bool) -> str | None:
+    """Text of a line, None for a blank line; ValueError says what is wrong with it."""
+    try:
+        decoded = line.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte {error.start} of the line is 0x{line[error.start]:02x}.") from error
+    if not decoded.strip():
+        return None
+    try:
+        record = json.loads(decoded)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"broken JSON: {error.msg} at character {error.pos} of {len(decoded)}.") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"the record is a JSON {type(record).__name__}, not an object with a field {text_field!r}.")
+    if text_field not in record:
+        there = ", ".join(map(repr, record)) or "none"
+        raise ValueError(f"no field {text_field!r} (the source's text_field); the record has {there}.")
+    return _as_text(record[text_field], text_field)
+
+
+def _as_text(value: Any, text_field: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"the field {text_field!r} is a {type(value).__name__}, not text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise ValueError(
+            f"not UTF-8: character {error.start} of {text_field!r} is half of a surrogate pair."
+        ) from error
+    return value
+
+
+def _line_number(path: str, offset: int) -> int:
+    with open(path, "rb") as file:
+        return 1 + sum(file.read(min(1 << 20, offset - at)).count(b"\n") for at in range(0, offset, 1 << 20))
+
+
+def _open_parquet(path: str) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a Parquet file that can be read: {error}.") from error
+
+
+def _read_parquet(span: Span, text_field: str) -> Iterator[str]:
+    import pyarrow as pa
+
+    file = _open_parquet(span.path)
+    names = file.schema_arrow.names
+    if text_field not in names:
+        raise UserError(
+            f"{span.path} has no column {text_field!r} (the source's text_field); it has {', '.join(map(repr, names))}."
+        )
+    row = sum(file.metadata.row_group(i).num_rows for i in range(span.start))
+    try:
+        for batch in file.iter_batches(64, row_groups=list(range(span.start, span.stop)), columns=[text_field]):
+            for value in batch.column(0):
+                row += 1
+                yield _as_text(value.as_py(), text_field)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{span.path} row {row}: {text_field!r} is not UTF-8 at byte {error.start}.") from error
+    except ValueError as error:
+        if isinstance(error, pa.ArrowException):
+            raise UserError(f"{span.path} is damaged near row {row}: {error}.") from error
+        raise UserError(f"{span.path} row {row}: {error}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{span.path} is damaged near row {row}: {error}.") from error
