@@ -1,0 +1,151 @@
+"""What the tests with several ranks share: a tiny stage on ragged text, and a way to run functions on real ranks.
+
+Importing PyTorch takes seconds a process, so one spawn runs many cases: each makes its own process group and ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+ASSETS = Path(__file__).parents[2] / "assets" / "tokenizer"
+
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 4096,
+    "rope_theta": 10000.0,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": TINY,
+    "qwen2": TINY | {"model_type": "qwen2"},
+    "qwen3": TINY | {"model_type": "qwen3"},
+    "tied": TINY | {"tie_word_embeddings": True},
+}
+
+
+def write_text(folder: Path, documents: int = 120) -> Path:
+    """Ragged documents of 1 to some 400 words."""
+    rng = random.Random(0)
+    words = [f"{a}{b}" for a in ("red", "green", "blue", "old", "new") for b in ("stone", "river", "house", "bird")]
+    lines = []
+    for _ in range(documents):
+        count = int(400 ** rng.random())
+        lines.append(json.dumps({"text": " ".join(rng.choices(words, k=count))}))
+    path = folder / "text.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def write_assets(folder: Path, model: str = "llama") -> Path:
+    """A Hugging Face style folder: our tokenizer and the config.json of a tiny model."""
+    assets = folder / f"assets-{model}"
+    shutil.copytree(ASSETS, assets)
+    (assets / "config.json").write_text(json.dumps(MODELS[model]))
+    return assets
+
+
+def flags(folder: Path, assets: Path, **overrides: Any) -> list[str]:
+    """Command line of the tiny stage; overrides as table__key=value."""
+    config = folder / "stage.toml"
+    if not config.exists():
+        text = folder / "text.jsonl" if (folder / "text.jsonl").exists() else write_text(folder)
+        config.write_text(
+            f"""
+[model]
+flavor = "auto"
+[training]
+seq_len = 128
+global_batch_size = 8
+local_batch_size = 2
+steps = 4
+mixed_precision_param = "float32"
+[optimizer]
+lr = 1e-3
+[lr_scheduler]
+warmup_steps = 2
+[metrics]
+log_freq = 1
+enable_tensorboard = false
+[checkpoint]
+enable = false
+[data]
+cache_folder = "{folder}/cache"
+num_workers = 0
+[[data.sources]]
+name = "text"
+path = "{text}"
+"""
+        )
+    values = {"model__hf_assets_path": assets, "job__dump_folder": folder / "out"} | overrides
+    result = ["--job.config_file", str(config)]
+    for key, value in values.items():
+        result += ["--" + key.replace("__", "."), str(value)]
+    return result
+
+
+def run_stage(args: list[str], rank: int, world_size: int) -> list[dict[str, Any]]:
+    """Train in this process; the numbers of every step."""
+    from torchtitan.config import load_config
+    from torchtitan.trainer import Trainer, prepare_inputs
+
+    config = load_config(args)
+    trainer = Trainer(config, prepare_inputs(config, world_size), rank, rank, world_size)
+    numbers: list[dict[str, Any]] = []
+    step = trainer.train_step
+
+    def recorded(window: Any) -> Any:
+        result = step(window)
+        numbers.append(result)
+        return result
+
+    trainer.train_step = recorded  # type: ignore[method-assign]
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    return numbers
+
+
+def spawn(world_size: int, function: Callable[..., Any], cases: list[Any], folder: Path) -> list[Any]:
+    """Runs function(case, rank, world_size) for every case on world_size ranks; rank 0's results, in order."""
+    ports = _free_ports(len(cases))
+    results = folder / f"results-{random.getrandbits(64):x}"
+    mp.spawn(_worker, (world_size, function, cases, ports, str(results)), nprocs=world_size)  # type: ignore
+    return torch.load(results, weights_only=False)
+
+
+def _worker(
+    rank: int, world_size: int, function: Callable[..., Any], cases: list[Any], ports: list[int], results: str
+) -> None:
+    torch.set_num_threads(1)
+    outcome = []
+    for case, port in zip(cases, ports, strict=True):
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        outcome.append(function(case, rank, world_size))
+    if rank == 0:
+        torch.save(outcome, results)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports

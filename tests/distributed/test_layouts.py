@@ -1,0 +1,81 @@
+"""The same global batch gives the same loss and gradient norm under every layout and accumulation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.harness import MODELS, flags, run_stage, spawn, write_assets, write_text
+
+SHARD, REPLICATE, TENSOR = (
+    f"parallelism__{name}_degree" for name in ("data_parallel_shard", "data_parallel_replicate", "tensor_parallel")
+)
+
+ON_ONE: dict[str, dict[str, Any]] = {
+    "accumulation 1": {"training__local_batch_size": 8},
+    "accumulation 2": {"training__local_batch_size": 4},
+    "recomputation": {"activation_checkpoint__mode": "full"},
+    "loader processes": {"data__num_workers": 2},
+}
+ON_TWO: dict[str, dict[str, Any]] = {
+    "dp_shard 2": {SHARD: 2},
+    "dp_shard 2, accumulation 1": {SHARD: 2, "training__local_batch_size": 4},
+    "dp_shard 2, accumulation 4": {SHARD: 2, "training__local_batch_size": 1},
+    "dp_replicate 2": {REPLICATE: 2, SHARD: 1},
+    "dp_replicate 2, accumulation 4": {REPLICATE: 2, SHARD: 1, "training__local_batch_size": 1},
+    "tp 2": {TENSOR: 2},
+    "tp 2, no loss parallel": {TENSOR: 2, "parallelism__disable_loss_parallel": True},
+    "tp 2, recomputation": {TENSOR: 2, "activation_checkpoint__mode": "full"},
+}
+ON_FOUR: dict[str, dict[str, Any]] = {
+    "dp_shard 2 x tp 2": {SHARD: 2, TENSOR: 2},
+    "dp_shard 2 x tp 2, accumulation 4": {SHARD: 2, TENSOR: 2, "training__local_batch_size": 1},
+    "dp_replicate 2 x dp_shard 2": {REPLICATE: 2, SHARD: 2},
+    "dp_replicate 2 x tp 2": {REPLICATE: 2, SHARD: 1, TENSOR: 2},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("layouts")
+    write_text(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def assets(folder: Path) -> dict[str, Path]:
+    return {model: write_assets(folder, model) for model in MODELS}
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path, assets: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
+    """Each model on one process, with an accumulation of 4."""
+    cases = [flags(folder, assets[model]) for model in MODELS]
+    return dict(zip(MODELS, spawn(1, run_stage, cases, folder), strict=True))
+
+
+@pytest.mark.parametrize(("world_size", "layouts"), [(1, ON_ONE), (2, ON_TWO), (4, ON_FOUR)], ids=["1", "2", "4"])
+def test_every_layout_equals_one_process(world_size, layouts, folder, assets, reference):
+    cases = [(name, model) for name in layouts for model in MODELS]
+    arguments = [flags(folder, assets[model], **layouts[name]) for name, model in cases]
+    wrong = []
+    for (name, model), steps in zip(cases, spawn(world_size, run_stage, arguments, folder), strict=True):
+        expected = reference[model]
+        assert len(steps) == len(expected) == 4
+        for ours, theirs in zip(steps, expected, strict=True):
+            pairs = {key: (ours[key], theirs[key]) for key in ("loss", "grad_norm")}
+            pairs["loss_by_source"] = (ours["loss_by_source"]["text"], theirs["loss_by_source"]["text"])
+            wrong += [
+                f"{model}, {name}, step {ours['step']}: {key} {a} is not {b}"
+                for key, (a, b) in pairs.items()
+                if a != pytest.approx(b, rel=1e-5)
+            ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_reference_learns(reference):
+    """The loss moves, so that equal losses mean equal training and not a model that stands still."""
+    for steps in reference.values():
+        assert steps[-1]["loss"] < steps[0]["loss"] - 0.01

@@ -1,0 +1,226 @@
+"""Checkpoints: complete or absent, never half.
+
+A checkpoint is step-N/: DCP files with the tensors (model, optimizer, random state) and manifest.json with everything
+else. It is written as step-N.partial/ and renamed by the coordinator once every rank's files are on disk, in the
+foreground or in DCP's background thread alike; a kill at any moment leaves the last complete one. The manifest holds
+size and CRC-32 of every file, so that damage is found on resume and the one before is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from torchtitan.config.job_config import Checkpoint
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import logger
+
+MANIFEST = "manifest.json"
+
+
+class _WholeWriter(FileSystemWriter):
+    """Writes DCP files into step-N.partial/ and, once all ranks have, publishes the folder as step-N/."""
+
+    def __init__(self, target: Path, manifest: dict[str, Any]):
+        self.target, self.manifest = target, manifest
+        self.partial = target.with_name(target.name + ".partial")
+        super().__init__(str(self.partial))
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """Every rank: the tensors, then the checksums of its own files for the coordinator."""
+        done = super().write_data(plan, planner)
+        files = {result.storage_data.relative_path for result in done.value()}
+        if files:
+            sums = {name: _size_and_crc(self.partial / name) for name in sorted(files)}
+            _write_json(self.partial / f"checksums-{min(sums)}.json", sums)
+        return done
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        """Coordinator, after all ranks have written: the manifest, and the rename that makes it real."""
+        super().finish(metadata, results)
+        files = {".metadata": _size_and_crc(self.partial / ".metadata")}
+        for part in sorted(self.partial.glob("checksums-*.json")):
+            files |= json.loads(part.read_text())
+            part.unlink()
+        _write_json(self.partial / MANIFEST, self.manifest | {"files": files})
+        if self.target.exists():  # one that was found damaged and trained past again
+            shutil.rmtree(self.target)
+        self.partial.rename(self.target)
+        _fsync_folder(self.target.parent)
+
+
+class Checkpointer:
+    """Saves and loads the checkpoints of one folder."""
+
+    def __init__(self, config: Checkpoint, dump_folder: Path):
+        self.config = config
+        self.folder = dump_folder / config.folder
+        self._pending: Future[Any] | None = None
+        # its own group: a save in the background must not meet the training's collectives
+        self._group = dist.new_group(backend="gloo")
+
+    def prepare(self) -> None:
+        """Rank 0: make the folder and clear what killed runs left half written."""
+        if dist.get_rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for partial in self.folder.glob("step-*.partial"):
+                shutil.rmtree(partial)
+        dist.barrier(self._group)
+
+    def save(self, state: dict[str, Any], manifest: dict[str, Any]) -> None:
+        """Collective. state: {part: {name: tensor}}; manifest: JSON with `step`. A save under way is waited for."""
+        self.wait()
+        writer = _WholeWriter(self.folder / f"step-{manifest['step']}", manifest)
+        if self.config.async_mode == "async":
+            # the writer copies the state before this returns; the rest happens in DCP's thread
+            self._pending = dcp.async_save(state, storage_writer=writer, process_group=self._group)  # type: ignore
+        else:
+            dcp.save(state, storage_writer=writer, process_group=self._group)
+            logger.info(f"checkpoint: {writer.target}")
+            self._delete_old()
+
+    def wait(self) -> None:
+        """Until a save in the background is complete; raises what it raised."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+            self._delete_old()
+
+    def _delete_old(self) -> None:
+        if self.config.keep_latest_k and dist.get_rank() == 0:
+            for step in complete_steps(self.folder)[: -self.config.keep_latest_k]:
+                shutil.rmtree(self.folder / f"step-{step}")
+
+    def find(self) -> Path | None:
+        """Collective. The checkpoint to resume from: load_step, or the newest undamaged one; None if there is none.
+
+        All ranks share the reading of the files; a damaged checkpoint is skipped with a warning that names the file.
+        """
+        wanted = self.config.load_step
+        steps = _from_rank0(complete_steps(self.folder) if dist.get_rank() == 0 else None, self._group)
+        if wanted >= 0 and wanted not in steps:
+            raise UserError(
+                f"checkpoint.load_step = {wanted}, but {self.folder} holds no complete checkpoint of that step; "
+                f"it has {', '.join(map(str, steps)) or 'none'}."
+            )
+        for step in [wanted] if wanted >= 0 else reversed(steps):
+            path = self.folder / f"step-{step}"
+            damage: list[str | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(damage, find_damage(path, dist.get_rank(), dist.get_world_size()), group=self._group)
+            found = [d for d in damage if d]
+            if not found:
+                return path
+            if wanted >= 0:
+                raise UserError(f"checkpoint.load_step = {wanted}: {found[0]}")
+            if dist.get_rank() == 0:
+                logger.warning(f"Skipping a damaged checkpoint: {found[0]}")
+        if steps:
+            raise UserError(
+                f"Every checkpoint in {self.folder} is damaged (steps {', '.join(map(str, steps))}). "
+                "Restore one, or choose another job.dump_folder to start anew."
+            )
+        return None
+
+    def load(self, path: Path, state: dict[str, Any]) -> None:
+        """Collective. Reads into the tensors of state, whatever layout they were saved from.
+
+        Random states of ranks that the saving run did not have are left as they are.
+        """
+        reader = FileSystemReader(str(path))
+        saved = reader.read_metadata().state_dict_metadata
+        state = dict(state)
+        state["rng"] = {k: v for k, v in state.get("rng", {}).items() if f"rng.{k}" in saved}
+        try:
+            dcp.load(state, storage_reader=reader, process_group=self._group)
+        except CheckpointException as e:  # a BaseException, which `except Exception` would let through
+            raise RuntimeError(f"{path} could not be loaded: {e}") from e
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of the published checkpoints, ascending."""
+    names = (re.fullmatch(r"step-(\d+)", p.name) for p in folder.glob("step-*"))
+    return sorted(int(m[1]) for m in names if m)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of step-N/; UserError if it is missing or not JSON."""
+    try:
+        return json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path / MANIFEST} cannot be read: {e}") from None
+
+
+def find_damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, in a sentence that names the file, or None. Reads every parts-th file."""
+    try:
+        manifest = read_manifest(path)
+    except UserError as e:
+        return str(e)
+    for name, expected in sorted(manifest.get("files", {}).items())[part::parts]:
+        try:
+            actual = _size_and_crc(path / name)
+        except OSError as e:
+            return f"{path / name} cannot be read: {e.strerror}."
+        if actual != expected:
+            return f"{path / name} has size and CRC-32 {actual}, the manifest says {expected}."
+    return None
+
+
+def _size_and_crc(path: Path) -> list[int]:
+    crc = size = 0
+    with path.open("rb") as f:
+        while block := f.read(1 << 24):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return [size, crc]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with path.open("w") as f:
+        json.dump(content, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _fsync_folder(path: Path) -> None:
+    """Make a rename in this folder survive a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _from_rank0(value: Any, group: Any) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=group)
+    return box[0]
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """This rank's CPU and CUDA generators, named by rank."""
+    rank = dist.get_rank()
+    state = {f"cpu-{rank}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state[f"cuda-{rank}"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor]) -> None:
+    """Undo random_state()."""
+    for name, value in state.items():
+        if name.startswith("cuda"):
+            torch.cuda.set_rng_state(value)
+        else:
+            torch.set_rng_state(value)

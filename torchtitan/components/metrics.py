@@ -1,0 +1,94 @@
+"""Where the numbers of a step go: a line for people, metrics.jsonl, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torchtitan.config.job_config import Metrics
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import logger
+
+
+class MetricsLogger:
+    """Open files and writers of rank 0; the other ranks have none."""
+
+    def __init__(self, config: Metrics, dump_folder: Path, run_name: str, job_config: dict[str, Any], from_step: int):
+        """from_step: lines of metrics.jsonl beyond this step are of a run that was cut off later, and are dropped."""
+        dump_folder.mkdir(parents=True, exist_ok=True)
+        path = dump_folder / "metrics.jsonl"
+        _drop_lines_after(path, from_step)
+        self.file = path.open("a", buffering=1)
+        self.tensorboard: Any = None
+        self.wandb: Any = None
+        if config.enable_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(dump_folder / config.save_tb_folder), purge_step=from_step + 1)
+        if config.enable_wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError(
+                    "metrics.enable_wandb = true needs the package wandb: pip install 'torchtitan-longcontext[wandb]'."
+                ) from None
+            self.wandb = wandb.init(name=run_name, dir=str(dump_folder), config=job_config, resume="allow")
+
+    def log(self, numbers: dict[str, Any]) -> None:
+        """numbers: flat, but for dictionaries such as loss_by_source; must hold `step`."""
+        self.file.write(json.dumps(numbers) + "\n")
+        scalars: dict[str, float] = {}
+        for key, value in numbers.items():
+            if isinstance(value, dict):
+                scalars |= {f"{key}/{k}": v for k, v in value.items()}
+            elif value is not None and key != "step":
+                scalars[key] = value
+        if self.tensorboard:
+            for key, value in scalars.items():
+                self.tensorboard.add_scalar(key, value, numbers["step"])
+        if self.wandb:
+            self.wandb.log(scalars, step=numbers["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                continue
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue  # the last line of a killed run can be half written
+        kept.append(line + "\n")
+    path.write_text("".join(kept))
+
+
+def log_step(numbers: dict[str, Any], steps: int, seconds_a_step: float) -> None:
+    """The line a person reads."""
+    left = (steps - numbers["step"]) * seconds_a_step
+    mfu = f"  mfu {numbers['mfu']:.1%}" if numbers["mfu"] is not None else ""
+    logger.info(
+        f"step {numbers['step']:>{len(str(steps))}}/{steps}  loss {numbers['loss']:.4f}  "
+        f"grad_norm {numbers['grad_norm']:.3f}  lr {numbers['lr']:.2e}  "
+        f"{numbers['tokens_per_second']:,.0f} tok/s{mfu}  {numbers['memory_gib']:.2f} GiB  {duration(left)} left"
+    )
+
+
+def duration(seconds: float) -> str:
+    """90 -> 1:30, 7200 -> 2:00:00, 180000 -> 2 d 02:00:00."""
+    seconds = int(seconds)
+    days, rest = divmod(seconds, 86400)
+    hours, rest = divmod(rest, 3600)
+    minutes, rest = divmod(rest, 60)
+    if days:
+        return f"{days} d {hours:02}:{minutes:02}:{rest:02}"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

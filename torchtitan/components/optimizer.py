@@ -1,0 +1,84 @@
+"""AdamW, its state as a flat dictionary of tensors by parameter name, and gradient clipping.
+
+Names and DTensors, not indices and groups: such a state loads into any layout, and learning rate, betas and decay
+always come from the TOML, never from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from torchtitan.config.job_config import Optimizer
+
+
+def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) over the model's parameters, those that config.no_decay names without decay.
+
+    The state is allocated at once, so that a checkpoint can be read into it and memory does not grow at step 1.
+    """
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
+    for name, param in model.named_parameters():
+        (exempt if any(fnmatch(name, pattern) for pattern in config.no_decay) else decayed).append(param)
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=config.implementation == "fused",
+        foreach=config.implementation == "foreach",
+    )
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            optimizer.state[param] = {
+                # the fused kernel wants the step beside the parameter, the others want it on the CPU
+                "step": torch.zeros((), device=param.device if config.implementation == "fused" else "cpu"),
+                "exp_avg": torch.zeros_like(param),
+                "exp_avg_sq": torch.zeros_like(param),
+            }
+    return optimizer
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    """{"layers.0.attention.wq.weight.exp_avg": tensor, ...}: the live tensors, to be saved or loaded in place."""
+    return {
+        f"{name}.{key}": value
+        for name, param in model.named_parameters()
+        for key, value in optimizer.state[param].items()
+    }
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, group: dist.ProcessGroup) -> float:
+    """Scale the gradients so that their global 2-norm is at most max_norm (0: leave them); the norm before.
+
+    Collective over group, the world on the CPU. Squares are summed in float64, and every rank gets the same sum to the
+    bit: torch.nn.utils.clip_grad_norm_ sums in float32, 1e-5 off on a large matrix, and reduces one mesh dimension
+    after the other, so that ranks can differ and replicas drift apart.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    squares = []
+    for gradient in gradients:
+        copies = 1
+        if isinstance(gradient, DTensor):
+            placements = enumerate(gradient.placements)
+            copies = math.prod(gradient.device_mesh.size(dim) for dim, p in placements if p.is_replicate())
+            gradient = gradient.to_local()
+        squares.append(torch.linalg.vector_norm(gradient, dtype=torch.float64).square() / copies)
+    total = torch.stack(squares).sum().cpu()
+    dist.all_reduce(total, group=group)
+    norm = math.sqrt(total)
+    if max_norm and norm > max_norm:
+        for gradient in gradients:
+            gradient.mul_(max_norm / norm)
+    return norm

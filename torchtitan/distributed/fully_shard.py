@@ -1,0 +1,43 @@
+"""FSDP2 (and HSDP) over the blocks of the model, with gradients summed, not averaged."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from torchtitan.models.transformer import Transformer
+
+
+def apply_fully_shard(
+    model: Transformer,
+    mesh: DeviceMesh,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    reshard_after_forward: bool,
+) -> None:
+    """Shard parameters over the mesh's last dimension and replicate over its first if it has two.
+
+    Used on one process too, where it only casts: one path for every layout.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    for block in model.layers.values():
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    if not model.args.tied_embeddings:
+        # a tied matrix is used at both ends, so it stays with the root, gathered from first use to last
+        fully_shard(model.tok_embeddings, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        # backward begins with these: gathering them again at once would be in vain
+        fully_shard([model.norm, model.output], mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is already divided by the number of valid labels of the whole step, so gradients are sums.
+            module.set_gradient_divide_factor(1.0)
+            # plain SUM, which gloo has too, in place of NCCL's scaled sum
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def reduce_over_replicas(model: Transformer, enabled: bool) -> None:
+    """Whether the next backward ends with HSDP's all-reduce; needed for the last micro-batch of a step only."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_all_reduce(enabled)

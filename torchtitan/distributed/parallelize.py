@@ -1,0 +1,39 @@
+"""Applies parallelism, recomputation and compilation to a model on the meta device, and gives it memory."""
+
+from __future__ import annotations
+
+import torch
+
+from torchtitan.config.job_config import JobConfig
+from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
+from torchtitan.distributed.fully_shard import apply_fully_shard
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
+from torchtitan.models.transformer import Transformer, TransformerArgs
+
+
+def build_sharded_model(
+    args: TransformerArgs, config: JobConfig, dims: ParallelDims, device: torch.device
+) -> Transformer:
+    """The model with uninitialised parameters, of which this rank holds only its shards.
+
+    The order matters: tensor parallelism cuts the matrices, compilation and recomputation wrap a block's forward, and
+    FSDP2 comes last, so that its hooks stay outside of both.
+    """
+    with torch.device("meta"):
+        model = Transformer(args, config.model.attention_backend).to(getattr(torch, config.training.dtype))
+    if dims.size("tp") > 1:
+        apply_tensor_parallel(model, dims.mesh["tp"], not config.parallelism.disable_loss_parallel)
+    if config.compile.enable:
+        for block in model.layers.values():
+            block.forward = torch.compile(block.forward, backend=config.compile.backend)  # type: ignore[method-assign]
+    if config.activation_checkpoint.mode == "full":
+        apply_activation_checkpoint(model)
+    apply_fully_shard(
+        model,
+        dims.fsdp_mesh,
+        getattr(torch, config.training.mixed_precision_param),
+        getattr(torch, config.training.mixed_precision_reduce),
+        config.parallelism.fsdp_reshard_after_forward,
+    )
+    return model.to_empty(device=device)

@@ -1,0 +1,77 @@
+"""Tensor parallelism with sequence parallelism (Megatron, arXiv 1909.08053 and 2205.05198), from outside the model.
+
+Projections are cut by heads and by hidden units, the embedding and the output by vocabulary. Between them the stream
+[T, dim] is cut along its tokens, so norms and residuals cost 1/tp each.
+"""
+
+from __future__ import annotations
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from torchtitan.models.transformer import Transformer, TransformerArgs
+from torchtitan.tools.errors import UserError
+
+
+def check_tensor_parallel(args: TransformerArgs, tp: int) -> None:
+    """UserError where tp does not divide what it cuts."""
+    for what, size in (
+        ("query heads", args.n_heads),
+        ("key-value heads", args.n_kv_heads),
+        ("feed-forward units", args.ffn_dim),
+        ("vocabulary entries", args.vocab_size),
+    ):
+        if size % tp:
+            works = [str(d) for d in range(1, tp) if args.n_kv_heads % d == 0 and size % d == 0]
+            raise UserError(
+                f"parallelism.tensor_parallel_degree = {tp} does not divide the model's {size} {what} "
+                f"({size} / {tp} = {size / tp:.2f}); {', '.join(works)} would."
+            )
+
+
+def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, loss_parallel: bool) -> None:
+    """Distribute every parameter over the tp mesh. With loss_parallel the logits stay a DTensor, cut by vocabulary."""
+    tokens = Shard(0)
+    parallelize_module(
+        model,
+        mesh,
+        {
+            "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=tokens),
+            "norm": SequenceParallel(sequence_dim=0),
+            "output": ColwiseParallel(
+                input_layouts=tokens,
+                output_layouts=Shard(-1) if loss_parallel else Replicate(),
+                use_local_output=not loss_parallel,
+            ),
+        },
+    )
+    model.tie_embeddings()  # both were cut by vocabulary, each into a tensor of its own
+    for block in model.layers.values():
+        plan: dict[str, ParallelStyle] = {
+            "attention_norm": SequenceParallel(sequence_dim=0),
+            "attention": PrepareModuleInput(
+                input_layouts=(tokens, None, None, None), desired_input_layouts=(Replicate(), None, None, None)
+            ),
+            "attention.wq": ColwiseParallel(),
+            "attention.wk": ColwiseParallel(),
+            "attention.wv": ColwiseParallel(),
+            "attention.wo": RowwiseParallel(output_layouts=tokens),
+            "ffn_norm": SequenceParallel(sequence_dim=0),
+            "feed_forward": PrepareModuleInput(input_layouts=(tokens,), desired_input_layouts=(Replicate(),)),
+            "feed_forward.w1": ColwiseParallel(),
+            "feed_forward.w3": ColwiseParallel(),
+            "feed_forward.w2": RowwiseParallel(output_layouts=tokens),
+        }
+        if model.args.qk_norm:
+            # one weight for all heads: the heads are cut as a sequence would be, the weight is replicated
+            plan["attention.q_norm"] = SequenceParallel(sequence_dim=1, use_local_output=True)
+            plan["attention.k_norm"] = SequenceParallel(sequence_dim=1, use_local_output=True)
+        parallelize_module(block, mesh, plan)

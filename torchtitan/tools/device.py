@@ -1,0 +1,78 @@
+"""Which device and which collectives: decided here, once."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# Dense bf16 TFLOP/s from the vendors' data sheets, by a substring of torch.cuda.get_device_name(); first match wins.
+PEAK_TFLOPS = (
+    ("H100 NVL", 835.0),
+    ("H100 PCIe", 756.0),
+    ("H100", 989.0),
+    ("H200", 989.0),
+    ("H800", 989.0),
+    ("GH200", 989.0),
+    ("GB200", 2500.0),
+    ("B200", 2250.0),
+    ("B300", 2250.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("L40S", 362.0),
+    ("MI300X", 1307.0),
+)
+
+
+def pick_device(local_rank: int) -> torch.device:
+    """The GPU of this local rank, made current, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def init_process_group(device: torch.device, rank: int, world_size: int, timeout_seconds: int) -> None:
+    """gloo for CPU tensors, NCCL beside it for CUDA tensors. One process needs no launcher."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # device_id is left out: given to a mixed backend it also binds gloo to the GPU
+    store = dist.HashStore() if world_size == 1 else None
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_seconds)
+    )
+
+
+def peak_flops(device: torch.device, tflops: float | None) -> float | None:
+    """Peak FLOP/s of one device: the TOML's figure, else the data sheet's, else None (then MFU is not reported)."""
+    if tflops is not None:
+        return tflops * 1e12
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((t * 1e12 for known, t in PEAK_TFLOPS if known in name), None)
+    return None
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Highest use so far: reserved CUDA memory, or the resident set of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class GarbageCollection:
+    """Run Python's collector only every `freq` steps: a collection on one rank stalls all the others."""
+
+    def __init__(self, freq: int):
+        self.freq = freq
+        gc.disable()
+        gc.collect()
+
+    def run(self, step: int) -> None:
+        if step % self.freq == 0:
+            gc.collect(1)

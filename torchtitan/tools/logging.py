@@ -1,0 +1,49 @@
+"""Log lines: a clock, a level and a message from rank 0; warnings and errors from every rank, which is named."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+logger = logging.getLogger("torchtitan")
+console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes through the console, so that lines go above a live progress bar and not into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(self.format(record), markup=False)
+
+
+def init_logger(rank: int, world_size: int) -> None:
+    """Rank 0 logs from INFO, the others from WARNING."""
+    who = f" [rank {rank}]" if world_size > 1 and rank > 0 else ""
+    handler = _ConsoleHandler()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s{who} %(levelname).1s %(message)s", "%H:%M:%S"))
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    # Known and harmless here: nothing works in place on the output of an FSDP module, and torchdata calls set_vital.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+
+
+def step_progress(total: int, done: int, rank: int) -> Progress:
+    """A progress bar over the steps, shown by rank 0 on a terminal only. Use as a context manager."""
+    progress = Progress(
+        TextColumn("step"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=rank != 0 or not console.is_terminal,
+    )
+    progress.add_task("", total=total, completed=done)
+    return progress

@@ -1,0 +1,395 @@
+"""The Trainer: builds the parts of a stage from its JobConfig, and does one training step.
+
+Only this file and train.py see the whole configuration; every part gets what it needs as arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
+
+from torchtitan.attention.segments import Segments
+from torchtitan.components.checkpoint import (
+    Checkpointer,
+    complete_steps,
+    random_state,
+    read_manifest,
+    set_random_state,
+)
+from torchtitan.components.loss import token_losses
+from torchtitan.components.lr_scheduler import lr_factor
+from torchtitan.components.metrics import MetricsLogger, duration, log_step
+from torchtitan.components.optimizer import build_optimizer, clip_gradients, optimizer_state
+from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.config import JobConfig, dump_toml
+from torchtitan.config.checks import accumulation_steps, check_config, resolve_shard_degree, rows_per_step
+from torchtitan.datasets.corpus import resolve_source
+from torchtitan.datasets.loader import IGNORED_LABEL, PackedBatch, build_loader
+from torchtitan.datasets.plan import Plan, changed_inputs, format_report
+from torchtitan.distributed.fully_shard import reduce_over_replicas
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.parallelize import build_sharded_model
+from torchtitan.distributed.tensor_parallel import check_tensor_parallel
+from torchtitan.models.huggingface import check_weights, load_weights, read_config
+from torchtitan.models.registry import FLAVORS
+from torchtitan.models.transformer import TransformerArgs, init_weights, parameter_counts
+from torchtitan.tools.device import GarbageCollection, init_process_group, peak_flops, peak_memory_gib, pick_device
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.flops import training_flops
+from torchtitan.tools.logging import logger, step_progress
+from torchtitan.tools.profiling import profiled
+from torchtitan.tools.torch_compat import set_timeout
+
+
+class NotFiniteError(Exception):
+    """The loss or the gradient norm is NaN or infinite; nothing of that step is kept."""
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """What a stage is made of, read and checked without allocating a model or talking to another rank."""
+
+    tokenizer: Tokenizer
+    args: TransformerArgs
+    plan: Plan
+
+
+def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
+    """Everything that can be wrong with a stage is found here: UserError."""
+    check_config(config, world_size)
+    assets = Path(config.model.hf_assets_path)
+    tokenizer = load_tokenizer(assets)
+    args = model_args(config)
+    check_tensor_parallel(args, config.parallelism.tensor_parallel_degree)
+    if tokenizer.vocab_size > args.vocab_size:
+        raise UserError(
+            f"The tokenizer in model.hf_assets_path = {assets} has {tokenizer.vocab_size} tokens, but model.flavor = "
+            f'"{config.model.flavor}" has room for {args.vocab_size}: they do not belong together.'
+        )
+    if config.checkpoint.initial_load_in_hf:
+        check_weights(assets, args)
+    corpora = [resolve_source(source, tokenizer, config.data) for source in config.data.sources]
+    for source, corpus in zip(config.data.sources, corpora, strict=True):
+        if corpus.max_token_id is not None and corpus.max_token_id >= args.vocab_size:
+            raise UserError(
+                f'Source "{source.name}" holds token {corpus.max_token_id}, but the model\'s vocabulary ends at '
+                f"{args.vocab_size - 1}: data.sources.path = {source.path} was made with another tokenizer."
+            )
+    plan = Plan(
+        corpora,
+        [source.name for source in config.data.sources],
+        [source.weight for source in config.data.sources],
+        seq_len=config.training.seq_len,
+        rows_per_step=rows_per_step(config, world_size),
+        steps=config.training.steps,
+        seed=config.training.seed,
+    )
+    if config.checkpoint.enable:
+        _check_resumable(config, args, tokenizer, plan)
+    return StageInputs(tokenizer, args, plan)
+
+
+def model_args(config: JobConfig) -> TransformerArgs:
+    """The architecture that [model] names, with what [rope] changes."""
+    flavor = config.model.flavor
+    if flavor == "auto":
+        args = read_config(Path(config.model.hf_assets_path))
+    elif flavor in FLAVORS:
+        args = FLAVORS[flavor]
+    else:
+        raise UserError(f'model.flavor = "{flavor}" is not known; there are auto, {", ".join(FLAVORS)}.')
+    if config.rope.theta is not None:
+        args = replace(args, rope=replace(args.rope, theta=config.rope.theta))
+    return args
+
+
+def _check_resumable(config: JobConfig, args: TransformerArgs, tokenizer: Tokenizer, plan: Plan) -> None:
+    """Refuse a checkpoint folder of another model or of other data, rather than overwrite or mix."""
+    folder = Path(config.job.dump_folder) / config.checkpoint.folder
+    steps = complete_steps(folder)
+    manifest: dict[str, Any] | None = None
+    for step in reversed(steps):
+        try:
+            manifest = read_manifest(folder / f"step-{step}")
+            break
+        except UserError:
+            continue  # damaged: named when a checkpoint to resume from is looked for
+    if manifest is None:
+        return
+    differences = [
+        f"{key} {manifest['architecture'].get(key)} -> {value}"
+        for key, value in _as_json(args).items()
+        if manifest["architecture"].get(key) != value
+    ]
+    if manifest["tokenizer"] != tokenizer.fingerprint:
+        differences.append("the tokenizer")
+    differences += changed_inputs(manifest["plan"], plan.inputs)
+    if differences:
+        raise UserError(
+            f"{folder} holds checkpoints of another run ({', '.join(f'step {s}' for s in steps[-3:])}), which this one "
+            f"would resume from and overwrite. Changed: {'; '.join(differences)}. Choose another job.dump_folder, or "
+            "delete that folder."
+        )
+
+
+def _as_json(args: TransformerArgs) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(args)))
+
+
+class Trainer:
+    """The running stage: model, optimizer, data, checkpoints, and the counters step and tokens_seen."""
+
+    def __init__(self, config: JobConfig, inputs: StageInputs, rank: int, local_rank: int, world_size: int):
+        self.config, self.inputs, self.rank = config, inputs, rank
+        self.dump_folder = Path(config.job.dump_folder)
+        self.device = pick_device(local_rank)
+        init_process_group(self.device, rank, world_size, config.comm.init_timeout_seconds)
+        p, t = config.parallelism, config.training
+        self.dims = ParallelDims.build(
+            self.device.type,
+            p.data_parallel_replicate_degree,
+            resolve_shard_degree(config, world_size),
+            p.context_parallel_degree,
+            p.tensor_parallel_degree,
+        )
+        self.cpu_group = dist.new_group(backend="gloo")  # for counters: no stream of the GPU waits for them
+        torch.manual_seed(t.seed)
+        torch.use_deterministic_algorithms(t.deterministic)
+        self.garbage_collection = GarbageCollection(t.gc_freq)
+
+        self.accumulation = accumulation_steps(config, world_size)
+        self.model = build_sharded_model(inputs.args, config, self.dims, self.device)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.matmul_parameters = parameter_counts(inputs.args)[1]
+        self.loss_parallel = p.tensor_parallel_degree > 1 and not p.disable_loss_parallel
+        self.step = self.tokens_seen = 0
+        self.stop_requested = False
+        self.checkpointer = Checkpointer(config.checkpoint, self.dump_folder) if config.checkpoint.enable else None
+        self._load()
+        loader = build_loader(
+            inputs.plan,
+            dp_rank=self.dims.dp_rank,
+            dp_degree=self.dims.dp_degree,
+            local_batch_size=t.local_batch_size,
+            start_step=self.step,
+            num_workers=config.data.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.batches: Iterator[PackedBatch] = iter(loader)
+        self.metrics: MetricsLogger | None = None
+        if rank == 0:
+            self._write_inputs()
+            self.metrics = MetricsLogger(config.metrics, self.dump_folder, config.stage.name, asdict(config), self.step)
+
+    def _write_inputs(self) -> None:
+        self.dump_folder.mkdir(parents=True, exist_ok=True)
+        (self.dump_folder / "config.toml").write_text(dump_toml(self.config))
+        report = self.inputs.plan.report()
+        (self.dump_folder / "plan.json").write_text(json.dumps(report, indent=1) + "\n")
+        total = parameter_counts(self.inputs.args)[0]
+        sizes = ", ".join(f"{name} {self.dims.size(name)}" for name in ("dp_replicate", "dp_shard", "cp", "tp"))
+        logger.info(f"stage {self.config.stage.name}: {self.config.job.description}".rstrip(": "))
+        logger.info(f"model {self.config.model.flavor}: {total / 1e6:,.1f}M parameters on {self.device.type}; {sizes}")
+        for line in format_report(report).splitlines():
+            logger.info(line)
+
+    # ---- state ------------------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {
+            "model": {name: param.detach() for name, param in self.model.named_parameters()},
+            "optimizer": optimizer_state(self.model, self.optimizer),
+            "rng": random_state(),
+        }
+
+    def _load(self) -> None:
+        """Resume from the newest complete checkpoint, else start from Hugging Face weights or from scratch."""
+        path = None
+        if self.checkpointer:
+            self.checkpointer.prepare()
+            path = self.checkpointer.find()
+        if path and self.checkpointer:
+            state = self._state()
+            self.checkpointer.load(path, state)
+            set_random_state(state["rng"])
+            manifest = read_manifest(path)
+            self.step, self.tokens_seen = manifest["step"], manifest["tokens_seen"]
+            logger.info(f"resumed from {path}")
+        elif self.config.checkpoint.initial_load_in_hf:
+            load_weights(self.model, Path(self.config.model.hf_assets_path))
+            logger.info(f"weights from {self.config.model.hf_assets_path}")
+        else:
+            init_weights(self.model, self.config.training.seed)
+
+    def save(self) -> None:
+        """Collective. Save the state after self.step, unless that is what is on disk already."""
+        assert self.checkpointer
+        manifest = {
+            "format": 1,
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "stage": self.config.stage.name,
+            "architecture": _as_json(self.inputs.args),
+            "tokenizer": self.inputs.tokenizer.fingerprint,
+            "seq_len": self.config.training.seq_len,
+            "plan": self.inputs.plan.inputs,
+            "world_size": dist.get_world_size(),
+        }
+        self.checkpointer.save(self._state(), manifest)
+
+    # ---- training ---------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Steps until training.steps, or until some rank has been asked to stop; saves at intervals and at the end."""
+        config, steps = self.config, self.config.training.steps
+        start, saved_at, first_step = time.perf_counter(), self.step, self.step + 1
+        if self.step >= steps:
+            logger.info(f"nothing to do: step {self.step} of {steps} is done")
+        prof = config.profiling
+        traces = self.dump_folder / prof.save_traces_folder if prof.enable_profiling else None
+        snapshots = self.dump_folder / prof.save_memory_snapshot_folder if prof.enable_memory_snapshot else None
+        with (
+            step_progress(steps, self.step, self.rank) as progress,
+            profiled(traces, snapshots, prof.profile_freq, self.rank) as step_ended,
+        ):
+            window = Window()
+            while self.step < steps:
+                numbers = self.train_step(window)
+                if numbers is None:
+                    break
+                if self.step == first_step:
+                    groups = [*self.dims.groups(), dist.group.WORLD, self.cpu_group]
+                    set_timeout(config.comm.train_timeout_seconds, groups)
+                if self.step % config.metrics.log_freq == 0 or self.step in (first_step, steps):
+                    self._log(numbers, window)
+                    window = Window()
+                progress.update(progress.task_ids[0], completed=self.step, description=f"loss {numbers['loss']:.3f}")
+                if self.checkpointer and (self.step % config.checkpoint.interval == 0 or self.step == steps):
+                    self.save()
+                    saved_at = self.step
+                self.garbage_collection.run(self.step)
+                step_ended(self.step)
+            if self.step < steps:
+                logger.info(f"asked to stop: ending after step {self.step} of {steps}")
+                if self.checkpointer and saved_at < self.step:
+                    self.save()
+        if self.checkpointer:
+            self.checkpointer.wait()
+        logger.info(f"ended at step {self.step} after {duration(time.perf_counter() - start)}")
+
+    def train_step(self, window: Window) -> dict[str, Any] | None:
+        """One optimizer step over the global batch; None, and nothing done, if a rank has been asked to stop.
+
+        The loss is the sum of token losses over the number of valid labels of the whole global batch, so it does not
+        depend on how the rows are split over ranks and accumulation. Raises NotFiniteError before anything is changed.
+        """
+        batches = list(islice(self.batches, self.accumulation))
+        counts_here = self.dims.counts_here
+        valid = sum(batch.num_valid for batch in batches) if counts_here else 0
+        counts = torch.tensor([valid, int(self.stop_requested)])
+        dist.all_reduce(counts, group=self.cpu_group)
+        valid = int(counts[0])
+        if counts[1] > 0:
+            return None
+        self.step += 1
+        if valid == 0:
+            raise UserError(f"No token of step {self.step} has a label: every segment of its rows is one token long.")
+
+        names = self.inputs.plan.names
+        sums = torch.zeros(len(names), 2, dtype=torch.float64)  # by source: loss, labels
+        for i, batch in enumerate(batches):
+            reduce_over_replicas(self.model, i == len(batches) - 1)
+            losses, labels = self._forward_backward(batch, valid)
+            segment_lengths = batch.cu_seqlens.diff().long()
+            source = torch.repeat_interleave(batch.source.long(), segment_lengths)
+            sums[:, 0].index_add_(0, source, losses.double().cpu())
+            sums[:, 1].index_add_(0, source, (labels != IGNORED_LABEL).double())
+            pairs = Segments.from_tensor(batch.cu_seqlens).attended_pairs
+            a = self.inputs.args
+            window.flops += training_flops(
+                self.matmul_parameters, len(labels), a.n_layers * a.n_heads * a.head_dim, pairs
+            )
+            window.tokens += len(labels)
+        norm = clip_gradients(self.model.parameters(), self.config.training.max_norm, self.cpu_group)
+        if not counts_here:
+            sums.zero_()
+        dist.all_reduce(sums, group=self.cpu_group)
+        loss = float(sums[:, 0].sum()) / valid
+        if not (abs(loss) < float("inf") and norm < float("inf")):  # NaN compares false
+            rows = range(self.inputs.plan.rows_per_step)
+            described = "\n".join(f"  row {s}: {self.inputs.plan.describe(self.step - 1, s)}" for s in rows)
+            raise NotFiniteError(f"step {self.step}: loss {loss}, gradient norm {norm}. Its rows:\n{described}")
+
+        lr = self.config.optimizer.lr * lr_factor(self.step, self.config.training.steps, self.config.lr_scheduler)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.tokens_seen += self.inputs.plan.rows_per_step * self.config.training.seq_len
+        window.steps += 1
+        return {
+            "step": self.step,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens_seen": self.tokens_seen,
+            "loss_by_source": {
+                name: float(loss_sum / n) for name, (loss_sum, n) in zip(names, sums, strict=True) if n > 0
+            },
+        }
+
+    def _forward_backward(self, batch: PackedBatch, valid: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token losses float32 [T] of one micro-batch, detached, and its labels on the CPU; gradients accumulate."""
+        segments = Segments.from_tensor(batch.cu_seqlens)
+        on_device = batch.to(self.device)
+        # the backward of a DTensor loss must run inside the context too
+        with loss_parallel() if self.loss_parallel else nullcontext():
+            logits = self.model(on_device.tokens, on_device.positions, segments)
+            losses = token_losses(logits, on_device.labels)
+            del logits
+            (losses.sum() / valid).backward()
+        losses = losses.full_tensor() if isinstance(losses, DTensor) else losses
+        return losses.detach(), batch.labels
+
+    def _log(self, numbers: dict[str, Any], window: Window) -> None:
+        """Rank 0 completes the numbers of the step with the rates since the last line, and writes them."""
+        if not self.metrics:
+            return
+        seconds = time.perf_counter() - window.start
+        # this rank's rates: every rank has as many tokens
+        ranks_a_row = self.dims.size("cp") * self.dims.size("tp")
+        peak = peak_flops(self.device, self.config.metrics.peak_tflops)
+        numbers |= {
+            "tokens_per_second": window.tokens * self.dims.dp_degree / seconds,
+            "mfu": window.flops / ranks_a_row / seconds / peak if peak else None,
+            "memory_gib": peak_memory_gib(self.device),
+            "seconds_per_step": seconds / window.steps,
+        }
+        self.metrics.log(numbers)
+        log_step(numbers, self.config.training.steps, seconds / window.steps)
+
+    def close(self) -> None:
+        """Release files and process groups."""
+        if self.metrics:
+            self.metrics.close()
+        dist.destroy_process_group()
+
+
+class Window:
+    """What has been done since the last log line, for rates."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.steps = self.tokens = 0
+        self.flops = 0.0
