@@ -1,8 +1,9 @@
 """Documents -> rows of exactly seq_len tokens.
 
-Concat: in every epoch the documents are laid end to end in a new order and the line is cut every seq_len tokens. Each
-token is used at most once an epoch; the tail that does not fill a row is left out. A row is described by its pieces,
-which say what to read; nothing here reads tokens.
+Concat: in every epoch the documents are laid end to end in a new order, the line is cut every seq_len tokens, and the
+rows are shuffled, so that a long document's rows do not follow one another. Each token is used at most once an epoch;
+the tail that does not fill a row is left out. A row is described by its pieces, which say what to read; nothing here
+reads tokens.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """The documents of a source in the order of one epoch."""
+    """The documents and rows of a source in the order of one epoch."""
 
     documents: np.ndarray
     """int64[n]"""
 
     ends: np.ndarray
     """int64[n], where each ends on the line of all tokens."""
+
+    places: np.ndarray
+    """int64[rows]: the place on the line, in rows, of the epoch's first, second, ... row."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +36,21 @@ class Pieces:
     stops: np.ndarray
 
 
-def order_epoch(lengths: np.ndarray, seed: int, source: int, epoch: int) -> EpochOrder:
-    """Order of a source's documents (lengths int64[n]) in an epoch, seeded by the three numbers."""
-    documents = np.random.default_rng([seed, source, epoch]).permutation(len(lengths))
-    return EpochOrder(documents, np.cumsum(lengths[documents], dtype=np.int64))
+def order_epoch(lengths: np.ndarray, seq_len: int, seed: int, source: int, epoch: int) -> EpochOrder:
+    """Order of a source's documents (lengths int64[n]) and rows in an epoch, seeded by the last three numbers."""
+    random = np.random.default_rng([seed, source, epoch])
+    documents = random.permutation(len(lengths))
+    return EpochOrder(
+        documents, np.cumsum(lengths[documents], dtype=np.int64), random.permutation(int(lengths.sum()) // seq_len)
+    )
 
 
 def cut_row(order: EpochOrder, row: int, seq_len: int) -> Pieces:
     """Pieces of row `row` of the epoch, O(pieces + log n). IndexError beyond the epoch's last whole row."""
-    begin, end = row * seq_len, (row + 1) * seq_len
-    if row < 0 or len(order.ends) == 0 or end > order.ends[-1]:
-        raise IndexError(f"row {row} of an epoch of {int(order.ends[-1]) // seq_len if len(order.ends) else 0} rows")
+    if not 0 <= row < len(order.places):
+        raise IndexError(f"row {row} of an epoch of {len(order.places)} rows")
+    begin = int(order.places[row]) * seq_len
+    end = begin + seq_len
     first = int(np.searchsorted(order.ends, begin, side="right"))
     last = int(np.searchsorted(order.ends, end, side="left"))
     ends = order.ends[first : last + 1]

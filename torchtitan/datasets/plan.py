@@ -117,7 +117,7 @@ class Plan:
             kept = [key for key in self._orders if key[0] == source]
             if len(kept) >= ORDERS_KEPT:
                 del self._orders[kept[0]]  # the one not used for longest
-            order = order_epoch(self.corpora[source].lengths, self.seed, source, epoch)
+            order = order_epoch(self.corpora[source].lengths, self.seq_len, self.seed, source, epoch)
         self._orders[(source, epoch)] = order
         return order
 

@@ -1,0 +1,57 @@
+"""Plot a run: the loss of its metrics.jsonl over tokens, in all and by source, beside the unigram model's.
+
+python scripts/plot_metrics.py outputs/demo [another_run ...] --out loss.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display on a cluster
+import matplotlib.pyplot as plt
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="dump folders")
+    parser.add_argument("--out", type=Path, default=Path("loss.png"))
+    args = parser.parse_args()
+
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for run in args.runs:
+        try:
+            steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            plan = json.loads((run / "plan.json").read_text())
+        except OSError as e:
+            raise SystemExit(f"{run} is not the dump folder of a run: {e}") from None
+        if not steps:
+            raise SystemExit(f"{run / 'metrics.jsonl'} has no line yet: the first step is not logged.")
+        tokens = [s["tokens_seen"] for s in steps]
+        (line,) = axes.plot(tokens, [s["loss"] for s in steps], label=f"{run.name}: loss")
+        for source in plan["inputs"]["sources"]:
+            by_source = [s["loss_by_source"].get(source["name"]) for s in steps]
+            axes.plot(tokens, by_source, color=line.get_color(), alpha=0.35, linewidth=1)
+            if by_source[-1] is not None:
+                axes.annotate(source["name"], (tokens[-1], by_source[-1]), fontsize=8, color=line.get_color())
+        axes.axhline(
+            plan["unigram_nats"],
+            color=line.get_color(),
+            linestyle="--",
+            linewidth=1,
+            label=f"{run.name}: unigram model, {plan['unigram_nats']:.2f} nats",
+        )
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("cross-entropy (nats a token)")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(args.out, dpi=130)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""AdamW's groups and state, gradient clipping, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from torchtitan.components.lr_scheduler import lr_factor
+from torchtitan.components.optimizer import build_optimizer, clip_gradients, optimizer_state
+from torchtitan.config.job_config import LRScheduler, Optimizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def two_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"layer": nn.Linear(4, 3), "norm": nn.RMSNorm(3)})
+
+
+@pytest.mark.parametrize("implementation", ["fused", "foreach", "for-loop"])
+def test_equals_pytorchs_own_adamw(implementation: str):
+    """The state that is made up front is the one that AdamW would have made."""
+    config = Optimizer(lr=0.1, implementation=implementation, weight_decay=0.3)
+    ours, theirs = two_layers(), two_layers()
+    a = build_optimizer(ours, config)
+    b = torch.optim.AdamW(theirs.parameters(), lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.3)
+    weights = torch.randn(5, 3)
+    for _ in range(3):
+        for model, optimizer in ((ours, a), (theirs, b)):
+            optimizer.zero_grad()
+            (weights * model["norm"](model["layer"](torch.arange(20.0).view(5, 4)))).sum().backward()
+            optimizer.step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+    state = optimizer_state(ours, a)
+    assert set(state) == {
+        f"{n}.{k}" for n in ("layer.weight", "layer.bias", "norm.weight") for k in ("step", "exp_avg", "exp_avg_sq")
+    }
+    assert state["layer.weight.step"] == 3 and state["layer.weight.exp_avg_sq"].any()
+
+
+def test_no_decay_patterns():
+    """With a gradient of zero, decay is all that moves a parameter."""
+    model = two_layers()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, Optimizer(lr=0.1, weight_decay=0.5, no_decay=("*norm*", "*bias")))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"layer.weight"}
+
+
+def test_clipping_scales_to_the_norm_and_leaves_small_gradients():
+    params = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(1))]
+    for scale, max_norm in ((1.0, 2.0), (1.0, 100.0), (1.0, 0.0), (1e-3, 2.0)):
+        for i, p in enumerate(params[:2]):
+            p.grad = torch.full_like(p, scale * (i + 1))
+        expected = scale * math.sqrt(3 * 1 + 4 * 4)
+        assert clip_gradients(params, max_norm, dist.group.WORLD) == pytest.approx(expected, rel=1e-6)
+        after = math.sqrt(sum(p.grad.square().sum().item() for p in params[:2]))
+        assert after == pytest.approx(min(expected, max_norm or math.inf), rel=1e-5)
+
+
+def test_clipping_is_exact_on_large_matrices():
+    """A float32 sum of 4M squares is off in the fifth digit."""
+    p = nn.Parameter(torch.zeros(2048, 2048))
+    p.grad = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
+    expected = p.grad.double().square().sum().sqrt().item()
+    assert clip_gradients([p], 0.0, dist.group.WORLD) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_norm_that_is_not_finite_is_reported(bad: float):
+    p = nn.Parameter(torch.zeros(3))
+    p.grad = torch.tensor([1.0, bad, 1.0])
+    assert not math.isfinite(clip_gradients([p], 1.0, dist.group.WORLD))
+
+
+def factors(steps: int, **options) -> list[float]:
+    return [lr_factor(step, steps, LRScheduler(**options)) for step in range(1, steps + 1)]
+
+
+def test_warmup_then_decay_to_the_end():
+    f = factors(100, warmup_steps=10)
+    assert f[:10] == pytest.approx([k / 10 for k in range(1, 11)])
+    assert all(a > b for a, b in zip(f[10:], f[11:], strict=False))
+    assert f[10] == 1.0 and f[-1] == pytest.approx(1 / 90)
+
+
+def test_warmup_stable_decay():
+    f = factors(100, warmup_steps=10, decay_ratio=0.2)
+    assert f[9:81] == [1.0] * 72 and f[81] < 1.0 and f[-1] == pytest.approx(1 / 20)
+    assert factors(50, warmup_steps=0, decay_ratio=0.0) == [1.0] * 50
+
+
+@pytest.mark.parametrize("decay_type", ["linear", "cosine", "sqrt"])
+def test_decay_stays_between_the_ends(decay_type: str):
+    f = factors(1000, warmup_steps=100, decay_type=decay_type, min_lr_factor=0.1)
+    assert max(f) == 1.0 and 0.1 < f[-1] < 0.11
+    assert all(a >= b for a, b in zip(f[100:], f[101:], strict=False))
+    halfway = f[100 + 450]  # progress 1/2
+    assert halfway == pytest.approx(0.1 + 0.9 * {"linear": 0.5, "cosine": 0.5, "sqrt": 1 - 0.5**0.5}[decay_type])
