@@ -11,14 +11,16 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.job_config import Data, Source
 from torchtitan.datasets.tokenize import CORPUS_FILE, FORMAT, hash_file, tokenize_source
 from torchtitan.tools.errors import UserError
+
+if TYPE_CHECKING:  # components stand above datasets
+    from torchtitan.components.tokenizer import Tokenizer
 
 STATE_FILE = "state.json"  # of datasets' save_to_disk; names the Arrow files in order
 

@@ -20,14 +20,16 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.job_config import Data, Source
 from torchtitan.datasets.text import EXTENSIONS, Span, read_documents, split_into_spans
 from torchtitan.tools.errors import UserError
+
+if TYPE_CHECKING:  # components stand above datasets
+    from torchtitan.components.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
