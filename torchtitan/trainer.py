@@ -44,7 +44,14 @@ from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.models.huggingface import check_weights, load_weights, read_config
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.transformer import TransformerArgs, init_weights, parameter_counts
-from torchtitan.tools.device import GarbageCollection, init_process_group, peak_flops, peak_memory_gib, pick_device
+from torchtitan.tools.device import (
+    GarbageCollection,
+    init_process_group,
+    make_deterministic,
+    peak_flops,
+    peak_memory_gib,
+    pick_device,
+)
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.flops import training_flops
 from torchtitan.tools.logging import logger, step_progress
@@ -165,7 +172,8 @@ class Trainer:
         )
         self.cpu_group = dist.new_group(backend="gloo")  # for counters: no stream of the GPU waits for them
         torch.manual_seed(t.seed)
-        torch.use_deterministic_algorithms(t.deterministic)
+        if t.deterministic:
+            make_deterministic()
         self.garbage_collection = GarbageCollection(t.gc_freq)
 
         self.accumulation = accumulation_steps(config, world_size)

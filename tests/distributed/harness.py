@@ -133,6 +133,7 @@ def _worker(
     rank: int, world_size: int, function: Callable[..., Any], cases: list[Any], ports: list[int], results: str
 ) -> None:
     torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests are of gloo ranks, also on a machine with a GPU
     outcome = []
     for case, port in zip(cases, ports, strict=True):
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

@@ -56,7 +56,11 @@ def steps_of(out: Path) -> dict[int, dict[str, Any]]:
 
 def launch(args: list[str], processes: int) -> subprocess.Popen:
     command = [sys.executable, "-m", "torchtitan.tools.launch", "--nproc", str(processes), "--", *args]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -211,6 +215,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(damage: str, folder: Path, as
     assert [numbers["step"] for numbers in steps] == [4]
     assert steps[0]["loss"] == whole[3]["loss"]
     assert find_damage(last) is None, "the damaged one is written anew"
+    assert (out / "checkpoint" / "step-4.replaced").is_dir()
 
 
 def test_async_saves_what_was_and_keeps_the_latest(folder: Path, assets: Path):
@@ -224,6 +229,19 @@ def test_async_saves_what_was_and_keeps_the_latest(folder: Path, assets: Path):
         assert complete_steps(out / "checkpoint") == [3, 4]
         saved.append(tensors(out / "checkpoint" / "step-3"))
     assert_equal(*saved)
+
+
+def test_going_back_to_an_earlier_step(folder: Path, assets: Path):
+    """load_step takes the run back: later checkpoints are set aside, neither resumed from nor counted."""
+    out = folder / "back"
+    options = {"checkpoint__enable": True, "checkpoint__interval": 1, "checkpoint__keep_latest_k": 3}
+    args = flags(folder, assets, **options, job__dump_folder=out)
+    forward = spawn(1, run_stage, [args], folder)[0]
+    back = spawn(1, run_stage, [[*args, "--checkpoint.load_step", "2", "--training.steps", "3"]], folder)[0]
+    assert [n["step"] for n in back] == [3] and back[0]["grad_norm"] == forward[2]["grad_norm"]
+    assert complete_steps(out / "checkpoint") == [2, 3]
+    assert sorted(p.name for p in (out / "checkpoint").glob("*.replaced")) == ["step-3.replaced", "step-4.replaced"]
+    assert list(steps_of(out)) == [1, 2, 3]
 
 
 def test_finished_run_has_nothing_to_do(folder: Path, assets: Path, unbroken):

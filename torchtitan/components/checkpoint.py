@@ -55,8 +55,6 @@ class _WholeWriter(FileSystemWriter):
             files |= json.loads(part.read_text())
             part.unlink()
         _write_json(self.partial / MANIFEST, self.manifest | {"files": files})
-        if self.target.exists():  # one that was found damaged and trained past again
-            shutil.rmtree(self.target)
         self.partial.rename(self.target)
         _fsync_folder(self.target.parent)
 
@@ -107,6 +105,8 @@ class Checkpointer:
         """Collective. The checkpoint to resume from: load_step, or the newest undamaged one; None if there is none.
 
         All ranks share the reading of the files; a damaged checkpoint is skipped with a warning that names the file.
+        Checkpoints later than the one that is returned are renamed to step-N.replaced: they are damaged or of a run
+        that is being taken back, and must not be resumed from, nor counted in keep_latest_k, once this run saves.
         """
         wanted = self.config.load_step
         steps = _from_rank0(complete_steps(self.folder) if dist.get_rank() == 0 else None, self._group)
@@ -121,6 +121,9 @@ class Checkpointer:
             dist.all_gather_object(damage, find_damage(path, dist.get_rank(), dist.get_world_size()), group=self._group)
             found = [d for d in damage if d]
             if not found:
+                if dist.get_rank() == 0:
+                    _set_aside([self.folder / f"step-{later}" for later in steps if later > step])
+                dist.barrier(self._group)
                 return path
             if wanted >= 0:
                 raise UserError(f"checkpoint.load_step = {wanted}: {found[0]}")
@@ -146,6 +149,14 @@ class Checkpointer:
             dcp.load(state, storage_reader=reader, process_group=self._group)
         except CheckpointException as e:  # a BaseException, which `except Exception` would let through
             raise RuntimeError(f"{path} could not be loaded: {e}") from e
+
+
+def _set_aside(checkpoints: list[Path]) -> None:
+    for path in checkpoints:
+        target = path.with_name(path.name + ".replaced")
+        shutil.rmtree(target, ignore_errors=True)
+        path.rename(target)
+        logger.warning(f"{path} is later than the checkpoint that is resumed from; it is kept as {target.name}")
 
 
 def complete_steps(folder: Path) -> list[int]:

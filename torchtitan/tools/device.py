@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import resource
 import sys
 from datetime import timedelta
@@ -35,6 +36,12 @@ def pick_device(local_rank: int) -> torch.device:
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
+
+
+def make_deterministic() -> None:
+    """Ask for kernels that give the same bits every time; before anything runs on the GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without it
+    torch.use_deterministic_algorithms(True)
 
 
 def init_process_group(device: torch.device, rank: int, world_size: int, timeout_seconds: int) -> None:

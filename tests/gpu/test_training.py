@@ -1,0 +1,79 @@
+"""On a real GPU: the tiny stage against the CPU, its options, checkpoints, the loader's pinned memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.harness import flags, write_assets
+from torchtitan.components.checkpoint import complete_steps, find_damage
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gpu")
+
+
+@pytest.fixture(scope="module")
+def assets(folder: Path) -> Path:
+    return write_assets(folder)
+
+
+def train(folder: Path, assets: Path, name: str, visible: str = "0", **overrides: Any) -> list[dict[str, Any]]:
+    """Trains in a process of its own; the lines of metrics.jsonl."""
+    out = folder / name
+    args = flags(folder, assets, job__dump_folder=out, **overrides)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run(
+        [sys.executable, "-m", "torchtitan.train", *args], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_gpu_equals_cpu(folder: Path, assets: Path):
+    cpu = train(folder, assets, "cpu", visible="", data__num_workers=1)
+    gpu = train(folder, assets, "gpu", data__num_workers=1)
+    first = abs(gpu[0]["loss"] / cpu[0]["loss"] - 1)
+    assert first < 1e-5, "the same weights and rows; only the order of sums differs"
+    for a, b in zip(gpu, cpu, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["memory_gib"] > 0 and "mfu" in a
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"training__mixed_precision_param": "bfloat16"},
+        {"compile__enable": True},
+        {"activation_checkpoint__mode": "full"},
+        {"training__deterministic": True},
+        {"profiling__enable_profiling": True, "profiling__enable_memory_snapshot": True, "profiling__profile_freq": 2},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options(options: dict[str, Any], folder: Path, assets: Path):
+    plain = train(folder, assets, "gpu-plain-" + next(iter(options)))
+    changed = train(folder, assets, "gpu-" + next(iter(options)), **options)
+    for a, b in zip(changed, plain, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_checkpoints(mode: str, folder: Path, assets: Path):
+    options = {"checkpoint__enable": True, "checkpoint__interval": 2, "checkpoint__async_mode": mode}
+    whole = train(folder, assets, f"whole-{mode}", **options)
+    train(folder, assets, f"parts-{mode}", **options, training__steps=2)
+    parts = train(folder, assets, f"parts-{mode}", **options)
+    assert complete_steps(folder / f"parts-{mode}" / "checkpoint") == [2, 4]
+    assert find_damage(folder / f"parts-{mode}" / "checkpoint" / "step-4") is None
+    # the learning rate of steps 1 and 2 depends on training.steps only after the warmup of 2
+    assert parts[-1]["loss"] == pytest.approx(whole[-1]["loss"], rel=1e-5)
