@@ -1,5 +1,7 @@
 """Plot a run: the loss of its metrics.jsonl over tokens, in all and by source, beside the unigram model's.
 
+Bold and dotted lines are running means over seven logged steps, the pale line is the loss as logged.
+
 python scripts/plot_metrics.py outputs/demo [another_run ...] --out loss.png
 """
 
@@ -7,12 +9,19 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")  # no display on a cluster
 import matplotlib.pyplot as plt
+
+
+def smooth(values: Sequence[float], reach: int = 3) -> list[float]:
+    """Running mean over `reach` lines to either side, fewer at the ends."""
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(w) / len(w) for w in windows]
 
 
 def main() -> None:
@@ -31,15 +40,22 @@ def main() -> None:
         if not steps:
             raise SystemExit(f"{run / 'metrics.jsonl'} has no line yet: the first step is not logged.")
         tokens = [s["tokens_seen"] for s in steps]
-        (line,) = axes.plot(tokens, [s["loss"] for s in steps], label=f"{run.name}: loss")
+        (line,) = axes.plot(tokens, smooth([s["loss"] for s in steps]), linewidth=2, label=f"{run.name}: loss")
+        color = line.get_color()
+        axes.plot(tokens, [s["loss"] for s in steps], color=color, alpha=0.3, linewidth=1)
         for source in plan["inputs"]["sources"]:
-            by_source = [s["loss_by_source"].get(source["name"]) for s in steps]
-            axes.plot(tokens, by_source, color=line.get_color(), alpha=0.35, linewidth=1)
-            if by_source[-1] is not None:
-                axes.annotate(source["name"], (tokens[-1], by_source[-1]), fontsize=8, color=line.get_color())
+            found = [
+                (s["tokens_seen"], s["loss_by_source"][source["name"]])
+                for s in steps
+                if source["name"] in s["loss_by_source"]
+            ]
+            if len(plan["inputs"]["sources"]) > 1 and found:
+                x, y = zip(*found, strict=True)
+                axes.plot(x, smooth(y), color=color, linestyle=":", linewidth=1)
+                axes.annotate(source["name"], (x[-1], smooth(y)[-1]), fontsize=8, color=color)
         axes.axhline(
             plan["unigram_nats"],
-            color=line.get_color(),
+            color=color,
             linestyle="--",
             linewidth=1,
             label=f"{run.name}: unigram model, {plan['unigram_nats']:.2f} nats",

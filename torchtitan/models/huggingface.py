@@ -120,7 +120,8 @@ def check_weights(folder: Path, args: TransformerArgs) -> None:
     if not files:
         raise UserError(
             f"checkpoint.initial_load_in_hf = true, but there is no *.safetensors file in "
-            f"model.hf_assets_path = {folder}."
+            f"model.hf_assets_path = {folder}. Name a folder with the weights, or leave initial_load_in_hf out to "
+            "train from scratch."
         )
     for file in files:
         try:
@@ -128,7 +129,7 @@ def check_weights(folder: Path, args: TransformerArgs) -> None:
                 for key in f.keys():  # noqa: SIM118  (not a dict)
                     found[key] = tuple(f.get_slice(key).get_shape())
         except (SafetensorError, OSError) as e:
-            raise UserError(f"{file} cannot be read as safetensors: {e}") from None
+            raise UserError(f"{file} cannot be read as safetensors: {e}. Is it whole? Fetch it again.") from None
     with torch.device("meta"):
         wanted = {hf_name(n): tuple(p.shape) for n, p in Transformer(args).named_parameters()}
     wrong = [

@@ -104,12 +104,14 @@ class Transformer(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: Transformer, seed: int) -> None:
-    """Fill the (possibly sharded) parameters: normal, std 0.02, smaller into the residual stream; norms 1, biases 0.
+    """Fill the (possibly sharded) parameters; norms 1, biases 0, matrices normal with std 1 / sqrt(inputs).
+
+    The matrices that write into the residual stream are smaller by sqrt(2 n_layers), so that the sum of all branches
+    keeps its variance (GPT-2). The embedding has std 1, or as a matrix of its output if it is tied to it.
 
     Each parameter is drawn whole from a generator seeded by (seed, its name) and cut to this rank's shard, so the
     values do not depend on the layout. Only one parameter is ever held whole.
     """
-    residual_std = 0.02 / (2 * model.args.n_layers) ** 0.5  # GPT-2: the sum of 2L branches keeps the same variance
     for name, param in model.named_parameters():
         if name.endswith("bias"):
             param.zero_()
@@ -118,7 +120,11 @@ def init_weights(model: Transformer, seed: int) -> None:
         else:
             # 32 bits: the CPU generator ignores the rest of a seed
             generator = torch.Generator(param.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-            std = residual_std if name.endswith(("wo.weight", "w2.weight")) else 0.02
+            std = param.shape[-1] ** -0.5
+            if name.endswith(("wo.weight", "w2.weight")):
+                std /= (2 * model.args.n_layers) ** 0.5
+            elif name == "tok_embeddings.weight" and not model.args.tied_embeddings:
+                std = 1.0
             full = torch.randn(param.shape, generator=generator, device=param.device, dtype=torch.float32) * std
             full = full.to(param.dtype)
             if isinstance(param, DTensor):
