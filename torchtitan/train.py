@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import os
 import signal
@@ -42,13 +43,34 @@ def main(args: list[str]) -> int:
             trainer.close()
         return 0
     except UserError as e:
-        # every rank finds the same mistake: rank 0 explains it, and the launcher ends the others meanwhile
-        if rank > 0:
-            time.sleep(3)
-        logger.error(str(e))
-        return 1
+        return _give_up(str(e), rank)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _give_up(f"A disk is full, most likely that of job.dump_folder: {e}. {AFTER_MAKING_ROOM}", rank)
+    except RuntimeError as e:
+        if not any(words in str(e) for words in LOST_CONNECTION):
+            raise
+        why = f"Another rank has ended, and says why, or the connection to it was lost: {str(e).splitlines()[0]}"
+        return _give_up(why, rank)
 
 
+def _give_up(message: str, rank: int) -> int:
+    """Log the message, exit code 1. Rank 0 speaks for all: most mistakes are found by every rank.
+
+    The others wait, so that the launcher ends them unheard, and speak only if rank 0 has nothing to say.
+    """
+    if rank > 0:
+        for stop_signal in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(stop_signal, signal.SIG_DFL)
+        time.sleep(SECONDS_FOR_RANK_0)
+    logger.error(message)
+    return 1
+
+
+SECONDS_FOR_RANK_0 = 10
+AFTER_MAKING_ROOM = "Make room and start again: training goes on from the newest complete checkpoint."
+LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
 RANK_VARIABLES = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 

@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from torchtitan.attention.segments import Segments
 from torchtitan.components.checkpoint import (
     Checkpointer,
+    check_load_step,
     complete_steps,
     random_state,
     read_manifest,
@@ -29,7 +30,7 @@ from torchtitan.components.checkpoint import (
 )
 from torchtitan.components.loss import token_losses
 from torchtitan.components.lr_scheduler import lr_factor
-from torchtitan.components.metrics import MetricsLogger, duration, log_step
+from torchtitan.components.metrics import MetricsLogger, duration, import_wandb, log_step
 from torchtitan.components.optimizer import build_optimizer, clip_gradients, optimizer_state
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.config import JobConfig, dump_toml
@@ -39,7 +40,7 @@ from torchtitan.datasets.loader import IGNORED_LABEL, PackedBatch, build_loader
 from torchtitan.datasets.plan import Plan, changed_inputs, format_report
 from torchtitan.distributed.fully_shard import reduce_over_replicas
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.parallelize import build_sharded_model
+from torchtitan.distributed.parallelize import build_sharded_model, check_backend
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.models.huggingface import check_weights, load_weights, read_config
 from torchtitan.models.registry import FLAVORS
@@ -54,6 +55,7 @@ from torchtitan.tools.device import (
 )
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.flops import training_flops
+from torchtitan.tools.folders import make_writable
 from torchtitan.tools.logging import logger, step_progress
 from torchtitan.tools.profiling import profiled
 from torchtitan.tools.torch_compat import set_timeout
@@ -79,10 +81,14 @@ def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
     tokenizer = load_tokenizer(assets)
     args = model_args(config)
     check_tensor_parallel(args, config.parallelism.tensor_parallel_degree)
+    if config.compile.enable:
+        check_backend(config.compile.backend)
     if tokenizer.vocab_size > args.vocab_size:
+        says = f"{assets}/config.json" if config.model.flavor == "auto" else f'model.flavor = "{config.model.flavor}"'
         raise UserError(
-            f"The tokenizer in model.hf_assets_path = {assets} has {tokenizer.vocab_size} tokens, but model.flavor = "
-            f'"{config.model.flavor}" has room for {args.vocab_size}: they do not belong together.'
+            f"The tokenizer in model.hf_assets_path = {assets} has {tokenizer.vocab_size} tokens, but the model of "
+            f"{says} has a vocabulary of {args.vocab_size}: they do not belong together. Name the assets of that "
+            "model, or another flavor."
         )
     if config.checkpoint.initial_load_in_hf:
         check_weights(assets, args)
@@ -104,6 +110,11 @@ def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
     )
     if config.checkpoint.enable:
         _check_resumable(config, args, tokenizer, plan)
+    if config.metrics.enable_wandb:
+        import_wandb()
+    make_writable("job.dump_folder", Path(config.job.dump_folder))
+    if config.checkpoint.enable:
+        make_writable("job.dump_folder / checkpoint.folder", Path(config.job.dump_folder) / config.checkpoint.folder)
     return StageInputs(tokenizer, args, plan)
 
 
@@ -125,6 +136,7 @@ def _check_resumable(config: JobConfig, args: TransformerArgs, tokenizer: Tokeni
     """Refuse a checkpoint folder of another model or of other data, rather than overwrite or mix."""
     folder = Path(config.job.dump_folder) / config.checkpoint.folder
     steps = complete_steps(folder)
+    check_load_step(folder, config.checkpoint.load_step, steps)
     manifest: dict[str, Any] | None = None
     for step in reversed(steps):
         try:
@@ -134,24 +146,29 @@ def _check_resumable(config: JobConfig, args: TransformerArgs, tokenizer: Tokeni
             continue  # damaged: named when a checkpoint to resume from is looked for
     if manifest is None:
         return
-    differences = [
-        f"{key} {manifest['architecture'].get(key)} -> {value}"
-        for key, value in _as_json(args).items()
-        if manifest["architecture"].get(key) != value
-    ]
+    was, now = _flat(manifest["architecture"]), _flat(_as_json(args))
+    differences = [f"{k} {was.get(k)} -> {now.get(k)}" for k in {**was, **now} if was.get(k) != now.get(k)]
     if manifest["tokenizer"] != tokenizer.fingerprint:
         differences.append("the tokenizer")
     differences += changed_inputs(manifest["plan"], plan.inputs)
     if differences:
         raise UserError(
             f"{folder} holds checkpoints of another run ({', '.join(f'step {s}' for s in steps[-3:])}), which this one "
-            f"would resume from and overwrite. Changed: {'; '.join(differences)}. Choose another job.dump_folder, or "
-            "delete that folder."
+            f"would resume from and overwrite. Changed: {'; '.join(differences)}. Set that back, choose another "
+            "job.dump_folder, or delete that folder."
         )
 
 
 def _as_json(args: TransformerArgs) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(args)))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"rope": {"theta": 1}} -> {"rope.theta": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 class Trainer:
@@ -180,6 +197,7 @@ class Trainer:
         self.model = build_sharded_model(inputs.args, config, self.dims, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.matmul_parameters = parameter_counts(inputs.args)[1]
+        self.attention_width = inputs.args.n_layers * inputs.args.n_heads * inputs.args.head_dim
         self.loss_parallel = p.tensor_parallel_degree > 1 and not p.disable_loss_parallel
         self.step = self.tokens_seen = 0
         self.stop_requested = False
@@ -315,20 +333,17 @@ class Trainer:
             raise UserError(f"No token of step {self.step} has a label: every segment of its rows is one token long.")
 
         names = self.inputs.plan.names
-        sums = torch.zeros(len(names), 2, dtype=torch.float64)  # by source: loss, labels
+        token_losses_of = []
         for i, batch in enumerate(batches):
             reduce_over_replicas(self.model, i == len(batches) - 1)
-            losses, labels = self._forward_backward(batch, valid)
-            segment_lengths = batch.cu_seqlens.diff().long()
-            source = torch.repeat_interleave(batch.source.long(), segment_lengths)
+            token_losses_of.append(self._forward_backward(batch, valid))
+        # only now: reading a number off the GPU waits for it
+        sums = torch.zeros(len(names), 2, dtype=torch.float64)  # by source: loss, labels
+        for batch, losses in zip(batches, token_losses_of, strict=True):
+            source = torch.repeat_interleave(batch.source.long(), batch.cu_seqlens.diff().long())
             sums[:, 0].index_add_(0, source, losses.double().cpu())
-            sums[:, 1].index_add_(0, source, (labels != IGNORED_LABEL).double())
-            pairs = Segments.from_tensor(batch.cu_seqlens).attended_pairs
-            a = self.inputs.args
-            window.flops += training_flops(
-                self.matmul_parameters, len(labels), a.n_layers * a.n_heads * a.head_dim, pairs
-            )
-            window.tokens += len(labels)
+            sums[:, 1].index_add_(0, source, (batch.labels != IGNORED_LABEL).double())
+            window.add(batch, self.matmul_parameters, self.attention_width)
         norm = clip_gradients(self.model.parameters(), self.config.training.max_norm, self.cpu_group)
         if not counts_here:
             sums.zero_()
@@ -357,8 +372,8 @@ class Trainer:
             },
         }
 
-    def _forward_backward(self, batch: PackedBatch, valid: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token losses float32 [T] of one micro-batch, detached, and its labels on the CPU; gradients accumulate."""
+    def _forward_backward(self, batch: PackedBatch, valid: int) -> torch.Tensor:
+        """Token losses float32 [T] of one micro-batch, detached; gradients accumulate."""
         segments = Segments.from_tensor(batch.cu_seqlens)
         on_device = batch.to(self.device)
         # the backward of a DTensor loss must run inside the context too
@@ -368,10 +383,12 @@ class Trainer:
             del logits
             (losses.sum() / valid).backward()
         losses = losses.full_tensor() if isinstance(losses, DTensor) else losses
-        return losses.detach(), batch.labels
+        return losses.detach()
 
     def _log(self, numbers: dict[str, Any], window: Window) -> None:
-        """Rank 0 completes the numbers of the step with the rates since the last line, and writes them."""
+        """Collective. Rank 0 completes the numbers of the step with the rates since the last line, and writes them."""
+        memory = torch.tensor(peak_memory_gib(self.device), dtype=torch.float64)
+        dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=self.cpu_group)
         if not self.metrics:
             return
         seconds = time.perf_counter() - window.start
@@ -381,7 +398,7 @@ class Trainer:
         numbers |= {
             "tokens_per_second": window.tokens * self.dims.dp_degree / seconds,
             "mfu": window.flops / ranks_a_row / seconds / peak if peak else None,
-            "memory_gib": peak_memory_gib(self.device),
+            "memory_gib": float(memory),
             "seconds_per_step": seconds / window.steps,
         }
         self.metrics.log(numbers)
@@ -401,3 +418,10 @@ class Window:
         self.start = time.perf_counter()
         self.steps = self.tokens = 0
         self.flops = 0.0
+
+    def add(self, batch: PackedBatch, matmul_parameters: int, attention_width: int) -> None:
+        """Count a micro-batch."""
+        tokens = len(batch.tokens)
+        pairs = Segments.from_tensor(batch.cu_seqlens).attended_pairs
+        self.flops += training_flops(matmul_parameters, tokens, attention_width, pairs)
+        self.tokens += tokens

@@ -13,7 +13,10 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
 MANIFEST = "manifest.json"
+LONGEST_WAIT = timedelta(hours=2)  # for the rank with the slowest disk; far beyond what a collective may take
 
 
 class _WholeWriter(FileSystemWriter):
@@ -67,7 +71,7 @@ class Checkpointer:
         self.folder = dump_folder / config.folder
         self._pending: Future[Any] | None = None
         # its own group: a save in the background must not meet the training's collectives
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
     def prepare(self) -> None:
         """Rank 0: make the folder and clear what killed runs left half written."""
@@ -85,15 +89,17 @@ class Checkpointer:
             # the writer copies the state before this returns; the rest happens in DCP's thread
             self._pending = dcp.async_save(state, storage_writer=writer, process_group=self._group)  # type: ignore
         else:
-            dcp.save(state, storage_writer=writer, process_group=self._group)
+            with _explain_failure(self.folder):
+                dcp.save(state, storage_writer=writer, process_group=self._group)
             logger.info(f"checkpoint: {writer.target}")
             self._delete_old()
 
     def wait(self) -> None:
         """Until a save in the background is complete; raises what it raised."""
         if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+            pending, self._pending = self._pending, None
+            with _explain_failure(self.folder):
+                pending.result()
             self._delete_old()
 
     def _delete_old(self) -> None:
@@ -110,11 +116,7 @@ class Checkpointer:
         """
         wanted = self.config.load_step
         steps = _from_rank0(complete_steps(self.folder) if dist.get_rank() == 0 else None, self._group)
-        if wanted >= 0 and wanted not in steps:
-            raise UserError(
-                f"checkpoint.load_step = {wanted}, but {self.folder} holds no complete checkpoint of that step; "
-                f"it has {', '.join(map(str, steps)) or 'none'}."
-            )
+        check_load_step(self.folder, wanted, steps)
         for step in [wanted] if wanted >= 0 else reversed(steps):
             path = self.folder / f"step-{step}"
             damage: list[str | None] = [None] * dist.get_world_size()
@@ -151,6 +153,26 @@ class Checkpointer:
             raise RuntimeError(f"{path} could not be loaded: {e}") from e
 
 
+@contextmanager
+def _explain_failure(folder: Path) -> Iterator[None]:
+    """A save that fails for want of room or permission becomes a UserError that says so."""
+    try:
+        yield
+    except CheckpointException as e:  # a BaseException, which `except Exception` would let through
+        causes = [failure[0] for failure in e.failures.values()]
+        causes += [c.__context__ for c in causes if c.__context__]
+        system = next((c for c in causes if isinstance(c, OSError)), None)
+        # PyTorch's zip writer loses the system's error and fails an assertion
+        if system is None and not any("inline_container" in str(c) for c in causes):
+            raise RuntimeError(f"a checkpoint could not be written to {folder}: {e}") from e
+        free = shutil.disk_usage(folder).free / 2**30
+        raise UserError(
+            f"A checkpoint could not be written to {folder}: {system or 'a write failed'}; {free:.2f} GiB are free "
+            "there. Earlier checkpoints are whole: make room (checkpoint.keep_latest_k deletes older ones) and start "
+            "again."
+        ) from e
+
+
 def _set_aside(checkpoints: list[Path]) -> None:
     for path in checkpoints:
         target = path.with_name(path.name + ".replaced")
@@ -163,6 +185,15 @@ def complete_steps(folder: Path) -> list[int]:
     """Steps of the published checkpoints, ascending."""
     names = (re.fullmatch(r"step-(\d+)", p.name) for p in folder.glob("step-*"))
     return sorted(int(m[1]) for m in names if m)
+
+
+def check_load_step(folder: Path, wanted: int, steps: list[int]) -> None:
+    """UserError if checkpoint.load_step names a step (one from 0 up) that is not among those in the folder."""
+    if wanted >= 0 and wanted not in steps:
+        raise UserError(
+            f"checkpoint.load_step = {wanted}, but {folder} holds no complete checkpoint of that step; there: "
+            f"{', '.join(map(str, steps)) or 'none'}. -1 takes the newest, and starts anew where there is none."
+        )
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -27,13 +27,7 @@ class MetricsLogger:
 
             self.tensorboard = SummaryWriter(str(dump_folder / config.save_tb_folder), purge_step=from_step + 1)
         if config.enable_wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError(
-                    "metrics.enable_wandb = true needs the package wandb: pip install 'torchtitan-longcontext[wandb]'."
-                ) from None
-            self.wandb = wandb.init(name=run_name, dir=str(dump_folder), config=job_config, resume="allow")
+            self.wandb = import_wandb().init(name=run_name, dir=str(dump_folder), config=job_config, resume="allow")
 
     def log(self, numbers: dict[str, Any]) -> None:
         """numbers: flat, but for dictionaries such as loss_by_source; must hold `step`."""
@@ -56,6 +50,17 @@ class MetricsLogger:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def import_wandb() -> Any:
+    """The module; UserError where it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "metrics.enable_wandb = true needs the package wandb: pip install 'torchtitan-longcontext[wandb]'."
+        ) from None
+    return wandb
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

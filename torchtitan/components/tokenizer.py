@@ -75,7 +75,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer in a Hugging Face style assets folder; tokenizer.json is preferred over tokenizer.model."""
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise UserError(f"model.hf_assets_path = {str(folder)!r} is not a folder (looked for {path.absolute()}).")
+        raise UserError(
+            f"model.hf_assets_path = {str(folder)!r} is not a folder (looked for {path.absolute()}); it "
+            "should be one with tokenizer.json or tokenizer.model."
+        )
     if (path / "tokenizer.json").is_file():
         return _load_hugging_face(path)
     if (path / "tokenizer.model").is_file():

@@ -55,6 +55,11 @@ def check_config(config: JobConfig, world_size: int) -> None:
             f"parallelism.context_parallel_degree = {config.parallelism.context_parallel_degree}: context parallelism "
             "is not in this version; set it to 1."
         )
+    if config.checkpoint.load_step >= 0 and not config.checkpoint.enable:
+        raise UserError(
+            f"checkpoint.load_step = {config.checkpoint.load_step}, but checkpoint.enable = false: nothing is loaded "
+            "then. Set enable = true, or leave load_step out."
+        )
     accumulation_steps(config, world_size)
     training, tp = config.training, config.parallelism.tensor_parallel_degree
     tokens = training.seq_len * training.local_batch_size

@@ -257,7 +257,7 @@ class Source:
     """Name in reports and metrics."""
 
     path: str = ""
-    """Folder written by scripts/tokenize.py, or a file, folder or glob of .jsonl, .parquet or .txt text."""
+    """Folder written by scripts/tokenize_corpus.py, or a file, folder or glob of .jsonl, .parquet or .txt text."""
 
     weight: float = 1.0
     """Share of the training tokens, relative to the other sources' weights."""

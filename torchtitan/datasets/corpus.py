@@ -92,7 +92,8 @@ def open_corpus(
         raise UserError(f"{path} holds the splits {', '.join(splits)}: name one of them, e.g. {path / splits[0]}.")
     if not (path / STATE_FILE).is_file():
         raise UserError(
-            f"{path} is not a tokenized corpus: it has no {STATE_FILE}, which datasets' save_to_disk writes."
+            f"{path} is not a tokenized corpus: it has no {STATE_FILE}, which datasets' save_to_disk writes. Make the "
+            "folder again, or name the text as the source."
         )
     about = _read_json(path / CORPUS_FILE) if (path / CORPUS_FILE).is_file() else None
     if about is not None:
@@ -100,7 +101,10 @@ def open_corpus(
     names = [str(entry["filename"]) for entry in _read_json(path / STATE_FILE).get("_data_files", [])]
     shards = [part for name in names for part in _map_shard(path / name)]
     if not shards or not any(len(offsets) > 1 for offsets, _ in shards):
-        raise UserError(f"The corpus {path} is empty: {len(names)} Arrow files without a document.")
+        raise UserError(
+            f"The corpus {path} is empty: {STATE_FILE} names {len(names)} Arrow files, and they hold no document. "
+            "Delete the folder and make it again."
+        )
     if about is not None:
         corpus = Corpus(str(path), shards, about["fingerprint"], about["max_token_id"])
         if (len(corpus), corpus.tokens) != (about["documents"], about["tokens"]):
@@ -150,7 +154,7 @@ def _map_shard(file: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     import pyarrow as pa
 
     if not file.is_file():
-        raise UserError(f"{file} is missing from the corpus.")
+        raise UserError(f"{file} is missing from the corpus: delete the folder and make it again.")
     try:
         with pa.ipc.open_stream(pa.memory_map(str(file))) as reader:
             if "input_ids" not in reader.schema.names:

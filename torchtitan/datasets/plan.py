@@ -201,8 +201,8 @@ def _check(corpora: Sequence[Corpus], names: Sequence[str], weights: Sequence[fl
         if weight > 0 and corpus.tokens < seq_len:
             raise UserError(
                 f"training.seq_len = {seq_len}, but data source {name!r} has {corpus.tokens} tokens in {len(corpus)} "
-                f"documents, {seq_len - corpus.tokens} too few for one row: set training.seq_len to at most "
-                f"{corpus.tokens}, give the source more text, or take it out."
+                f"document{'' if len(corpus) == 1 else 's'}, {seq_len - corpus.tokens} too few for one row: set "
+                f"training.seq_len to at most {corpus.tokens}, give the source more text, or take it out."
             )
 
 
@@ -217,7 +217,7 @@ def check_resume(saved: dict[str, Any], plan: Plan) -> None:
 
 
 def changed_inputs(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The differences of two Plan.inputs, e.g. 'seq_len 1024 -> 2048', 'source code: corpus 1a2b -> 3c4d'."""
+    """The differences of two Plan.inputs, e.g. 'seq_len 1024 -> 2048', 'source code: share 0.5 -> 0.6'."""
     keys = [key for key in {**saved, **now} if key != "sources"]
     changes = [f"{key} {saved.get(key)} -> {now.get(key)}" for key in keys if saved.get(key) != now.get(key)]
     before, after = saved.get("sources", []), now.get("sources", [])
@@ -228,7 +228,8 @@ def changed_inputs(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for key in ("share", "corpus"):
             if old[key] != new[key]:
                 shown = [f"{v:.4g}" if isinstance(v, float) else v for v in (old[key], new[key])]
-                changes.append(f"source {new['name']}: {key} {shown[0]} -> {shown[1]}")
+                what = "its documents (corpus {} -> {})" if key == "corpus" else "share {} -> {}"
+                changes.append(f"source {new['name']}: {what.format(*shown)}")
     return changes
 
 

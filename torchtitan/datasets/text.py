@@ -98,18 +98,27 @@ def _parse_line(line: bytes, text_field: str, first: bool) -> str | None:
     try:
         decoded = line.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: byte {error.start} of the line is 0x{line[error.start]:02x}.") from error
+        raise ValueError(
+            f"not UTF-8: byte {error.start} of the line is 0x{line[error.start]:02x}. Convert the file (e.g. iconv -f "
+            "latin1 -t utf-8) or take the line out."
+        ) from error
     if not decoded.strip():
         return None
     try:
         record = json.loads(decoded)
     except json.JSONDecodeError as error:
-        raise ValueError(f"broken JSON: {error.msg} at character {error.pos} of {len(decoded)}.") from error
+        what = error.msg.removesuffix(" at")
+        raise ValueError(
+            f"broken JSON: {what} at character {error.pos} of {len(decoded)}. A .jsonl file has one whole JSON object "
+            "a line; mend the line or take it out."
+        ) from error
     if not isinstance(record, dict):
         raise ValueError(f"the record is a JSON {type(record).__name__}, not an object with a field {text_field!r}.")
     if text_field not in record:
         there = ", ".join(map(repr, record)) or "none"
-        raise ValueError(f"no field {text_field!r} (the source's text_field); the record has {there}.")
+        raise ValueError(
+            f"no field {text_field!r}; the record has {there}. Set the source's text_field to the right one."
+        )
     return _as_text(record[text_field], text_field)
 
 

@@ -18,6 +18,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ import numpy as np
 from torchtitan.config.job_config import Data, Source
 from torchtitan.datasets.text import EXTENSIONS, Span, read_documents, split_into_spans
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import make_writable
 
 if TYPE_CHECKING:  # components stand above datasets
     from torchtitan.components.tokenizer import Tokenizer
@@ -58,13 +60,22 @@ def tokenize_source(source: Source, tokenizer: Tokenizer, data: Data, num_proc: 
     Documents keep the order of the sorted files and of the documents in them, whatever num_proc (default: the cores
     this process may use). Empty documents are left out and counted. UserError for text that cannot be read.
     """
-    bos, eos = document_ends(tokenizer, data)
     paths = find_text_files(source)
     cache = Path(data.cache_folder).expanduser().absolute()
+    make_writable("data.cache_folder", cache)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        return _tokenize_into(cache, source, tokenizer, data, paths, num_proc or cores())
     except OSError as error:
-        raise UserError(f"data.cache_folder = {data.cache_folder!r} cannot be made: {error}.") from error
+        raise UserError(
+            f"Tokenizing data source {source.name!r} into data.cache_folder = {cache} failed: {error}. Are its files "
+            f"readable, and is there room ({shutil.disk_usage(cache).free / 2**30:.2f} GiB are free)?"
+        ) from error
+
+
+def _tokenize_into(
+    cache: Path, source: Source, tokenizer: Tokenizer, data: Data, paths: list[Path], num_proc: int
+) -> Path:
+    bos, eos = document_ends(tokenizer, data)
     files = _stat_and_hash(paths, cache)
     name = re.sub(r"[^\w.-]", "_", source.name) or "text"
     folder = cache / f"{name}-{_key(files, tokenizer, data, source.text_field)}"
@@ -88,7 +99,7 @@ def tokenize_source(source: Source, tokenizer: Tokenizer, data: Data, num_proc: 
                 "files": [asdict(file) for file in files],
             }
             try:
-                _write(aside, source, [f.path for f in files], tokenizer, bos, eos, num_proc or cores(), about)
+                _write(aside, source, [f.path for f in files], tokenizer, bos, eos, num_proc, about)
                 _check_unchanged(files)
             except BaseException:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -223,7 +234,10 @@ def _write(
     results = [r for r in results if r["documents"]]
     documents = sum(r["documents"] for r in results)
     if not documents:
-        raise UserError(f"Data source {source.name!r} holds no document with text in {len(paths)} files ({paths[0]}).")
+        raise UserError(
+            f"Data source {source.name!r} holds no document with text: all that its path {source.path!r} names "
+            f"({len(paths)} file{'' if len(paths) == 1 else 's'}) is empty or blank."
+        )
     for index, result in enumerate(results):
         shard = f"data-{index:05d}-of-{len(results):05d}.arrow"
         os.rename(folder / result.pop("file"), folder / shard)
@@ -297,6 +311,11 @@ def _run(work: _Work, num_proc: int) -> Iterator[dict[str, Any]]:
             try:
                 for future in futures:
                     yield future.result()
+            except BrokenProcessPool as error:
+                raise UserError(
+                    f"Tokenizing failed: {error} Perhaps the system killed it for want of memory; a machine with more, "
+                    "or scripts/tokenize_corpus.py with a smaller --num-proc, would do."
+                ) from error
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise

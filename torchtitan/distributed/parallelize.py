@@ -10,6 +10,16 @@ from torchtitan.distributed.fully_shard import apply_fully_shard
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
 from torchtitan.models.transformer import Transformer, TransformerArgs
+from torchtitan.tools.errors import UserError
+
+
+def check_backend(name: str) -> None:
+    """UserError where torch.compile has no such backend."""
+    if name not in torch.compiler.list_backends(exclude_tags=()):
+        raise UserError(
+            f'compile.backend = "{name}" is not a backend of torch.compile here; there are '
+            f"{', '.join(torch.compiler.list_backends())}."
+        )
 
 
 def build_sharded_model(

@@ -23,14 +23,15 @@ from torchtitan.tools.errors import UserError
 
 def check_tensor_parallel(args: TransformerArgs, tp: int) -> None:
     """UserError where tp does not divide what it cuts."""
-    for what, size in (
-        ("query heads", args.n_heads),
-        ("key-value heads", args.n_kv_heads),
-        ("feed-forward units", args.ffn_dim),
-        ("vocabulary entries", args.vocab_size),
-    ):
+    sizes = {
+        "query heads": args.n_heads,
+        "key-value heads": args.n_kv_heads,
+        "feed-forward units": args.ffn_dim,
+        "vocabulary entries": args.vocab_size,
+    }
+    for what, size in sizes.items():
         if size % tp:
-            works = [str(d) for d in range(1, tp) if args.n_kv_heads % d == 0 and size % d == 0]
+            works = [str(d) for d in range(1, args.n_kv_heads + 1) if not any(n % d for n in sizes.values())]
             raise UserError(
                 f"parallelism.tensor_parallel_degree = {tp} does not divide the model's {size} {what} "
                 f"({size} / {tp} = {size / tp:.2f}); {', '.join(works)} would."

@@ -11,6 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from torchtitan.tools.errors import UserError
+
 # Dense bf16 TFLOP/s from the vendors' data sheets, by a substring of torch.cuda.get_device_name(); first match wins.
 PEAK_TFLOPS = (
     ("H100 NVL", 835.0),
@@ -32,6 +34,12 @@ PEAK_TFLOPS = (
 def pick_device(local_rank: int) -> torch.device:
     """The GPU of this local rank, made current, or the CPU where there is none."""
     if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise UserError(
+                f"There is no GPU for process {local_rank} (from 0) of this machine: PyTorch sees {count}. Start one "
+                f"process a GPU, e.g. NGPU={count}; CUDA_VISIBLE_DEVICES decides which are seen."
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device

@@ -99,7 +99,7 @@ def test_resume_names_a_changed_corpus(corpora: list[Corpus], make_corpus: MakeC
     saved = make_plan(corpora).inputs
     other = make_corpus([50] * 9, "other")
     changes = changed_inputs(saved, make_plan([corpora[0], other]).inputs)
-    assert changes == [f"source short: corpus {corpora[1].fingerprint} -> {other.fingerprint}"]
+    assert changes == [f"source short: its documents (corpus {corpora[1].fingerprint} -> {other.fingerprint})"]
 
 
 def test_report(corpora: list[Corpus]) -> None:

@@ -1,0 +1,22 @@
+"""Folders that a run writes to, tried before it needs them: a full or foreign disk should not end it after an hour."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from torchtitan.tools.errors import UserError
+
+
+def make_writable(key: str, folder: Path) -> None:
+    """Make the folder where it is not there; UserError naming the TOML `key` if it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        why = f"{there} is a file, not a folder" if there.is_file() else str(error.strerror)
+        raise UserError(
+            f"{key} = {folder} cannot be written to: {why}. Name a folder that this user may make and write to."
+        ) from None
