@@ -28,7 +28,8 @@ def main(args: list[str]) -> int:
         from torchtitan.config.checks import check_config
 
         check_config(config, world_size)
-        from torchtitan.trainer import NotFiniteError, Trainer, prepare_inputs
+        from torchtitan.inputs import prepare_inputs
+        from torchtitan.trainer import NotFiniteError, Trainer
 
         trainer = Trainer(config, prepare_inputs(config, world_size), rank, local_rank, world_size)
         for stop_signal in (signal.SIGTERM, signal.SIGINT):

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,29 +22,24 @@ from torch.distributed.tensor.parallel import loss_parallel
 from torchtitan.attention.segments import Segments
 from torchtitan.components.checkpoint import (
     Checkpointer,
-    check_load_step,
-    complete_steps,
     random_state,
     read_manifest,
     set_random_state,
 )
 from torchtitan.components.loss import token_losses
 from torchtitan.components.lr_scheduler import lr_factor
-from torchtitan.components.metrics import MetricsLogger, duration, import_wandb, log_step
+from torchtitan.components.metrics import MetricsLogger, duration, log_step
 from torchtitan.components.optimizer import build_optimizer, clip_gradients, optimizer_state
-from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.config import JobConfig, dump_toml
-from torchtitan.config.checks import accumulation_steps, check_config, resolve_shard_degree, rows_per_step
-from torchtitan.datasets.corpus import resolve_source
+from torchtitan.config.checks import accumulation_steps, resolve_shard_degree
 from torchtitan.datasets.loader import IGNORED_LABEL, PackedBatch, build_loader
-from torchtitan.datasets.plan import Plan, changed_inputs, format_report
+from torchtitan.datasets.plan import format_report
 from torchtitan.distributed.fully_shard import reduce_over_replicas
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.parallelize import build_sharded_model, check_backend
-from torchtitan.distributed.tensor_parallel import check_tensor_parallel
-from torchtitan.models.huggingface import check_weights, load_weights, read_config
-from torchtitan.models.registry import FLAVORS
-from torchtitan.models.transformer import TransformerArgs, init_weights, parameter_counts
+from torchtitan.distributed.parallelize import build_sharded_model
+from torchtitan.inputs import StageInputs, as_json
+from torchtitan.models.huggingface import load_weights
+from torchtitan.models.transformer import init_weights, parameter_counts
 from torchtitan.tools.device import (
     GarbageCollection,
     init_process_group,
@@ -55,7 +50,6 @@ from torchtitan.tools.device import (
 )
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.flops import training_flops
-from torchtitan.tools.folders import make_writable
 from torchtitan.tools.logging import logger, step_progress
 from torchtitan.tools.profiling import profiled
 from torchtitan.tools.torch_compat import set_timeout
@@ -63,112 +57,6 @@ from torchtitan.tools.torch_compat import set_timeout
 
 class NotFiniteError(Exception):
     """The loss or the gradient norm is NaN or infinite; nothing of that step is kept."""
-
-
-@dataclass(frozen=True)
-class StageInputs:
-    """What a stage is made of, read and checked without allocating a model or talking to another rank."""
-
-    tokenizer: Tokenizer
-    args: TransformerArgs
-    plan: Plan
-
-
-def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
-    """Everything that can be wrong with a stage is found here: UserError."""
-    check_config(config, world_size)
-    assets = Path(config.model.hf_assets_path)
-    tokenizer = load_tokenizer(assets)
-    args = model_args(config)
-    check_tensor_parallel(args, config.parallelism.tensor_parallel_degree)
-    if config.compile.enable:
-        check_backend(config.compile.backend)
-    if tokenizer.vocab_size > args.vocab_size:
-        says = f"{assets}/config.json" if config.model.flavor == "auto" else f'model.flavor = "{config.model.flavor}"'
-        raise UserError(
-            f"The tokenizer in model.hf_assets_path = {assets} has {tokenizer.vocab_size} tokens, but the model of "
-            f"{says} has a vocabulary of {args.vocab_size}: they do not belong together. Name the assets of that "
-            "model, or another flavor."
-        )
-    if config.checkpoint.initial_load_in_hf:
-        check_weights(assets, args)
-    corpora = [resolve_source(source, tokenizer, config.data) for source in config.data.sources]
-    for source, corpus in zip(config.data.sources, corpora, strict=True):
-        if corpus.max_token_id is not None and corpus.max_token_id >= args.vocab_size:
-            raise UserError(
-                f'Source "{source.name}" holds token {corpus.max_token_id}, but the model\'s vocabulary ends at '
-                f"{args.vocab_size - 1}: data.sources.path = {source.path} was made with another tokenizer."
-            )
-    plan = Plan(
-        corpora,
-        [source.name for source in config.data.sources],
-        [source.weight for source in config.data.sources],
-        seq_len=config.training.seq_len,
-        rows_per_step=rows_per_step(config, world_size),
-        steps=config.training.steps,
-        seed=config.training.seed,
-    )
-    if config.checkpoint.enable:
-        _check_resumable(config, args, tokenizer, plan)
-    if config.metrics.enable_wandb:
-        import_wandb()
-    make_writable("job.dump_folder", Path(config.job.dump_folder))
-    if config.checkpoint.enable:
-        make_writable("job.dump_folder / checkpoint.folder", Path(config.job.dump_folder) / config.checkpoint.folder)
-    return StageInputs(tokenizer, args, plan)
-
-
-def model_args(config: JobConfig) -> TransformerArgs:
-    """The architecture that [model] names, with what [rope] changes."""
-    flavor = config.model.flavor
-    if flavor == "auto":
-        args = read_config(Path(config.model.hf_assets_path))
-    elif flavor in FLAVORS:
-        args = FLAVORS[flavor]
-    else:
-        raise UserError(f'model.flavor = "{flavor}" is not known; there are auto, {", ".join(FLAVORS)}.')
-    if config.rope.theta is not None:
-        args = replace(args, rope=replace(args.rope, theta=config.rope.theta))
-    return args
-
-
-def _check_resumable(config: JobConfig, args: TransformerArgs, tokenizer: Tokenizer, plan: Plan) -> None:
-    """Refuse a checkpoint folder of another model or of other data, rather than overwrite or mix."""
-    folder = Path(config.job.dump_folder) / config.checkpoint.folder
-    steps = complete_steps(folder)
-    check_load_step(folder, config.checkpoint.load_step, steps)
-    manifest: dict[str, Any] | None = None
-    for step in reversed(steps):
-        try:
-            manifest = read_manifest(folder / f"step-{step}")
-            break
-        except UserError:
-            continue  # damaged: named when a checkpoint to resume from is looked for
-    if manifest is None:
-        return
-    was, now = _flat(manifest["architecture"]), _flat(_as_json(args))
-    differences = [f"{k} {was.get(k)} -> {now.get(k)}" for k in {**was, **now} if was.get(k) != now.get(k)]
-    if manifest["tokenizer"] != tokenizer.fingerprint:
-        differences.append("the tokenizer")
-    differences += changed_inputs(manifest["plan"], plan.inputs)
-    if differences:
-        raise UserError(
-            f"{folder} holds checkpoints of another run ({', '.join(f'step {s}' for s in steps[-3:])}), which this one "
-            f"would resume from and overwrite. Changed: {'; '.join(differences)}. Set that back, choose another "
-            "job.dump_folder, or delete that folder."
-        )
-
-
-def _as_json(args: TransformerArgs) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(args)))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"rope": {"theta": 1}} -> {"rope.theta": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 class Trainer:
@@ -262,11 +150,10 @@ class Trainer:
         """Collective. Save the state after self.step, unless that is what is on disk already."""
         assert self.checkpointer
         manifest = {
-            "format": 1,
             "step": self.step,
             "tokens_seen": self.tokens_seen,
             "stage": self.config.stage.name,
-            "architecture": _as_json(self.inputs.args),
+            "architecture": as_json(self.inputs.args),
             "tokenizer": self.inputs.tokenizer.fingerprint,
             "seq_len": self.config.training.seq_len,
             "plan": self.inputs.plan.inputs,
@@ -321,6 +208,7 @@ class Trainer:
         depend on how the rows are split over ranks and accumulation. Raises NotFiniteError before anything is changed.
         """
         batches = list(islice(self.batches, self.accumulation))
+        self._check_tokens(batches)
         counts_here = self.dims.counts_here
         valid = sum(batch.num_valid for batch in batches) if counts_here else 0
         counts = torch.tensor([valid, int(self.stop_requested)])
@@ -371,6 +259,15 @@ class Trainer:
                 name: float(loss_sum / n) for name, (loss_sum, n) in zip(names, sums, strict=True) if n > 0
             },
         }
+
+    def _check_tokens(self, batches: list[PackedBatch]) -> None:
+        """UserError for an id beyond the vocabulary: cut over tp ranks, the embedding would answer it with zeros."""
+        largest = max(int(batch.tokens.max()) for batch in batches)
+        if largest >= self.inputs.args.vocab_size:
+            raise UserError(
+                f"Step {self.step + 1} reads token {largest}, but the model's vocabulary ends at "
+                f"{self.inputs.args.vocab_size - 1}: one of the sources was tokenized with another tokenizer."
+            )
 
     def _forward_backward(self, batch: PackedBatch, valid: int) -> torch.Tensor:
         """Token losses float32 [T] of one micro-batch, detached; gradients accumulate."""

@@ -101,7 +101,8 @@ path = "{text}"
 def run_stage(args: list[str], rank: int, world_size: int) -> list[dict[str, Any]]:
     """Train in this process; the numbers of every step."""
     from torchtitan.config import load_config
-    from torchtitan.trainer import Trainer, prepare_inputs
+    from torchtitan.inputs import prepare_inputs
+    from torchtitan.trainer import Trainer
 
     config = load_config(args)
     trainer = Trainer(config, prepare_inputs(config, world_size), rank, rank, world_size)

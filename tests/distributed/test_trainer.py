@@ -15,9 +15,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tests.distributed.harness import flags, run_stage, spawn, write_assets
 from torchtitan.components.checkpoint import complete_steps
 from torchtitan.config import load_config
+from torchtitan.inputs import prepare_inputs
 from torchtitan.models.huggingface import hf_name, read_config
 from torchtitan.models.transformer import Transformer, init_weights
-from torchtitan.trainer import NotFiniteError, Trainer, prepare_inputs
+from torchtitan.trainer import NotFiniteError, Trainer
 
 
 @pytest.fixture(scope="module")

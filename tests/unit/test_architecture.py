@@ -17,8 +17,9 @@ FLOORS = {  # a room may import its own floor and those below
     "models": 3,
     "distributed": 4,
     "components": 5,
-    "trainer.py": 6,
-    "train.py": 7,
+    "inputs.py": 6,
+    "trainer.py": 7,
+    "train.py": 8,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

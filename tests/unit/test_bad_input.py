@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import torchtitan.trainer
 from tests.distributed.harness import TINY, flags, write_assets, write_text
 from torchtitan.config import load_config
+from torchtitan.inputs import prepare_inputs
 from torchtitan.models.huggingface import hf_name, read_config
 from torchtitan.models.transformer import Transformer
 from torchtitan.tools import device
@@ -195,7 +196,7 @@ def test_tensor_parallelism_that_does_not_divide_the_heads(folder: Path, assets:
     """With eight processes: no launcher is needed to find it out."""
     config = load_config(flags(folder, assets, parallelism__tensor_parallel_degree=8))
     with pytest.raises(UserError, match=r"tensor_parallel_degree = 8 does not .* 4 query heads .*; 1, 2 would"):
-        torchtitan.trainer.prepare_inputs(config, 8)
+        prepare_inputs(config, 8)
 
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch):

@@ -31,6 +31,7 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
 MANIFEST = "manifest.json"
+FORMAT = 1
 LONGEST_WAIT = timedelta(hours=2)  # for the rank with the slowest disk; far beyond what a collective may take
 
 
@@ -84,7 +85,7 @@ class Checkpointer:
     def save(self, state: dict[str, Any], manifest: dict[str, Any]) -> None:
         """Collective. state: {part: {name: tensor}}; manifest: JSON with `step`. A save under way is waited for."""
         self.wait()
-        writer = _WholeWriter(self.folder / f"step-{manifest['step']}", manifest)
+        writer = _WholeWriter(self.folder / f"step-{manifest['step']}", {"format": FORMAT} | manifest)
         if self.config.async_mode == "async":
             # the writer copies the state before this returns; the rest happens in DCP's thread
             self._pending = dcp.async_save(state, storage_writer=writer, process_group=self._group)  # type: ignore
@@ -197,11 +198,14 @@ def check_load_step(folder: Path, wanted: int, steps: list[int]) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of step-N/; UserError if it is missing or not JSON."""
+    """The manifest of step-N/; UserError if it is missing, not JSON, or not one of this format."""
     try:
-        return json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path / MANIFEST} cannot be read: {e}") from None
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"its format is {manifest['format']}, this version reads {FORMAT}")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path / MANIFEST} cannot be read: {type(e).__name__} {e}.") from None
 
 
 def find_damage(path: Path, part: int = 0, parts: int = 1) -> str | None:

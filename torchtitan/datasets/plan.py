@@ -206,16 +206,6 @@ def _check(corpora: Sequence[Corpus], names: Sequence[str], weights: Sequence[fl
             )
 
 
-def check_resume(saved: dict[str, Any], plan: Plan) -> None:
-    """UserError that names what changed if the plan's inputs are not those that a checkpoint saved (Plan.inputs)."""
-    changes = changed_inputs(saved, plan.inputs)
-    if changes:
-        raise UserError(
-            f"The data differs from the checkpoint's, so that a resumed run would repeat or miss rows: "
-            f"{'; '.join(changes)}. Set these back, or start a new run in another job.dump_folder."
-        )
-
-
 def changed_inputs(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The differences of two Plan.inputs, e.g. 'seq_len 1024 -> 2048', 'source code: share 0.5 -> 0.6'."""
     keys = [key for key in {**saved, **now} if key != "sources"]

@@ -1,0 +1,133 @@
+"""What a stage is made of, read and checked before anything is allocated and before ranks talk to each other.
+
+Whatever a user can have wrong is found here, so that it costs seconds and one paragraph.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torchtitan.components.checkpoint import check_load_step, complete_steps, read_manifest
+from torchtitan.components.metrics import import_wandb
+from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.config import JobConfig
+from torchtitan.config.checks import check_config, rows_per_step
+from torchtitan.datasets.corpus import resolve_source
+from torchtitan.datasets.plan import Plan, changed_inputs
+from torchtitan.distributed.parallelize import check_backend
+from torchtitan.distributed.tensor_parallel import check_tensor_parallel
+from torchtitan.models.huggingface import check_weights, read_config
+from torchtitan.models.registry import FLAVORS
+from torchtitan.models.transformer import TransformerArgs
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import make_writable
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """What a stage is made of, read and checked without allocating a model or talking to another rank."""
+
+    tokenizer: Tokenizer
+    args: TransformerArgs
+    plan: Plan
+
+
+def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
+    """Everything that can be wrong with a stage is found here: UserError."""
+    check_config(config, world_size)
+    assets = Path(config.model.hf_assets_path)
+    tokenizer = load_tokenizer(assets)
+    args = model_args(config)
+    check_tensor_parallel(args, config.parallelism.tensor_parallel_degree)
+    if config.compile.enable:
+        check_backend(config.compile.backend)
+    if tokenizer.vocab_size > args.vocab_size:
+        says = f"{assets}/config.json" if config.model.flavor == "auto" else f'model.flavor = "{config.model.flavor}"'
+        raise UserError(
+            f"The tokenizer in model.hf_assets_path = {assets} has {tokenizer.vocab_size} tokens, but the model of "
+            f"{says} has a vocabulary of {args.vocab_size}: they do not belong together. Name the assets of that "
+            "model, or another flavor."
+        )
+    if config.checkpoint.initial_load_in_hf:
+        check_weights(assets, args)
+    corpora = [resolve_source(source, tokenizer, config.data) for source in config.data.sources]
+    for source, corpus in zip(config.data.sources, corpora, strict=True):
+        if corpus.max_token_id is not None and corpus.max_token_id >= args.vocab_size:
+            raise UserError(
+                f'Source "{source.name}" holds token {corpus.max_token_id}, but the model\'s vocabulary ends at '
+                f"{args.vocab_size - 1}: data.sources.path = {source.path} was made with another tokenizer."
+            )
+    plan = Plan(
+        corpora,
+        [source.name for source in config.data.sources],
+        [source.weight for source in config.data.sources],
+        seq_len=config.training.seq_len,
+        rows_per_step=rows_per_step(config, world_size),
+        steps=config.training.steps,
+        seed=config.training.seed,
+    )
+    if config.checkpoint.enable:
+        _check_resumable(config, args, tokenizer, plan)
+    if config.metrics.enable_wandb:
+        import_wandb()
+    make_writable("job.dump_folder", Path(config.job.dump_folder))
+    if config.checkpoint.enable:
+        make_writable("job.dump_folder / checkpoint.folder", Path(config.job.dump_folder) / config.checkpoint.folder)
+    return StageInputs(tokenizer, args, plan)
+
+
+def model_args(config: JobConfig) -> TransformerArgs:
+    """The architecture that [model] names, with what [rope] changes."""
+    flavor = config.model.flavor
+    if flavor == "auto":
+        args = read_config(Path(config.model.hf_assets_path))
+    elif flavor in FLAVORS:
+        args = FLAVORS[flavor]
+    else:
+        raise UserError(f'model.flavor = "{flavor}" is not known; there are auto, {", ".join(FLAVORS)}.')
+    if config.rope.theta is not None:
+        args = replace(args, rope=replace(args.rope, theta=config.rope.theta))
+    return args
+
+
+def _check_resumable(config: JobConfig, args: TransformerArgs, tokenizer: Tokenizer, plan: Plan) -> None:
+    """Refuse a checkpoint folder of another model or of other data, rather than overwrite or mix."""
+    folder = Path(config.job.dump_folder) / config.checkpoint.folder
+    steps = complete_steps(folder)
+    check_load_step(folder, config.checkpoint.load_step, steps)
+    manifest: dict[str, Any] | None = None
+    for step in reversed(steps):
+        try:
+            manifest = read_manifest(folder / f"step-{step}")
+            break
+        except UserError:
+            continue  # damaged: named when a checkpoint to resume from is looked for
+    if manifest is None:
+        return
+    was, now = _flat(manifest["architecture"]), _flat(as_json(args))
+    differences = [f"{k} {was.get(k)} -> {now.get(k)}" for k in {**was, **now} if was.get(k) != now.get(k)]
+    if manifest["tokenizer"] != tokenizer.fingerprint:
+        differences.append("the tokenizer")
+    differences += changed_inputs(manifest["plan"], plan.inputs)
+    if differences:
+        raise UserError(
+            f"{folder} holds checkpoints of another run ({', '.join(f'step {s}' for s in steps[-3:])}), which this one "
+            f"would resume from and overwrite. Changed: {'; '.join(differences)}. Set that back, choose another "
+            "job.dump_folder, or delete that folder."
+        )
+
+
+def as_json(args: TransformerArgs) -> dict[str, Any]:
+    """The architecture as it stands in a manifest."""
+    return json.loads(json.dumps(asdict(args)))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"rope": {"theta": 1}} -> {"rope.theta": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
