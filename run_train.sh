@@ -16,7 +16,7 @@ if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi -L 2>/dev/null | gre
 if [[ $gpus -gt 0 && -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
     gpus=$(awk -F, '{print NF}' <<<"$CUDA_VISIBLE_DEVICES")
 fi
-if [[ -z ${NGPU+set} ]]; then NGPU=$((gpus > 0 ? gpus : 2)); fi
+if [[ -z ${NGPU+set} ]]; then NGPU=$((gpus > 0 ? gpus : 2)) default_ngpu=true; else default_ngpu=false; fi
 if ! [[ $NGPU =~ ^[1-9][0-9]*$ ]]; then
     echo "NGPU=$NGPU is not a number of processes: it must be 1 or more" >&2
     exit 1
@@ -37,6 +37,7 @@ if ! $has_file && [[ -n ${CONFIG_FILE:-} ]]; then
 fi
 if ! $has_file && ! $help; then
     cd "$REPO"
+    if $default_ngpu && [[ $NGPU -gt 2 ]]; then NGPU=2; fi # a step of the demo has rows for two
     set -- --job.config_file train_configs/demo/1k.toml "$@"
 fi
 if $plain; then exec "$PYTHON" -m torchtitan.train "$@"; fi

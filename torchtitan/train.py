@@ -32,8 +32,9 @@ def main(args: list[str]) -> int:
         from torchtitan.trainer import NotFiniteError, Trainer
 
         trainer = Trainer(config, prepare_inputs(config, world_size), rank, local_rank, world_size)
-        for stop_signal in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(stop_signal, lambda *_: setattr(trainer, "stop_requested", True))
+        for stop_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(stop_signal) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+                signal.signal(stop_signal, lambda *_: setattr(trainer, "stop_requested", True))
         try:
             trainer.train()
         except NotFiniteError as e:
@@ -43,6 +44,9 @@ def main(args: list[str]) -> int:
         finally:
             trainer.close()
         return 0
+    except KeyboardInterrupt:
+        logger.info("interrupted before the first step: there is nothing to save")
+        return 130
     except UserError as e:
         return _give_up(str(e), rank)
     except OSError as e:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -147,7 +148,7 @@ class Trainer:
             init_weights(self.model, self.config.training.seed)
 
     def save(self) -> None:
-        """Collective. Save the state after self.step, unless that is what is on disk already."""
+        """Collective. Save the state after self.step."""
         assert self.checkpointer
         manifest = {
             "step": self.step,
@@ -176,11 +177,17 @@ class Trainer:
             step_progress(steps, self.step, self.rank) as progress,
             profiled(traces, snapshots, prof.profile_freq, self.rank) as step_ended,
         ):
-            window = Window()
+            window, recent = Window(), deque[float](maxlen=20)
             while self.step < steps:
-                numbers = self.train_step(window)
+                try:
+                    numbers = self.train_step(window)
+                except NotFiniteError:  # on all ranks at once: what is being saved in the background is sound
+                    if self.checkpointer:
+                        self.checkpointer.wait()
+                    raise
                 if numbers is None:
                     break
+                recent.append(numbers["loss"])
                 if self.step == first_step:
                     groups = [*self.dims.groups(), dist.group.WORLD, self.cpu_group]
                     set_timeout(config.comm.train_timeout_seconds, groups)
@@ -199,7 +206,8 @@ class Trainer:
                     self.save()
         if self.checkpointer:
             self.checkpointer.wait()
-        logger.info(f"ended at step {self.step} after {duration(time.perf_counter() - start)}")
+        mean = f"; mean loss of the last {len(recent)} steps {sum(recent) / len(recent):.3f}" if recent else ""
+        logger.info(f"ended at step {self.step} after {duration(time.perf_counter() - start)}{mean}")
 
     def train_step(self, window: Window) -> dict[str, Any] | None:
         """One optimizer step over the global batch; None, and nothing done, if a rank has been asked to stop.

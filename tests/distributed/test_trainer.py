@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.distributed.harness import flags, run_stage, spawn, write_assets
-from torchtitan.components.checkpoint import complete_steps
+from torchtitan.components.checkpoint import _WholeWriter, complete_steps
 from torchtitan.config import load_config
 from torchtitan.inputs import prepare_inputs
 from torchtitan.models.huggingface import hf_name, read_config
@@ -90,6 +91,31 @@ def test_bfloat16_is_near_float32_and_seeds_differ(folder: Path, assets: Path):
     assert seeded[0]["loss"] != plain[0]["loss"]
 
 
+def types_at_the_rotation(args: list[str], rank: int, world_size: int) -> set[tuple[torch.dtype, ...]]:
+    """dtypes of what apply_rope is given and gives, over a training step."""
+    import torchtitan.models.attention as attention
+
+    seen = set()
+    original = attention.apply_rope
+
+    def spy(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        y = original(x, cos, sin)
+        seen.add((x.dtype, cos.dtype, sin.dtype, y.dtype))
+        return y
+
+    attention.apply_rope = spy
+    run_stage(args, rank, world_size)
+    return seen
+
+
+def test_rope_tables_stay_in_float32_under_mixed_precision(folder: Path, assets: Path):
+    """FSDP casts the inputs of what it wraps unless told not to: the tables would lose all but 8 bits."""
+    half, full = torch.bfloat16, torch.float32
+    plain = {"training__mixed_precision_param": "bfloat16", "training__steps": 2}
+    cases = [flags(folder, assets, **plain), flags(folder, assets, **plain, activation_checkpoint__mode="full")]
+    assert spawn(2, types_at_the_rotation, cases, folder) == [{(half, full, full, half)}] * 2
+
+
 def compare_with_file(args: list[str], rank: int, world_size: int) -> list[str]:
     """Names of parameters whose shard is not the slice of the file's tensor."""
     config = load_config(args)
@@ -121,6 +147,13 @@ def test_wrong_degrees_for_the_heads_are_refused(folder: Path):
 
 
 def run_into_nan(args: list[str], rank: int, world_size: int) -> str:
+    write = _WholeWriter.write_data
+
+    def slow_write(self: _WholeWriter, *rest: Any) -> Any:
+        time.sleep(0.5)  # so that a save in the background is still under way when the next step fails
+        return write(self, *rest)
+
+    _WholeWriter.write_data = slow_write  # type: ignore[method-assign]
     config = load_config(args)
     trainer = Trainer(config, prepare_inputs(config, world_size), rank, rank, world_size)
     step = trainer.train_step
@@ -137,13 +170,19 @@ def run_into_nan(args: list[str], rank: int, world_size: int) -> str:
         return str(e)
     finally:
         trainer.close()
+        _WholeWriter.write_data = write  # type: ignore[method-assign]
     return "no error"
 
 
 def test_nan_stops_the_run_names_the_rows_and_saves_nothing_of_it(folder: Path, assets: Path):
-    out = folder / "nan"
-    args = flags(folder, assets, checkpoint__enable=True, checkpoint__interval=1, job__dump_folder=out)
-    (message,) = spawn(2, run_into_nan, [args], folder)
-    assert "step 3: loss nan" in message
-    assert message.count("source text, epoch 0, documents") == 8
-    assert complete_steps(out / "checkpoint") == [1, 2]
+    """And finishes the save that is under way in the background."""
+    modes = ("disabled", "async")
+    options = {"checkpoint__enable": True, "checkpoint__interval": 1}
+    cases = [
+        flags(folder, assets, **options, checkpoint__async_mode=mode, job__dump_folder=folder / f"nan-{mode}")
+        for mode in modes
+    ]
+    for mode, message in zip(modes, spawn(2, run_into_nan, cases, folder), strict=True):
+        assert "step 3: loss nan" in message
+        assert message.count("source text, epoch 0, documents") == 8
+        assert complete_steps(folder / f"nan-{mode}" / "checkpoint") == [1, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,3 +71,10 @@ def test_configuration_is_read_without_importing_torch():
     """A misspelt key is answered at once, not after the seconds that PyTorch takes."""
     for path in (PACKAGE / "config").glob("*.py"):
         assert not any(name.split(".")[0] == "torch" for name in imports(ast.parse(path.read_text()))), path
+
+
+def test_links_in_the_docs_lead_somewhere():
+    root = PACKAGE.parent
+    for page in (root / "README.md", *(root / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -78,8 +79,9 @@ class Checkpointer:
         """Rank 0: make the folder and clear what killed runs left half written."""
         if dist.get_rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for partial in self.folder.glob("step-*.partial"):
-                shutil.rmtree(partial)
+            for pattern in ("step-*.partial", "step-*.deleting"):
+                for left in self.folder.glob(pattern):
+                    shutil.rmtree(left)
         dist.barrier(self._group)
 
     def save(self, state: dict[str, Any], manifest: dict[str, Any]) -> None:
@@ -106,7 +108,9 @@ class Checkpointer:
     def _delete_old(self) -> None:
         if self.config.keep_latest_k and dist.get_rank() == 0:
             for step in complete_steps(self.folder)[: -self.config.keep_latest_k]:
-                shutil.rmtree(self.folder / f"step-{step}")
+                # renamed first, so that a kill leaves no half checkpoint; in a thread, since the other ranks wait
+                path = (self.folder / f"step-{step}").rename(self.folder / f"step-{step}.deleting")
+                threading.Thread(target=shutil.rmtree, args=(path, True)).start()
 
     def find(self) -> Path | None:
         """Collective. The checkpoint to resume from: load_step, or the newest undamaged one; None if there is none.

@@ -15,7 +15,7 @@ class MetricsLogger:
     """Open files and writers of rank 0; the other ranks have none."""
 
     def __init__(self, config: Metrics, dump_folder: Path, run_name: str, job_config: dict[str, Any], from_step: int):
-        """from_step: lines of metrics.jsonl beyond this step are of a run that was cut off later, and are dropped."""
+        """from_step: the step resumed from; later lines of metrics.jsonl, which come again, are moved aside."""
         dump_folder.mkdir(parents=True, exist_ok=True)
         path = dump_folder / "metrics.jsonl"
         _drop_lines_after(path, from_step)
@@ -64,17 +64,21 @@ def import_wandb() -> Any:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
+    """Move the lines beyond step, which the run will write anew, to metrics.replaced.jsonl."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
+    kept: list[str] = []
+    replaced: list[str] = []
+    for line in path.read_text().splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] > step:
-                continue
+            (replaced if json.loads(line)["step"] > step else kept).append(line)
         except (json.JSONDecodeError, KeyError, TypeError):
             continue  # the last line of a killed run can be half written
-        kept.append(line + "\n")
-    path.write_text("".join(kept))
+    with path.with_name("metrics.replaced.jsonl").open("a") as f:
+        f.writelines(replaced)
+    aside = path.with_name("metrics.partial.jsonl")
+    aside.write_text("".join(kept))
+    aside.replace(path)
 
 
 def log_step(numbers: dict[str, Any], steps: int, seconds_a_step: float) -> None:

@@ -210,6 +210,8 @@ def changed_inputs(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The differences of two Plan.inputs, e.g. 'seq_len 1024 -> 2048', 'source code: share 0.5 -> 0.6'."""
     keys = [key for key in {**saved, **now} if key != "sources"]
     changes = [f"{key} {saved.get(key)} -> {now.get(key)}" for key in keys if saved.get(key) != now.get(key)]
+    if saved.get("rows_per_step") != now.get("rows_per_step"):
+        changes.append(f"(training.global_batch_size = {saved.get('rows_per_step')} keeps the rows of a step)")
     before, after = saved.get("sources", []), now.get("sources", [])
     names_before, names_after = [s["name"] for s in before], [s["name"] for s in after]
     if names_before != names_after:

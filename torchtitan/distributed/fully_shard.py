@@ -20,7 +20,9 @@ def apply_fully_shard(
 
     Used on one process too, where it only casts: one path for every layout.
     """
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    # Inputs are left as they are: FSDP would round each block's float32 cos and sin to param_dtype. The stream takes
+    # its dtype from the embedding's gathered weight.
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for block in model.layers.values():
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     if not model.args.tied_embeddings:

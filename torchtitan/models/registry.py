@@ -31,7 +31,7 @@ _QWEN3_TIED = {**_QWEN3, "tied_embeddings": True}
 _SMOLLM2 = {"vocab_size": 49152, "rope": RopeArgs(100000.0), "tied_embeddings": True}
 
 FLAVORS: dict[str, TransformerArgs] = {
-    # 5.4M parameters, for the demo and the tests; its vocabulary is that of assets/tokenizer
+    # 6.8M parameters, for the demo and the tests; its vocabulary is that of assets/tokenizer
     "debugmodel": _args(256, 6, 4, 2, 768, vocab_size=4096),
     "llama2_7b": _args(4096, 32, 32, 32, 11008, **_LLAMA2),
     "llama2_13b": _args(5120, 40, 40, 40, 13824, **_LLAMA2),

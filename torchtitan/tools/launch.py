@@ -35,14 +35,17 @@ def launch(
     """Run `command` as ranks 0 to nproc - 1 and return an exit code: 0, or that of the first to fail (128 + signal).
 
     The processes inherit this one's standard streams and have RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE,
-    MASTER_ADDR and MASTER_PORT. SIGTERM and SIGINT are passed on to them, the first only. They die with this process.
+    MASTER_ADDR and MASTER_PORT. SIGTERM, SIGINT and SIGHUP are passed on to them, the first only. They die with this
+    process.
     """
     signals: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
         signals.append(signum)
 
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
+    stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed, or ssh dropped
+    heeded = [signum for signum in stops if signal.getsignal(signum) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {signum: signal.signal(signum, note) for signum in heeded}
     port = _free_port()
     die_with_parent = _die_with_parent()
     processes: list[subprocess.Popen[bytes]] = []
@@ -91,7 +94,7 @@ def _wait(
             return 128 - code if code < 0 else code
         if signals and not passed_on:
             passed_on = True
-            _say(f"{signal.Signals(signals[0]).name}: the trainers finish their step and save; this takes a moment")
+            _say(f"{signal.Signals(signals[0]).name}: a trainer that has begun finishes its step and saves")
             for process in running:
                 process.send_signal(signals[0])
         elif len(signals) > 1 and not told:

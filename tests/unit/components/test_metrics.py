@@ -39,6 +39,8 @@ def test_a_resumed_run_replaces_the_lines_it_repeats(tmp_path: Path):
         f.write('{"step": 8, "lo')  # cut off by a kill
     log(tmp_path, range(5, 10), from_step=4)
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 10))
+    replaced = (tmp_path / "metrics.replaced.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in replaced] == [5, 6, 7]
 
 
 def test_wandb_missing_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -103,7 +103,7 @@ def test_one_that_is_killed_is_named(tmp_path: Path) -> None:
 # On a signal the child counts it, and ends 3 seconds later as a trainer does that must save first.
 SAVES = """
 caught = []
-for s in (signal.SIGTERM, signal.SIGINT):
+for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(s, lambda s, f: caught.append(s))
 Path(f'ready{rank}').touch()
 while not caught:
@@ -113,7 +113,7 @@ Path(f'saved{rank}').write_text(' '.join(str(int(s)) for s in caught))
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_passed_on_once_and_the_trainers_take_their_time(tmp_path: Path, signum: signal.Signals) -> None:
     process = start(tmp_path, SAVES, 2)
     wait_for(tmp_path / "ready0", tmp_path / "ready1")
