@@ -33,7 +33,7 @@ def main(args: list[str]) -> int:
 
         trainer = Trainer(config, prepare_inputs(config, world_size), rank, local_rank, world_size)
         for stop_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(stop_signal) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+            if stop_signal != signal.SIGHUP or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
                 signal.signal(stop_signal, lambda *_: setattr(trainer, "stop_requested", True))
         try:
             trainer.train()

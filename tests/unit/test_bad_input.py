@@ -22,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import torchtitan.inputs
 import torchtitan.trainer
 from tests.distributed.harness import TINY, flags, write_assets, write_text
 from torchtitan.config import load_config
@@ -358,3 +359,16 @@ def test_the_dumped_configuration_can_be_given_back(finished: Path, folder: Path
     assert dataclasses.replace(given_back, job=dataclasses.replace(given_back.job, **same_start)) == (
         dataclasses.replace(asked, job=dataclasses.replace(asked.job, **same_start))
     )
+
+
+def test_interrupted_while_starting(folder: Path, assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while text is hashed or weights are read: a line and no traceback."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torchtitan.inputs, "prepare_inputs", interrupted)
+    monkeypatch.setattr(faulthandler, "enable", lambda: None)
+    monkeypatch.setattr(console, "file", written := io.StringIO())
+    assert main(flags(folder, assets)) == 130
+    assert "interrupted before the first step" in written.getvalue()

@@ -43,9 +43,10 @@ def launch(
     def note(signum: int, frame: FrameType | None) -> None:
         signals.append(signum)
 
-    stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed, or ssh dropped
-    heeded = [signum for signum in stops if signal.getsignal(signum) != signal.SIG_IGN]  # nohup ignores SIGHUP
-    before = {signum: signal.signal(signum, note) for signum in heeded}
+    stops = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the terminal was closed, or ssh dropped; nohup ignores it
+        stops.append(signal.SIGHUP)
+    before = {signum: signal.signal(signum, note) for signum in stops}
     port = _free_port()
     die_with_parent = _die_with_parent()
     processes: list[subprocess.Popen[bytes]] = []
