@@ -1,6 +1,7 @@
 """The Trainer: builds the parts of a stage from its JobConfig, and does one training step.
 
-Only this file and train.py see the whole configuration; every part gets what it needs as arguments.
+The whole configuration is seen here, in train.py and inputs.py, by config/ and by
+distributed/parallelize.py; every other part gets what it needs as arguments.
 """
 
 from __future__ import annotations
