@@ -1,7 +1,9 @@
-"""Tokenizes text (.jsonl, .parquet, .txt) into a corpus folder that a [[data.sources]] path can name.
+"""Tokenizes the sources of a stage ahead of training, or one source that is named by its path.
 
-Training does the same on its own when a source's path is text; this is for doing it ahead, on a machine without GPUs.
-Example: python scripts/tokenize_corpus.py --path "books/*.jsonl" --assets ./assets/tokenizer --out-name books
+Training does the same on its own; this is for doing it on machines without GPUs, several at once if need be:
+python scripts/tokenize_corpus.py --config-file stage.toml --shard-index 3 --num-shards 8     (one of 8 shards)
+python scripts/tokenize_corpus.py --path "books/*.jsonl" --assets ./assets/tokenizer --out-name books
+A run that was stopped goes on where it was. Shards may run in any order, at once, and twice.
 """
 # Not called tokenize.py: Python puts scripts/ first on sys.path and that name would hide the standard library's module.
 
@@ -9,23 +11,26 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import tyro
 
 from torchtitan.components.tokenizer import load_tokenizer
+from torchtitan.config import load_config
 from torchtitan.config.job_config import Data, Source
-from torchtitan.datasets.corpus import open_corpus
-from torchtitan.datasets.tokenize import tokenize_source
+from torchtitan.datasets.corpus import is_tokenized, open_corpus
+from torchtitan.datasets.hub import is_hub
+from torchtitan.datasets.source_files import source_path
+from torchtitan.datasets.tokenize import tokenize_shard
 from torchtitan.tools.errors import UserError
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """Text -> tokenized corpus folder, cached by content and tokenizer."""
+class Single:
+    """One source without a TOML file; every key is one of the TOML's."""
 
-    path: str
-    """File, folder or glob of .jsonl, .parquet or .txt text."""
+    path: str | None = None
+    """File, folder or glob of .jsonl, .parquet or .txt text, folder of MDS shards, or hub:OWNER/NAME."""
 
     out_name: str = "text"
     """Beginning of the folder's name; a key of content and tokenizer follows."""
@@ -37,7 +42,19 @@ class Arguments:
     """Folder that the corpus is written to (data.cache_folder in the TOML)."""
 
     text_field: str = "text"
-    """Field of a jsonl or parquet record that holds the text."""
+    """Field of a jsonl, parquet or hub record that holds the text."""
+
+    hub_subset: str = ""
+    """Configuration of a hub dataset."""
+
+    hub_split: str = "train"
+    """Split of a hub dataset."""
+
+    hub_revision: str = "main"
+    """Branch, tag or commit of a hub dataset."""
+
+    max_documents: int | None = None
+    """Of a hub dataset: download no more documents than this."""
 
     bos: bool = True
     """Begin every document with BOS (data.add_bos in the TOML)."""
@@ -45,21 +62,81 @@ class Arguments:
     eos: bool = True
     """End every document with EOS (data.add_eos in the TOML)."""
 
+
+@dataclass(frozen=True)
+class Arguments:
+    """Sources -> tokenized corpus folders, cached by content and tokenizer. Give --config-file or --path."""
+
+    single: tyro.conf.OmitArgPrefixes[Single]
+
+    config_file: str | None = None
+    """TOML file of a stage: its sources, tokenizer, BOS/EOS policy and cache folder are used."""
+
+    source: str | None = None
+    """Name of the only source of config_file to tokenize; unset: all of them."""
+
+    shard_index: int = 0
+    """Which of num_shards parts of the work to do, from 0."""
+
+    num_shards: int = 1
+    """Parts of the work; each is a process on some machine, all with the same cache folder. The last finishes it."""
+
     num_proc: int | None = None
-    """Processes; unset: the cores this process may use."""
+    """Processes of this part; unset: the cores it may use."""
+
+
+def sources_of(arguments: Arguments) -> tuple[list[Source], Data, str]:
+    """The sources to tokenize, how, and the folder of their tokenizer."""
+    one = arguments.single
+    if (arguments.config_file is None) == (one.path is None):
+        raise UserError("Give either --config-file, a stage's TOML, or --path, a single source.")
+    if one.path is not None:
+        if arguments.source is not None:
+            raise UserError("--source names a source of --config-file, which is not given.")
+        source = Source(
+            name=one.out_name,
+            path=one.path,
+            text_field=one.text_field,
+            hub_subset=one.hub_subset,
+            hub_split=one.hub_split,
+            hub_revision=one.hub_revision,
+            max_documents=one.max_documents,
+        )
+        return [source], Data(add_bos=one.bos, add_eos=one.eos, cache_folder=one.cache_folder), one.assets
+    given = [f"--{f.name.replace('_', '-')}" for f in fields(one) if getattr(one, f.name) != f.default]
+    if given:
+        raise UserError(f"{', '.join(given)} cannot be given with --config-file, whose own keys say the same.")
+    config = load_config(["--job.config_file", str(arguments.config_file)])
+    names = [source.name for source in config.data.sources]
+    if arguments.source is not None and arguments.source not in names:
+        raise UserError(
+            f"--source {arguments.source}: {arguments.config_file} has no such source; it has "
+            f"{', '.join(names) or 'none'}."
+        )
+    wanted = [source for source in config.data.sources if arguments.source in (None, source.name)]
+    return wanted, config.data, config.model.hf_assets_path
 
 
 def main() -> None:
+    """Tokenize; exit code 1 and one paragraph for what the user has wrong."""
     arguments = tyro.cli(Arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    source = Source(name=arguments.out_name, path=arguments.path, text_field=arguments.text_field)
-    data = Data(add_bos=arguments.bos, add_eos=arguments.eos, cache_folder=arguments.cache_folder)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("torchtitan").setLevel(logging.INFO)
     try:
-        folder = tokenize_source(source, load_tokenizer(arguments.assets), data, arguments.num_proc)
-        corpus = open_corpus(folder)
+        sources, data, assets = sources_of(arguments)
+        tokenizer = load_tokenizer(assets)
+        for source in sources:
+            if not is_hub(source) and is_tokenized(source_path(source, data)):
+                print(f"{source.name}: {source.path} is tokenized already")
+                continue
+            folder = tokenize_shard(
+                source, tokenizer, data, arguments.shard_index, arguments.num_shards, arguments.num_proc
+            )
+            if folder is not None:
+                corpus = open_corpus(folder)
+                print(f"{source.name}: {len(corpus):,} documents, {corpus.tokens:,} tokens in {folder}")
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(f"{len(corpus):,} documents, {corpus.tokens:,} tokens in {folder}")
 
 
 if __name__ == "__main__":

@@ -14,15 +14,18 @@ from torchtitan.components.checkpoint import check_load_step, complete_steps, re
 from torchtitan.components.metrics import import_wandb
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.config import JobConfig
-from torchtitan.config.checks import check_config, rows_per_step
+from torchtitan.config.checks import check_config, dp_degree, rows_per_step
 from torchtitan.datasets.corpus import resolve_source
 from torchtitan.datasets.plan import Plan, changed_inputs
+from torchtitan.datasets.positions import sentence_end_ids
+from torchtitan.datasets.report import make_report
 from torchtitan.distributed.parallelize import check_backend
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.models.huggingface import check_weights, read_config
 from torchtitan.models.registry import FLAVORS
-from torchtitan.models.transformer import TransformerArgs
+from torchtitan.models.transformer import TransformerArgs, parameter_counts
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.flops import training_flops
 from torchtitan.tools.folders import make_writable
 
 
@@ -53,22 +56,7 @@ def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
         )
     if config.checkpoint.initial_load_in_hf:
         check_weights(assets, args)
-    corpora = [resolve_source(source, tokenizer, config.data) for source in config.data.sources]
-    for source, corpus in zip(config.data.sources, corpora, strict=True):
-        if corpus.max_token_id is not None and corpus.max_token_id >= args.vocab_size:
-            raise UserError(
-                f'Source "{source.name}" holds token {corpus.max_token_id}, but the model\'s vocabulary ends at '
-                f"{args.vocab_size - 1}: data.sources.path = {source.path} was made with another tokenizer."
-            )
-    plan = Plan(
-        corpora,
-        [source.name for source in config.data.sources],
-        [source.weight for source in config.data.sources],
-        seq_len=config.training.seq_len,
-        rows_per_step=rows_per_step(config, world_size),
-        steps=config.training.steps,
-        seed=config.training.seed,
-    )
+    plan = make_plan(config, world_size, tokenizer, args.vocab_size)
     if config.checkpoint.enable:
         _check_resumable(config, args, tokenizer, plan)
     if config.metrics.enable_wandb:
@@ -77,6 +65,43 @@ def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
     if config.checkpoint.enable:
         make_writable("job.dump_folder / checkpoint.folder", Path(config.job.dump_folder) / config.checkpoint.folder)
     return StageInputs(tokenizer, args, plan)
+
+
+def make_plan(config: JobConfig, world_size: int, tokenizer: Tokenizer, vocab_size: int) -> Plan:
+    """The data plan of the stage; tokenizes what is not in the cache yet."""
+    data, cache = config.data, Path(config.data.cache_folder).expanduser()
+    make_writable("data.cache_folder", cache)
+    corpora = [resolve_source(source, tokenizer, data) for source in data.sources]
+    for source, corpus in zip(data.sources, corpora, strict=True):
+        if corpus.max_token_id is not None and corpus.max_token_id >= vocab_size:
+            raise UserError(
+                f'Source "{source.name}" holds token {corpus.max_token_id}, but the model\'s vocabulary ends at '
+                f"{vocab_size - 1}: data.sources.path = {source.path} was made with another tokenizer."
+            )
+    return Plan(
+        data,
+        corpora,
+        seq_len=config.training.seq_len,
+        rows_per_step=rows_per_step(config, world_size),
+        steps=config.training.steps,
+        seed=config.training.seed,
+        separators=[tokenizer.encode(source.separator) for source in data.sources],
+        sentence_end_ids=sentence_end_ids(tokenizer) if data.positions == "longrecipe" else (),
+        cache=cache,
+    )
+
+
+def report_of(plan: Plan, config: JobConfig, world_size: int, args: TransformerArgs) -> dict[str, Any]:
+    """What the plan will read (plan.json), with the work of the model's ranks."""
+    matmul_parameters = parameter_counts(args)[1]
+    attention_width = args.n_layers * args.n_heads * args.head_dim
+    return make_report(
+        plan,
+        dp_degree(config, world_size),
+        config.training.local_batch_size,
+        flops_per_token=training_flops(matmul_parameters, 1, attention_width, 0),
+        flops_per_pair=training_flops(matmul_parameters, 0, attention_width, 1),
+    )
 
 
 def model_args(config: JobConfig) -> TransformerArgs:

@@ -35,11 +35,11 @@ from torchtitan.components.optimizer import build_optimizer, clip_gradients, opt
 from torchtitan.config import JobConfig, dump_toml
 from torchtitan.config.checks import accumulation_steps, resolve_shard_degree
 from torchtitan.datasets.loader import IGNORED_LABEL, PackedBatch, build_loader
-from torchtitan.datasets.plan import format_report
+from torchtitan.datasets.report import format_report
 from torchtitan.distributed.fully_shard import reduce_over_replicas
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import build_sharded_model
-from torchtitan.inputs import StageInputs, as_json
+from torchtitan.inputs import StageInputs, as_json, report_of
 from torchtitan.models.huggingface import load_weights
 from torchtitan.models.transformer import init_weights, parameter_counts
 from torchtitan.tools.device import (
@@ -111,7 +111,7 @@ class Trainer:
     def _write_inputs(self) -> None:
         self.dump_folder.mkdir(parents=True, exist_ok=True)
         (self.dump_folder / "config.toml").write_text(dump_toml(self.config))
-        report = self.inputs.plan.report()
+        report = report_of(self.inputs.plan, self.config, dist.get_world_size(), self.inputs.args)
         (self.dump_folder / "plan.json").write_text(json.dumps(report, indent=1) + "\n")
         total = parameter_counts(self.inputs.args)[0]
         sizes = ", ".join(f"{name} {self.dims.size(name)}" for name in ("dp_replicate", "dp_shard", "cp", "tp"))
@@ -216,7 +216,9 @@ class Trainer:
         The loss is the sum of token losses over the number of valid labels of the whole global batch, so it does not
         depend on how the rows are split over ranks and accumulation. Raises NotFiniteError before anything is changed.
         """
+        asked = time.perf_counter()
         batches = list(islice(self.batches, self.accumulation))
+        window.waited += time.perf_counter() - asked
         self._check_tokens(batches)
         counts_here = self.dims.counts_here
         valid = sum(batch.num_valid for batch in batches) if counts_here else 0
@@ -237,7 +239,7 @@ class Trainer:
         # only now: reading a number off the GPU waits for it
         sums = torch.zeros(len(names), 2, dtype=torch.float64)  # by source: loss, labels
         for batch, losses in zip(batches, token_losses_of, strict=True):
-            source = torch.repeat_interleave(batch.source.long(), batch.cu_seqlens.diff().long())
+            source = batch.token_sources.clamp(min=0)  # padding has no loss and no label: it adds nothing to source 0
             sums[:, 0].index_add_(0, source, losses.double().cpu())
             sums[:, 1].index_add_(0, source, (batch.labels != IGNORED_LABEL).double())
             window.add(batch, self.matmul_parameters, self.attention_width)
@@ -256,7 +258,9 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.tokens_seen += self.inputs.plan.rows_per_step * self.config.training.seq_len
+        tokens = self.inputs.plan.tokens_in_step(self.step - 1)
+        self.tokens_seen += tokens
+        window.tokens += tokens
         window.steps += 1
         return {
             "step": self.step,
@@ -298,11 +302,13 @@ class Trainer:
         if not self.metrics:
             return
         seconds = time.perf_counter() - window.start
-        # this rank's rates: every rank has as many tokens
         ranks_a_row = self.dims.size("cp") * self.dims.size("tp")
         peak = peak_flops(self.device, self.config.metrics.peak_tflops)
         numbers |= {
-            "tokens_per_second": window.tokens * self.dims.dp_degree / seconds,
+            "tokens_per_second": window.tokens / seconds,
+            "padding": 1
+            - window.tokens / (window.steps * self.inputs.plan.rows_per_step * self.config.training.seq_len),
+            "data_wait": window.waited / seconds,
             "mfu": window.flops / ranks_a_row / seconds / peak if peak else None,
             "memory_gib": float(memory),
             "seconds_per_step": seconds / window.steps,
@@ -323,11 +329,12 @@ class Window:
     def __init__(self) -> None:
         self.start = time.perf_counter()
         self.steps = self.tokens = 0
-        self.flops = 0.0
+        """Of the global batches; padding is no token."""
+        self.flops = self.waited = 0.0
+        """Of this rank, like which all have about as much; seconds that it waited for its loader."""
 
     def add(self, batch: PackedBatch, matmul_parameters: int, attention_width: int) -> None:
-        """Count a micro-batch."""
-        tokens = len(batch.tokens)
+        """Count the work of a micro-batch; padding is none."""
         pairs = Segments.from_tensor(batch.cu_seqlens).attended_pairs
+        tokens = len(batch.tokens) - batch.num_padding
         self.flops += training_flops(matmul_parameters, tokens, attention_width, pairs)
-        self.tokens += tokens

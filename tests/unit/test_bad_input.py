@@ -153,7 +153,19 @@ CASES: dict[str, tuple[Make, list[str]]] = {
     "not UTF-8 either": (text("a.txt", b"caf\xe9"), ["a.txt", "UTF-8", "byte 3", "iconv"]),
     "broken JSON": (text("a.jsonl", b'{"text": "good"}\n{"text": "cut\n'), ["a.jsonl line 2", "broken JSON"]),
     "another field": (text("a.jsonl", b'{"body": "x"}\n'), ["a.jsonl line 1", "'text'", "'body'", "text_field"]),
-    "too little text": (text("a.jsonl", b'{"text": "red"}\n'), ["training.seq_len = 128", "at most"]),
+    "too little text": (
+        lambda spoiled, assets: (
+            text("a.jsonl", b'{"text": "red"}\n')(spoiled, assets) | {"data__sources__0__max_epochs": 1.0}
+        ),
+        ["'text'", "cannot fill its share", "4,096 are 4,096", "max_epochs = 1", "weight"],
+    ),
+    "nothing long enough": (keys(data__sources__0__min_length=10**6), ["'text'", "no document left", "of 120"]),
+    "lengths the wrong way round": (
+        keys(data__sources__0__min_length=9, data__sources__0__max_length=8),
+        ["min_length = 9", "max_length = 8"],
+    ),
+    "an unknown strategy": (keys(data__strategy="cut_4"), ["cut_4", "cut_4k"]),
+    "a length to stand for": (keys(data__positions="pose"), ["target_seq_len", "at least 128"]),
     "no such file": (keys(data__sources__0__path="no/*.jsonl"), ["no/*.jsonl", "'text'"]),
     "a folder of nothing": (lambda spoiled, _: {"data__sources__0__path": spoiled}, ["'text'", ".jsonl", "nothing"]),
     "a batch that does not divide": (keys(training__global_batch_size=7), ["7 / 2 = 3.500", "6 or 8"]),
@@ -256,10 +268,10 @@ def test_a_disk_that_fills_up_while_text_is_tokenized(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("torchtitan.datasets.tokenize._write_dataset_files", full)
+    monkeypatch.setattr("torchtitan.datasets.units._write_dataset_files", full)
     message = ends_with(flags(folder, assets, data__cache_folder=tmp_path), monkeypatch)
     assert "data.cache_folder" in message and "No space left" in message and "GiB" in message
-    assert not [p for p in tmp_path.iterdir() if p.is_dir()], "what was begun is removed"
+    assert all(p.name.startswith(".unfinished-") for p in tmp_path.iterdir() if p.is_dir()), "nothing looks finished"
 
 
 # ---- several processes, and what a run has left ---------------------------------------------------------------------
@@ -292,7 +304,7 @@ def test_a_loss_that_is_not_a_number(folder: Path, assets: Path, tmp_path: Path)
     code, output = launch(flags(folder, spoiled, **options, job__dump_folder=tmp_path / "out"))
     assert code == 1 and "Traceback" not in output
     assert output.count("step 1: loss nan") == 1
-    assert all(output.count(f"row {row}: source text, epoch 0, documents ") == 1 for row in range(8))
+    assert all(output.count(f"row {row}: documents text ") == 1 for row in range(8))
     assert not list((tmp_path / "out" / "checkpoint").iterdir())
 
 

@@ -2,7 +2,7 @@
 
 Two file kinds: Hugging Face `tokenizer.json` (the `tokenizers` library) and Llama-3 style `tokenizer.model` (lines of
 base64 bytes and a rank, through `tiktoken`). No text is ever turned into a special token, so data cannot inject the
-end of a document: BOS and EOS are added by datasets/tokenize.py, by id.
+end of a document: BOS and EOS are added by datasets/documents.py, by id.
 """
 
 from __future__ import annotations

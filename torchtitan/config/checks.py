@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torchtitan.config.job_config import JobConfig
+from torchtitan.config.job_config import JobConfig, Source
 from torchtitan.config.toml_file import known_names
 from torchtitan.tools.errors import UserError
 
@@ -38,9 +38,23 @@ _AT_LEAST: dict[str, int] = {
     "comm.init_timeout_seconds": 1,
     "comm.train_timeout_seconds": 1,
     "data.num_workers": 0,
+    "data.long_threshold": 0,
+    "data.target_seq_len": 1,
 }
-_ABOVE_ZERO = ("metrics.peak_tflops", "optimizer.eps", "rope.theta")
+# The same for the keys of [[data.sources]].
+_SOURCE_AT_LEAST: dict[str, int] = {
+    "weight": 0,
+    "max_documents": 1,
+    "min_length": 0,
+    "max_length": 1,
+    "chunk_length": 1,
+    "upsample": 1,
+}
+_ABOVE_ZERO = ("metrics.peak_tflops", "optimizer.eps", "rope.theta", "data.upsampled_weight")
+_SOURCE_ABOVE_ZERO = ("max_epochs",)
 _FROM_0_TO_1 = ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor")
+_BETWEEN_0_AND_1 = ("data.long_share",)
+_SOURCE_BETWEEN_0_AND_1 = ("upsample_to",)
 _FROM_0_BELOW_1 = ("optimizer.beta1", "optimizer.beta2")
 
 
@@ -166,6 +180,8 @@ def _check_ranges(config: JobConfig) -> None:
             raise UserError(f"{name} = {value} is out of range: it is a share and must be from 0 to 1.")
         if name in _FROM_0_BELOW_1 and not 0 <= value < 1:
             raise UserError(f"{name} = {value} is out of range: it must be at least 0 and less than 1.")
+        if name in _BETWEEN_0_AND_1 and not 0 < value < 1:
+            raise UserError(f"{name} = {value} is out of range: it is a share and must be above 0 and below 1.")
     if config.parallelism.data_parallel_shard_degree == 0:
         raise UserError(
             "parallelism.data_parallel_shard_degree = 0: it must be at least 1, or -1 for all processes that the other "
@@ -218,11 +234,7 @@ def _check_sources(config: JobConfig) -> None:
                 raise UserError(
                     f'data.sources[{i}]{which} has no {key}: write {key} = "..." into that [[data.sources]].'
                 )
-        if not (math.isfinite(source.weight) and source.weight >= 0):
-            raise UserError(
-                f'data.sources[{i}] ("{source.name}"): weight = {source.weight} must be a finite number that is not '
-                "negative; 0 leaves the source out."
-            )
+        _check_source(source, f'data.sources[{i}] ("{source.name}")', config)
         first = next(j for j, earlier in enumerate(sources) if earlier.name == source.name)
         if first != i:
             raise UserError(
@@ -232,6 +244,78 @@ def _check_sources(config: JobConfig) -> None:
     if all(source.weight == 0 for source in sources):
         names = ", ".join(source.name for source in sources)
         raise UserError(f"Every source has weight = 0 ({names}): at least one must be above 0.")
+    _check_strategy(config)
+    _check_positions(config)
+
+
+def _check_source(source: Source, where: str, config: JobConfig) -> None:
+    for key, value in vars(source).items():
+        if not isinstance(value, (int, float)):
+            continue
+        if not math.isfinite(value):
+            raise UserError(f"{where}: {key} = {value} is not a finite number.")
+        if value < _SOURCE_AT_LEAST.get(key, value):
+            raise UserError(f"{where}: {key} = {value} is too small: it must be at least {_SOURCE_AT_LEAST[key]}.")
+        if key in _SOURCE_ABOVE_ZERO and value <= 0:
+            raise UserError(f"{where}: {key} = {value} must be above 0.")
+        if key in _SOURCE_BETWEEN_0_AND_1 and not 0 < value < 1:
+            raise UserError(f"{where}: {key} = {value} is a share and must be above 0 and below 1.")
+    if source.max_length is not None and source.min_length > source.max_length:
+        raise UserError(
+            f"{where}: min_length = {source.min_length} is more than max_length = {source.max_length}, so that no "
+            "document would be left. Swap them, or drop one."
+        )
+    if source.chunk_length is not None and source.chunk_length > config.training.seq_len:
+        raise UserError(
+            f"{where}: chunk_length = {source.chunk_length} is more than training.seq_len = {config.training.seq_len}: "
+            "a piece cannot be longer than a row. Leave chunk_length out to cut at the row's length."
+        )
+    if source.upsample is not None and source.upsample_to is not None:
+        raise UserError(f"{where}: upsample and upsample_to say the same in two ways; give one of them.")
+    raised = source.upsample is not None or source.upsample_to is not None
+    if raised and config.data.strategy in ("per_source_upsampling", "global_upsampling"):
+        raise UserError(
+            f'{where}: upsample and upsample_to raise one source, data.strategy = "{config.data.strategy}" raises all; '
+            'give one of the two (strategy = "original" leaves it to the sources).'
+        )
+    if source.path.startswith("hub:") and not source.path[4:].strip("/ "):
+        raise UserError(f'{where}: path = "{source.path}" names no dataset; write hub:OWNER/NAME.')
+
+
+def _check_strategy(config: JobConfig) -> None:
+    data = config.data
+    names = [source.name for source in data.sources]
+    unknown = [name for name in data.upsampled_sources if name not in names]
+    if unknown:
+        raise UserError(
+            f'data.upsampled_sources names "{unknown[0]}", which is no source; the sources are {", ".join(names)}.'
+        )
+    if data.strategy == "domain_upsampling" and not data.upsampled_sources:
+        raise UserError(
+            'data.strategy = "domain_upsampling" needs data.upsampled_sources, the names of the sources to raise, e.g. '
+            f'upsampled_sources = ["{names[0]}"].'
+        )
+    if data.strategy != "domain_upsampling" and data.upsampled_sources:
+        raise UserError(
+            f'data.upsampled_sources is read by strategy = "domain_upsampling" only, but data.strategy = '
+            f'"{data.strategy}": change one of the two.'
+        )
+
+
+def _check_positions(config: JobConfig) -> None:
+    data, seq_len = config.data, config.training.seq_len
+    if data.positions in ("reset", "continue"):
+        if data.target_seq_len is not None:
+            raise UserError(
+                f"data.target_seq_len = {data.target_seq_len} is read by data.positions = pose, longrecipe, cream and "
+                f'random, but data.positions = "{data.positions}": leave it out, or choose one of these.'
+            )
+    elif data.target_seq_len is None or data.target_seq_len < seq_len:
+        given = "is not set" if data.target_seq_len is None else f"= {data.target_seq_len}"
+        raise UserError(
+            f'data.positions = "{data.positions}" trains rows of training.seq_len = {seq_len} for a longer context, '
+            f"but data.target_seq_len {given}: it must be at least {seq_len}."
+        )
 
 
 def _value(config: JobConfig, name: str) -> Any:

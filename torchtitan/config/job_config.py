@@ -257,13 +257,52 @@ class Source:
     """Name in reports and metrics."""
 
     path: str = ""
-    """Folder written by scripts/tokenize_corpus.py, or a file, folder or glob of .jsonl, .parquet or .txt text."""
+    """Folder written by scripts/tokenize_corpus.py or datasets' save_to_disk; a file, folder or glob of .jsonl,
+    .parquet or .txt text; a folder of MDS shards; or hub:OWNER/NAME, a dataset of the Hugging Face hub, which is
+    streamed into the cache. Relative to data.folder."""
 
     weight: float = 1.0
     """Share of the training tokens, relative to the other sources' weights."""
 
     text_field: str = "text"
-    """Field of a jsonl or parquet record that holds the text."""
+    """Field of a jsonl, parquet or hub record that holds the text."""
+
+    hub_subset: str = ""
+    """Configuration of a hub dataset, e.g. sample-10BT. Empty: its default."""
+
+    hub_split: str = "train"
+    """Split of a hub dataset."""
+
+    hub_revision: str = "main"
+    """Branch, tag or commit of a hub dataset; a commit is what can be repeated."""
+
+    max_documents: int | None = None
+    """Use only the first so many documents; of a hub dataset no more are downloaded."""
+
+    min_length: int = 0
+    """Leave out documents of fewer tokens."""
+
+    max_length: int | None = None
+    """Leave out documents of more tokens."""
+
+    chunk_length: int | None = None
+    """Longest piece of a document, in tokens, where that is to be shorter than a row: pieces do not see each other."""
+
+    long_document: Literal["split", "truncate", "drop"] = "split"
+    """What becomes of a document longer than a row (or chunk_length). split: pieces, every token is used; truncate:
+    its beginning only; drop: left out."""
+
+    upsample: float | None = None
+    """Documents of more than data.long_threshold tokens occur this many times as often as the shorter ones."""
+
+    upsample_to: float | None = None
+    """Or: the share of the source's tokens that lies in such documents; never less than it is by nature."""
+
+    separator: str = ""
+    """Text put after each document as ordinary tokens (UltraLong's "<s>"), beside or instead of BOS and EOS."""
+
+    max_epochs: float | None = None
+    """Refuse a plan that reads the source more often than this. Unset: it is repeated, reshuffled, and reported."""
 
 
 @dataclass(frozen=True)
@@ -273,14 +312,56 @@ class Data:
     sources: tuple[Source, ...] = ()
     """The sources, each a [[data.sources]] table."""
 
+    folder: str = "."
+    """Where relative paths of sources start."""
+
     add_bos: bool = True
     """Begin every document with the tokenizer's BOS token."""
 
     add_eos: bool = True
     """End every document with the tokenizer's EOS token."""
 
+    strategy: Literal[
+        "original",
+        "cut_4k",
+        "cut_128k",
+        "per_source_upsampling",
+        "global_upsampling",
+        "domain_upsampling",
+    ] = "original"
+    """How lengths are mixed (Fu et al., arXiv 2402.10171). cut_4k, cut_128k: no piece is longer. per_source_upsampling:
+    in every source documents over long_threshold rise to long_share of its tokens. global_upsampling: they rise
+    to long_share of all tokens, and sources that have more of them gain weight. domain_upsampling: upsampled_sources
+    get upsampled_weight each."""
+
+    long_threshold: int = 4096
+    """Documents of more tokens are long, to upsampling."""
+
+    long_share: float = 0.7
+    """Share of tokens in long documents that per_source_upsampling and global_upsampling raise to."""
+
+    upsampled_sources: tuple[str, ...] = ()
+    """Names of the sources that domain_upsampling raises."""
+
+    upsampled_weight: float = 0.6
+    """Their weight, beside the other sources' own; the sum is then made 1."""
+
+    packing: Literal["best_fit", "concat", "single"] = "best_fit"
+    """best_fit: pieces whole into rows, longest first, each where the least room is left over. concat: documents laid
+    end to end and cut every seq_len tokens. single: one piece a row. What stays empty is padding, masked."""
+
+    cross_document_attention: bool = False
+    """Let the documents of a row attend to each other (padding never)."""
+
+    positions: Literal["reset", "continue", "pose", "longrecipe", "cream", "random"] = "reset"
+    """What RoPE is given. reset: from 0 in each document; continue: from 0 in each row. The others train short and
+    stand for long: positions within target_seq_len, drawn anew for each row (PoSE, LongRecipe, CREAM, RPES)."""
+
+    target_seq_len: int | None = None
+    """The length that pose, longrecipe, cream and random stand for."""
+
     cache_folder: str = "./data_cache"
-    """Where tokenized text is kept, one folder a source, named by content and tokenizer."""
+    """Where tokenized text and plans are kept, named by content and tokenizer."""
 
     num_workers: int = 1
     """Loader processes a rank; 0 builds batches in the training process."""

@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchtitan.config.job_config import Data, Source
-from torchtitan.datasets.tokenize import CORPUS_FILE, FORMAT, hash_file, tokenize_source
+from torchtitan.datasets.hub import is_hub
+from torchtitan.datasets.source_files import hash_file, source_path
+from torchtitan.datasets.tokenize import tokenize_source
+from torchtitan.datasets.units import CORPUS_FILE, FORMAT
 from torchtitan.tools.errors import UserError
 
 if TYPE_CHECKING:  # components stand above datasets
@@ -58,10 +61,10 @@ class Corpus:
 
 
 def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
-    """The corpus of a source: its tokenized folder, or its text, tokenized into data.cache_folder if need be."""
-    path = Path(source.path).expanduser()
-    if not source.path or not is_tokenized(path):
-        # The cache was just found by its text's content, so the text is not looked at a second time.
+    """The corpus of a source: its tokenized folder, or what tokenize_source makes of it in data.cache_folder."""
+    path = source_path(source, data)
+    if is_hub(source) or not is_tokenized(path):
+        # The cache was just found by its content, so that is not looked at a second time.
         return open_corpus(tokenize_source(source, tokenizer, data), tokenizer.fingerprint, check_text=False)
     about = _read_json(path / CORPUS_FILE) if (path / CORPUS_FILE).is_file() else {}
     for key, wanted in (("add_bos", data.add_bos), ("add_eos", data.add_eos)):
@@ -113,9 +116,10 @@ def open_corpus(
                 f"{about['documents']} and {about['tokens']}: it was changed. Delete the folder and tokenize again."
             )
         return corpus
-    rows = [len(offsets) - 1 for offsets, _ in shards]
-    identity = json.dumps([[name, os.path.getsize(path / name)] for name in names] + [rows])
-    return Corpus(str(path), shards, hashlib.sha256(identity.encode()).hexdigest()[:16], None)
+    identity = hashlib.sha256(json.dumps([[name, os.path.getsize(path / name)] for name in names]).encode())
+    for offsets, _ in shards:  # all lengths: a plan made for others would read beyond documents
+        identity.update(np.diff(offsets).tobytes())
+    return Corpus(str(path), shards, identity.hexdigest()[:16], None)
 
 
 def _check(path: Path, about: dict[str, Any], tokenizer_fingerprint: str | None, check_text: bool) -> None:

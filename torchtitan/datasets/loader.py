@@ -14,32 +14,42 @@ import torch
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from torchtitan.datasets.dealing import deal
 from torchtitan.datasets.plan import Plan
+from torchtitan.datasets.positions import reset_positions, row_positions, sentence_ends
+from torchtitan.datasets.row_table import cut_padding
 from torchtitan.tools.errors import UserError
 
 IGNORED_LABEL = -100
 """Label of a token that is not trained on; PyTorch's cross_entropy skips it."""
 
 
+PADDING_SOURCE = -1
+
+
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch of T tokens in S segments."""
+    """One micro-batch of T tokens in S segments and D documents."""
 
     tokens: torch.Tensor
-    """int64[T]"""
+    """int64[T]; 0 where there is padding."""
 
     labels: torch.Tensor
-    """int64[T]: the next token of the same segment; -100 at a segment's end, also where a row's end cuts a document
-    (its next token is trained on nowhere: the piece that begins there has nothing before it)."""
+    """int64[T]: the next token of the same document; -100 at its end, also where a row's end cuts it (its next token is
+    trained on nowhere: the piece that begins there has nothing before it), and for padding."""
 
     positions: torch.Tensor
-    """int64[T]: from 0 in each segment."""
+    """int64[T]: what RoPE is given (data.positions). They say nothing about where documents or segments end."""
 
     cu_seqlens: torch.Tensor
-    """int32[S + 1]: 0, then the end of each segment, the last one T. Segments do not cross rows."""
+    """int32[S + 1]: 0, then the end of each segment, the last one T. Tokens attend within segments: a document or, with
+    data.cross_document_attention, all documents of a row. Segments do not cross rows."""
+
+    cu_documents: torch.Tensor
+    """int32[D + 1]: 0, then the end of each document (a piece of one, or a run of padding), the last one T."""
 
     source: torch.Tensor
-    """int16[S]: the source of each segment."""
+    """int16[D]: the source of each document, -1 for padding."""
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """On a device; asynchronous from pinned memory."""
@@ -54,8 +64,18 @@ class PackedBatch:
         """Labels that are trained on."""
         return int((self.labels != IGNORED_LABEL).sum())
 
+    @property
+    def num_padding(self) -> int:
+        """Tokens that only fill up rows."""
+        return int(self.cu_documents.diff()[self.source == PADDING_SOURCE].sum())
+
+    @property
+    def token_sources(self) -> torch.Tensor:
+        """int64[T], the source of each token; -1 for padding."""
+        return torch.repeat_interleave(self.source.long(), self.cu_documents.diff().long())
+
     def _tensors(self) -> Iterator[torch.Tensor]:
-        yield from (self.tokens, self.labels, self.positions, self.cu_seqlens, self.source)
+        yield from (self.tokens, self.labels, self.positions, self.cu_seqlens, self.cu_documents, self.source)
 
 
 class MicroBatches(Dataset[PackedBatch]):
@@ -80,27 +100,52 @@ class MicroBatches(Dataset[PackedBatch]):
         return self.plan.steps * self.accumulation
 
     def __getitem__(self, item: int) -> PackedBatch:
-        step, index = divmod(item, self.accumulation)
-        return pack(self.plan, step, self.slots(index))
+        return pack(self.plan, item // self.accumulation, self.slots(item))
 
-    def slots(self, accumulation_index: int) -> list[int]:
-        """Slots of this rank's micro-batch; over ranks and accumulation every slot of the step occurs once."""
-        first = (accumulation_index * self.dp_degree + self.dp_rank) * self.local_batch_size
-        return list(range(first, first + self.local_batch_size))
+    def slots(self, item: int) -> list[int]:
+        """The step's slots that make this item; over ranks and a step's items every slot occurs once."""
+        step, index = divmod(item, self.accumulation)
+        slots: list[int] = deal(self.plan.work(step), self.dp_degree, self.local_batch_size)[
+            self.dp_rank, index
+        ].tolist()
+        return slots
 
 
 def pack(plan: Plan, step: int, slots: list[int]) -> PackedBatch:
-    """The rows of the slots laid end to end."""
-    rows = [plan.row(step, slot) for slot in slots]
-    tokens = np.concatenate([plan.tokens(row) for row in rows])
-    lengths = np.concatenate([row.pieces.stops - row.pieces.starts for row in rows])
-    ends = np.cumsum(lengths)
+    """The rows of the slots laid end to end, each padded to seq_len."""
+    total = len(slots) * plan.seq_len
+    tokens = np.zeros(total, np.int64)
+    positions = np.empty(total, np.int64)
+    documents, segments, sources = [], [], []
+    for begin, slot in zip(range(0, total, plan.seq_len), slots):
+        row = plan.row(step, slot)
+        read = plan.tokens(row)
+        tokens[begin : begin + len(read)] = read
+        padding = cut_padding(plan.seq_len - len(read))
+        documents += [row.lengths, padding]
+        sources += [row.sources, np.full(len(padding), PADDING_SOURCE, np.int16)]
+        inside = np.array([len(read)]) if plan.data.cross_document_attention else row.lengths
+        segments += [inside, padding]
+        positions[begin : begin + len(read)] = _positions(plan, read, row.lengths, inside, step, slot)
+        positions[begin + len(read) : begin + plan.seq_len] = reset_positions(padding)
+    cu_documents = np.cumsum(np.concatenate([np.zeros(1, np.int64), *documents]))
+    cu_seqlens = np.cumsum(np.concatenate([np.zeros(1, np.int64), *segments]))
+    source = np.concatenate(sources)
     labels = np.append(tokens[1:], IGNORED_LABEL)
-    labels[ends - 1] = IGNORED_LABEL
-    positions = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
-    source = np.repeat(np.array([row.source for row in rows], np.int16), [len(row.pieces.starts) for row in rows])
-    cu_seqlens = np.concatenate([[0], ends]).astype(np.int32)
-    return PackedBatch(*(torch.from_numpy(a) for a in (tokens, labels, positions, cu_seqlens, source)))
+    labels[cu_documents[1:] - 1] = IGNORED_LABEL
+    for document in np.flatnonzero(source == PADDING_SOURCE):
+        labels[cu_documents[document] : cu_documents[document + 1]] = IGNORED_LABEL
+    arrays = (tokens, labels, positions, cu_seqlens.astype(np.int32), cu_documents.astype(np.int32), source)
+    return PackedBatch(*(torch.from_numpy(array) for array in arrays))
+
+
+def _positions(
+    plan: Plan, tokens: np.ndarray, documents: np.ndarray, segments: np.ndarray, step: int, slot: int
+) -> np.ndarray:
+    method = plan.data.positions
+    placed = documents if method == "reset" else segments
+    ends = sentence_ends(tokens, plan.sentence_end_ids) if method == "longrecipe" else None
+    return row_positions(method, placed, plan.data.target_seq_len, (plan.seed, step, slot), ends)
 
 
 def build_loader(

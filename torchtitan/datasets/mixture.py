@@ -1,36 +1,285 @@
-"""Which source each row of a stage comes from, so that every part of the stage has the shares that were asked for."""
+"""What a stage reads of each source, and in which shares of the tokens.
+
+Filters, the long-document policy and the length strategies all come down to streams: a stream is the pieces of some of
+a source's documents, read again and again in new orders, with a share of the stage's tokens. A source whose long
+documents are raised is two streams, its long and its short documents, so that the long share holds like any other.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
+from torchtitan.config.job_config import Data, Source
+from torchtitan.tools.errors import UserError
 
-def source_of_rows(weights: Sequence[float], rows: int) -> np.ndarray:
-    """int16[rows], the source of each row; the first rows do not depend on how many are asked for.
+Kind = Literal["all", "long", "short"]
+CUT_AT = {"cut_4k": 4096, "cut_128k": 131072}
 
-    Row i of source s has the time (i + 1/2) / share_s and the rows are taken in the order of time, so of any two
-    sources each is within half a row of its exact share of their rows at any moment. A weight of 0
-    gives no rows; the sum must be above 0.
+
+@dataclass(frozen=True)
+class Stream:
+    """Pieces of documents of one source, with a share of the stage's tokens."""
+
+    source: int
+    kind: Kind
+    share: float
+    """Of the tokens in rows, padding not counted; the streams' shares sum to 1."""
+
+    documents: np.ndarray
+    """int32[P], the document of each piece. The pieces of a document follow each other."""
+
+    lengths: np.ndarray
+    """int32[P], tokens of each piece, separators included."""
+
+    tokens: int
+    """Sum of the lengths: one epoch."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What a source's options leave out of every epoch: (documents, tokens) by reason."""
+
+    below_min_length: tuple[int, int]
+    above_max_length: tuple[int, int]
+    dropped: tuple[int, int]
+    """Longer than a row (or chunk_length) under long_document = "drop"."""
+
+    truncated: tuple[int, int]
+    """Documents cut short by long_document = "truncate", and the tokens cut off."""
+
+
+@dataclass(frozen=True)
+class _Eligible:
+    """The documents of a source that may be read, and how much of each."""
+
+    documents: np.ndarray  # int32[n]
+    lengths: np.ndarray  # int64[n], whole, without the separator
+    used: np.ndarray  # int64[n], what the long-document policy leaves of that
+    limit: int | None  # longest piece
+    left_out: LeftOut
+
+
+def build_streams(
+    data: Data, lengths: Sequence[np.ndarray], separators: Sequence[int], seq_len: int
+) -> tuple[list[Stream], list[LeftOut]]:
+    """The streams of data.sources (those with a weight) and what each source leaves out.
+
+    lengths: int64[n] a source, tokens of its documents. separators: tokens that follow each document of a source.
+    UserError when a source has nothing left, or cannot be raised as asked.
     """
-    shares = np.asarray(weights, dtype=np.float64)
-    if len(shares) == 0 or not np.isfinite(shares).all() or (shares < 0).any() or shares.sum() <= 0:
-        raise ValueError(f"weights must be finite, not negative and not all 0, got {list(weights)}")
-    shares = shares / shares.sum()
-    # The time of the last row is at most rows + S / 2 (each source is at most half a row behind its share), and by
-    # then a source has at most share * time + 1/2 rows.
-    counts = [math.ceil(share * (rows + len(shares) / 2) + 0.5) + 1 if share > 0 else 0 for share in shares]
-    times = [(np.arange(count) + 0.5) / share for count, share in zip(counts, shares) if count]
-    sources = np.repeat(np.arange(len(shares), dtype=np.int16), counts)
-    return sources[np.argsort(np.concatenate(times), kind="stable")[:rows]]
+    eligible = [
+        _apply_filters(source, data, tokens, separator, seq_len)
+        for source, tokens, separator in zip(data.sources, lengths, separators, strict=True)
+    ]
+    weights = _weights(data)
+    for source, weight, tokens, left in zip(data.sources, weights, lengths, eligible):
+        if weight > 0 and len(left.documents) == 0:
+            raise UserError(_nothing_left(source, data, tokens, left, seq_len))
+    long_tokens = [int(e.used[_is_long(e, data)].sum()) for e in eligible]
+    long_shares = [long / max(1, int(e.used.sum())) for long, e in zip(long_tokens, eligible)]
+    streams = []
+    for index, (source, left) in enumerate(zip(data.sources, eligible)):
+        if weights[index] == 0:
+            continue
+        split = _split_share(index, data, weights, long_shares)
+        if split is None:
+            streams.append(_stream(index, "all", weights[index], left, np.ones(len(left.documents), bool)))
+            continue
+        if long_tokens[index] == 0 and data.strategy != "global_upsampling":
+            raise UserError(
+                f"{_raised_by(source, data)} raises documents of more than data.long_threshold = "
+                f"{data.long_threshold} tokens, but data source {source.name!r} has none: its longest has "
+                f"{int(left.lengths.max())}. Lower the threshold, take the source out, or raise only the others, each "
+                "with its own upsample_to."
+            )
+        long = _is_long(left, data)
+        parts: list[tuple[Kind, float, np.ndarray]] = [("long", split[0], long), ("short", split[1], ~long)]
+        streams += [_stream(index, kind, share, left, which) for kind, share, which in parts if share > 0]
+    return streams, [e.left_out for e in eligible]
 
 
-def index_in_source(source_of_row: np.ndarray) -> np.ndarray:
-    """int64[rows]: how many rows of the same source came before each row."""
-    index = np.empty(len(source_of_row), dtype=np.int64)
-    for source in np.unique(source_of_row):
-        mine = source_of_row == source
-        index[mine] = np.arange(int(mine.sum()))
-    return index
+def check_epochs(data: Data, streams: Sequence[Stream], tokens: int) -> None:
+    """UserError where a stage of so many tokens would read a source more often than its max_epochs."""
+    for stream in streams:
+        source, needed = data.sources[stream.source], stream.share * tokens
+        epochs = needed / stream.tokens
+        if source.max_epochs is not None and epochs > source.max_epochs:
+            which = "its documents" if stream.kind == "all" else f"its {stream.kind} documents"
+            raise UserError(
+                f"Data source {source.name!r} cannot fill its share: {which} hold {stream.tokens:,} tokens, "
+                f"and {stream.share:.4g} of the stage's {tokens:,} are {needed:,.0f}, so that they would be read "
+                f"{epochs:.2f} times, more than max_epochs = {source.max_epochs:g}. Lower its weight "
+                f"({source.max_epochs / epochs:.3g} times its share would do) or training.steps, give it more text, or "
+                "raise max_epochs."
+            )
+
+
+def _apply_filters(source: Source, data: Data, tokens: np.ndarray, separator: int, seq_len: int) -> _Eligible:
+    tokens = tokens[: source.max_documents]
+    longest = source.max_length if source.max_length is not None else np.iinfo(np.int64).max
+    short, long = tokens < max(1, source.min_length), tokens > longest
+    fits = ~short & ~long
+    lengths = tokens + separator
+    limit = piece_limit(source, data, seq_len)
+    dropped = np.zeros(len(tokens), bool)
+    used = lengths
+    if source.long_document != "split":
+        bound = min(limit or seq_len, seq_len)
+        if source.long_document == "drop":
+            dropped = fits & (lengths > bound)
+        else:
+            used = np.minimum(lengths, bound)
+    keep = fits & ~dropped
+    cut = keep & (used < lengths)
+    left_out = LeftOut(
+        below_min_length=(int(short.sum()), int(tokens[short].sum())),
+        above_max_length=(int(long.sum()), int(tokens[long].sum())),
+        dropped=(int(dropped.sum()), int(tokens[dropped].sum())),
+        truncated=(int(cut.sum()), int((lengths - used)[cut].sum())),
+    )
+    return _Eligible(np.flatnonzero(keep).astype(np.int32), tokens[keep], used[keep], limit, left_out)
+
+
+def piece_limit(source: Source, data: Data, seq_len: int) -> int | None:
+    """Tokens of the longest piece of a document before packing; None: packing alone cuts (concat)."""
+    limits = [n for n in (source.chunk_length, CUT_AT.get(data.strategy)) if n is not None]
+    if data.packing != "concat":  # there rows are cut where they end, and a document's place decides how
+        limits.append(seq_len)
+    return min(limits) if limits else None
+
+
+def _weights(data: Data) -> list[float]:
+    """Of the sources, summing to 1, before lengths are looked at."""
+    weights = [source.weight for source in data.sources]
+    if data.strategy == "domain_upsampling":
+        named = data.upsampled_sources
+        weights = [data.upsampled_weight if s.name in named else s.weight for s in data.sources]
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def _is_long(eligible: _Eligible, data: Data) -> np.ndarray:
+    return eligible.lengths > data.long_threshold
+
+
+def _split_share(index: int, data: Data, weights: list[float], long_shares: list[float]) -> tuple[float, float] | None:
+    """Shares of the stage's tokens for a source's long and short documents; None: they are not told apart.
+
+    Equal to keeping short documents with a probability q, as the paper's code does, with q solved for the wanted
+    share (p long by nature, t wanted: q = p (1 - t) / (t (1 - p))), but exact in every part of the stage.
+    """
+    source, weight, natural = data.sources[index], weights[index], long_shares[index]
+    if data.strategy == "global_upsampling":
+        overall = sum(w * p for w, p in zip(weights, long_shares))
+        if overall == 0:
+            raise UserError(
+                f'data.strategy = "global_upsampling" raises documents of more than data.long_threshold = '
+                f"{data.long_threshold} tokens, but no source has one. Lower the threshold."
+            )
+        if overall >= data.long_share:
+            return None
+        long = data.long_share * weight * natural / overall
+        return long, (1 - data.long_share) * weight * (1 - natural) / (1 - overall)
+    if data.strategy == "per_source_upsampling":
+        wanted = data.long_share
+    elif source.upsample_to is not None:
+        wanted = source.upsample_to
+    elif source.upsample is not None:
+        wanted = source.upsample * natural / (source.upsample * natural + 1 - natural)
+    else:
+        return None
+    if natural > 0 and wanted <= natural:
+        return None
+    return weight * wanted, weight * (1 - wanted)
+
+
+def _stream(source: int, kind: Kind, share: float, eligible: _Eligible, which: np.ndarray) -> Stream:
+    documents, used, limit = eligible.documents[which], eligible.used[which], eligible.limit
+    if limit is None or int(used.max()) <= limit:
+        lengths = used.astype(np.int32)
+    else:
+        counts = -(-used // limit)
+        last = np.cumsum(counts) - 1
+        lengths = np.full(int(counts.sum()), limit, np.int32)
+        lengths[last] = used - (counts - 1) * limit
+        documents = np.repeat(documents, counts)
+    return Stream(source, kind, share, documents, lengths, int(used.sum()))
+
+
+def _raised_by(source: Source, data: Data) -> str:
+    if data.strategy == "per_source_upsampling":
+        return 'data.strategy = "per_source_upsampling"'
+    return "upsample_to" if source.upsample_to is not None else "upsample"
+
+
+def _nothing_left(source: Source, data: Data, tokens: np.ndarray, left: _Eligible, seq_len: int) -> str:
+    o = left.left_out
+    bound = min(piece_limit(source, data, seq_len) or seq_len, seq_len)
+    reasons = [
+        (o.below_min_length[0], f"{o.below_min_length[0]} shorter than min_length = {source.min_length}"),
+        (o.above_max_length[0], f"{o.above_max_length[0]} longer than max_length = {source.max_length}"),
+        (o.dropped[0], f'{o.dropped[0]} longer than {bound} tokens, which long_document = "drop" leaves out'),
+    ]
+    why = ", ".join(text for count, text in reasons if count)
+    lengths = f" Its documents have {int(tokens.min())} to {int(tokens.max())} tokens." if len(tokens) else ""
+    return (
+        f"Data source {source.name!r} has no document left to read: of {len(tokens)}, {why or 'none has a token'}."
+        f"{lengths} Change these options, or take the source out."
+    )
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The pieces of a stage in the order in which they are packed; int32[N] each."""
+
+    stream: np.ndarray
+    piece: np.ndarray
+    """Index into the stream's pieces."""
+
+    epoch: np.ndarray
+    """Of the stream, from 0."""
+
+    lengths: np.ndarray
+    """Tokens of each piece."""
+
+
+def merge(streams: Sequence[Stream], tokens: int, seed: int) -> Merged:
+    """The streams' pieces, merged so that every part of the result has their shares; at least `tokens` in all.
+
+    A piece's time is the middle of its tokens on its stream's line, divided by the stream's share, and pieces are taken
+    in the order of time: at any moment each stream is within about half a piece of its exact share. Each epoch is a
+    new order of all pieces of the stream. The first pieces do not depend on how many are asked for.
+    """
+    parts: list[tuple[np.ndarray, ...]] = []
+    horizon = np.inf
+    for number, stream in enumerate(streams):
+        pieces, epochs = take_epochs(stream, stream.share * tokens, seed)
+        lengths = stream.lengths[pieces]
+        ends = np.cumsum(lengths, dtype=np.int64)
+        times = (ends - 0.5 * lengths) / stream.share
+        horizon = min(horizon, times[-1])
+        parts.append((times, np.full(len(pieces), number, np.int32), pieces, epochs, lengths))
+    times, numbers, pieces, epochs, lengths = (np.concatenate(column) for column in zip(*parts))
+    del parts
+    order = np.argsort(times, kind="stable")
+    order = order[: int(np.searchsorted(times[order], horizon, side="right"))]
+    return Merged(numbers[order], pieces[order], epochs[order], lengths[order])
+
+
+def take_epochs(stream: Stream, tokens: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(pieces, epochs) int32 of a stream, epoch after epoch, until the middle of the last piece is beyond `tokens`."""
+    tokens += int(stream.lengths.max())
+    count = int(tokens // stream.tokens) + 1
+    # Seeded by what the stream is, not by its number: another source's options do not reorder this one.
+    kind = ("all", "long", "short").index(stream.kind)
+    orders = [
+        np.random.default_rng([seed, stream.source, kind, epoch]).permutation(len(stream.lengths)).astype(np.int32)
+        for epoch in range(count)
+    ]
+    pieces = np.concatenate(orders)
+    stop = int(np.searchsorted(np.cumsum(stream.lengths[pieces], dtype=np.int64), tokens)) + 1
+    return pieces[:stop], np.repeat(np.arange(count, dtype=np.int32), len(stream.lengths))[:stop]

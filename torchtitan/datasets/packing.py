@@ -1,60 +1,164 @@
-"""Documents -> rows of exactly seq_len tokens.
+"""Pieces of documents -> rows of at most seq_len tokens, in an order in which every part of the stage has its shares.
 
-Concat: in every epoch the documents are laid end to end in a new order, the line is cut every seq_len tokens, and the
-rows are shuffled, so that a long document's rows do not follow one another. Each token is used at most once an epoch;
-the tail that does not fill a row is left out. A row is described by its pieces, which say what to read; nothing here
-reads tokens.
+The pieces come merged (mixture.py) and are packed in blocks of some rows, so that a row's contents depend on its
+neighbourhood only and a longer stage begins like a shorter one. What does not fill a row waits for the next block.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+BLOCK_ROWS = 128
+"""Rows packed together: enough pieces for best-fit to leave little room, few enough to keep the order of the pieces."""
 
-@dataclass(frozen=True)
-class EpochOrder:
-    """The documents and rows of a source in the order of one epoch."""
+SPARE_ROWS = 4
+"""Rows' worth of further pieces that best-fit packs with a block: the fullest rows are taken, the others wait."""
 
-    documents: np.ndarray
-    """int64[n]"""
+CHOICE = 32
+"""Rows among which the next one is chosen, so that the tokens so far have their shares."""
 
-    ends: np.ndarray
-    """int64[n], where each ends on the line of all tokens."""
-
-    places: np.ndarray
-    """int64[rows]: the place on the line, in rows, of the epoch's first, second, ... row."""
+_BIN_BITS = 20  # a bin's room and number in one integer
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """What a row is made of, in order: tokens [starts, stops) of documents; int64[P] each, no piece empty."""
+class Rows:
+    """Rows as runs of parts: parts offsets[r] to offsets[r + 1] make row r."""
 
-    documents: np.ndarray
-    starts: np.ndarray
-    stops: np.ndarray
+    offsets: np.ndarray
+    """int64[R + 1]"""
 
+    pieces: np.ndarray
+    """int32[N], which of the merged pieces each part is of."""
 
-def order_epoch(lengths: np.ndarray, seq_len: int, seed: int, source: int, epoch: int) -> EpochOrder:
-    """Order of a source's documents (lengths int64[n]) and rows in an epoch, seeded by the last three numbers."""
-    random = np.random.default_rng([seed, source, epoch])
-    documents = random.permutation(len(lengths))
-    return EpochOrder(
-        documents, np.cumsum(lengths[documents], dtype=np.int64), random.permutation(int(lengths.sum()) // seq_len)
-    )
+    lengths: np.ndarray
+    """int32[N], its tokens: the whole piece, but where concat cuts it."""
 
 
-def cut_row(order: EpochOrder, row: int, seq_len: int) -> Pieces:
-    """Pieces of row `row` of the epoch, O(pieces + log n). IndexError beyond the epoch's last whole row."""
-    if not 0 <= row < len(order.places):
-        raise IndexError(f"row {row} of an epoch of {len(order.places)} rows")
-    begin = int(order.places[row]) * seq_len
-    end = begin + seq_len
-    first = int(np.searchsorted(order.ends, begin, side="right"))
-    last = int(np.searchsorted(order.ends, end, side="left"))
-    ends = order.ends[first : last + 1]
-    begins = np.concatenate([order.ends[first - 1 : first] if first else np.zeros(1, np.int64), ends[:-1]])
-    starts, stops = np.maximum(begins, begin) - begins, np.minimum(ends, end) - begins
-    filled = stops > starts  # a foreign corpus may hold empty documents
-    return Pieces(order.documents[first : last + 1][filled], starts[filled], stops[filled])
+Block = tuple[np.ndarray, np.ndarray, np.ndarray]  # row in the block, piece, tokens of each part; by row
+
+
+def pack(lengths: np.ndarray, packing: str, seq_len: int, rows: int, seed: int) -> Rows:
+    """`rows` rows of the merged pieces (lengths int32[N]); ValueError if these are not enough.
+
+    The rows of a block come in a random order, seeded by (seed, block): best-fit makes the fullest first, and concat
+    puts the rows of a long document side by side.
+    """
+    packer: Callable[[np.ndarray, int], Iterator[Block]]
+    packer = {"best_fit": _best_fit_blocks, "concat": _concat_blocks, "single": _single_blocks}[packing]
+    counts, pieces, tokens, made = [], [], [], 0
+    for number, (row, piece, count) in enumerate(packer(lengths, seq_len)):
+        size = int(row[-1]) + 1
+        in_order = packing == "single"  # pieces come shuffled, and merged with the right shares
+        place = np.arange(size) if in_order else np.random.default_rng([seed, number]).permutation(size)
+        order = np.argsort(place[row], kind="stable")
+        pieces.append(piece[order].astype(np.int32))
+        tokens.append(count[order].astype(np.int32))
+        counts.append(np.bincount(place[row], minlength=size))
+        made += size
+        if made >= rows:
+            break
+    if made < rows:
+        raise ValueError(f"{len(lengths)} pieces make {made} rows, not {rows}")
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts)[:rows])])
+    return Rows(offsets, np.concatenate(pieces)[: offsets[-1]], np.concatenate(tokens)[: offsets[-1]])
+
+
+def tokens_wanted(rows: int, seq_len: int) -> int:
+    """Tokens of merged pieces that are enough for so many rows under every packing."""
+    # Each block takes what fills it and leaves less than half of what it had, in at most BLOCK_ROWS + SPARE_ROWS rows.
+    return (-(-rows // BLOCK_ROWS) * BLOCK_ROWS + 2 * (BLOCK_ROWS + SPARE_ROWS)) * seq_len
+
+
+def best_fit(lengths: list[int], room: int) -> list[int]:
+    """Bin of each length, every one put where the least room is left over, or into a new bin where none has room.
+
+    Lengths in decreasing order make it best-fit decreasing (Ding et al., arXiv 2404.10830): at most 11/9 of the fewest
+    bins and 1 more. O(n log bins), for bins in the hundreds.
+    """
+    rooms: list[int] = []  # sorted: room left << _BIN_BITS | bin
+    bins = []
+    made = 0
+    for length in lengths:
+        at = bisect_left(rooms, length << _BIN_BITS)
+        if at < len(rooms):
+            left = rooms.pop(at) - (length << _BIN_BITS)
+        else:
+            left = (room - length) << _BIN_BITS | made
+            made += 1
+        bins.append(left & (1 << _BIN_BITS) - 1)
+        if left >> _BIN_BITS:
+            insort(rooms, left)
+    return bins
+
+
+def _best_fit_blocks(lengths: np.ndarray, seq_len: int) -> Iterator[Block]:
+    ends = np.cumsum(lengths, dtype=np.int64)
+    waiting = np.zeros(0, np.int64)
+    begin = 0
+    while begin < len(lengths):
+        wanted = (BLOCK_ROWS + SPARE_ROWS) * seq_len - int(lengths[waiting].sum())
+        end = int(np.searchsorted(ends, (ends[begin - 1] if begin else 0) + wanted)) + 1
+        pieces = np.concatenate([waiting, np.arange(begin, min(end, len(lengths)))])
+        is_new = pieces >= begin
+        begin = end
+        # Those that have waited choose their rows first, and these rows come first: none waits for long.
+        by_length = np.lexsort((-lengths[pieces], is_new))
+        pieces, is_new = pieces[by_length], is_new[by_length]
+        bins = np.array(best_fit(lengths[pieces].tolist(), seq_len))
+        filled = np.bincount(bins, weights=lengths[pieces]).astype(np.int64)
+        all_new = np.bincount(bins, weights=~is_new) == 0
+        rank = np.empty(len(filled), np.int64)
+        rank[np.lexsort((-filled, all_new))] = np.arange(len(filled))
+        row = rank[bins]
+        # within a row the order of the merge, not that of the lengths
+        order = np.lexsort((pieces, row))
+        row, pieces = row[order], pieces[order]
+        taken = int(np.searchsorted(row, BLOCK_ROWS))
+        waiting = np.sort(pieces[taken:])
+        yield row[:taken], pieces[:taken], lengths[pieces[:taken]]
+
+
+def _concat_blocks(lengths: np.ndarray, seq_len: int) -> Iterator[Block]:
+    ends = np.cumsum(lengths, dtype=np.int64)
+    size = BLOCK_ROWS * seq_len
+    for begin in range(0, int(ends[-1]) // size * size, size):
+        cuts = np.arange(begin, begin + size + 1, seq_len)
+        first, last = np.searchsorted(ends, begin, side="right"), np.searchsorted(ends, begin + size, side="left")
+        stops = np.union1d(np.minimum(ends[first : last + 1], begin + size), cuts[1:])
+        starts = np.concatenate([[begin], stops[:-1]])
+        yield (starts - begin) // seq_len, np.searchsorted(ends, starts, side="right"), stops - starts
+
+
+def _single_blocks(lengths: np.ndarray, seq_len: int) -> Iterator[Block]:
+    for begin in range(0, len(lengths), BLOCK_ROWS):
+        pieces = np.arange(begin, min(begin + BLOCK_ROWS, len(lengths)))
+        yield np.arange(len(pieces)), pieces, lengths[pieces]
+
+
+def order_rows(tokens: np.ndarray, shares: np.ndarray, count: int) -> np.ndarray:
+    """int64[count]: the order in which rows are read, so that the tokens read so far have the streams' shares.
+
+    tokens: int64[R, S], tokens of each stream in each row. Every row is chosen among the first CHOICE that are left
+    (the oldest where it makes no difference, or where that has waited for 2 * CHOICE rows), so R must be at least
+    count + CHOICE, and a longer stage begins the same.
+    """
+    whole = max(1, int(tokens.sum(axis=1).max()))
+    excess = tokens - shares * tokens.sum(axis=1, keepdims=True)
+    # Whole numbers, so that every machine chooses the same: sums of products below 2^53 have no rounding.
+    excess = np.rint(excess * (65536 / whole))
+    squares = (excess**2).sum(axis=1)
+    here, candidates, here_squares = np.arange(CHOICE), excess[:CHOICE].copy(), squares[:CHOICE].copy()
+    behind = np.zeros(tokens.shape[1])
+    chosen = np.empty(count, np.int64)
+    for i in range(count):
+        best = int((here_squares + 2.0 * (candidates @ behind)).argmin()) if here[0] + 2 * CHOICE > i else 0
+        chosen[i] = here[best]
+        behind += candidates[best]
+        for kept, all_rows in ((here, None), (candidates, excess), (here_squares, squares)):
+            kept[best:-1] = kept[best + 1 :]
+            kept[-1] = i + CHOICE if all_rows is None else all_rows[i + CHOICE]
+    return chosen

@@ -7,12 +7,18 @@ UserError that names the file and, where there are lines, the line.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from torchtitan.config.job_config import Data, Source
+from torchtitan.datasets.source_files import files_below, matching_files, source_path
 from torchtitan.tools.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".jsonl", ".parquet", ".txt")
 
@@ -28,25 +34,39 @@ class Span:
     size: int
 
 
-def split_into_spans(paths: list[str], target: int) -> list[list[Span]]:
-    """Units of work in document order, each some spans of together about `target` bytes."""
-    units: list[list[Span]] = [[]]
-    held = 0
-    for path in paths:
-        for span in _spans_of(path, target):
-            if units[-1] and held + span.size > target:
-                units.append([])
-                held = 0
-            units[-1].append(span)
-            held += span.size
-    return units
+def find_text_files(source: Source, data: Data) -> list[Path]:
+    """The files of source.path, sorted. In a folder, hidden files and other extensions are passed over."""
+    path = source_path(source, data)
+    where = f"the path {source.path!r} of data source {source.name!r}"
+    if path.is_dir():
+        found = files_below(path)
+        files = [p for p in found if p.suffix in EXTENSIONS]
+        others = sorted({p.suffix or p.name for p in found} - set(EXTENSIONS))
+        if not files:
+            there = f"only {', '.join(others[:8])}" if others else "nothing"
+            raise UserError(f"There is no {', '.join(EXTENSIONS)} file in {where}; the folder holds {there}.")
+        if others:
+            logger.info("%s: passing over %s in %s", source.name, ", ".join(others[:8]), source.path)
+    else:
+        files = matching_files(source, data)
+        if not files:
+            raise UserError(f"No file matches {where} (looked for {path.absolute()}; data.folder = {data.folder!r}).")
+        wrong = sorted(p.name for p in files if p.suffix not in EXTENSIONS)
+        if wrong:
+            raise UserError(
+                f"{wrong[0]} in {where} has the extension {Path(wrong[0]).suffix!r}; text is read from "
+                f"{', '.join(EXTENSIONS)} (uncompressed)."
+            )
+    return sorted(p.absolute() for p in files)
 
 
-def _spans_of(path: str, target: int) -> Iterator[Span]:
+def spans_of(path: str, target: int) -> Iterator[Span]:
+    """The spans of a file in order, each of about `target` bytes at most where the file can be cut."""
     size = os.path.getsize(path)
     if path.endswith(".jsonl"):
-        for start in range(0, size, target):
-            stop = min(start + target, size)
+        parts = -(-size // target)
+        cuts = [size * part // parts for part in range(parts + 1)] if parts else []
+        for start, stop in zip(cuts, cuts[1:]):
             yield Span(path, start, stop, stop - start)
     elif path.endswith(".parquet"):
         groups = _open_parquet(path).metadata
@@ -119,10 +139,11 @@ def _parse_line(line: bytes, text_field: str, first: bool) -> str | None:
         raise ValueError(
             f"no field {text_field!r}; the record has {there}. Set the source's text_field to the right one."
         )
-    return _as_text(record[text_field], text_field)
+    return as_text(record[text_field], text_field)
 
 
-def _as_text(value: Any, text_field: str) -> str:
+def as_text(value: Any, text_field: str) -> str:
+    """A field of a record as text, "" for None; ValueError says why it is none."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -165,7 +186,7 @@ def _read_parquet(span: Span, text_field: str) -> Iterator[str]:
         for batch in file.iter_batches(64, row_groups=list(range(span.start, span.stop)), columns=[text_field]):
             for value in batch.column(0):
                 row += 1
-                yield _as_text(value.as_py(), text_field)
+                yield as_text(value.as_py(), text_field)
     except UnicodeDecodeError as error:
         raise UserError(f"{span.path} row {row}: {text_field!r} is not UTF-8 at byte {error.start}.") from error
     except ValueError as error:

@@ -12,7 +12,7 @@ import pytest
 from torchtitan.config import checks
 from torchtitan.config.checks import accumulation_steps, check_config, dp_degree, resolve_shard_degree, rows_per_step
 from torchtitan.config.job_config import JobConfig, Source
-from torchtitan.config.toml_file import known_names
+from torchtitan.config.toml_file import fields_of, known_names
 from torchtitan.tools.errors import UserError
 
 SOURCE = Source(name="books", path="books.jsonl")
@@ -53,8 +53,59 @@ def numeric_names() -> list[str]:
 
 
 def test_every_number_of_the_schema_has_a_range() -> None:
-    tables = (checks._AT_LEAST, checks._ABOVE_ZERO, checks._FROM_0_TO_1, checks._FROM_0_BELOW_1)
+    tables = (
+        checks._AT_LEAST,
+        checks._ABOVE_ZERO,
+        checks._FROM_0_TO_1,
+        checks._FROM_0_BELOW_1,
+        checks._BETWEEN_0_AND_1,
+    )
     assert sorted(itertools.chain(*tables)) == sorted(numeric_names())
+
+
+def numeric_keys_of_sources() -> list[str]:
+    return [key for key, hint in fields_of(Source).items() if {int, float} & {hint, *get_args(hint)} - {bool}]
+
+
+def test_every_number_of_a_source_has_a_range() -> None:
+    tables = (checks._SOURCE_AT_LEAST, checks._SOURCE_ABOVE_ZERO, checks._SOURCE_BETWEEN_0_AND_1)
+    assert sorted(itertools.chain(*tables)) == sorted(numeric_keys_of_sources())
+
+
+@pytest.mark.parametrize("key", numeric_keys_of_sources())
+def test_a_number_of_a_source_out_of_its_range_is_refused_by_name(key: str) -> None:
+    low = checks._SOURCE_AT_LEAST.get(key, 0) - 1
+    for value in (low, math.nan, math.inf):
+        message = error_of(data__sources=(dataclasses.replace(SOURCE, **{key: value}),))
+        assert message.startswith(f'data.sources[0] ("books"): {key} = {value} ')
+
+
+DATA: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "min over max": ({}, {"min_length": 9, "max_length": 8}, ["min_length = 9", "max_length = 8"]),
+    "chunk over row": ({}, {"chunk_length": 10**7}, ["chunk_length = 10000000", "training.seq_len"]),
+    "raised twice": ({}, {"upsample": 2.0, "upsample_to": 0.5}, ["upsample", "upsample_to", "one of them"]),
+    "raised by both": ({"strategy": "per_source_upsampling"}, {"upsample": 2.0}, ["per_source_upsampling"]),
+    "hub of nothing": ({}, {"path": "hub:"}, ["hub:OWNER/NAME"]),
+    "no domain named": ({"strategy": "domain_upsampling"}, {}, ["upsampled_sources", "books"]),
+    "unknown domain": (
+        {"strategy": "domain_upsampling", "upsampled_sources": ("book",)},
+        {},
+        ['"book"', "the sources are books"],
+    ),
+    "domains without the strategy": ({"upsampled_sources": ("books",)}, {}, ["domain_upsampling", '"original"']),
+    "no target": ({"positions": "cream"}, {}, ["target_seq_len is not set"]),
+    "target below the row": ({"positions": "cream", "target_seq_len": 7}, {}, ["target_seq_len = 7", "at least"]),
+    "target for nothing": ({"target_seq_len": 10**6}, {}, ['"reset"', "leave it out"]),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_what_the_data_table_can_be_wrong_about(name: str) -> None:
+    data, source, words = DATA[name]
+    options = {f"data__{key}": value for key, value in data.items()}
+    message = error_of(**options, data__sources=(dataclasses.replace(SOURCE, **source),))
+    for word in words:
+        assert word in message
 
 
 def test_the_defaults_are_in_range() -> None:

@@ -24,7 +24,7 @@ TEXTS = ["text " * (i % 9 + 1) for i in range(60)]
 
 @pytest.fixture
 def folder(tokenizer: Tokenizer, data: Data, make_source: MakeSource, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(tokenize, "SHARD_TEXT_BYTES", 500)
+    monkeypatch.setattr(tokenize, "UNIT_BYTES", 500)
     return tokenize_source(make_source(TEXTS), tokenizer, data, 1)
 
 

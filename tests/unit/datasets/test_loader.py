@@ -2,58 +2,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from torchtitan.config.job_config import Data, Source
 from torchtitan.datasets.corpus import Corpus
-from torchtitan.datasets.loader import MicroBatches, PackedBatch, build_loader, pack
+from torchtitan.datasets.loader import IGNORED_LABEL, PADDING_SOURCE, MicroBatches, PackedBatch, build_loader, pack
 from torchtitan.datasets.plan import Plan
+from torchtitan.datasets.row_table import PADDING_SEGMENT
 from torchtitan.tools.errors import UserError
 
 SEQ_LEN = 24
 ROWS = 8
+FIELDS = [field.name for field in fields(PackedBatch)]
+
+
+def make_plan(seq_len: int = SEQ_LEN, sentence_end_ids: tuple[int, ...] = (), steps: int = 6, **options: Any) -> Plan:
+    """Long and short documents; no token occurs twice and none is 0."""
+    random = np.random.default_rng(0)
+    corpora, first = [], 1
+    for name, lengths in (("long", random.integers(20, 200, 30)), ("short", random.integers(1, 12, 90))):
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        corpora.append(Corpus(name, [(ends, np.arange(first, first + ends[-1], dtype=np.int32))], name, None))
+        first += int(ends[-1])
+    data = Data(sources=(Source("long", "l", 0.6), Source("short", "s", 0.4)), **options)
+    return Plan(data, corpora, seq_len, ROWS, steps, 5, sentence_end_ids=sentence_end_ids)
 
 
 @pytest.fixture
-def plan(make_corpus: Callable[..., Corpus]) -> Plan:
-    random = np.random.default_rng(0)
-    long, short = random.integers(20, 200, 30).tolist(), random.integers(1, 12, 90).tolist()
-    corpora = [make_corpus(long, "long"), make_corpus(short, "short", first=100_000)]
-    return Plan(corpora, ["long", "short"], [0.6, 0.4], SEQ_LEN, ROWS, steps=6, seed=5)
+def plan() -> Plan:
+    return make_plan()
 
 
 def oracle(plan: Plan, step: int, slots: list[int]) -> dict[str, list[int]]:
     """A batch token by token from the documents themselves."""
-    made: dict[str, list[int]] = {"tokens": [], "labels": [], "positions": [], "cu_seqlens": [0], "source": []}
+    made: dict[str, list[int]] = {name: [] for name in FIELDS}
+    made["cu_documents"], made["cu_seqlens"] = [0], [0]
+    cross = plan.data.cross_document_attention
     for slot in slots:
         row = plan.row(step, slot)
-        for d, start, stop in zip(row.pieces.documents, row.pieces.starts, row.pieces.stops):
-            document = plan.corpora[row.source].document(int(d)).tolist()
-            for t in range(start, stop):
+        begin = len(made["tokens"])
+        for source, d, start, n in zip(row.sources, row.documents, row.starts, row.lengths):
+            document = plan.corpora[source].document(int(d)).tolist()
+            for t in range(start, start + n):
+                made["labels"].append(document[t + 1] if t + 1 < start + n else IGNORED_LABEL)
+                made["positions"].append(
+                    len(made["tokens"]) - begin if plan.data.positions == "continue" else t - start
+                )
                 made["tokens"].append(document[t])
-                made["labels"].append(document[t + 1] if t + 1 < stop else -100)
-                made["positions"].append(t - start)
+            made["cu_documents"].append(len(made["tokens"]))
+            made["source"].append(source)
+            if not cross:
+                made["cu_seqlens"].append(len(made["tokens"]))
+        if cross:
             made["cu_seqlens"].append(len(made["tokens"]))
-            made["source"].append(row.source)
+        while len(made["tokens"]) < begin + plan.seq_len:
+            run = min(PADDING_SEGMENT, begin + plan.seq_len - len(made["tokens"]))
+            made["tokens"] += [0] * run
+            made["labels"] += [IGNORED_LABEL] * run
+            made["positions"] += range(run)
+            made["cu_documents"].append(len(made["tokens"]))
+            made["cu_seqlens"].append(len(made["tokens"]))
+            made["source"].append(PADDING_SOURCE)
     return made
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "best_fit": {},
+    "concat": {"packing": "concat"},
+    "single": {"packing": "single", "seq_len": 2500},
+    "cross": {"cross_document_attention": True},
+    "continue": {"positions": "continue"},
+    "cross, continue, concat": {"cross_document_attention": True, "positions": "continue", "packing": "concat"},
+    "cross, single": {"cross_document_attention": True, "packing": "single"},
+}
+
+
 @pytest.mark.parametrize("slots", [[0], [3, 4], list(range(ROWS))])
-def test_batch_is_the_oracles(plan: Plan, slots: list[int]) -> None:
-    types = {"tokens": torch.int64, "labels": torch.int64, "positions": torch.int64}
-    types |= {"cu_seqlens": torch.int32, "source": torch.int16}
+@pytest.mark.parametrize("name", OPTIONS)
+def test_batch_is_the_oracles(name: str, slots: list[int]) -> None:
+    plan = make_plan(**OPTIONS[name])
+    types = dict.fromkeys(FIELDS, torch.int32) | dict.fromkeys(("tokens", "labels", "positions"), torch.int64)
+    types["source"] = torch.int16
     for step in range(plan.steps):
         batch = pack(plan, step, slots)
-        for name, values in oracle(plan, step, slots).items():
-            tensor = getattr(batch, name)
-            assert tensor.dtype == types[name]
-            assert tensor.tolist() == values
-        assert len(batch.tokens) == len(slots) * SEQ_LEN
-        assert set(range(0, len(batch.tokens) + 1, SEQ_LEN)) <= set(batch.cu_seqlens.tolist())
-        assert batch.num_valid == len(batch.tokens) - len(batch.source)
+        expected = oracle(plan, step, slots)
+        for field, values in expected.items():
+            assert getattr(batch, field).dtype == types[field], field
+            assert getattr(batch, field).tolist() == values, field
+        assert len(batch.tokens) == len(slots) * plan.seq_len
+        assert set(range(0, len(batch.tokens) + 1, plan.seq_len)) <= set(batch.cu_seqlens.tolist())
+        assert batch.num_padding == expected["tokens"].count(0) == (batch.token_sources == PADDING_SOURCE).sum()
+        assert batch.num_valid == sum(label >= 0 for label in expected["labels"])
+
+
+def test_padding_is_there_where_it_is_tested() -> None:
+    """single pads by more than one segment of padding, best_fit hardly."""
+    batches = [pack(make_plan(**OPTIONS[name]), 0, list(range(ROWS))) for name in ("single", "best_fit")]
+    assert batches[0].num_padding > 8 * PADDING_SEGMENT
+    assert batches[1].num_padding < SEQ_LEN
+
+
+@pytest.mark.parametrize("method", ["pose", "longrecipe", "cream", "random"])
+def test_train_short_positions_change_nothing_but_positions(method: str) -> None:
+    plain = make_plan(seq_len=64)
+    drawn = make_plan(64, tuple(range(0, 10_000, 7)), positions=method, target_seq_len=1000)
+    seen = set()
+    for step in range(3):
+        for slot in range(ROWS):
+            a, b = pack(plain, step, [slot]), pack(drawn, step, [slot])
+            for field in FIELDS:
+                assert field == "positions" or torch.equal(getattr(a, field), getattr(b, field))
+            again = pack(drawn, step, [slot])
+            assert torch.equal(b.positions, again.positions)
+            for start, stop in zip(b.cu_seqlens, b.cu_seqlens[1:]):
+                inside = b.positions[start:stop]
+                assert inside.min() >= 0 and inside.max() < 1000 and (inside.diff() > 0).all()
+            seen.add(tuple(b.positions.tolist()))
+    assert len(seen) > 20 and max(map(max, seen)) > 900  # every row draws anew, and they reach far
 
 
 Rows = list[tuple[int, ...]]
@@ -73,11 +143,11 @@ def rows_by_step(plan: Plan, dp: int, local: int, num_workers: int, start_step: 
     return {step: sorted(rows) for step, rows in steps.items()}
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("dp, local", [(1, 8), (1, 2), (2, 1), (2, 4), (4, 1), (4, 2)])
+@pytest.mark.parametrize("num_workers", [0, 4])
+@pytest.mark.parametrize("dp, local", [(1, 8), (1, 2), (2, 1), (2, 4), (4, 1), (8, 1)])
 def test_step_k_has_the_same_rows_in_every_layout(plan: Plan, dp: int, local: int, num_workers: int) -> None:
     expected = {
-        step: sorted(tuple(plan.tokens(plan.row(step, slot)).tolist()) for slot in range(ROWS))
+        step: sorted(tuple(pack(plan, step, [slot]).tokens.tolist()) for slot in range(ROWS))
         for step in range(plan.steps)
     }
     assert rows_by_step(plan, dp, local, num_workers) == expected
@@ -85,21 +155,26 @@ def test_step_k_has_the_same_rows_in_every_layout(plan: Plan, dp: int, local: in
     assert resumed == {step: expected[step] for step in (4, 5)}
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 4])
 def test_a_resumed_rank_continues_its_batches(plan: Plan, num_workers: int) -> None:
     whole = list(build_loader(plan, 1, 2, 2, 0, num_workers))
     resumed = list(build_loader(plan, 1, 2, 2, 3, num_workers))
     assert len(resumed) == len(whole) - 3 * 2
     for a, b in zip(whole[3 * 2 :], resumed):
-        for name in ("tokens", "labels", "positions", "cu_seqlens", "source"):
+        for name in FIELDS:
             assert torch.equal(getattr(a, name), getattr(b, name))
 
 
-def test_slots_are_a_partition(plan: Plan) -> None:
-    for dp, local in [(1, 8), (1, 1), (2, 2), (4, 1), (8, 1)]:
-        ranks = [MicroBatches(plan, rank, dp, local) for rank in range(dp)]
-        slots = [slot for a in range(ranks[0].accumulation) for rank in ranks for slot in rank.slots(a)]
-        assert slots == list(range(ROWS))
+@pytest.mark.parametrize("dp, local", [(1, 8), (1, 1), (2, 2), (4, 1), (8, 1)])
+def test_slots_are_a_partition_with_the_heavy_rows_apart(plan: Plan, dp: int, local: int) -> None:
+    ranks = [MicroBatches(plan, rank, dp, local) for rank in range(dp)]
+    for step in range(plan.steps):
+        items = range(step * ranks[0].accumulation, (step + 1) * ranks[0].accumulation)
+        slots = [[slot for item in items for slot in rank.slots(item)] for rank in ranks]
+        assert sorted(slot for mine in slots for slot in mine) == list(range(ROWS))
+        if dp > 1:  # the heaviest rows go to different ranks
+            heaviest = np.argsort(-plan.work(step), kind="stable")[:dp]
+            assert all(len(set(mine) & set(heaviest)) == 1 for mine in slots)
 
 
 def test_the_loader_leaves_the_generator_alone(plan: Plan) -> None:
@@ -113,7 +188,7 @@ def test_the_loader_leaves_the_generator_alone(plan: Plan) -> None:
 def test_to_keeps_every_field(plan: Plan) -> None:
     batch = pack(plan, 0, [0, 1])
     moved = batch.to("meta")
-    for name in ("tokens", "labels", "positions", "cu_seqlens", "source"):
+    for name in FIELDS:
         assert getattr(moved, name).shape == getattr(batch, name).shape
         assert getattr(moved, name).dtype == getattr(batch, name).dtype
         assert getattr(moved, name).device.type == "meta"

@@ -1,50 +1,224 @@
-"""source_of_rows: shares hold on every prefix and a longer stage begins like a shorter one."""
+"""Streams: what filters, the long-document policy and the length strategies leave; merging keeps the shares."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 
-from torchtitan.datasets.mixture import index_in_source, source_of_rows
+from tests.unit.datasets.conftest import DOMAINS, domain_data
+from torchtitan.config.job_config import Data, Source
+from torchtitan.datasets.corpus import Corpus
+from torchtitan.datasets.mixture import Stream, build_streams, check_epochs, merge
+from torchtitan.tools.errors import UserError
 
-RANDOM = np.random.default_rng(0)
-WEIGHTS = [[1.0], [1, 1], [3, 1], [0.7, 0.3], [1e-3, 1], [2, 0, 1], [1, 1, 1, 1], [0.6, 0.3, 0.07, 0.03]]
-WEIGHTS += [list(RANDOM.dirichlet([0.5] * n)) for n in (2, 3, 5, 8, 13)]
-
-
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_every_pair_has_its_share_on_every_prefix(weights: list[float]) -> None:
-    rows = source_of_rows(weights, 3000)
-    assert rows.dtype == np.int16 and len(rows) == 3000
-    counts = np.stack([np.cumsum(rows == s) for s in range(len(weights))])
-    for a in range(len(weights)):
-        for b in range(len(weights)):
-            if weights[a] + weights[b] > 0:
-                share = weights[a] / (weights[a] + weights[b])
-                assert np.abs(counts[a] - (counts[a] + counts[b]) * share).max() <= 0.5 + 1e-6
+SEQ_LEN = 32768
+WEIGHTS = (0.35, 0.25, 0.25, 0.15)
+Domains = dict[str, Corpus]
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_a_longer_stage_begins_the_same(weights: list[float]) -> None:
-    longest = source_of_rows(weights, 2000)
-    for rows in (0, 1, 2, 7, 100, 1999):
-        assert (source_of_rows(weights, rows) == longest[:rows]).all()
+def streams_of(domains: Domains, seq_len: int = SEQ_LEN, **options: Any) -> list[Stream]:
+    lengths = [corpus.lengths for corpus in domains.values()]
+    return build_streams(domain_data(**options), lengths, [0] * len(lengths), seq_len)[0]
 
 
-def test_only_the_proportions_matter() -> None:
-    assert (source_of_rows([3, 1], 500) == source_of_rows([0.75, 0.25], 500)).all()
+def shares_by_source(streams: list[Stream]) -> list[float]:
+    return [sum(s.share for s in streams if s.source == i) for i in range(len(DOMAINS))]
 
 
-def test_index_in_source_counts_each_source() -> None:
-    rows = source_of_rows([0.5, 0.3, 0.2], 500)
-    index = index_in_source(rows)
-    seen = [0, 0, 0]
-    for source, i in zip(rows, index):
-        assert i == seen[source]
-        seen[source] += 1
+def long_shares(domains: Domains, streams: list[Stream], threshold: int = 4096) -> list[float]:
+    """Of each source's tokens, the share that lies in documents over the threshold."""
+    found = []
+    for i, corpus in enumerate(domains.values()):
+        mine = [s for s in streams if s.source == i]
+        long = sum(s.share * s.lengths[corpus.lengths[s.documents] > threshold].sum() / s.lengths.sum() for s in mine)
+        found.append(long / sum(s.share for s in mine))
+    return found
 
 
-@pytest.mark.parametrize("weights", [[], [0, 0], [1, -1], [float("nan"), 1], [float("inf"), 1]])
-def test_bad_weights(weights: list[float]) -> None:
-    with pytest.raises(ValueError):
-        source_of_rows(weights, 3)
+def natural_long_shares(domains: Domains) -> list[float]:
+    return [c.lengths[c.lengths > 4096].sum() / c.tokens for c in domains.values()]
+
+
+def test_original_keeps_weights_and_lengths(domains: Domains) -> None:
+    streams = streams_of(domains)
+    assert shares_by_source(streams) == pytest.approx(WEIGHTS)
+    assert long_shares(domains, streams) == pytest.approx(natural_long_shares(domains))
+    for stream, corpus in zip(streams, domains.values()):
+        assert stream.lengths.max() <= SEQ_LEN
+        assert (np.bincount(stream.documents, stream.lengths) == corpus.lengths).all()
+
+
+@pytest.mark.parametrize("strategy, limit", [("cut_4k", 4096), ("cut_128k", 131072)])
+@pytest.mark.parametrize("packing", ["best_fit", "concat"])
+def test_cuts_leave_no_longer_piece_and_lose_nothing(domains: Domains, strategy: str, limit: int, packing: str) -> None:
+    streams = streams_of(domains, 2**18, strategy=strategy, packing=packing)
+    assert shares_by_source(streams) == pytest.approx(WEIGHTS)
+    for stream, corpus in zip(streams, domains.values()):
+        assert stream.lengths.max() == limit
+        assert (np.bincount(stream.documents, stream.lengths) == corpus.lengths).all()
+
+
+@pytest.mark.parametrize("target", [0.7, 0.95])
+def test_per_source_keeps_domains_and_raises_every_one(domains: Domains, target: float) -> None:
+    streams = streams_of(domains, strategy="per_source_upsampling", long_share=target)
+    assert shares_by_source(streams) == pytest.approx(WEIGHTS)
+    before, after = natural_long_shares(domains), long_shares(domains, streams)
+    assert min(before) < 0.7 < max(before)
+    assert after == pytest.approx([max(target, p) for p in before])  # raised, never lowered
+
+
+def test_global_reaches_the_share_and_moves_domains(domains: Domains) -> None:
+    natural = natural_long_shares(domains)
+    assert sum(w * p for w, p in zip(WEIGHTS, natural)) < 0.9
+    streams = streams_of(domains, strategy="global_upsampling", long_share=0.9)
+    shares, after = shares_by_source(streams), long_shares(domains, streams)
+    assert sum(shares) == pytest.approx(1)
+    assert sum(w * p for w, p in zip(shares, after)) == pytest.approx(0.9)
+    # as if short documents were kept with one probability q everywhere
+    q = [(p * (1 - t)) / (t * (1 - p)) for p, t in zip(natural, after)]
+    assert q == pytest.approx([q[0]] * 4) and 0 < q[0] < 1
+    kept = [w * (p + q[0] * (1 - p)) for w, p in zip(WEIGHTS, natural)]
+    assert shares == pytest.approx([k / sum(kept) for k in kept])
+    assert max(abs(a - b) for a, b in zip(shares, WEIGHTS)) > 0.02
+
+
+def test_domain_upsampling_raises_the_named(domains: Domains) -> None:
+    streams = streams_of(domains, strategy="domain_upsampling", upsampled_sources=("books", "wiki"))
+    expected = np.array([0.6, 0.25, 0.25, 0.6])
+    assert shares_by_source(streams) == pytest.approx(expected / expected.sum())
+    assert long_shares(domains, streams) == pytest.approx(natural_long_shares(domains))
+
+
+def test_a_source_can_be_raised_by_itself(domains: Domains) -> None:
+    natural = natural_long_shares(domains)
+    streams = streams_of(domains, wiki__upsample_to=0.8, web__upsample=5.0)
+    after = long_shares(domains, streams)
+    assert shares_by_source(streams) == pytest.approx(WEIGHTS)
+    assert after[:2] == pytest.approx(natural[:2])
+    assert after[3] == pytest.approx(0.8)
+    assert after[2] / (1 - after[2]) == pytest.approx(5 * natural[2] / (1 - natural[2]))
+    assert long_shares(domains, streams_of(domains, wiki__upsample_to=0.01))[3] == pytest.approx(natural[3])
+
+
+def test_filters_and_policies_account_for_every_token() -> None:
+    lengths = np.array([0, 3, 10, 16, 17, 40, 100])
+
+    def left(**options: Any) -> tuple[dict[int, list[int]], Any]:
+        data = Data(sources=(Source(name="a", path="a", **options),))
+        streams, left_out = build_streams(data, [lengths], [0], 16)
+        pieces: dict[int, list[int]] = {}
+        for document, length in zip(streams[0].documents.tolist(), streams[0].lengths.tolist()):
+            pieces.setdefault(document, []).append(length)
+        return pieces, left_out[0]
+
+    whole = {1: [3], 2: [10], 3: [16]}
+    assert left()[0] == whole | {4: [16, 1], 5: [16, 16, 8], 6: [16] * 6 + [4]}
+    assert left(chunk_length=8)[0] == {1: [3], 2: [8, 2], 3: [8, 8], 4: [8, 8, 1], 5: [8] * 5, 6: [8] * 12 + [4]}
+    pieces, out = left(long_document="truncate")
+    assert pieces == whole | {4: [16], 5: [16], 6: [16]} and out.truncated == (3, 1 + 24 + 84)
+    pieces, out = left(long_document="drop")
+    assert pieces == whole and out.dropped == (3, 157)
+    pieces, out = left(long_document="drop", chunk_length=10)
+    assert pieces == {1: [3], 2: [10]} and out.dropped == (4, 173)
+    pieces, out = left(min_length=10, max_length=40)
+    assert sorted(pieces) == [2, 3, 4, 5] and out.below_min_length == (2, 3) and out.above_max_length == (1, 100)
+    assert sorted(left(max_documents=4)[0]) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("separator", [0, 3])
+def test_a_separator_follows_each_document(separator: int) -> None:
+    data = Data(sources=(Source(name="a", path="a"),))
+    streams, _ = build_streams(data, [np.array([5, 20])], [separator], 16)
+    assert streams[0].lengths.tolist() == [5 + separator, 16, 4 + separator]
+
+
+def test_every_window_of_the_merge_has_the_shares(domains: Domains) -> None:
+    streams = streams_of(domains, strategy="per_source_upsampling")
+    merged = merge(streams, 100_000_000, seed=3)
+    assert merged.lengths.sum() >= 100_000_000
+    tokens = np.zeros((len(streams), len(merged.lengths) + 1))
+    tokens[merged.stream, np.arange(1, len(merged.lengths) + 1)] = merged.lengths
+    tokens = np.cumsum(tokens, axis=1)
+    for stream, counted in zip(streams, tokens):
+        # half a piece of its own, and what others are ahead or behind
+        assert np.abs(counted - stream.share * tokens.sum(axis=0)).max() <= len(streams) * SEQ_LEN / 2
+
+
+def test_an_epoch_of_a_stream_has_each_piece_once_in_an_order_of_its_own(domains: Domains) -> None:
+    streams = streams_of(domains)
+    merged = merge(streams, 200_000_000, seed=3)
+    for number, stream in enumerate(streams):
+        mine = merged.stream == number
+        pieces, epochs = merged.piece[mine], merged.epoch[mine]
+        assert (np.diff(epochs) >= 0).all()
+        orders = [pieces[epochs == e] for e in range(epochs[-1])]
+        for order in orders:
+            assert (np.sort(order) == np.arange(len(stream.lengths))).all()
+        assert len({tuple(order) for order in orders}) == len(orders)
+        assert (merged.lengths[mine] == stream.lengths[pieces]).all()
+    assert merged.epoch[merged.stream == 3][-1] >= 2
+
+
+def test_a_longer_merge_begins_the_same_and_a_seed_changes_it(domains: Domains) -> None:
+    streams = streams_of(domains)
+    long, short, other = merge(streams, 50_000_000, 3), merge(streams, 1_000_000, 3), merge(streams, 1_000_000, 4)
+    n = len(short.piece)
+    for name in ("stream", "piece", "epoch", "lengths"):
+        assert (getattr(long, name)[:n] == getattr(short, name)).all()
+    assert (other.piece[:50] != short.piece[:50]).any()
+
+
+def test_another_sources_options_do_not_reorder_this_one(domains: Domains) -> None:
+    a = merge(streams_of(domains), 10_000_000, 3)
+    b = merge(streams_of(domains, books__min_length=5000), 10_000_000, 3)
+    mine = [m.piece[m.stream == 2] for m in (a, b)]
+    n = min(map(len, mine))
+    assert n > 100 and (mine[0][:n] == mine[1][:n]).all()
+
+
+BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "drop everywhere": (
+        {"long_document": "drop"},
+        ("'a'", "of 2", '2 longer than 16 tokens, which long_document = "drop"'),
+    ),
+    "min_length": ({"min_length": 1000}, ("'a'", "2 shorter than min_length = 1000", "40 to 100 tokens")),
+    "max_length": ({"max_length": 39}, ("2 longer than max_length = 39",)),
+    "no long document": ({"upsample_to": 0.5}, ("upsample_to", "4096", "its longest has 100")),
+    "no long document, factor": ({"upsample": 3.0}, ("upsample ", "4096", "its longest has 100")),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_source_with_nothing_left(name: str) -> None:
+    options, words = BAD[name]
+    with pytest.raises(UserError) as error:
+        build_streams(Data(sources=(Source(name="a", path="a", **options),)), [np.array([40, 100])], [0], 16)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_upsampling_without_a_long_document(domains: Domains) -> None:
+    for strategy in ("per_source_upsampling", "global_upsampling"):
+        with pytest.raises(UserError, match=f"{strategy}.*500001"):
+            streams_of(domains, strategy=strategy, long_threshold=500_001)
+
+
+def test_too_many_epochs_are_refused_with_the_arithmetic(domains: Domains) -> None:
+    data = domain_data(books__max_epochs=0.5)
+    streams = streams_of(domains, books__max_epochs=0.5)
+    tokens = domains["books"].tokens
+    enough = int(tokens * 0.5 / 0.35)
+    check_epochs(data, streams, enough)
+    with pytest.raises(UserError) as error:
+        check_epochs(data, streams, 4 * enough)
+    for word in (
+        "'books'",
+        f"{tokens:,} tokens",
+        "0.35 of",
+        "read 2.00 times",
+        "max_epochs = 0.5",
+        "0.25 times its share",
+    ):
+        assert word in str(error.value)

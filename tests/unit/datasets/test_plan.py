@@ -1,177 +1,311 @@
-"""Plan: rows as a pure function of its inputs, the report's numbers, what a resume accepts, bad inputs."""
+"""The plan on 10,000 documents of 100 to 500,000 tokens: ledger, shares in every window, splits and padding, resume."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.unit.datasets.conftest import DOMAINS, domain_data, expected_tokens
+from torchtitan.config.job_config import Data
 from torchtitan.datasets.corpus import Corpus
-from torchtitan.datasets.plan import Plan, Row, changed_inputs, format_report
+from torchtitan.datasets.plan import Plan, changed_inputs
+from torchtitan.datasets.row_table import PADDING_SEGMENT
 from torchtitan.tools.errors import UserError
 
-MakeCorpus = Callable[..., Corpus]
-SEQ_LEN = 32
+SEQ_LEN = 32768
+ROWS_PER_STEP = 16
+Domains = dict[str, Corpus]
 
 
-@pytest.fixture
-def corpora(make_corpus: MakeCorpus) -> list[Corpus]:
-    random = np.random.default_rng(0)
-    long, short = random.integers(20, 400, 30).tolist(), random.integers(1, 20, 90).tolist()
-    return [make_corpus(long, "long"), make_corpus(short, "short", first=100_000)]
+def make_plan(domains: Domains, data: Data | None = None, **changes: Any) -> Plan:
+    arguments = {"seq_len": SEQ_LEN, "rows_per_step": ROWS_PER_STEP, "steps": 50, "seed": 5} | changes
+    return Plan(data or domain_data(), list(domains.values()), **arguments)
 
 
-def make_plan(corpora: list[Corpus], **changes: object) -> Plan:
-    arguments = {"names": ["long", "short"], "weights": [0.6, 0.4], "seq_len": SEQ_LEN}
-    arguments |= {"rows_per_step": 8, "steps": 60, "seed": 5}
-    return Plan(corpora, **(arguments | changes))  # type: ignore[arg-type]
+def fill(plan: Plan) -> np.ndarray:
+    """int64[R], tokens of each row."""
+    return np.add.reduceat(plan.table.length, plan.table.offsets[:-1], dtype=np.int64)
 
 
-def all_rows(plan: Plan) -> list[Row]:
-    return [plan.row(step, slot) for step in range(plan.steps) for slot in range(plan.rows_per_step)]
+def splits_of_documents_that_fit(plan: Plan) -> int:
+    """Parts of documents shorter than a row that do not reach the document's end."""
+    t = plan.table
+    whole = np.concatenate([c.lengths for c in plan.corpora])
+    first = np.cumsum([0] + [len(c) for c in plan.corpora])
+    length = whole[first[t.source] + t.document]
+    return int(((length <= plan.seq_len) & (t.start + t.length < length)).sum())
 
 
-def test_ledger_each_token_of_an_epoch_once(corpora: list[Corpus]) -> None:
-    """No token occurs twice in these corpora, so tokens count themselves."""
-    plan = make_plan(corpora)
-    seen: dict[tuple[int, int], Counter[int]] = {}
-    for row in all_rows(plan):
-        tokens = plan.tokens(row)
-        assert tokens.dtype == np.int64 and tokens.shape == (SEQ_LEN,)
-        seen.setdefault((row.source, row.epoch), Counter()).update(tokens.tolist())
-    for (source, epoch), counts in seen.items():
-        assert max(counts.values()) == 1
-        if (source, epoch + 1) in seen:  # a finished epoch: everything but the tail
-            left_out = plan.report()["sources"][source]["left_out_tokens_per_epoch"]
-            assert len(counts) == corpora[source].tokens - left_out
-            assert left_out < SEQ_LEN
-    assert max(epoch for source, epoch in seen if source == 1) >= 3
+@pytest.mark.parametrize("packing", ["best_fit", "concat", "single"])
+def test_ledger_each_token_of_a_finished_epoch_once_and_in_order(domains: Domains, packing: str) -> None:
+    """Over every epoch of every source that the stage finishes; what is read is what the corpus holds."""
+    steps = 300 if packing != "single" else 1000
+    plan = make_plan(domains, domain_data(packing=packing), steps=steps)
+    t = plan.table
+    finished = 0
+    for source, corpus in enumerate(plan.corpora):
+        mine = t.source == source
+        for epoch in range(t.epoch[mine].max() + 1):
+            now = mine & (t.epoch == epoch)
+            # parts of a document follow each other from its beginning, in the order in which they are read
+            order = np.argsort(t.document[now], kind="stable")
+            document, start, length = (c[now][order] for c in (t.document, t.start, t.length))
+            is_first = np.append(True, document[1:] != document[:-1])
+            assert (start[is_first] == 0).all()
+            assert (start[1:][~is_first[1:]] == (start + length)[:-1][~is_first[1:]]).all()
+            read = np.bincount(document, length, len(corpus))
+            assert (read <= corpus.lengths).all()
+            if (t.epoch[mine] > epoch + 1).any():  # an epoch on, none of this one still waits
+                assert (read == corpus.lengths).all()
+                finished += 1
+    assert finished >= (4 if packing != "single" else 1)
 
 
-def test_the_order_of_asking_does_not_matter(corpora: list[Corpus]) -> None:
-    rows = [plan_row_key(make_plan(corpora), row) for row in all_rows(make_plan(corpora))]
-    plan = make_plan(corpora)
-    for index in np.random.default_rng(0).permutation(len(rows)):
-        assert plan_row_key(plan, plan.row(*divmod(int(index), 8))) == rows[index]
+@pytest.mark.parametrize("packing", ["best_fit", "concat"])
+def test_tokens_read_are_the_documents(domains: Domains, packing: str) -> None:
+    plan = make_plan(domains, domain_data(packing=packing))
+    for step in range(plan.steps):
+        for slot in range(ROWS_PER_STEP):
+            row = plan.row(step, slot)
+            tokens = plan.tokens(row)
+            assert tokens.dtype == np.int32 and len(tokens) == row.lengths.sum() <= SEQ_LEN
+            document = np.repeat(row.documents, row.lengths)
+            place = np.concatenate([np.arange(a, a + n) for a, n in zip(row.starts, row.lengths)])
+            assert (tokens == expected_tokens(document, place)).all()
 
 
-def plan_row_key(plan: Plan, row: Row) -> tuple[int, int, tuple[int, ...]]:
-    return row.source, row.epoch, tuple(plan.tokens(row))
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "original": {},
+    "cut_4k": {"strategy": "cut_4k"},
+    "per source": {"strategy": "per_source_upsampling", "long_share": 0.9},
+    "global": {"strategy": "global_upsampling", "long_share": 0.9},
+    "domain": {"strategy": "domain_upsampling", "upsampled_sources": ("books", "wiki")},
+    "concat": {"packing": "concat"},
+    "single": {"packing": "single"},
+    "chunks": {"books__chunk_length": 8192, "web__upsample": 4.0, "wiki__min_length": 500},
+    "truncate": {f"{name}__long_document": "truncate" for name in DOMAINS},
+}
 
 
-def test_a_longer_plan_begins_the_same_and_has_the_same_fingerprint(corpora: list[Corpus]) -> None:
-    short, long = make_plan(corpora, steps=10), make_plan(corpora, steps=60)
-    assert short.fingerprint == long.fingerprint
-    for step in range(10):
-        for slot in range(8):
-            assert plan_row_key(short, short.row(step, slot)) == plan_row_key(long, long.row(step, slot))
-    with pytest.raises(IndexError):
-        short.row(10, 0)
-    with pytest.raises(IndexError):
-        short.row(0, 8)
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("seq_len, rows_per_step", [(SEQ_LEN, 16), (8192, 8), (131072, 32)])
+def test_shares_hold_within_half_a_percent_in_every_window_of_100_steps(
+    domains: Domains, name: str, seq_len: int, rows_per_step: int
+) -> None:
+    """Shares of the tokens in rows, by source and by long and short documents, in every window and not just in all."""
+    plan = make_plan(domains, domain_data(**STRATEGIES[name]), seq_len=seq_len, rows_per_step=rows_per_step, steps=350)
+    t = plan.table
+    step = np.repeat(np.arange(len(t)) // rows_per_step, np.diff(t.offsets))
+    is_long = np.concatenate([c.lengths > 4096 for c in plan.corpora])
+    first = np.cumsum([0] + [len(c) for c in plan.corpora])
+    long = is_long[first[t.source] + t.document]
+    worst = 0.0
+    for source in range(4):
+        streams = [s for s in plan.streams if s.source == source]
+        for kind in ("all", "long", "short"):
+            asked = sum(s.share for s in streams) if kind == "all" else sum(s.share for s in streams if s.kind == kind)
+            if kind != "all" and len(streams) == 1:
+                continue
+            mine = (t.source == source) & (True if kind == "all" else long == (kind == "long"))
+            tokens = np.bincount(step, t.length * mine, plan.steps)
+            every = np.bincount(step, t.length, plan.steps)
+            window = np.ones(100)
+            got = np.convolve(tokens, window, "valid") / np.convolve(every, window, "valid")
+            tokens_in_window = np.convolve(every, window, "valid").min()
+            worst = max(worst, float(np.abs(got - asked).max()))
+    # one piece a row: a hundred steps are few tokens, and a piece of a whole row is no small part of them
+    piece = seq_len / tokens_in_window if name == "single" else 0.0
+    assert worst <= 0.005 + piece
+    if name == "cut_4k":
+        assert t.length.max() == 4096
+    if name == "chunks":
+        assert t.length[t.source == 0].max() == 8192
 
 
-CHANGES: dict[str, tuple[dict[str, object], str]] = {
-    "seed": ({"seed": 6}, "seed 5 -> 6"),
-    "seq_len": ({"seq_len": 16}, "seq_len 32 -> 16"),
-    "rows": ({"rows_per_step": 4}, "rows_per_step 8 -> 4"),
-    "weights": ({"weights": [0.5, 0.5]}, "source long: share 0.6 -> 0.5"),
-    "names": ({"names": ["long", "other"]}, "sources [long, short] -> [long, other]"),
+def test_best_fit_splits_less_than_concat_and_pads_little(domains: Domains) -> None:
+    best, concat = (make_plan(domains, domain_data(packing=how), steps=200) for how in ("best_fit", "concat"))
+    assert splits_of_documents_that_fit(concat) > 1000
+    assert splits_of_documents_that_fit(best) <= 0.1 * splits_of_documents_that_fit(concat)
+    assert 1 - fill(best).mean() / SEQ_LEN < 0.01
+    assert (fill(concat) == SEQ_LEN).all()
+
+
+def test_a_longer_plan_begins_the_same_and_has_the_same_fingerprint(domains: Domains) -> None:
+    for packing in ("best_fit", "concat", "single"):
+        data = domain_data(packing=packing, strategy="per_source_upsampling")
+        short, long = make_plan(domains, data, steps=10), make_plan(domains, data, steps=60)
+        assert short.fingerprint == long.fingerprint
+        parts = short.table.offsets[-1]
+        assert (short.table.offsets == long.table.offsets[: 10 * ROWS_PER_STEP + 1]).all()
+        for column in ("source", "document", "epoch", "start", "length"):
+            assert (getattr(short.table, column) == getattr(long.table, column)[:parts]).all()
+        with pytest.raises(IndexError):
+            short.row(10, 0)
+        with pytest.raises(IndexError):
+            short.row(0, ROWS_PER_STEP)
+
+
+def test_rows_do_not_depend_on_how_many_make_a_step(domains: Domains) -> None:
+    one, other = make_plan(domains), make_plan(domains, rows_per_step=8, steps=100)
+    for index in range(0, 800, 37):
+        a, b = one.row(*divmod(index, 16)), other.row(*divmod(index, 8))
+        assert (one.tokens(a) == other.tokens(b)).all()
+
+
+def test_long_documents_are_spread_over_the_epoch(domains: Domains) -> None:
+    """Otherwise a model would read one document for many steps on end."""
+    plan = make_plan(domains, steps=250)
+    t = plan.table
+    row = np.repeat(np.arange(len(t)), np.diff(t.offsets))
+    longest = int(np.argmax(plan.corpora[0].lengths))
+    rows = row[(t.source == 0) & (t.document == longest) & (t.epoch == 0)]
+    assert len(rows) >= 9
+    assert np.median(np.diff(rows)) > 30
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_work_counts_the_pairs_that_the_mask_allows(domains: Domains, cross: bool) -> None:
+    plan = make_plan(domains, domain_data(packing="single", cross_document_attention=cross), steps=3)
+    for step in range(3):
+        for slot in range(ROWS_PER_STEP):
+            tokens = int(plan.row(step, slot).lengths.sum())
+            padding = SEQ_LEN - tokens
+            segments = [tokens] + [PADDING_SEGMENT] * (padding // PADDING_SEGMENT) + [padding % PADDING_SEGMENT]
+            assert plan.work(step)[slot] == sum(n * (n + 1) // 2 for n in segments)
+    plan = make_plan(domains, domain_data(cross_document_attention=cross), steps=2)
+    row = plan.row(1, 3)
+    parts = [int(row.lengths.sum())] if cross else row.lengths.tolist()
+    parts.append(SEQ_LEN - int(row.lengths.sum()))
+    assert parts[-1] < PADDING_SEGMENT
+    assert plan.work(1)[3] == sum(n * (n + 1) // 2 for n in parts)
+
+
+def test_a_separator_follows_every_document(domains: Domains) -> None:
+    separators = [(7, 8, 9), (), (11,), ()]
+    for packing in ("best_fit", "concat"):
+        plan = make_plan(domains, domain_data(packing=packing), separators=separators, steps=100)
+        seen: Counter[int] = Counter()
+        for slot in range(100 * ROWS_PER_STEP):
+            row = plan.row(*divmod(slot, ROWS_PER_STEP))
+            tokens = np.split(plan.tokens(row), np.cumsum(row.lengths)[:-1])
+            for source, document, start, part in zip(row.sources, row.documents, row.starts, tokens):
+                length = plan.corpora[source].lengths[document]
+                place = np.arange(start, start + len(part))
+                inside = place < length
+                assert (part[inside] == expected_tokens(document, place[inside])).all()
+                assert tuple(part[~inside]) == tuple(separators[source][i - length] for i in place[~inside])
+                seen[int(source)] += int((~inside).sum())
+        assert seen[0] and seen[2] and not seen[1] and not seen[3]
+
+
+def test_the_table_is_kept_and_found_again(domains: Domains, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_plan(domains, cache=tmp_path)
+    monkeypatch.setattr("torchtitan.datasets.plan.build_table", None)  # may not be called again
+    found = make_plan(domains, cache=tmp_path)
+    memory = make_plan_without_cache(domains, monkeypatch)
+    for column in ("offsets", "source", "document", "epoch", "start", "length", "work"):
+        assert (getattr(made.table, column) == getattr(found.table, column)).all()
+        assert (getattr(made.table, column) == getattr(memory.table, column)).all()
+    assert [p.name for p in (tmp_path / "plans").iterdir() if not p.name.startswith(".")] == [
+        f"{made.fingerprint}-{50 * ROWS_PER_STEP}"
+    ]
+    column = next((tmp_path / "plans").glob("*/length.npy"))
+    column.write_bytes(column.read_bytes()[:100])
+    with pytest.raises(UserError, match=f"{made.fingerprint}.*damaged.*delete"):
+        make_plan(domains, cache=tmp_path)
+
+
+def make_plan_without_cache(domains: Domains, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.undo()
+    return make_plan(domains)
+
+
+def test_a_full_disk_leaves_no_half_plan(domains: Domains, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, calls = np.save, []
+
+    def fails(file: Any, array: Any) -> None:
+        calls.append(file)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        save(file, array)
+
+    monkeypatch.setattr(np, "save", fails)
+    with pytest.raises(UserError, match="No space left"):
+        make_plan(domains, cache=tmp_path)
+    assert not [p for p in (tmp_path / "plans").iterdir() if p.is_dir()]
+    monkeypatch.undo()
+    make_plan(domains, cache=tmp_path)
+
+
+CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "seed": ({"seed": 6}, {}, "seed 5 -> 6"),
+    "seq_len": ({"seq_len": 4096}, {}, "seq_len 32768 -> 4096"),
+    "rows": ({"rows_per_step": 4}, {}, "rows_per_step 16 -> 4"),
+    "weights": ({}, {"weights": (0.3, 0.3, 0.25, 0.15)}, "source books: share 0.35 -> 0.3"),
+    "packing": ({}, {"packing": "concat"}, "packing best_fit -> concat"),
+    "strategy": ({}, {"strategy": "cut_4k"}, "strategy original -> cut_4k"),
+    "positions": ({}, {"positions": "continue"}, "positions reset -> continue"),
+    "attention": ({}, {"cross_document_attention": True}, "cross_document_attention False -> True"),
+    "an option": ({}, {"wiki__min_length": 200}, "source wiki: min_length None -> 200"),
+    "separators": ({"separators": [(1,), (), (), ()]}, {}, "source books: separator None -> [1]"),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_resume_names_what_changed(corpora: list[Corpus], name: str) -> None:
-    arguments, words = CHANGES[name]
-    saved = json.loads(json.dumps(make_plan(corpora).inputs))  # as a checkpoint keeps it
-    assert changed_inputs(saved, make_plan(corpora, steps=100).inputs) == []
-    changed = make_plan(corpora, **arguments)
-    assert changed.fingerprint != make_plan(corpora).fingerprint
+def test_resume_names_what_changed(domains: Domains, name: str) -> None:
+    arguments, options, words = CHANGES[name]
+    saved = json.loads(json.dumps(make_plan(domains).inputs))  # as a checkpoint keeps it
+    assert changed_inputs(saved, make_plan(domains, steps=100).inputs) == []
+    changed = make_plan(domains, domain_data(**options), **arguments)
+    assert changed.fingerprint != make_plan(domains).fingerprint
     assert words in changed_inputs(saved, changed.inputs)
 
 
-def test_resume_names_a_changed_corpus(corpora: list[Corpus], make_corpus: MakeCorpus) -> None:
-    saved = make_plan(corpora).inputs
-    other = make_corpus([50] * 9, "other")
-    changes = changed_inputs(saved, make_plan([corpora[0], other]).inputs)
-    assert changes == [f"source short: its documents (corpus {corpora[1].fingerprint} -> {other.fingerprint})"]
+def test_resume_names_changed_documents_and_sources(domains: Domains) -> None:
+    saved = make_plan(domains).inputs
+    other = domains | {"web": domains["wiki"]}
+    assert changed_inputs(saved, make_plan(other).inputs) == ["source web: its documents (corpus web -> wiki)"]
+    fewer = dict(list(domains.items())[:3])
+    data = domain_data()
+    plan = make_plan(fewer, Data(sources=data.sources[:3]))
+    assert any(
+        "[books, code, web, wiki] -> [books, code, web]" in change for change in changed_inputs(saved, plan.inputs)
+    )
+    old = {key: value for key, value in saved.items() if key not in ("strategy", "random_numbers")} | {"format": 1}
+    assert "format 1 -> 2" in changed_inputs(old, make_plan(domains).inputs)
 
 
-def test_report(corpora: list[Corpus]) -> None:
-    plan = make_plan(corpora)
-    report = json.loads(json.dumps(plan.report()))
-    rows = all_rows(plan)
-    assert report["rows"] == len(rows) == 480
-    assert report["tokens"] == 480 * SEQ_LEN
-    assert report["padding_tokens"] == 0
-    for source, (entry, corpus) in enumerate(zip(report["sources"], corpora)):
-        mine = [row for row in rows if row.source == source]
-        assert entry["rows"] == len(mine)
-        assert entry["share"] == pytest.approx(len(mine) / 480)
-        assert abs(entry["share"] - entry["share_asked"]) <= 1 / 480
-        assert entry["epochs"] == pytest.approx(len(mine) / (corpus.tokens // SEQ_LEN))
-        assert (entry["documents"], entry["tokens"]) == (len(corpus), corpus.tokens)
-        for begin, bucket in entry["documents_by_length_from"].items():
-            inside = corpus.lengths[(corpus.lengths >= int(begin)) & (corpus.lengths < 2 * int(begin))]
-            assert (bucket["documents"], bucket["tokens"]) == (len(inside), inside.sum())
-        assert sum(bucket["tokens"] for bucket in entry["documents_by_length_from"].values()) == corpus.tokens
-    text = format_report(report)
-    assert len(text.splitlines()) == 4 and "long" in text and "60.0%" in text
+def test_what_does_not_change_the_batches_does_not_change_the_fingerprint(domains: Domains) -> None:
+    data = domain_data(
+        weights=(7, 5, 5, 3), num_workers=7, cache_folder="elsewhere", folder="/data", books__max_epochs=9.0
+    )
+    assert make_plan(domains, data).fingerprint == make_plan(domains).fingerprint
 
 
-def test_unigram_nats(corpora: list[Corpus]) -> None:
-    """All tokens of all planned rows, counted the slow way; the plan is smaller than the sample."""
-    plan = make_plan(corpora)
-    mixed: Counter[int] = Counter()
-    for row in all_rows(plan):
-        mixed.update(plan.tokens(row).tolist())
-    frequencies = np.array(list(mixed.values())) / mixed.total()
-    assert plan.report()["unigram_nats"] == pytest.approx(-(frequencies * np.log(frequencies)).sum(), rel=1e-9)
-
-
-def test_unigram_nats_of_a_sample(corpora: list[Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchtitan.datasets.plan.UNIGRAM_SAMPLE", 10 * SEQ_LEN)
-    read: list[Row] = []
-    plan = make_plan(corpora)
-    tokens = plan.tokens
-    monkeypatch.setattr(plan, "tokens", lambda row: read.append(row) or tokens(row))
-    # ten rows without a common token (short is seen in several epochs, but long alone has six of them)
-    assert plan.report()["unigram_nats"] == pytest.approx(np.log(10 * SEQ_LEN), rel=0.05)
-    assert len(read) <= 11
-
-
-def test_describe_names_the_documents(corpora: list[Corpus]) -> None:
-    plan = make_plan(corpora)
+def test_describe_names_the_documents(domains: Domains) -> None:
+    plan = make_plan(domains)
     for slot in range(8):
         row, text = plan.row(7, slot), plan.describe(7, slot)
-        assert f"source {plan.names[row.source]}, epoch {row.epoch}" in text
-        first = row.pieces
-        assert f"{first.documents[0]}[{first.starts[0]}:{first.stops[0]}]" in text
+        first = f"{plan.names[row.sources[0]]} {row.documents[0]}[{row.starts[0]}:{row.starts[0] + row.lengths[0]}]"
+        assert first in text and f"(epoch {row.epochs[0]})" in text
 
 
-def test_a_source_of_weight_0_is_never_read(corpora: list[Corpus], make_corpus: MakeCorpus) -> None:
-    tiny = make_corpus([3], "tiny")
-    plan = make_plan([corpora[0], tiny], weights=[1, 0])
-    assert {row.source for row in all_rows(plan)} == {0}
-    assert plan.report()["sources"][1]["epochs"] == 0
+def test_a_source_of_weight_0_is_never_read(domains: Domains) -> None:
+    plan = make_plan(domains, domain_data(weights=(1, 0, 1, 0)))
+    assert set(np.unique(plan.table.source)) == {0, 2}
 
 
-def test_bad_inputs(corpora: list[Corpus]) -> None:
-    tokens = corpora[1].tokens
-    with pytest.raises(UserError) as error:
-        make_plan(corpora, seq_len=tokens + 7)
-    for word in (f"seq_len = {tokens + 7}", "'short'", f"{tokens} tokens in 90 documents", "7 too few"):
-        assert word in str(error.value)
-    make_plan(corpora, seq_len=tokens)
-    for changes, words in (
-        ({"weights": [1, -1]}, "'short' has weight = -1"),
-        ({"weights": [0, 0]}, "all 0"),
-        ({"names": ["same", "same"]}, "same, same"),
-    ):
-        with pytest.raises(UserError, match=words):
-            make_plan(corpora, **changes)
-    with pytest.raises(UserError, match=r"data\.sources is empty"):
-        Plan([], [], [], 8, 1, 1, 0)
+def test_a_source_smaller_than_a_row_is_repeated(domains: Domains) -> None:
+    tiny = Corpus("tiny", [(np.array([0, 5, 12]), np.arange(12, dtype=np.int32))], "tiny", None)
+    plan = make_plan(domains | {"wiki": tiny}, steps=4)
+    assert plan.table.epoch[plan.table.source == 3].max() > 100
+
+
+def test_too_many_epochs(domains: Domains) -> None:
+    with pytest.raises(UserError, match="'wiki'.*max_epochs = 0.1"):
+        make_plan(domains, domain_data(wiki__max_epochs=0.1))

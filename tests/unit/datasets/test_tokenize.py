@@ -1,12 +1,9 @@
-"""tokenize_source: what is written, that it does not depend on processes, the cache, kills, and each bad input."""
+"""tokenize_source: what is written, that it does not depend on processes, the cache, and each bad input."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +12,8 @@ import pytest
 
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.job_config import Data, Source
-from torchtitan.datasets import tokenize
-from torchtitan.datasets.corpus import open_corpus
+from torchtitan.datasets import source_files, tokenize, units
+from torchtitan.datasets.corpus import open_corpus, resolve_source
 from torchtitan.datasets.tokenize import tokenize_source
 from torchtitan.tools.errors import UserError
 
@@ -42,8 +39,8 @@ def folders_in(data: Data) -> list[Path]:
 def test_documents_do_not_depend_on_processes_or_units(
     tokenizer: Tokenizer, data: Data, make_source: MakeSource, monkeypatch: pytest.MonkeyPatch, num_proc: int, unit: int
 ) -> None:
-    monkeypatch.setattr(tokenize, "SHARD_TEXT_BYTES", unit)
-    monkeypatch.setattr(tokenize, "RECORD_BATCH_TOKENS", 500)
+    monkeypatch.setattr(tokenize, "UNIT_BYTES", unit)
+    monkeypatch.setattr(units, "RECORD_BATCH_TOKENS", 500)
     folder = tokenize_source(make_source(TEXTS), tokenizer, data, num_proc)
     assert documents(folder) == expected(TEXTS)
 
@@ -80,6 +77,33 @@ def test_kinds_of_text_in_sorted_order(tokenizer: Tokenizer, data: Data, tmp_pat
     assert documents(made) == expected(["two\nlines", "mark", "last"])
 
 
+def test_relative_paths_start_at_data_folder(
+    tokenizer: Tokenizer, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = tmp_path / "all [of] it"  # no pattern, though it looks like one
+    (start / "books").mkdir(parents=True)
+    (start / "books" / "a.txt").write_text("one")
+    (start / "books" / "b.txt").write_text("two")
+    there = replace(data, folder=str(start))
+    for path, texts in (
+        ("books", ["one", "two"]),
+        ("books/b.txt", ["two"]),
+        ("books/*.txt", ["one", "two"]),
+        (str(start / "books" / "a.txt"), ["one"]),
+    ):
+        assert documents(tokenize_source(Source(name="s", path=path), tokenizer, there, 1)) == expected(texts)
+    made = tokenize_source(Source(name="s", path="books"), tokenizer, there, 1)
+    made.rename(start / "made")
+    assert resolve_source(Source(name="s", path="made"), tokenizer, there).folder == str(start / "made")
+    with pytest.raises(UserError, match=r"No file matches.*all \[of\] it/books/c.txt"):
+        tokenize_source(Source(name="s", path="books/c.txt"), tokenizer, there, 1)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder, path in (("~/all [of] it", "books"), ("elsewhere", "~/all [of] it/books")):
+        assert (
+            len(documents(tokenize_source(Source(name="h", path=path), tokenizer, replace(data, folder=folder)))) == 2
+        )
+
+
 def test_the_folder_is_a_hugging_face_dataset(tokenizer: Tokenizer, data: Data, make_source: MakeSource) -> None:
     import datasets
 
@@ -98,29 +122,22 @@ def test_corpus_json(tokenizer: Tokenizer, data: Data, make_source: MakeSource) 
 
 
 class CountingTokenizer:
-    """Makes a tokenizer that notes every document in a file, so that other processes' work is counted too."""
+    """Makes a tokenizer that counts the documents it is given."""
 
-    def __init__(self, base: Tokenizer, notes: Path) -> None:
-        self.notes = notes
-        notes.touch()
+    def __init__(self, base: Tokenizer) -> None:
+        self.count = 0
 
         def encode_batch(texts: list[str]) -> list[list[int]]:
-            time.sleep(0.001)
-            with notes.open("a") as file:
-                file.write("x")
+            self.count += len(texts)
             return base.encode_batch(texts)
 
         self.tokenizer = replace(base, _encode_batch=encode_batch)
 
-    @property
-    def count(self) -> int:
-        return self.notes.stat().st_size
-
 
 def test_the_cache_is_used_until_an_input_changes(
-    tokenizer: Tokenizer, data: Data, make_source: MakeSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Tokenizer, data: Data, make_source: MakeSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counting = CountingTokenizer(tokenizer, tmp_path / "notes")
+    counting = CountingTokenizer(tokenizer)
     source = make_source(TEXTS[:10])
     first = tokenize_source(source, counting.tokenizer, data, 1)
     os.utime(source.path)  # touched, not changed
@@ -128,7 +145,7 @@ def test_the_cache_is_used_until_an_input_changes(
     assert counting.count == 10
 
     read_again: list[str] = []
-    monkeypatch.setattr(tokenize, "hash_file", lambda path: read_again.append(path) or "0")
+    monkeypatch.setattr(source_files, "hash_file", lambda path: read_again.append(path) or "0")
     assert tokenize_source(source, counting.tokenizer, data, 1) == first
     assert read_again == []  # size and mtime are as they were: not even read
     monkeypatch.undo()
@@ -154,61 +171,6 @@ def test_text_of_the_same_size_is_noticed(tokenizer: Tokenizer, data: Data, make
     assert documents(second) == expected(["bbbb"])
 
 
-def test_several_jobs_do_it_once(tokenizer: Tokenizer, data: Data, make_source: MakeSource, tmp_path: Path) -> None:
-    counting = CountingTokenizer(tokenizer, tmp_path / "notes")
-    source = make_source(TEXTS)
-    fork = multiprocessing.get_context("fork")
-    jobs = [fork.Process(target=tokenize_source, args=(source, counting.tokenizer, data, 1)) for _ in range(3)]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join(60)
-    assert [job.exitcode for job in jobs] == [0, 0, 0]
-    assert counting.count == len(TEXTS)
-
-
-def test_a_killed_run_leaves_nothing_that_is_taken_for_whole(
-    tokenizer: Tokenizer, data: Data, make_source: MakeSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tokenize, "SHARD_TEXT_BYTES", 1000)
-    done = [0]
-
-    def killed(texts: list[str]) -> list[list[int]]:
-        done[0] += 1
-        if done[0] == 150:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return tokenizer.encode_batch(texts)
-
-    source = make_source(TEXTS)
-    dying = replace(tokenizer, _encode_batch=killed)
-    job = multiprocessing.get_context("fork").Process(target=tokenize_source, args=(source, dying, data, 1))
-    job.start()
-    job.join(60)
-    assert job.exitcode == -signal.SIGKILL
-    left = folders_in(data)
-    assert [p.name.startswith(".unfinished") for p in left] == [True]
-    assert any(left[0].glob("unit-*.arrow"))  # it was killed in the middle, not before
-    assert documents(tokenize_source(source, tokenizer, data, 1)) == expected(TEXTS)
-    assert not left[0].exists()
-
-
-def test_a_killed_worker_ends_the_run(
-    tokenizer: Tokenizer, data: Data, make_source: MakeSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tokenize, "SHARD_TEXT_BYTES", 1000)
-    parent = os.getpid()
-
-    def killed(texts: list[str]) -> list[list[int]]:
-        if "document 150" in texts[0]:
-            assert os.getpid() != parent
-            os.kill(os.getpid(), signal.SIGKILL)
-        return tokenizer.encode_batch(texts)
-
-    with pytest.raises(Exception, match="terminated abruptly"):
-        tokenize_source(make_source(TEXTS), replace(tokenizer, _encode_batch=killed), data, 2)
-    assert not folders_in(data)
-
-
 def test_text_that_changes_meanwhile(tokenizer: Tokenizer, data: Data, make_source: MakeSource) -> None:
     source = make_source(TEXTS[:5])
 
@@ -219,7 +181,8 @@ def test_text_that_changes_meanwhile(tokenizer: Tokenizer, data: Data, make_sour
 
     with pytest.raises(UserError, match="changed while it was being tokenized"):
         tokenize_source(source, replace(tokenizer, _encode_batch=changing), data, 1)
-    assert not folders_in(data)
+    assert not list(Path(data.cache_folder).glob("*/unit-*.json")), "its unit is not done"
+    assert all(folder.name.startswith(".unfinished-") for folder in folders_in(data))
 
 
 GOOD = b'{"text": "good"}\n'
@@ -243,7 +206,7 @@ BAD_TEXT: dict[str, tuple[str, bytes, list[str]]] = {
 def test_bad_text(
     tokenizer: Tokenizer, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, num_proc: int
 ) -> None:
-    monkeypatch.setattr(tokenize, "SHARD_TEXT_BYTES", 100)  # the bad line is in another unit than the first
+    monkeypatch.setattr(tokenize, "UNIT_BYTES", 100)  # the bad line is in another unit than the first
     file, content, words = BAD_TEXT[name]
     (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError) as error:

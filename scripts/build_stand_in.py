@@ -1,0 +1,133 @@
+"""Write a small stand-in for every source of a stage, so that the stage can be planned and tried without its data.
+
+    python scripts/build_stand_in.py --job.config_file train_configs/prolong_8b/64k.toml --data.folder /tmp/standin
+    python scripts/plan.py --job.config_file train_configs/prolong_8b/64k.toml --data.folder /tmp/standin
+
+For looking at plans and for smoke tests, never for training: the tokens are random bytes (ids 0 to 255, so that every
+tokenizer and model has them) and the lengths are made up. A source with a min_length gets documents of one to four
+times that; of any other a third of the tokens is in documents above data.long_threshold. Shares, cutting and packing of
+the plan are then real, epochs and losses are not. Each source becomes a tokenized folder at its path in data.folder,
+half a megabyte or a few documents, the same for the same --seed. Where something exists nothing is written at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from torchtitan.config import JobConfig, load_config
+from torchtitan.config.job_config import Data, Source
+from torchtitan.datasets.source_files import source_path
+from torchtitan.tools.errors import UserError
+
+VOCABULARY = 256
+SHORTEST = 64
+LONGEST = 1 << 18  # unless min_length asks for more
+LONG_SHARE = 1 / 3
+FEWEST = 4
+MARK = "STAND-IN.txt"
+"""Beside the tokens; scripts/plan.py looks for it."""
+
+
+def main(args: list[str]) -> int:
+    """Exit code 1, and one line, for what the user has wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="every other --table.key is an override of the TOML's, as with run_train.sh",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--tokens", type=int, default=500_000, help="of a source, or more where its documents are long")
+    parser.add_argument("--seed", type=int, default=0, help="of lengths and tokens")
+    own, others = parser.parse_known_args(args)
+    try:
+        if own.tokens < 1 or own.seed < 0:
+            raise UserError(f"--tokens {own.tokens} must be at least 1, and --seed {own.seed} at least 0.")
+        config = load_config(others)
+        for folder, source in folders_of(config).items():
+            documents = make_documents(source, config.data, config.training.seq_len, own.tokens, own.seed)
+            write(folder, documents)
+            sizes = [len(document) for document in documents]
+            print(f"{source.name}: {len(sizes)} documents of {min(sizes):,} to {max(sizes):,} tokens in {folder}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def folders_of(config: JobConfig) -> dict[Path, Source]:
+    """Where each stand-in goes, and the source that it stands for; UserError where one cannot be put there."""
+    folder = Path(config.data.folder).expanduser().resolve()
+    folders: dict[Path, Source] = {}
+    if not config.data.sources:
+        raise UserError("The configuration has no [[data.sources]]: name a stage's TOML with --job.config_file.")
+    for number, source in enumerate(config.data.sources):
+        path = source_path(source, config.data).resolve()
+        named = f'Data source "{source.name}"'
+        elsewhere = f"Give it one for this trial, here and to scripts/plan.py: --data.sources.{number}.path NAME."
+        if source.path.startswith("hub:") or any(c in source.path for c in "*?["):
+            raise UserError(f'{named} has path = "{source.path}", which names no folder. {elsewhere}')
+        if folder not in path.parents:
+            raise UserError(
+                f'{named} has path = "{source.path}", which does not lie in data.folder = {folder}, and a stand-in is '
+                f"not put among other data. {elsewhere}"
+            )
+        folders.setdefault(path, source)
+    for path in folders:
+        for there in (path, *path.parents):
+            if there == path and there.exists() or there.exists() and not there.is_dir():
+                raise UserError(
+                    f"{there} exists, and a stand-in is never written over anything. Name another data.folder, or "
+                    "delete it if you know what it is."
+                )
+    return folders
+
+
+def make_documents(source: Source, data: Data, seq_len: int, tokens: int, seed: int) -> list[np.ndarray]:
+    """uint8[n] each: `tokens` tokens or a little more, in at least FEWEST long documents."""
+    # Seeded by the path, so that a source is the same beside other sources.
+    random = np.random.default_rng([seed, zlib.crc32(source.path.encode())])
+    shortest = max(source.min_length, SHORTEST)
+    longest = max(min(2 * seq_len, LONGEST), 2 * shortest)
+    if source.max_length is not None:
+        longest = min(longest, source.max_length)
+    shortest = min(shortest, longest)
+    ranges = [(shortest, longest, tokens)]
+    if shortest < data.long_threshold < longest:
+        long = int(tokens * LONG_SHARE)
+        ranges = [(shortest, data.long_threshold, tokens - long), (data.long_threshold + 1, longest, long)]
+    elif source.min_length:
+        ranges = [(shortest, min(4 * shortest, longest), tokens)]
+    lengths = [n for low, high, wanted in ranges for n in draw_lengths(low, high, wanted, random)]
+    random.shuffle(lengths)
+    return [random.integers(0, VOCABULARY, n, np.uint8) for n in lengths]
+
+
+def draw_lengths(low: int, high: int, tokens: int, random: np.random.Generator) -> list[int]:
+    """Log-uniform in [low, high], as many as make `tokens`, and not fewer than FEWEST."""
+    lengths: list[int] = []
+    while len(lengths) < FEWEST or sum(lengths) < tokens:
+        lengths.append(min(high, int(np.exp(random.uniform(np.log(low), np.log(high + 1))))))
+    return lengths
+
+
+def write(folder: Path, documents: list[np.ndarray]) -> None:
+    """One document a row, as datasets' save_to_disk writes it."""
+    from datasets import Dataset, Features, Sequence, Value, disable_progress_bars
+
+    disable_progress_bars()
+    columns = Features({"input_ids": Sequence(Value("uint8"))})
+    try:
+        folder.mkdir(parents=True)
+        (folder / MARK).write_text("Random tokens, written by scripts/build_stand_in.py. Not for training.\n")
+        Dataset.from_dict({"input_ids": documents}, columns).save_to_disk(folder)
+    except OSError as error:
+        raise UserError(f"The stand-in {folder} cannot be written: {error}.") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,203 @@
+"""What a plan will read: the numbers of plan.json, and the tables that are logged at start."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from torchtitan.datasets.dealing import deal, imbalance, undealt
+from torchtitan.datasets.mixture import Stream, piece_limit
+from torchtitan.datasets.plan import Plan
+
+UNIGRAM_SAMPLE = 4_000_000
+"""Tokens that the unigram model is counted on."""
+
+STEPS_DEALT = 1000
+"""Steps, spread over the stage, over which the imbalance between ranks is averaged."""
+
+REPEATED = 4.0
+"""Epochs up to which repeated text is almost as good as new (Muennighoff et al., arXiv 2305.16264)."""
+
+
+def make_report(
+    plan: Plan, dp_degree: int, local_batch_size: int, flops_per_token: float, flops_per_pair: float
+) -> dict[str, Any]:
+    """The report as JSON values. dp_degree ranks read different rows.
+
+    flops_per_token, flops_per_pair: of the model, forward and backward, linear layers and attention (tools/flops.py).
+    """
+    table = plan.table
+    rows = plan.steps * plan.rows_per_step
+    tokens = int(table.length.sum(dtype=np.int64))
+    whole_rows = rows * (plan.seq_len * (plan.seq_len + 1) // 2)
+    return {
+        "fingerprint": plan.fingerprint,
+        "inputs": plan.inputs,
+        "steps": plan.steps,
+        "rows": rows,
+        "tokens": tokens,
+        "padding_tokens": rows * plan.seq_len - tokens,
+        "padding": 1 - tokens / (rows * plan.seq_len),
+        "attention_work": float(table.work.sum(dtype=np.float64)) / whole_rows,
+        "imbalance": _imbalance(plan, dp_degree, local_batch_size, flops_per_token, flops_per_pair),
+        "unigram_nats": unigram_nats(plan),
+        "sources": [_source_report(plan, source, tokens) for source in range(len(plan.names))],
+    }
+
+
+def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
+    table, corpus, left_out = plan.table, plan.corpora[source], plan.left_out[source]
+    mine = table.source == source
+    document, length, start, epoch = (c[mine] for c in (table.document, table.length, table.start, table.epoch))
+    tokens = int(length.sum(dtype=np.int64))
+    separator = len(plan.separators[source])
+    whole = corpus.lengths[document] + separator  # of each part's document
+    partial = length < whole
+    # a document read once is known by its epoch; its parts add up to what is used of it
+    ids = epoch[partial].astype(np.int64) * len(corpus) + document[partial]
+    _, first, parts = np.unique(ids, return_index=True, return_counts=True)
+    in_parts = whole[partial][first][parts > 1]
+    limit = min(plan.seq_len, piece_limit(plan.data.sources[source], plan.data, plan.seq_len) or plan.seq_len)
+    streams = [s for s in plan.streams if s.source == source]
+    long = whole - separator > plan.data.long_threshold
+    truncated = 0
+    if plan.data.sources[source].long_document == "truncate":
+        truncated = int((whole[start == 0] - np.minimum(whole[start == 0], limit)).sum())
+    return {
+        "name": plan.names[source],
+        "folder": corpus.folder,
+        "documents": len(corpus),
+        "tokens": corpus.tokens,
+        "longest_document": int(corpus.lengths.max()),
+        "left_out": asdict(left_out),
+        "share_asked": sum(s.share for s in streams),
+        "share": tokens / all_tokens,
+        "tokens_read": tokens,
+        "parts_read": len(length),
+        "documents_split": int((in_parts > limit).sum()),
+        "documents_split_that_fit": int((in_parts <= limit).sum()),
+        "truncated_tokens": truncated,
+        "long_share": float(length[long].sum(dtype=np.int64) / max(1, tokens)),
+        "epochs": [_epochs(plan, s, tokens, long, length) for s in streams],
+        "documents_by_length_from": _histogram(corpus.lengths),
+        "parts_by_length_from": _histogram(length),
+    }
+
+
+def _epochs(plan: Plan, stream: Stream, tokens: int, long: np.ndarray, length: np.ndarray) -> dict[str, Any]:
+    read = tokens if stream.kind == "all" else int(length[long == (stream.kind == "long")].sum(dtype=np.int64))
+    return {
+        "documents": stream.kind,
+        "tokens": stream.tokens,
+        "share_asked": stream.share,
+        "epochs": read / stream.tokens,
+    }
+
+
+def _histogram(lengths: np.ndarray) -> dict[str, dict[str, int]]:
+    """Documents and tokens in buckets of powers of two, named by their smallest length."""
+    exponents = np.frexp(np.maximum(lengths, 1))[1] - 1
+    counts = np.bincount(exponents)
+    tokens = np.bincount(exponents, weights=lengths)
+    return {
+        str(1 << e): {"documents": int(counts[e]), "tokens": int(tokens[e])} for e in range(len(counts)) if counts[e]
+    }
+
+
+def _imbalance(
+    plan: Plan, dp_degree: int, local_batch_size: int, flops_per_token: float, flops_per_pair: float
+) -> dict[str, Any]:
+    """Work of the rank that has most over the ranks' mean, averaged over steps; before dealing and after."""
+    picked = np.unique(np.linspace(0, plan.steps - 1, min(plan.steps, STEPS_DEALT)).astype(np.int64))
+    linear = flops_per_token * plan.seq_len
+    sums: dict[str, np.ndarray] = {}
+    for step in picked:
+        pairs = plan.work(int(step))
+        dealt = deal(pairs, dp_degree, local_batch_size)
+        as_they_come = undealt(len(pairs), dp_degree, local_batch_size)
+        for name, work in (("attention", pairs), ("all", pairs * flops_per_pair + linear)):
+            for when, rows in (("before", as_they_come), ("after", dealt)):
+                key = f"{name}_{when}"
+                sums[key] = sums.get(key, np.zeros(2)) + imbalance(work, rows)
+    means = {key: value / len(picked) for key, value in sums.items()}
+    return {
+        "ranks": dp_degree,
+        "rows_a_rank": plan.rows_per_step // dp_degree,
+        "local_batch_size": local_batch_size,
+        "step": {key: float(value[0]) for key, value in means.items()},
+        "micro_batch": {key: float(value[1]) for key, value in means.items()},
+    }
+
+
+def unigram_nats(plan: Plan) -> float:
+    """Cross-entropy in nats of the unigram model of the planned data: what a model that ignores context reaches.
+
+    The entropy of the tokens' frequencies in rows spread over the plan.
+    """
+    rows = plan.steps * plan.rows_per_step
+    picked = np.linspace(0, rows - 1, min(rows, math.ceil(UNIGRAM_SAMPLE / plan.seq_len))).astype(np.int64)
+    tokens = [plan.tokens(plan.row(*divmod(int(index), plan.rows_per_step))) for index in picked]
+    counts = np.unique(np.concatenate(tokens), return_counts=True)[1]
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as short tables for the log, with a line for everything that a user should not miss."""
+    inputs, balance = report["inputs"], report["imbalance"]
+    width = max(12, *(len(s["name"]) for s in report["sources"]))
+    lines = [
+        f"data plan {report['fingerprint']}: {report['steps']} steps of {inputs['rows_per_step']} rows of "
+        f"{inputs['seq_len']} tokens; {report['tokens']:,} tokens, {report['padding']:.3%} padding; unigram "
+        f"cross-entropy {report['unigram_nats']:.3f} nats",
+        f"strategy {inputs['strategy']}, packing {inputs['packing']}, positions {inputs['positions']}, cross-document "
+        f"attention {'on' if inputs['cross_document_attention'] else 'off'}: attention is "
+        f"{report['attention_work']:.1%} of whole rows'",
+        f"{'source':<{width}} {'documents':>11} {'tokens':>15} {'longest':>9} {'asked':>7} {'share':>7} {'epochs':>13} "
+        f"{'long':>6} {'split':>8} {'cut':>7}",
+    ]
+    for s in report["sources"]:
+        # of the long and of the short documents, where they are told apart
+        epochs = " / ".join(f"{e['epochs']:.3g}" for e in s["epochs"]) or "0"
+        lines.append(
+            f"{s['name']:<{width}} {s['documents']:>11,} {s['tokens']:>15,} {s['longest_document']:>9,} "
+            f"{s['share_asked']:>7.2%} {s['share']:>7.2%} {epochs:>13} {s['long_share']:>6.1%} "
+            f"{s['documents_split']:>8,} {s['documents_split_that_fit']:>7,}"
+        )
+    lines.append(
+        f"(long: share of tokens in documents over {inputs['long_threshold']:,}; split: documents longer than a piece "
+        "may be; cut: others, that packing cut; epochs of long / short documents where one of them is raised)"
+    )
+    step, micro = balance["step"], balance["micro_batch"]
+    if balance["ranks"] > 1:
+        lines.append(
+            f"work of the busiest of {balance['ranks']} ranks over the mean, {balance['rows_a_rank']} rows each: "
+            f"{step['all_after']:.3f} dealt, {step['all_before']:.3f} as they come; attention alone "
+            f"{step['attention_after']:.3f}, {step['attention_before']:.3f}; where ranks meet in every micro-batch "
+            f"{micro['all_after']:.3f}, {micro['all_before']:.3f}"
+        )
+    for s in report["sources"]:
+        most = max(s["epochs"], key=lambda entry: entry["epochs"], default=None)
+        if most and most["epochs"] > REPEATED:
+            which = "" if most["documents"] == "all" else f"{most['documents']} documents' "
+            lines.append(
+                f"warning: source {s['name']} is read {most['epochs']:.1f} times: its {which}{most['tokens']:,} tokens "
+                f"are to be {most['share_asked']:.1%} of the stage"
+            )
+        reasons = {
+            "below_min_length": "shorter than min_length",
+            "above_max_length": "longer than max_length",
+            "dropped": 'dropped by long_document = "drop"',
+            "truncated": 'cut short by long_document = "truncate"',
+        }
+        for key, reason in reasons.items():
+            documents, tokens = s["left_out"][key]
+            if documents:
+                share = tokens / max(1, s["tokens"])
+                lines.append(
+                    f"left out of {s['name']}: {documents:,} documents {reason}, {tokens:,} tokens ({share:.1%})"
+                )
+    return "\n".join(lines)
