@@ -161,7 +161,7 @@ def format_report(report: dict[str, Any]) -> str:
     ]
     for s in report["sources"]:
         # of the long and of the short documents, where they are told apart
-        epochs = " / ".join(f"{e['epochs']:.3g}" for e in s["epochs"]) or "0"
+        epochs = " / ".join(f"{e['epochs']:,.{2 if e['epochs'] < 100 else 0}f}" for e in s["epochs"]) or "0"
         lines.append(
             f"{s['name']:<{width}} {s['documents']:>11,} {s['tokens']:>15,} {s['longest_document']:>9,} "
             f"{s['share_asked']:>7.2%} {s['share']:>7.2%} {epochs:>13} {s['long_share']:>6.1%} "
