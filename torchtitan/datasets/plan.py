@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from torchtitan.config.job_config import Data, Source
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.mixture import build_streams, check_epochs
 from torchtitan.datasets.row_table import build_table, load_table, lock_table, save_table
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """Version of the function (seed, step, slot) -> row; raised whenever the same inputs give other rows."""
@@ -80,6 +83,8 @@ class Plan:
         if not folder.is_dir():
             with lock_table(folder):
                 if not folder.is_dir():
+                    pieces = sum(len(stream.lengths) for stream in self.streams)
+                    logger.info("planning %d rows from %d pieces of documents", rows, pieces)
                     save_table(build_table(self.streams, data, seq_len, rows, seed), folder)
         self.table = load_table(folder)
 
