@@ -275,12 +275,15 @@ class Trainer:
 
     def _check_tokens(self, batches: list[PackedBatch]) -> None:
         """UserError for an id beyond the vocabulary: cut over tp ranks, the embedding would answer it with zeros."""
-        largest = max(int(batch.tokens.max()) for batch in batches)
-        if largest >= self.inputs.args.vocab_size:
-            raise UserError(
-                f"Step {self.step + 1} reads token {largest}, but the model's vocabulary ends at "
-                f"{self.inputs.args.vocab_size - 1}: one of the sources was tokenized with another tokenizer."
-            )
+        for batch in batches:
+            wrong = (batch.tokens < 0) | (batch.tokens >= self.inputs.args.vocab_size)
+            if wrong.any():
+                source = self.inputs.plan.names[int(batch.token_sources[wrong][0])]
+                raise UserError(
+                    f"Step {self.step + 1} reads token {int(batch.tokens[wrong][0])} of source {source!r}, but the "
+                    f"model's vocabulary is 0 to {self.inputs.args.vocab_size - 1}: the source was tokenized with "
+                    "another tokenizer, or its files are damaged."
+                )
 
     def _forward_backward(self, batch: PackedBatch, valid: int) -> torch.Tensor:
         """Token losses float32 [T] of one micro-batch, detached; gradients accumulate."""

@@ -7,6 +7,7 @@ documents are raised is two streams, its long and its short documents, so that t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,7 @@ from torchtitan.config.job_config import Data, Source
 from torchtitan.tools.errors import UserError
 
 Kind = Literal["all", "long", "short"]
+STREAM_SEED = 1
 CUT_AT = {"cut_4k": 4096, "cut_128k": 131072}
 
 
@@ -48,6 +50,8 @@ class LeftOut:
     dropped: tuple[int, int]
     """Longer than a row (or chunk_length) under long_document = "drop"."""
 
+    beyond_max_documents: tuple[int, int]
+
     truncated: tuple[int, int]
     """Documents cut short by long_document = "truncate", and the tokens cut off."""
 
@@ -78,9 +82,16 @@ def build_streams(
     weights = _weights(data)
     for source, weight, tokens, left in zip(data.sources, weights, lengths, eligible):
         if weight > 0 and len(left.documents) == 0:
-            raise UserError(_nothing_left(source, data, tokens, left, seq_len))
+            raise UserError(_nothing_left(source, data, tokens[: source.max_documents], left, seq_len))
     long_tokens = [int(e.used[_is_long(e, data)].sum()) for e in eligible]
     long_shares = [long / max(1, int(e.used.sum())) for long, e in zip(long_tokens, eligible)]
+    if data.strategy in ("per_source_upsampling", "global_upsampling") and not any(
+        weight > 0 and long for weight, long in zip(weights, long_tokens)
+    ):
+        raise UserError(
+            f'data.strategy = "{data.strategy}" raises documents of more than data.long_threshold = '
+            f"{data.long_threshold} tokens, but no source has one. Lower the threshold."
+        )
     streams = []
     for index, (source, left) in enumerate(zip(data.sources, eligible)):
         if weights[index] == 0:
@@ -90,11 +101,11 @@ def build_streams(
             streams.append(_stream(index, "all", weights[index], left, np.ones(len(left.documents), bool)))
             continue
         if long_tokens[index] == 0 and data.strategy != "global_upsampling":
+            key = "upsample_to" if source.upsample_to is not None else "upsample"
             raise UserError(
-                f"{_raised_by(source, data)} raises documents of more than data.long_threshold = "
-                f"{data.long_threshold} tokens, but data source {source.name!r} has none: its longest has "
-                f"{int(left.lengths.max())}. Lower the threshold, take the source out, or raise only the others, each "
-                "with its own upsample_to."
+                f"Data source {source.name!r}: {key} raises documents of more than data.long_threshold = "
+                f"{data.long_threshold} tokens, but it has none: its longest has {int(left.lengths.max())}. Lower the "
+                f"threshold, or take {key} out."
             )
         long = _is_long(left, data)
         parts: list[tuple[Kind, float, np.ndarray]] = [("long", split[0], long), ("short", split[1], ~long)]
@@ -102,16 +113,15 @@ def build_streams(
     return streams, [e.left_out for e in eligible]
 
 
-def check_epochs(data: Data, streams: Sequence[Stream], tokens: int) -> None:
-    """UserError where a stage of so many tokens would read a source more often than its max_epochs."""
-    for stream in streams:
-        source, needed = data.sources[stream.source], stream.share * tokens
-        epochs = needed / stream.tokens
+def check_epochs(data: Data, streams: Sequence[Stream], read: Sequence[int]) -> None:
+    """UserError where a stage that reads so many tokens of each stream reads a source more often than max_epochs."""
+    for stream, needed in zip(streams, read, strict=True):
+        source, epochs = data.sources[stream.source], needed / stream.tokens
         if source.max_epochs is not None and epochs > source.max_epochs:
             which = "its documents" if stream.kind == "all" else f"its {stream.kind} documents"
             raise UserError(
-                f"Data source {source.name!r} cannot fill its share: {which} hold {stream.tokens:,} tokens, "
-                f"and {stream.share:.4g} of the stage's {tokens:,} are {needed:,.0f}, so that they would be read "
+                f"Data source {source.name!r} cannot fill its share: {which} hold {stream.tokens:,} tokens, and "
+                f"{stream.share:.4g} of the stage's {sum(read):,} are {needed:,}, so that they would be read "
                 f"{epochs:.2f} times, more than max_epochs = {source.max_epochs:g}. Lower its weight "
                 f"({source.max_epochs / epochs:.3g} times its share would do) or training.steps, give it more text, or "
                 "raise max_epochs."
@@ -119,28 +129,32 @@ def check_epochs(data: Data, streams: Sequence[Stream], tokens: int) -> None:
 
 
 def _apply_filters(source: Source, data: Data, tokens: np.ndarray, separator: int, seq_len: int) -> _Eligible:
+    beyond = tokens[source.max_documents :] if source.max_documents is not None else tokens[:0]
     tokens = tokens[: source.max_documents]
     longest = source.max_length if source.max_length is not None else np.iinfo(np.int64).max
     short, long = tokens < max(1, source.min_length), tokens > longest
     fits = ~short & ~long
-    lengths = tokens + separator
     limit = piece_limit(source, data, seq_len)
     dropped = np.zeros(len(tokens), bool)
-    used = lengths
+    used, bound = tokens, limit
     if source.long_document != "split":
         bound = min(limit or seq_len, seq_len)
         if source.long_document == "drop":
-            dropped = fits & (lengths > bound)
+            dropped = fits & (tokens > bound)
         else:
-            used = np.minimum(lengths, bound)
+            used = np.minimum(tokens, bound)
     keep = fits & ~dropped
-    cut = keep & (used < lengths)
+    cut = keep & (used < tokens)
     left_out = LeftOut(
         below_min_length=(int(short.sum()), int(tokens[short].sum())),
         above_max_length=(int(long.sum()), int(tokens[long].sum())),
         dropped=(int(dropped.sum()), int(tokens[dropped].sum())),
-        truncated=(int(cut.sum()), int((lengths - used)[cut].sum())),
+        beyond_max_documents=(len(beyond), int(beyond.sum())),
+        truncated=(int(cut.sum()), int((tokens - used)[cut].sum())),
     )
+    # A separator that the last piece has no room for is left out: it separates what shares a row.
+    room = separator if bound is None else np.where((used - 1) % bound + 1 + separator <= bound, separator, 0)
+    used = np.where(cut, used, used + room)
     return _Eligible(np.flatnonzero(keep).astype(np.int32), tokens[keep], used[keep], limit, left_out)
 
 
@@ -158,8 +172,13 @@ def _weights(data: Data) -> list[float]:
     if data.strategy == "domain_upsampling":
         named = data.upsampled_sources
         weights = [data.upsampled_weight if s.name in named else s.weight for s in data.sources]
-    total = sum(weights)
-    return [weight / total for weight in weights]
+    return normalize(weights)
+
+
+def normalize(weights: Sequence[float]) -> list[float]:
+    """The weights with a sum of 1; rounded, so that 1 to 2 and 0.3 to 0.6 are the same on every machine."""
+    total = math.fsum(weights)
+    return [round(weight / total, 12) for weight in weights]
 
 
 def _is_long(eligible: _Eligible, data: Data) -> np.ndarray:
@@ -175,16 +194,13 @@ def _split_share(index: int, data: Data, weights: list[float], long_shares: list
     source, weight, natural = data.sources[index], weights[index], long_shares[index]
     if data.strategy == "global_upsampling":
         overall = sum(w * p for w, p in zip(weights, long_shares))
-        if overall == 0:
-            raise UserError(
-                f'data.strategy = "global_upsampling" raises documents of more than data.long_threshold = '
-                f"{data.long_threshold} tokens, but no source has one. Lower the threshold."
-            )
         if overall >= data.long_share:
             return None
         long = data.long_share * weight * natural / overall
         return long, (1 - data.long_share) * weight * (1 - natural) / (1 - overall)
     if data.strategy == "per_source_upsampling":
+        if natural == 0:  # nothing to raise: it keeps its share and its lengths, and the report says so
+            return None
         wanted = data.long_share
     elif source.upsample_to is not None:
         wanted = source.upsample_to
@@ -208,12 +224,6 @@ def _stream(source: int, kind: Kind, share: float, eligible: _Eligible, which: n
         lengths[last] = used - (counts - 1) * limit
         documents = np.repeat(documents, counts)
     return Stream(source, kind, share, documents, lengths, int(used.sum()))
-
-
-def _raised_by(source: Source, data: Data) -> str:
-    if data.strategy == "per_source_upsampling":
-        return 'data.strategy = "per_source_upsampling"'
-    return "upsample_to" if source.upsample_to is not None else "upsample"
 
 
 def _nothing_left(source: Source, data: Data, tokens: np.ndarray, left: _Eligible, seq_len: int) -> str:
@@ -277,7 +287,9 @@ def take_epochs(stream: Stream, tokens: float, seed: int) -> tuple[np.ndarray, n
     # Seeded by what the stream is, not by its number: another source's options do not reorder this one.
     kind = ("all", "long", "short").index(stream.kind)
     orders = [
-        np.random.default_rng([seed, stream.source, kind, epoch]).permutation(len(stream.lengths)).astype(np.int32)
+        np.random.default_rng([seed, stream.source, kind, epoch, STREAM_SEED])
+        .permutation(len(stream.lengths))
+        .astype(np.int32)
         for epoch in range(count)
     ]
     pieces = np.concatenate(orders)

@@ -21,6 +21,7 @@ SPARE_ROWS = 4
 CHOICE = 32
 """Rows among which the next one is chosen, so that the tokens so far have their shares."""
 
+BLOCK_SEED = 2  # apart from the streams' seeds, which end in 1
 _BIN_BITS = 20  # a bin's room and number in one integer
 
 
@@ -53,7 +54,7 @@ def pack(lengths: np.ndarray, packing: str, seq_len: int, rows: int, seed: int) 
     for number, (row, piece, count) in enumerate(packer(lengths, seq_len)):
         size = int(row[-1]) + 1
         in_order = packing == "single"  # pieces come shuffled, and merged with the right shares
-        place = np.arange(size) if in_order else np.random.default_rng([seed, number]).permutation(size)
+        place = np.arange(size) if in_order else np.random.default_rng([seed, number, BLOCK_SEED]).permutation(size)
         order = np.argsort(place[row], kind="stable")
         pieces.append(piece[order].astype(np.int32))
         tokens.append(count[order].astype(np.int32))
@@ -139,17 +140,16 @@ def _single_blocks(lengths: np.ndarray, seq_len: int) -> Iterator[Block]:
         yield np.arange(len(pieces)), pieces, lengths[pieces]
 
 
-def order_rows(tokens: np.ndarray, shares: np.ndarray, count: int) -> np.ndarray:
+def order_rows(tokens: np.ndarray, shares: np.ndarray, seq_len: int, count: int) -> np.ndarray:
     """int64[count]: the order in which rows are read, so that the tokens read so far have the streams' shares.
 
     tokens: int64[R, S], tokens of each stream in each row. Every row is chosen among the first CHOICE that are left
     (the oldest where it makes no difference, or where that has waited for 2 * CHOICE rows), so R must be at least
     count + CHOICE, and a longer stage begins the same.
     """
-    whole = max(1, int(tokens.sum(axis=1).max()))
     excess = tokens - shares * tokens.sum(axis=1, keepdims=True)
     # Whole numbers, so that every machine chooses the same: sums of products below 2^53 have no rounding.
-    excess = np.rint(excess * (65536 / whole))
+    excess = np.rint(excess * (65536 / seq_len))
     squares = (excess**2).sum(axis=1)
     here, candidates, here_squares = np.arange(CHOICE), excess[:CHOICE].copy(), squares[:CHOICE].copy()
     behind = np.zeros(tokens.shape[1])

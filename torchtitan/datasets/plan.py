@@ -19,8 +19,8 @@ import numpy as np
 
 from torchtitan.config.job_config import Data, Source
 from torchtitan.datasets.corpus import Corpus
-from torchtitan.datasets.mixture import build_streams, check_epochs
-from torchtitan.datasets.row_table import build_table, load_table, lock_table, save_table
+from torchtitan.datasets.mixture import Stream, build_streams, check_epochs, normalize
+from torchtitan.datasets.row_table import RowTable, build_table, load_table, lock_table, save_table
 
 logger = logging.getLogger(__name__)
 
@@ -75,39 +75,46 @@ class Plan:
         rows = steps * rows_per_step
         lengths = [corpus.lengths for corpus in self.corpora]
         self.streams, self.left_out = build_streams(data, lengths, [len(ids) for ids in self.separators], seq_len)
-        check_epochs(data, self.streams, rows * seq_len)
         if cache is None:
             self.table = build_table(self.streams, data, seq_len, rows, seed)
-            return
+        else:
+            self.table = self._kept_table(cache, rows)
+        check_epochs(data, self.streams, [self.tokens_of(stream) for stream in self.streams])
+
+    def _kept_table(self, cache: Path, rows: int) -> RowTable:
         folder = cache / "plans" / f"{self.fingerprint}-{rows}"
         if not folder.is_dir():
             with lock_table(folder):
                 if not folder.is_dir():
                     pieces = sum(len(stream.lengths) for stream in self.streams)
                     logger.info("planning %d rows from %d pieces of documents", rows, pieces)
-                    save_table(build_table(self.streams, data, seq_len, rows, seed), folder)
-        self.table = load_table(folder)
+                    save_table(build_table(self.streams, self.data, self.seq_len, rows, self.seed), folder)
+        return load_table(folder)
 
     @property
     def inputs(self) -> dict[str, Any]:
         """All that decides the batch of a step, as JSON values. Not the number of steps: a run can be made longer."""
-        data = {key: value for key, value in _plain(asdict(self.data)).items() if key not in NOT_INPUTS}
-        total = sum(source.weight for source in self.data.sources)
-        sources = zip(self.data.sources, self.corpora, self.separators)
+        data = {key: value for key, value in _plain(asdict(self.data)).items() if self._decides(key)}
+        shares = normalize([source.weight for source in self.data.sources])
+        sources = zip(self.data.sources, shares, self.corpora, self.separators)
         # NumPy may change what a seed gives from one version to another; a resumed run must not take that in silence.
-        canary = np.random.default_rng([self.seed, 1]).permutation(1000).astype(np.int32)
+        random = np.random.default_rng([self.seed, 1])
+        canary = [random.permutation(1000)]
+        if self.data.positions not in ("reset", "continue"):
+            canary += [random.integers(10**6, size=100), random.choice(10**6, 100, replace=False, shuffle=False)]
+            canary += [np.rint(1e6 * random.normal(size=100))]
         return {
             "format": FORMAT,
-            "random_numbers": hashlib.sha256(canary.tobytes()).hexdigest()[:8],
+            "random_numbers": hashlib.sha256(np.concatenate(canary).astype(np.int64).tobytes()).hexdigest()[:8],
             "seed": self.seed,
             "seq_len": self.seq_len,
             "rows_per_step": self.rows_per_step,
             **data,
             "sources": [
-                {"name": s.name, "share": s.weight / total, "corpus": corpus.fingerprint}
+                {"name": s.name, "share": share, "corpus": corpus.fingerprint}
                 | _changed_options(s)
                 | ({"separator": separator.tolist()} if len(separator) else {})
-                for s, corpus, separator in sources
+                for s, share, corpus, separator in sources
             ],
         }
 
@@ -115,6 +122,27 @@ class Plan:
     def fingerprint(self) -> str:
         """Hex digest of `inputs`."""
         return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _decides(self, key: str) -> bool:
+        """Whether a key of [data] decides the batches, as the others are set."""
+        data = self.data
+        raises = any(s.upsample is not None or s.upsample_to is not None for s in data.sources)
+        by_length = data.strategy in ("per_source_upsampling", "global_upsampling")
+        if key == "long_threshold":
+            return raises or by_length
+        if key == "long_share":
+            return by_length
+        if key in ("upsampled_sources", "upsampled_weight"):
+            return data.strategy == "domain_upsampling"
+        return key not in NOT_INPUTS
+
+    def tokens_of(self, stream: Stream) -> int:
+        """Tokens of a stream in all rows."""
+        mine = self.table.source == stream.source
+        if stream.kind != "all":
+            lengths = self.corpora[stream.source].lengths[self.table.document[mine]]
+            mine = np.flatnonzero(mine)[(lengths > self.data.long_threshold) == (stream.kind == "long")]
+        return int(self.table.length[mine].sum(dtype=np.int64))
 
     def row(self, step: int, slot: int) -> Row:
         """The row in a slot of a step; reads no tokens."""
@@ -181,7 +209,7 @@ def changed_inputs(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for old, new in zip(before, after):
         for key in {**old, **new}:
             if old.get(key) != new.get(key):
-                shown = [f"{v:.4g}" if isinstance(v, float) else v for v in (old.get(key), new.get(key))]
+                shown = [old.get(key), new.get(key)]
                 what = "its documents (corpus {} -> {})" if key == "corpus" else key + " {} -> {}"
                 changes.append(f"source {new['name']}: {what.format(*shown)}")
     return changes

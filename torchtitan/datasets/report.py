@@ -9,11 +9,16 @@ from typing import Any
 import numpy as np
 
 from torchtitan.datasets.dealing import deal, imbalance, undealt
-from torchtitan.datasets.mixture import Stream, piece_limit
+from torchtitan.datasets.mixture import piece_limit
 from torchtitan.datasets.plan import Plan
 
 UNIGRAM_SAMPLE = 4_000_000
 """Tokens that the unigram model is counted on."""
+
+WINDOW = 100
+"""Steps in which shares are to hold, to TOLERANCE."""
+
+TOLERANCE = 0.005
 
 STEPS_DEALT = 1000
 """Steps, spread over the stage, over which the imbalance between ranks is averaged."""
@@ -36,6 +41,7 @@ def make_report(
     return {
         "fingerprint": plan.fingerprint,
         "inputs": plan.inputs,
+        "long_threshold": plan.data.long_threshold,
         "steps": plan.steps,
         "rows": rows,
         "tokens": tokens,
@@ -53,8 +59,7 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
     mine = table.source == source
     document, length, start, epoch = (c[mine] for c in (table.document, table.length, table.start, table.epoch))
     tokens = int(length.sum(dtype=np.int64))
-    separator = len(plan.separators[source])
-    whole = corpus.lengths[document] + separator  # of each part's document
+    whole = corpus.lengths[document]  # of each part's document, without a separator
     partial = length < whole
     # a document read once is known by its epoch; its parts add up to what is used of it
     ids = epoch[partial].astype(np.int64) * len(corpus) + document[partial]
@@ -62,7 +67,7 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
     in_parts = whole[partial][first][parts > 1]
     limit = min(plan.seq_len, piece_limit(plan.data.sources[source], plan.data, plan.seq_len) or plan.seq_len)
     streams = [s for s in plan.streams if s.source == source]
-    long = whole - separator > plan.data.long_threshold
+    long = whole > plan.data.long_threshold
     truncated = 0
     if plan.data.sources[source].long_document == "truncate":
         truncated = int((whole[start == 0] - np.minimum(whole[start == 0], limit)).sum())
@@ -81,20 +86,26 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
         "documents_split_that_fit": int((in_parts <= limit).sum()),
         "truncated_tokens": truncated,
         "long_share": float(length[long].sum(dtype=np.int64) / max(1, tokens)),
-        "epochs": [_epochs(plan, s, tokens, long, length) for s in streams],
+        "worst_window": _worst_window(plan, mine, sum(s.share for s in streams)),
+        "epochs": [
+            {"documents": s.kind, "tokens": s.tokens, "share_asked": s.share, "epochs": plan.tokens_of(s) / s.tokens}
+            for s in streams
+        ],
         "documents_by_length_from": _histogram(corpus.lengths),
         "parts_by_length_from": _histogram(length),
     }
 
 
-def _epochs(plan: Plan, stream: Stream, tokens: int, long: np.ndarray, length: np.ndarray) -> dict[str, Any]:
-    read = tokens if stream.kind == "all" else int(length[long == (stream.kind == "long")].sum(dtype=np.int64))
-    return {
-        "documents": stream.kind,
-        "tokens": stream.tokens,
-        "share_asked": stream.share,
-        "epochs": read / stream.tokens,
-    }
+def _worst_window(plan: Plan, mine: np.ndarray, share: float) -> float:
+    """How far the share of a source (parts `mine`) is from what was asked in the worst WINDOW steps on end."""
+    ends = plan.table.offsets[:: plan.rows_per_step]
+    by_step = [
+        np.add.reduceat(column, ends[:-1], dtype=np.int64) for column in (plan.table.length * mine, plan.table.length)
+    ]
+    width = min(WINDOW, plan.steps)
+    sums = [np.cumsum(np.append(0, column)) for column in by_step]
+    got, every = (column[width:] - column[:-width] for column in sums)
+    return float(np.abs(got / every - share).max())
 
 
 def _histogram(lengths: np.ndarray) -> dict[str, dict[str, int]]:
@@ -167,8 +178,10 @@ def format_report(report: dict[str, Any]) -> str:
             f"{s['share_asked']:>7.2%} {s['share']:>7.2%} {epochs:>13} {s['long_share']:>6.1%} "
             f"{s['documents_split']:>8,} {s['documents_split_that_fit']:>7,}"
         )
+    threshold = report["long_threshold"]
+    window = min(WINDOW, report["steps"])
     lines.append(
-        f"(long: share of tokens in documents over {inputs['long_threshold']:,}; split: documents longer than a piece "
+        f"(long: share of tokens in documents over {threshold:,}; split: documents longer than a piece "
         "may be; cut: others, that packing cut; epochs of long / short documents where one of them is raised)"
     )
     step, micro = balance["step"], balance["micro_batch"]
@@ -187,10 +200,18 @@ def format_report(report: dict[str, Any]) -> str:
                 f"warning: source {s['name']} is read {most['epochs']:.1f} times: its {which}{most['tokens']:,} tokens "
                 f"are to be {most['share_asked']:.1%} of the stage"
             )
+        if s["worst_window"] > TOLERANCE:
+            lines.append(
+                f"warning: source {s['name']} is up to {s['worst_window']:.2%} of the tokens off its share in {window} "
+                "steps on end: its pieces are no small part of so few rows"
+            )
+        if inputs["strategy"] == "per_source_upsampling" and s["tokens_read"] and s["long_share"] == 0:
+            lines.append(f"warning: source {s['name']} has no document of more than {threshold:,} tokens to raise")
         reasons = {
             "below_min_length": "shorter than min_length",
             "above_max_length": "longer than max_length",
             "dropped": 'dropped by long_document = "drop"',
+            "beyond_max_documents": "beyond max_documents",
             "truncated": 'cut short by long_document = "truncate"',
         }
         for key, reason in reasons.items():

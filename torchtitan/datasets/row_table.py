@@ -6,7 +6,6 @@ files. The files' folder is named by a fingerprint of all that decides them.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import filelock
 import numpy as np
 
 from torchtitan.config.job_config import Data
-from torchtitan.datasets.mixture import Merged, Stream, merge, take_epochs
+from torchtitan.datasets.mixture import Merged, Stream, merge
 from torchtitan.datasets.packing import CHOICE, Rows, order_rows, pack, tokens_wanted
 from torchtitan.tools.errors import UserError
 
@@ -57,8 +56,7 @@ class RowTable:
 
 def build_table(streams: Sequence[Stream], data: Data, seq_len: int, rows: int, seed: int) -> RowTable:
     """A pure function: the first rows do not depend on how many are asked for."""
-    make = _concat_rows if data.packing == "concat" else _packed_rows
-    merged, packed, order = make(streams, data, seq_len, rows, seed)
+    merged, packed, order = _packed_rows(streams, data, seq_len, rows, seed)
     counts = np.diff(packed.offsets)
     stream, epoch = merged.stream[packed.pieces], merged.epoch[packed.pieces]
     offsets = np.concatenate([[0], np.cumsum(counts[order])])
@@ -88,37 +86,25 @@ def _packed_rows(
     streams: Sequence[Stream], data: Data, seq_len: int, rows: int, seed: int
 ) -> tuple[Merged, Rows, np.ndarray]:
     """The merged pieces, rows of them, and the order in which the rows are read: int64[rows]."""
-    merged = merge(streams, tokens_wanted(rows + CHOICE, seq_len), seed)
+    if data.packing == "single":
+        merged = _merge_pieces(streams, rows + CHOICE, seed)
+    else:
+        merged = merge(streams, tokens_wanted(rows + CHOICE, seq_len), seed)
     packed = pack(merged.lengths, data.packing, seq_len, rows + CHOICE, seed)
     if len(streams) == 1:
         return merged, packed, np.arange(rows)
     counts = np.diff(packed.offsets)
     place = np.repeat(np.arange(len(counts)) * len(streams), counts) + merged.stream[packed.pieces]
     tokens = np.bincount(place, packed.lengths, len(counts) * len(streams)).reshape(len(counts), -1)
-    return merged, packed, order_rows(tokens, np.array([s.share for s in streams]), rows)
+    return merged, packed, order_rows(tokens, np.array([s.share for s in streams]), seq_len, rows)
 
 
-def _concat_rows(
-    streams: Sequence[Stream], data: Data, seq_len: int, rows: int, seed: int
-) -> tuple[Merged, Rows, np.ndarray]:
-    """The same for concat. Each stream's documents make rows of their own, since a long document fills many: merged
-    before they are cut, its source would have far more than its share of some hundred rows."""
-    merged, packed, times = [], [], []
-    before = 0
-    for number, stream in enumerate(streams):
-        # Row k of a stream comes at (k + 1/2) / share; the last one at most half a row a stream after `rows`.
-        count = math.ceil(stream.share * (rows + len(streams) / 2) + 0.5) + 1
-        pieces, epochs = take_epochs(stream, tokens_wanted(count, seq_len), seed)
-        lengths = stream.lengths[pieces]
-        made = pack(lengths, "concat", seq_len, count, seed)
-        merged.append(Merged(np.full(len(pieces), number, np.int32), pieces, epochs, lengths))
-        packed.append((np.diff(made.offsets), made.pieces + before, made.lengths))
-        times.append((np.arange(count) + 0.5) / stream.share)
-        before += len(pieces)
-    order = np.argsort(np.concatenate(times), kind="stable")[:rows]
-    counts, part_pieces, part_lengths = (np.concatenate(column) for column in zip(*packed))
-    columns = [np.concatenate([getattr(m, f.name) for m in merged]) for f in fields(Merged)]
-    return Merged(*columns), Rows(np.concatenate([[0], np.cumsum(counts)]), part_pieces, part_lengths), order
+def _merge_pieces(streams: Sequence[Stream], count: int, seed: int) -> Merged:
+    """At least so many merged pieces, and not many more."""
+    tokens = int(count / sum(s.share * len(s.lengths) / s.tokens for s in streams)) + 1
+    while len((merged := merge(streams, tokens, seed)).lengths) < count:
+        tokens += tokens // 2 + 1
+    return merged
 
 
 def _of_several(documents: np.ndarray) -> np.ndarray:
@@ -167,7 +153,10 @@ def save_table(table: RowTable, folder: Path) -> None:
     aside.mkdir(parents=True)
     try:
         for column in fields(table):
-            np.save(aside / f"{column.name}.npy", getattr(table, column.name))
+            with open(aside / f"{column.name}.npy", "wb") as file:
+                np.save(file, getattr(table, column.name))
+                file.flush()
+                os.fsync(file.fileno())
         os.rename(aside, folder)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)

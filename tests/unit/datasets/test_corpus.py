@@ -179,7 +179,8 @@ def test_folders_that_are_no_corpus(tmp_path: Path) -> None:
         assert str(tmp_path / name) in str(error.value)
 
 
-def test_the_fingerprint_of_a_foreign_folder_follows_the_lengths(make_corpus: Callable[..., Corpus]) -> None:
+def test_the_fingerprint_of_a_foreign_folder_follows_lengths_and_tokens(make_corpus: Callable[..., Corpus]) -> None:
     """Same names, sizes and number of rows: a plan made for the one would read beyond the other's documents."""
     assert make_corpus([100, 300], "a").fingerprint != make_corpus([300, 100], "b").fingerprint
     assert make_corpus([100, 300], "c").fingerprint == make_corpus([100, 300], "d").fingerprint
+    assert make_corpus([100, 300], "e", first=7).fingerprint != make_corpus([100, 300], "f").fingerprint

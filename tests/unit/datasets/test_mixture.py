@@ -124,14 +124,26 @@ def test_filters_and_policies_account_for_every_token() -> None:
     assert pieces == {1: [3], 2: [10]} and out.dropped == (4, 173)
     pieces, out = left(min_length=10, max_length=40)
     assert sorted(pieces) == [2, 3, 4, 5] and out.below_min_length == (2, 3) and out.above_max_length == (1, 100)
-    assert sorted(left(max_documents=4)[0]) == [1, 2, 3]
+    pieces, out = left(max_documents=4)
+    assert sorted(pieces) == [1, 2, 3] and out.beyond_max_documents == (3, 157)
 
 
 @pytest.mark.parametrize("separator", [0, 3])
-def test_a_separator_follows_each_document(separator: int) -> None:
-    data = Data(sources=(Source(name="a", path="a"),))
-    streams, _ = build_streams(data, [np.array([5, 20])], [separator], 16)
-    assert streams[0].lengths.tolist() == [5 + separator, 16, 4 + separator]
+def test_a_separator_follows_each_document_where_it_has_room(separator: int) -> None:
+    """It costs no document its place, and makes no piece of its own."""
+    lengths = [np.array([5, 20, 14, 16, 32])]
+    expected = {
+        "split": [5 + separator, 16, 4 + separator, 14, 16, 16, 16],
+        "truncate": [5 + separator, 16, 14, 16, 16],
+        "drop": [5 + separator, 14, 16],
+    }
+    for policy, pieces in expected.items():
+        data = Data(sources=(Source(name="a", path="a", long_document=policy),))  # type: ignore[arg-type]
+        streams, (left_out,) = build_streams(data, lengths, [separator], 16)
+        assert streams[0].lengths.tolist() == pieces
+        assert left_out.truncated == ((2, 4 + 16) if policy == "truncate" else (0, 0))
+    data = Data(sources=(Source(name="a", path="a"),), packing="concat")
+    assert build_streams(data, lengths, [separator], 16)[0][0].lengths.tolist() == (lengths[0] + separator).tolist()
 
 
 def test_every_window_of_the_merge_has_the_shares(domains: Domains) -> None:
@@ -186,6 +198,7 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "min_length": ({"min_length": 1000}, ("'a'", "2 shorter than min_length = 1000", "40 to 100 tokens")),
     "max_length": ({"max_length": 39}, ("2 longer than max_length = 39",)),
     "no long document": ({"upsample_to": 0.5}, ("upsample_to", "4096", "its longest has 100")),
+    "max_documents": ({"max_documents": 1, "min_length": 50}, ("of 1, 1 shorter than min_length = 50",)),
     "no long document, factor": ({"upsample": 3.0}, ("upsample ", "4096", "its longest has 100")),
 }
 
@@ -205,20 +218,20 @@ def test_upsampling_without_a_long_document(domains: Domains) -> None:
             streams_of(domains, strategy=strategy, long_threshold=500_001)
 
 
+def test_per_source_leaves_a_source_without_long_documents_as_it_is(domains: Domains) -> None:
+    streams = streams_of(domains, strategy="per_source_upsampling", wiki__max_length=4096)
+    assert shares_by_source(streams) == pytest.approx(WEIGHTS)
+    assert [s.kind for s in streams if s.source == 3] == ["all"]
+    assert long_shares(domains, streams)[2] == pytest.approx(0.7)
+
+
 def test_too_many_epochs_are_refused_with_the_arithmetic(domains: Domains) -> None:
     data = domain_data(books__max_epochs=0.5)
-    streams = streams_of(domains, books__max_epochs=0.5)
+    streams = streams_of(domains)
     tokens = domains["books"].tokens
-    enough = int(tokens * 0.5 / 0.35)
-    check_epochs(data, streams, enough)
+    check_epochs(data, streams, [tokens // 2, 10**12, 10**12, 10**12])
     with pytest.raises(UserError) as error:
-        check_epochs(data, streams, 4 * enough)
-    for word in (
-        "'books'",
-        f"{tokens:,} tokens",
-        "0.35 of",
-        "read 2.00 times",
-        "max_epochs = 0.5",
-        "0.25 times its share",
-    ):
+        check_epochs(data, streams, [2 * tokens, 0, 0, 0])
+    words = ("'books'", f"{tokens:,} tokens", "0.35 of", "2.00 times", "max_epochs = 0.5", "0.25 times its share")
+    for word in words:
         assert word in str(error.value)

@@ -128,7 +128,7 @@ def test_order_keeps_shares_and_no_row_waits(kind: str) -> None:
     block = np.repeat(np.arange(len(shares)), np.rint(shares * 100).astype(int))
     streams = np.concatenate([random.permutation(block) for _ in range(count // 100 + 1)])[: count + CHOICE]
     tokens[np.arange(count + CHOICE), streams] = SEQ_LEN * 1000
-    order = order_rows(tokens, shares, count)
+    order = order_rows(tokens, shares, SEQ_LEN * 1000, count)
     assert len(set(order.tolist())) == count
     lag = np.arange(count) - order
     assert lag.min() > -CHOICE and lag.max() <= 2 * CHOICE + CHOICE
@@ -136,4 +136,4 @@ def test_order_keeps_shares_and_no_row_waits(kind: str) -> None:
     as_packed = np.abs(np.cumsum(tokens[:count] - shares * SEQ_LEN * 1000, axis=0)).max() / (SEQ_LEN * 1000)
     assert off <= 2.5
     assert kind == "one stream" or off < 0.6 * as_packed
-    assert (order_rows(tokens[: 500 + CHOICE], shares, 500) == order[:500]).all()
+    assert (order_rows(tokens[: 500 + CHOICE], shares, SEQ_LEN * 1000, 500) == order[:500]).all()

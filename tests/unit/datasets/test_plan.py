@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.unit.datasets.conftest import DOMAINS, domain_data, expected_tokens
-from torchtitan.config.job_config import Data
+from torchtitan.config.job_config import Data, Source
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.plan import Plan, changed_inputs
 from torchtitan.datasets.row_table import PADDING_SEGMENT
@@ -118,9 +118,10 @@ def test_shares_hold_within_half_a_percent_in_every_window_of_100_steps(
             got = np.convolve(tokens, window, "valid") / np.convolve(every, window, "valid")
             tokens_in_window = np.convolve(every, window, "valid").min()
             worst = max(worst, float(np.abs(got - asked).max()))
-    # one piece a row: a hundred steps are few tokens, and a piece of a whole row is no small part of them
-    piece = seq_len / tokens_in_window if name == "single" else 0.0
-    assert worst <= 0.005 + piece
+    # What is no small part of a hundred steps' tokens cannot be in the right place: with one piece a row, a piece of a
+    # whole row; with concat, the longest documents, which are not cut before they are laid out.
+    grain = {"single": seq_len, "concat": 500_000}.get(name, 0)
+    assert worst <= 0.005 + 0.6 * grain / tokens_in_window
     if name == "cut_4k":
         assert t.length.max() == 4096
     if name == "chunks":
@@ -150,6 +151,22 @@ def test_a_longer_plan_begins_the_same_and_has_the_same_fingerprint(domains: Dom
             short.row(0, ROWS_PER_STEP)
 
 
+@pytest.mark.parametrize("packing", ["best_fit", "single"])
+def test_a_longer_plan_begins_the_same_where_no_row_is_full(packing: str) -> None:
+    """Neither may a fuller row far ahead change the order of the first ones."""
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        lengths = [random.integers(600, 1000, 300), np.append(random.integers(500, 700, 2000), [1000])]
+        corpora = [
+            Corpus(str(i), [(np.concatenate([[0], np.cumsum(n)]), np.zeros(0, np.int32))], str(i), None)
+            for i, n in enumerate(lengths)
+        ]
+        data = Data(sources=(Source("a", "a", 1.0), Source("b", "b", 2.0)), packing=packing)  # type: ignore[arg-type]
+        short, long = (Plan(data, corpora, 1024, 4, steps, seed) for steps in (20, 400))
+        assert (short.table.offsets == long.table.offsets[:81]).all()
+        assert (short.table.document == long.table.document[: short.table.offsets[-1]]).all()
+
+
 def test_rows_do_not_depend_on_how_many_make_a_step(domains: Domains) -> None:
     one, other = make_plan(domains), make_plan(domains, rows_per_step=8, steps=100)
     for index in range(0, 800, 37):
@@ -164,7 +181,7 @@ def test_long_documents_are_spread_over_the_epoch(domains: Domains) -> None:
     row = np.repeat(np.arange(len(t)), np.diff(t.offsets))
     longest = int(np.argmax(plan.corpora[0].lengths))
     rows = row[(t.source == 0) & (t.document == longest) & (t.epoch == 0)]
-    assert len(rows) >= 9
+    assert len(rows) >= 4
     assert np.median(np.diff(rows)) > 30
 
 
@@ -243,6 +260,11 @@ def test_a_full_disk_leaves_no_half_plan(domains: Domains, tmp_path: Path, monke
 
 
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "a threshold that is read": (
+        {},
+        {"strategy": "per_source_upsampling", "long_threshold": 5000},
+        "long_threshold None -> 5000",
+    ),
     "seed": ({"seed": 6}, {}, "seed 5 -> 6"),
     "seq_len": ({"seq_len": 4096}, {}, "seq_len 32768 -> 4096"),
     "rows": ({"rows_per_step": 4}, {}, "rows_per_step 16 -> 4"),
@@ -282,8 +304,10 @@ def test_resume_names_changed_documents_and_sources(domains: Domains) -> None:
 
 def test_what_does_not_change_the_batches_does_not_change_the_fingerprint(domains: Domains) -> None:
     data = domain_data(
-        weights=(7, 5, 5, 3), num_workers=7, cache_folder="elsewhere", folder="/data", books__max_epochs=9.0
+        weights=(7, 5, 5, 3), num_workers=7, cache_folder="elsewhere", folder="/data", books__max_epochs=99.0
     )
+    assert make_plan(domains, data).fingerprint == make_plan(domains).fingerprint
+    data = domain_data(weights=(0.7, 0.5, 0.5, 0.3), long_threshold=1, long_share=0.1, upsampled_weight=0.1)
     assert make_plan(domains, data).fingerprint == make_plan(domains).fingerprint
 
 
@@ -309,3 +333,6 @@ def test_a_source_smaller_than_a_row_is_repeated(domains: Domains) -> None:
 def test_too_many_epochs(domains: Domains) -> None:
     with pytest.raises(UserError, match="'wiki'.*max_epochs = 0.1"):
         make_plan(domains, domain_data(wiki__max_epochs=0.1))
+    # rows that are mostly padding read little
+    plan = make_plan(domains, domain_data(packing="single", web__max_epochs=0.3), steps=20)
+    assert 0.02 < plan.tokens_of(plan.streams[2]) / domains["web"].tokens < 0.3

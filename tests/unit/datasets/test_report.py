@@ -55,6 +55,11 @@ def test_numbers_are_those_of_the_rows(domains: dict[str, Corpus], name: str) ->
         assert name == "concat" or entry["documents_split_that_fit"] == 0
         truncated = sum(max(0, int(lengths[d]) - SEQ_LEN) for d, _, start, _ in mine if start == 0)
         assert entry["truncated_tokens"] == (truncated if name == "truncate and drop" and source == 0 else 0)
+        by_step = np.zeros((STEPS, 4))
+        for index, row in enumerate(rows):
+            np.add.at(by_step, (index // ROWS, row.sources), row.lengths)
+        asked = sum(s.share for s in plan.streams if s.source == source)
+        assert entry["worst_window"] == pytest.approx(abs(by_step[:, source].sum() / by_step.sum() - asked))
         for kind in entry["epochs"]:
             kinds = {True: ("all", "long"), False: ("all", "short")}
             took = sum(n for d, *_, n in mine if kind["documents"] in kinds[bool(lengths[d] > 4096)])
@@ -102,6 +107,16 @@ def test_unigram_nats_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "tokens", lambda row: read.append(row) or tokens(row))
     assert unigram_nats(plan) == pytest.approx(whole, rel=0.02)
     assert len(read) == 30
+
+
+def test_windows_off_their_shares_are_a_warning(domains: dict[str, Corpus]) -> None:
+    plan = Plan(domain_data(packing="single"), list(domains.values()), 131072, 1, 300, 0)
+    report = make_report(plan, 1, 1, 1.0, 1.0)
+    by_step = np.add.reduceat(plan.table.length * (plan.table.source == 0), np.arange(300))
+    every = np.add.reduceat(plan.table.length, np.arange(300))
+    worst = max(abs(by_step[i : i + 100].sum() / every[i : i + 100].sum() - 0.35) for i in range(201))
+    assert report["sources"][0]["worst_window"] == pytest.approx(worst) and worst > 0.005
+    assert f"source books is up to {worst:.2%} of the tokens off its share in 100 steps" in format_report(report)
 
 
 def test_a_source_read_often_is_a_warning() -> None:
