@@ -320,7 +320,8 @@ class Trainer:
         log_step(numbers, self.config.training.steps, seconds / window.steps)
 
     def close(self) -> None:
-        """Release files and process groups."""
+        """Release files, loader processes and process groups."""
+        self.batches = iter(())
         if self.metrics:
             self.metrics.close()
         dist.destroy_process_group()

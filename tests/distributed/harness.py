@@ -141,6 +141,7 @@ def _worker(
         outcome.append(function(case, rank, world_size))
     if rank == 0:
         torch.save(outcome, results)
+    os._exit(0)  # as train.py ends: gloo's threads may outlive the interpreter's
 
 
 def _free_ports(count: int) -> list[int]:
