@@ -49,12 +49,14 @@ def test_what_a_run_leaves_in_its_dump_folder(folder: Path, assets: Path):
     given_back = load_config(["--job.config_file", str(out / "config.toml")])
     assert given_back.data == load_config(args).data and given_back.training == load_config(args).training
     plan = json.loads((out / "plan.json").read_text())
-    assert plan["tokens"] == 4 * 8 * 128 and 2 < plan["unigram_nats"] < 4
+    assert plan["tokens"] + plan["padding_tokens"] == 4 * 8 * 128 and 2 < plan["unigram_nats"] < 4
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines] == [numbers["loss"] for numbers in steps]
     for line in lines:
         assert line["tokens_per_second"] > 0 and line["memory_gib"] > 0 and 0 < line["mfu"] < 10
         assert line["loss_by_source"]["text"] == pytest.approx(line["loss"])
+        assert 0 <= line["data_wait"] < 1
+    assert sum(line["padding"] for line in lines) / 4 == pytest.approx(plan["padding"])
     assert lines[-1]["tokens_seen"] == plan["tokens"]
     assert list((out / "tb").iterdir()) and complete_steps(out / "checkpoint") == [4]
     traces = sorted((out / "profile_traces").glob("*.json.gz"))
