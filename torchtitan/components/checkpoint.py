@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.config.job_config import Checkpoint
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import sync
 from torchtitan.tools.logging import logger
 
 MANIFEST = "manifest.json"
@@ -62,7 +63,7 @@ class _WholeWriter(FileSystemWriter):
             part.unlink()
         _write_json(self.partial / MANIFEST, self.manifest | {"files": files})
         self.partial.rename(self.target)
-        _fsync_folder(self.target.parent)
+        sync(self.target.parent)
 
 
 class Checkpointer:
@@ -241,15 +242,6 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         json.dump(content, f, indent=1)
         f.flush()
         os.fsync(f.fileno())
-
-
-def _fsync_folder(path: Path) -> None:
-    """Make a rename in this folder survive a power loss."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _from_rank0(value: Any, group: Any) -> Any:

@@ -79,7 +79,8 @@ class Plan:
             self.table = build_table(self.streams, data, seq_len, rows, seed)
         else:
             self.table = self._kept_table(cache, rows)
-        check_epochs(data, self.streams, [self.tokens_of(stream) for stream in self.streams])
+        if any(source.max_epochs is not None for source in data.sources):  # counting goes through all parts
+            check_epochs(data, self.streams, [self.tokens_of(stream) for stream in self.streams])
 
     def _kept_table(self, cache: Path, rows: int) -> RowTable:
         folder = cache / "plans" / f"{self.fingerprint}-{rows}"

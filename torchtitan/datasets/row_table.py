@@ -19,6 +19,7 @@ from torchtitan.config.job_config import Data
 from torchtitan.datasets.mixture import Merged, Stream, merge
 from torchtitan.datasets.packing import CHOICE, Rows, order_rows, pack, tokens_wanted
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import sync
 
 PADDING_SEGMENT = 1024
 """Padding is cut into segments of at most so many tokens, so that masked tokens cost little attention."""
@@ -153,11 +154,10 @@ def save_table(table: RowTable, folder: Path) -> None:
     aside.mkdir(parents=True)
     try:
         for column in fields(table):
-            with open(aside / f"{column.name}.npy", "wb") as file:
-                np.save(file, getattr(table, column.name))
-                file.flush()
-                os.fsync(file.fileno())
+            np.save(aside / f"{column.name}.npy", getattr(table, column.name))
+            sync(aside / f"{column.name}.npy")
         os.rename(aside, folder)
+        sync(folder.parent)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"The data plan cannot be written to {folder}: {error}. Make room, or move it.") from error

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import sync
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +222,7 @@ def finish(place: Place, units: int, about: dict[str, Any]) -> list[int]:
         _write_dataset_files(place.aside, whole, names)
         shutil.copyfile(place.aside / CORPUS_FILE, whole / CORPUS_FILE)
         for path in [*whole.iterdir(), whole]:
-            _sync(path)
+            sync(path)
         os.rename(whole, place.folder)
         is_made(place.cache, place.name)  # deletes the rest
     logger.info("%s: %d documents, %d tokens in %s", place.source, about["documents"], about["tokens"], place.folder)
@@ -258,18 +259,10 @@ def _written_aside(target: Path) -> Iterator[Path]:
     path = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield path
-        _sync(path)  # a disk that is full may say so only now
+        sync(path)  # a disk that is full may say so only now
         os.replace(path, target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(path)
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

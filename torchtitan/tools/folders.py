@@ -1,11 +1,24 @@
-"""Folders that a run writes to, tried before it needs them: a full or foreign disk should not end it after an hour."""
+"""Folders that a run writes to, tried before it needs them, and how what is written reaches the disk.
+
+A full or foreign disk should not end a run after an hour.
+"""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
 from torchtitan.tools.errors import UserError
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names (a rename in it), survive a power loss. OSError on a full disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def make_writable(key: str, folder: Path) -> None:
