@@ -61,7 +61,7 @@ def ours(layers: int):
 
     def step() -> float:
         tokens, labels, positions = next(rows)
-        loss = token_losses(model(tokens, positions, Segments.from_tensor(ends)), labels).sum() / (labels >= 0).sum()
+        loss = token_losses(model(tokens, positions, Segments.whole(ends)), labels).sum() / (labels >= 0).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

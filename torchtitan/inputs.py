@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torchtitan.attention.backends import choose_backend
 from torchtitan.components.checkpoint import check_load_step, complete_steps, read_manifest
 from torchtitan.components.metrics import import_wandb
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
@@ -19,11 +20,13 @@ from torchtitan.datasets.corpus import resolve_source
 from torchtitan.datasets.plan import Plan, changed_inputs
 from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.datasets.report import make_report
+from torchtitan.distributed.context_parallel.ulysses import check_ulysses
 from torchtitan.distributed.parallelize import check_backend
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.models.huggingface import check_weights, read_config
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.transformer import TransformerArgs, parameter_counts
+from torchtitan.tools.device import device_type
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.flops import training_flops
 from torchtitan.tools.folders import make_writable
@@ -44,7 +47,11 @@ def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
     assets = Path(config.model.hf_assets_path)
     tokenizer = load_tokenizer(assets)
     args = model_args(config)
-    check_tensor_parallel(args, config.parallelism.tensor_parallel_degree)
+    p = config.parallelism
+    check_tensor_parallel(args, p.tensor_parallel_degree)
+    if p.context_parallel_exchange == "ulysses" and p.context_parallel_degree > 1:
+        check_ulysses(args.n_heads, p.context_parallel_degree, p.tensor_parallel_degree)
+    choose_backend(config.model.attention_backend, device_type())
     if config.compile.enable:
         check_backend(config.compile.backend)
     if tokenizer.vocab_size > args.vocab_size:

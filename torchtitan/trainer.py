@@ -10,35 +10,35 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import loss_parallel
 
-from torchtitan.attention.segments import Segments
+from torchtitan.attention.backends import choose_backend
 from torchtitan.components.checkpoint import (
     Checkpointer,
     random_state,
     read_manifest,
     set_random_state,
 )
-from torchtitan.components.loss import token_losses
+from torchtitan.components.loss import position_bucket, train_micro_batch
 from torchtitan.components.lr_scheduler import lr_factor
 from torchtitan.components.metrics import MetricsLogger, duration, log_step
 from torchtitan.components.optimizer import build_optimizer, clip_gradients, optimizer_state
 from torchtitan.config import JobConfig, dump_toml
 from torchtitan.config.checks import accumulation_steps, resolve_shard_degree
-from torchtitan.datasets.loader import IGNORED_LABEL, PackedBatch, build_loader
+from torchtitan.datasets.loader import IGNORED_LABEL, build_loader
 from torchtitan.datasets.report import format_report
+from torchtitan.distributed.context_parallel.shard import LocalBatch, shard
 from torchtitan.distributed.fully_shard import reduce_over_replicas
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import build_sharded_model
+from torchtitan.distributed.self_check import run_self_check
 from torchtitan.inputs import StageInputs, as_json, report_of
 from torchtitan.models.huggingface import load_weights
 from torchtitan.models.transformer import init_weights, parameter_counts
@@ -84,6 +84,10 @@ class Trainer:
         self.garbage_collection = GarbageCollection(t.gc_freq)
 
         self.accumulation = accumulation_steps(config, world_size)
+        if p.self_check and world_size > 1:
+            run_self_check(
+                inputs.args, config, self.dims, self.device, self.cpu_group, self.accumulation, train_micro_batch
+            )
         self.model = build_sharded_model(inputs.args, config, self.dims, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.matmul_parameters = parameter_counts(inputs.args)[1]
@@ -101,8 +105,16 @@ class Trainer:
             start_step=self.step,
             num_workers=config.data.num_workers,
             pin_memory=self.device.type == "cuda",
+            finish=partial(
+                shard,
+                backend=choose_backend(config.model.attention_backend, self.device.type),
+                layout=p.context_parallel_layout,
+                exchange=p.context_parallel_exchange,
+                cp=p.context_parallel_degree,
+                rank=self.dims.cp_rank,
+            ),
         )
-        self.batches: Iterator[PackedBatch] = iter(loader)
+        self.batches: Iterator[LocalBatch] = iter(loader)
         self.metrics: MetricsLogger | None = None
         if rank == 0:
             self._write_inputs()
@@ -235,19 +247,22 @@ class Trainer:
         token_losses_of = []
         for i, batch in enumerate(batches):
             reduce_over_replicas(self.model, i == len(batches) - 1)
-            token_losses_of.append(self._forward_backward(batch, valid))
+            losses = train_micro_batch(self.model, batch.to(self.device), valid, self.loss_parallel)
+            token_losses_of.append(losses)
         # only now: reading a number off the GPU waits for it
-        sums = torch.zeros(len(names), 2, dtype=torch.float64)  # by source: loss, labels
+        by_source = torch.zeros(len(names), 2, dtype=torch.float64)  # loss, labels
+        by_position = torch.zeros(int(position_bucket(torch.tensor(2**31))) + 1, 2, dtype=torch.float64)
         for batch, losses in zip(batches, token_losses_of, strict=True):
-            source = batch.token_sources.clamp(min=0)  # padding has no loss and no label: it adds nothing to source 0
-            sums[:, 0].index_add_(0, source, losses.double().cpu())
-            sums[:, 1].index_add_(0, source, (batch.labels != IGNORED_LABEL).double())
+            counted = torch.stack((losses.double().cpu(), (batch.labels != IGNORED_LABEL).double()), dim=1)
+            # padding has no loss and no label: it adds nothing to source 0
+            by_source.index_add_(0, batch.source.clamp(min=0), counted)
+            by_position.index_add_(0, position_bucket(batch.index), counted)
             window.add(batch, self.matmul_parameters, self.attention_width)
         norm = clip_gradients(self.model.parameters(), self.config.training.max_norm, self.cpu_group)
-        if not counts_here:
-            sums.zero_()
+        sums = torch.cat((by_source, by_position)) * counts_here
         dist.all_reduce(sums, group=self.cpu_group)
-        loss = float(sums[:, 0].sum()) / valid
+        by_source, by_position = sums.split([len(by_source), len(by_position)])
+        loss = float(by_source[:, 0].sum()) / valid
         if not (abs(loss) < float("inf") and norm < float("inf")):  # NaN compares false
             rows = range(self.inputs.plan.rows_per_step)
             described = "\n".join(f"  row {s}: {self.inputs.plan.describe(self.step - 1, s)}" for s in rows)
@@ -269,39 +284,32 @@ class Trainer:
             "lr": lr,
             "tokens_seen": self.tokens_seen,
             "loss_by_source": {
-                name: float(loss_sum / n) for name, (loss_sum, n) in zip(names, sums, strict=True) if n > 0
+                name: float(loss_sum / n) for name, (loss_sum, n) in zip(names, by_source, strict=True) if n > 0
+            },
+            "loss_by_position": {
+                str(2 ** (b - 1) if b else 0): float(loss_sum / n) for b, (loss_sum, n) in enumerate(by_position) if n
             },
         }
 
-    def _check_tokens(self, batches: list[PackedBatch]) -> None:
+    def _check_tokens(self, batches: list[LocalBatch]) -> None:
         """UserError for an id beyond the vocabulary: cut over tp ranks, the embedding would answer it with zeros."""
         for batch in batches:
             wrong = (batch.tokens < 0) | (batch.tokens >= self.inputs.args.vocab_size)
             if wrong.any():
-                source = self.inputs.plan.names[int(batch.token_sources[wrong][0])]
+                source = self.inputs.plan.names[int(batch.source[wrong][0])]
                 raise UserError(
                     f"Step {self.step + 1} reads token {int(batch.tokens[wrong][0])} of source {source!r}, but the "
                     f"model's vocabulary is 0 to {self.inputs.args.vocab_size - 1}: the source was tokenized with "
                     "another tokenizer, or its files are damaged."
                 )
 
-    def _forward_backward(self, batch: PackedBatch, valid: int) -> torch.Tensor:
-        """Token losses float32 [T] of one micro-batch, detached; gradients accumulate."""
-        segments = Segments.from_tensor(batch.cu_seqlens)
-        on_device = batch.to(self.device)
-        # the backward of a DTensor loss must run inside the context too
-        with loss_parallel() if self.loss_parallel else nullcontext():
-            logits = self.model(on_device.tokens, on_device.positions, segments)
-            losses = token_losses(logits, on_device.labels)
-            del logits
-            (losses.sum() / valid).backward()
-        losses = losses.full_tensor() if isinstance(losses, DTensor) else losses
-        return losses.detach()
-
     def _log(self, numbers: dict[str, Any], window: Window) -> None:
         """Collective. Rank 0 completes the numbers of the step with the rates since the last line, and writes them."""
         memory = torch.tensor(peak_memory_gib(self.device), dtype=torch.float64)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=self.cpu_group)
+        cp = self.dims.size("cp")
+        work = torch.tensor([window.pairs_of_busiest * cp, window.pairs, window.kv_received, window.kv_of_all_gather])
+        dist.all_reduce(work, group=self.cpu_group)
         if not self.metrics:
             return
         seconds = time.perf_counter() - window.start
@@ -311,6 +319,8 @@ class Trainer:
             "tokens_per_second": window.tokens / seconds,
             "padding": 1
             - window.tokens / (window.steps * self.inputs.plan.rows_per_step * self.config.training.seq_len),
+            "cp_imbalance": float(work[0] / work[1]) if cp > 1 else None,
+            "cp_kv_received": float(work[2] / work[3]) if cp > 1 else None,
             "data_wait": window.waited / seconds,
             "mfu": window.flops / ranks_a_row / seconds / peak if peak else None,
             "memory_gib": float(memory),
@@ -335,10 +345,14 @@ class Window:
         self.steps = self.tokens = 0
         """Of the global batches; padding is no token."""
         self.flops = self.waited = 0.0
-        """Of this rank, like which all have about as much; seconds that it waited for its loader."""
+        """Of this rank's micro-batches, like which all have about as much; seconds that it waited for its loader."""
+        self.pairs = self.pairs_of_busiest = self.kv_received = self.kv_of_all_gather = 0.0
+        """Of this rank's micro-batches, see LocalBatch."""
 
-    def add(self, batch: PackedBatch, matmul_parameters: int, attention_width: int) -> None:
+    def add(self, batch: LocalBatch, matmul_parameters: int, attention_width: int) -> None:
         """Count the work of a micro-batch; padding is none."""
-        pairs = Segments.from_tensor(batch.cu_seqlens).attended_pairs
-        tokens = len(batch.tokens) - batch.num_padding
-        self.flops += training_flops(matmul_parameters, tokens, attention_width, pairs)
+        self.flops += training_flops(matmul_parameters, batch.unpadded, attention_width, batch.pairs)
+        self.pairs += batch.pairs
+        self.pairs_of_busiest += batch.pairs_of_busiest
+        self.kv_received += batch.kv_received
+        self.kv_of_all_gather += batch.kv_of_all_gather

@@ -9,9 +9,11 @@ import pytest
 
 from tests.distributed.harness import MODELS, flags, run_stage, spawn, write_assets, write_text
 
-SHARD, REPLICATE, TENSOR = (
-    f"parallelism__{name}_degree" for name in ("data_parallel_shard", "data_parallel_replicate", "tensor_parallel")
+SHARD, REPLICATE, CONTEXT, TENSOR = (
+    f"parallelism__{name}_degree"
+    for name in ("data_parallel_shard", "data_parallel_replicate", "context_parallel", "tensor_parallel")
 )
+LAYOUT, EXCHANGE = (f"parallelism__context_parallel_{name}" for name in ("layout", "exchange"))
 
 ON_ONE: dict[str, dict[str, Any]] = {
     "accumulation 1": {"training__local_batch_size": 8},
@@ -28,16 +30,50 @@ ON_TWO: dict[str, dict[str, Any]] = {
     "tp 2": {TENSOR: 2},
     "tp 2, no loss parallel": {TENSOR: 2, "parallelism__disable_loss_parallel": True},
     "tp 2, recomputation": {TENSOR: 2, "activation_checkpoint__mode": "full"},
+    "cp 2": {CONTEXT: 2},
+    "cp 2, accumulation 1": {CONTEXT: 2, "training__local_batch_size": 8},
+    "cp 2, recomputation": {CONTEXT: 2, "activation_checkpoint__mode": "full"},
+    "cp 2, compiled": {CONTEXT: 2, "compile__enable": True, "compile__backend": "aot_eager"},
+    "cp 2, loader processes": {CONTEXT: 2, "data__num_workers": 2},
+    **{
+        f"cp 2, {layout}, {exchange}": {
+            CONTEXT: 2,
+            LAYOUT: layout,
+            EXCHANGE: exchange,
+            "training__local_batch_size": 4,
+        }
+        for layout, exchange in (
+            ("balanced", "allgather"),
+            ("balanced", "ulysses"),
+            ("headtail", "needed"),
+            ("contiguous", "needed"),
+            ("headtail", "allgather"),
+        )
+    },
 }
 ON_FOUR: dict[str, dict[str, Any]] = {
     "dp_shard 2 x tp 2": {SHARD: 2, TENSOR: 2},
     "dp_shard 2 x tp 2, accumulation 4": {SHARD: 2, TENSOR: 2, "training__local_batch_size": 1},
     "dp_replicate 2 x dp_shard 2": {REPLICATE: 2, SHARD: 2},
     "dp_replicate 2 x tp 2": {REPLICATE: 2, SHARD: 1, TENSOR: 2},
+    "dp_shard 2 x cp 2": {SHARD: 2, CONTEXT: 2},
+    "dp_replicate 2 x cp 2": {REPLICATE: 2, SHARD: 1, CONTEXT: 2},
+    "cp 2 x tp 2": {CONTEXT: 2, TENSOR: 2, "training__local_batch_size": 4},
+    "cp 2 x tp 2, allgather": {CONTEXT: 2, TENSOR: 2, EXCHANGE: "allgather"},
+    "cp 2 x tp 2, ulysses": {CONTEXT: 2, TENSOR: 2, EXCHANGE: "ulysses"},
+    "cp 4": {CONTEXT: 4, "training__local_batch_size": 8},
+    "cp 4, ulysses": {CONTEXT: 4, EXCHANGE: "ulysses", "training__local_batch_size": 4},
 }
 
 
-WITH_EVERY_MODEL = {"dp_shard 2", "dp_replicate 2", "tp 2", "dp_shard 2 x tp 2"}  # the others with the first only
+WITH_EVERY_MODEL = {
+    "dp_shard 2",
+    "dp_replicate 2",
+    "tp 2",
+    "cp 2",
+    "dp_shard 2 x tp 2",
+    "cp 2 x tp 2",
+}  # the others with the first only
 
 
 @pytest.fixture(scope="module")
@@ -61,20 +97,44 @@ def reference(folder: Path, assets: dict[str, Path]) -> dict[str, list[dict[str,
 
 @pytest.mark.parametrize(("world_size", "layouts"), [(1, ON_ONE), (2, ON_TWO), (4, ON_FOUR)], ids=["1", "2", "4"])
 def test_every_layout_equals_one_process(world_size, layouts, folder, assets, reference):
+    """The self-check at start-up passes in all of them too."""
     cases = [(name, model) for name in layouts for model in MODELS if name in WITH_EVERY_MODEL or model == "llama"]
     arguments = [flags(folder, assets[model], **layouts[name]) for name, model in cases]
     wrong = []
     for (name, model), steps in zip(cases, spawn(world_size, run_stage, arguments, folder), strict=True):
-        expected = reference[model]
-        assert len(steps) == len(expected) == 4
-        for ours, theirs in zip(steps, expected, strict=True):
-            pairs = {key: (ours[key], theirs[key]) for key in ("loss", "grad_norm")}
-            pairs["loss_by_source"] = (ours["loss_by_source"]["text"], theirs["loss_by_source"]["text"])
-            wrong += [
-                f"{model}, {name}, step {ours['step']}: {key} {a} is not {b}"
-                for key, (a, b) in pairs.items()
-                if a != pytest.approx(b, rel=1e-5)
-            ]
+        wrong += differences(f"{model}, {name}", steps, reference[model])
+    assert not wrong, "\n".join(wrong)
+
+
+def differences(name: str, steps: list[dict[str, Any]], expected: list[dict[str, Any]]) -> list[str]:
+    """What is not the same to 1e-5."""
+    assert len(steps) == len(expected)
+    wrong = []
+    for ours, theirs in zip(steps, expected, strict=True):
+        pairs = {key: (ours[key], theirs[key]) for key in ("loss", "grad_norm")}
+        for table in ("loss_by_source", "loss_by_position"):
+            assert ours[table].keys() == theirs[table].keys()
+            pairs |= {f"{table}.{key}": (value, theirs[table][key]) for key, value in ours[table].items()}
+        wrong += [
+            f"{name}, step {ours['step']}: {key} {a} is not {b}"
+            for key, (a, b) in pairs.items()
+            if a != pytest.approx(b, rel=1e-5)
+        ]
+    return wrong
+
+
+def test_three_dimensions_over_five_steps(folder, assets):
+    """dp_shard 2 x cp 2 x tp 2 on eight ranks, every exchange, accumulation 2, four blocks of 128 tokens a rank."""
+    size = {"training__seq_len": 512, "training__global_batch_size": 8, "training__steps": 5}
+    base = flags(folder, assets["llama"], **size)
+    (expected,) = spawn(1, run_stage, [base], folder)
+    assert len(expected) == 5
+    degrees = {SHARD: 2, CONTEXT: 2, TENSOR: 2}
+    exchanges = ("needed", "allgather", "ulysses")
+    cases = [flags(folder, assets["llama"], **size, **degrees, **{EXCHANGE: e}) for e in exchanges]
+    wrong = []
+    for exchange, steps in zip(exchanges, spawn(8, run_stage, cases, folder), strict=True):
+        wrong += differences(exchange, steps, expected)
     assert not wrong, "\n".join(wrong)
 
 

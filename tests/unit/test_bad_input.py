@@ -171,7 +171,14 @@ CASES: dict[str, tuple[Make, list[str]]] = {
     "a batch that does not divide": (keys(training__global_batch_size=7), ["7 / 2 = 3.500", "6 or 8"]),
     "degrees": (keys(parallelism__data_parallel_shard_degree=3), ["= 3", "1 process", "NGPU"]),
     "pipeline": (keys(parallelism__pipeline_parallel_degree=2), ["pipeline parallelism is not offered", "FSDP2"]),
-    "context": (keys(parallelism__context_parallel_degree=2), ["parallelism.context_parallel_degree = 2"]),
+    "context": (keys(parallelism__context_parallel_degree=2), ["context_parallel_degree 2", "1 process"]),
+    "flex on a CPU": (keys(model__attention_backend="flex"), ['"flex" cannot train on a CPU', '"sdpa"']),
+    "varlen on a CPU": (keys(model__attention_backend="varlen"), ['"varlen" needs a CUDA device', '"sdpa"']),
+    "no such layout": (keys(parallelism__context_parallel_layout="zigzag"), ["zigzag", "headtail", "balanced"]),
+    "no such exchange": (
+        keys(parallelism__context_parallel_exchange="ring"),
+        ["ring", "needed", "allgather", "ulysses"],
+    ),
     "no such backend": (
         keys(compile__enable=True, compile__backend="induktor"),
         ["compile.backend", "induktor", "inductor"],

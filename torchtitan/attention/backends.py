@@ -1,39 +1,37 @@
 """Attention over segments, in several ways that must agree.
 
-Every backend is a function (q, k, v, segments) -> output with q [T, H, D], k and v [T, Hkv, D], H a multiple of Hkv
-(query head h reads KV head h // (H / Hkv)), output [T, H, D] in q's dtype; logits are scaled by 1/sqrt(D).
+A backend has two functions: prepare(segments) makes, on the host and once a micro-batch, what it wants to know of the
+mask (something with `.to(device)` and `.pin_memory()`); attend(q, k, v, prepared) -> output is called in every layer,
+with q [T, H, D], k and v [K, Hkv, D], H a multiple of Hkv (query head h reads KV head h // (H / Hkv)), output [T, H, D]
+in q's dtype; logits are scaled by 1/sqrt(D).
+
+flex: FlexAttention with a BlockMask made from offsets, for CUDA. varlen: torch.nn.attention.varlen, for CUDA. sdpa: one
+call a segment, anywhere. dense: an explicit mask, the oracle of the tests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 
+from torchtitan.attention import flex, sdpa, varlen
 from torchtitan.attention.segments import Segments
+from torchtitan.tools.errors import UserError
 
-Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments], torch.Tensor]
 
+@dataclass(frozen=True)
+class Backend:
+    """How a mask is prepared and how attention is computed under it."""
 
-def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments) -> torch.Tensor:
-    """One causal scaled_dot_product_attention a segment: memory linear in T, work only where the mask allows it."""
-    # split, not slices: its backward is one concatenation, where each slice's backward would fill a tensor of T rows
-    parts = [
-        F.scaled_dot_product_attention(
-            qs.transpose(0, 1)[None],
-            ks.transpose(0, 1)[None],
-            vs.transpose(0, 1)[None],
-            is_causal=True,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )[0].transpose(0, 1)
-        for qs, ks, vs in zip(*(x.split(segments.lengths) for x in (q, k, v)), strict=True)
-    ]
-    return torch.cat(parts)
+    prepare: Callable[[Segments], Any]
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
 
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments) -> torch.Tensor:
-    """Softmax over an explicit [T, T] mask, in float32 (or float64 for float64 input): the oracle of the tests."""
+    """Softmax over an explicit [T, K] mask, in float32 (or float64 for float64 input): the oracle of the tests."""
     repeat = q.shape[1] // k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     qh, kh, vh = (x.to(dtype).transpose(0, 1) for x in (q, k, v))
@@ -43,4 +41,84 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments)
     return (scores.softmax(-1) @ vh).transpose(0, 1).to(q.dtype)
 
 
-BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "dense": dense}
+def as_it_is(segments: Segments) -> Segments:
+    """The prepare of backends that read the segments themselves."""
+    return segments
+
+
+BACKENDS: dict[str, Backend] = {
+    "flex": Backend(flex.prepare, flex.attend),
+    "varlen": Backend(varlen.prepare, varlen.attend),
+    "sdpa": Backend(as_it_is, sdpa.attend),
+    "dense": Backend(as_it_is, dense),
+}
+
+
+def choose_backend(name: str, device_type: str) -> str:
+    """The backend that model.attention_backend names: `auto` is flex on CUDA and sdpa elsewhere.
+
+    Raises UserError for one that cannot train on the device.
+    """
+    if name == "auto":
+        return "flex" if device_type == "cuda" else "sdpa"
+    if device_type != "cuda" and name == "flex":
+        raise UserError(
+            'model.attention_backend = "flex" cannot train on a CPU: PyTorch\'s FlexAttention has no backward there. '
+            'Use "sdpa", or "auto", which is flex on CUDA and sdpa on the CPU.'
+        )
+    if device_type != "cuda" and name == "varlen":
+        raise UserError(
+            'model.attention_backend = "varlen" needs a CUDA device: PyTorch has no such kernel for the CPU. Use '
+            '"sdpa", or "auto", which is flex on CUDA and sdpa on the CPU.'
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What the queries of one micro-batch see on this rank; the same for all layers."""
+
+    segments: Segments
+    """Queries against the keys of a buffer."""
+
+    prepared: Any
+    """What the backend made of them."""
+
+    exchange: Any = None
+    """How that buffer is filled (distributed/context_parallel/exchange.py); None: it is this rank's own keys."""
+
+    def to(self, device: torch.device | str) -> Mask:
+        """On a device; asynchronous from pinned memory."""
+        exchange = None if self.exchange is None else self.exchange.to(device)
+        return Mask(self.segments, self.prepared.to(device), exchange)
+
+    def pin_memory(self) -> Mask:
+        """In pinned memory."""
+        exchange = None if self.exchange is None else self.exchange.pin_memory()
+        return Mask(self.segments, self.prepared.pin_memory(), exchange)
+
+
+class AttentionCore(Protocol):
+    """What the attention layer calls between its projections."""
+
+    def start(self, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> Any: ...
+    def finish(self, q: torch.Tensor, started: Any, mask: Mask) -> torch.Tensor: ...
+
+
+class LocalAttention:
+    """Attention where all keys are this rank's own. start() is called as soon as k and v exist, finish() when q does:
+    what has to fetch keys from elsewhere (distributed/context_parallel) does so in between."""
+
+    def __init__(self, backend: Backend):
+        self.backend = backend
+
+    def start(self, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> Any:
+        """k and v [T, Hkv, D] -> whatever finish wants."""
+        return k, v
+
+    # a Python loop over ragged segments, or compiled by itself: it must not be compiled anew for every length
+    @torch.compiler.disable
+    def finish(self, q: torch.Tensor, started: Any, mask: Mask) -> torch.Tensor:
+        """q [T, H, D] -> [T, H, D]."""
+        k, v = started
+        return self.backend.attend(q, k, v, mask.prepared)

@@ -1,55 +1,124 @@
-"""Segments: the one description of which token may attend to which.
+"""Segments: the one description of which query may see which key.
 
-A stream of T tokens is cut into consecutive segments; a token attends to itself and to the earlier tokens of its own
-segment, and to nothing else. Backends, FLOP counts and reports all derive from this, never from positions or from
-an end-of-document token.
+As FlashAttention's varlen does, a mask is a list of (query range, key range), causal with the last query aligned to the
+last key (bottom-right). Without context parallelism a segment is a document and both ranges are equal; on a
+context-parallel rank it is a run of a document's tokens as queries, with the document up to the run's end as keys,
+found somewhere in a buffer of keys. Backends, FLOP counts and reports all derive from this, never from positions or
+from an end-of-document token.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+BLOCK = 128
+"""Tokens of a block: the tile of FlexAttention's and FlashAttention's kernels, and the unit that context parallelism
+hands to ranks."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Segments:
-    """Segment ends of a stream, as FlashAttention's varlen interface gives them.
+    """S segments over T queries and a buffer of K keys.
 
-    cu_seqlens: S+1 increasing offsets, the first 0 and the last T. Kept as Python integers because every backend
-    loops over them or builds index tensors on the host.
+    Query i of a segment (counted from 0, of n) is aligned with key number a = k_end - n + i, its own token. It sees the
+    keys max(k_start, a - window + 1) to a, and the segment's anchor.
     """
 
-    cu_seqlens: tuple[int, ...]
+    cu_seqlens: np.ndarray
+    """int64[S + 1]: query ranges, increasing from 0 to T; segment s has queries cu_seqlens[s] to cu_seqlens[s + 1]."""
+
+    k_start: np.ndarray
+    """int64[S]: first key."""
+
+    k_end: np.ndarray
+    """int64[S]: one past the last key; k_end - k_start is at least the number of queries."""
+
+    num_keys: int
+    """K."""
+
+    window: int | None = None
+    """Sliding window: a query sees at most so many keys, its own included (Mistral's convention); None: all."""
+
+    anchor: np.ndarray | None = None
+    """int64[S]: one more key that all queries of the segment see (AnchorAttention, arXiv 2411.13476), at most the
+    segment's first key; -1: none."""
 
     def __post_init__(self) -> None:
-        cu = self.cu_seqlens
-        if len(cu) < 2 or cu[0] != 0 or any(b <= a for a, b in zip(cu, cu[1:], strict=False)):
-            raise ValueError(f"cu_seqlens must increase from 0, got {cu[:8]}{'...' if len(cu) > 8 else ''}")
+        cu, lengths = self.cu_seqlens, np.diff(self.cu_seqlens)
+        if len(cu) < 2 or cu[0] != 0 or (lengths <= 0).any():
+            raise ValueError(f"cu_seqlens must increase from 0, got {cu[:8].tolist()}{'...' if len(cu) > 8 else ''}")
+        if not len(self.k_start) == len(self.k_end) == len(lengths):
+            raise ValueError(f"{len(lengths)} query ranges, {len(self.k_start)} and {len(self.k_end)} key bounds")
+        wrong = (self.k_start < 0) | (self.k_end > self.num_keys) | (self.k_end - self.k_start < lengths)
+        if wrong.any():
+            s = int(wrong.argmax())
+            raise ValueError(
+                f"segment {s}: {lengths[s]} queries on the keys {self.k_start[s]} to {self.k_end[s]} of {self.num_keys}"
+            )
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"a window of {self.window} keys is none")
+        if self.anchor is not None and (self.anchor > self.k_start).any():
+            raise ValueError("an anchor must not come after its segment's first key")
 
     @staticmethod
-    def from_tensor(cu_seqlens: torch.Tensor) -> Segments:
-        """cu_seqlens: integer tensor [S+1] on the CPU."""
-        return Segments(tuple(cu_seqlens.tolist()))
+    def whole(
+        cu_seqlens: np.ndarray | torch.Tensor | tuple[int, ...] | list[int],
+        window: int | None = None,
+        anchor: np.ndarray | None = None,
+    ) -> Segments:
+        """Segments whose queries are their keys: cu_seqlens are the ends of the documents (or rows) of a stream."""
+        cu = np.asarray(cu_seqlens, dtype=np.int64)
+        total = int(cu[-1]) if len(cu) else 0
+        return Segments(cu, cu[:-1], cu[1:], total, window, anchor)
 
     @property
     def total(self) -> int:
-        """T, the number of tokens."""
-        return self.cu_seqlens[-1]
+        """T, the number of queries."""
+        return int(self.cu_seqlens[-1])
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each segment; they sum to T."""
-        return [b - a for a, b in zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False)]
+        """Queries of each segment; they sum to T."""
+        return np.diff(self.cu_seqlens).tolist()
+
+    def key_ranges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For each query the first key of its range, the last one (its own token), and its anchor or -1: int64[T] each.
+
+        The anchor is -1 also where the range holds it anyway.
+        """
+        lengths = np.diff(self.cu_seqlens)
+        within = np.arange(self.total) - np.repeat(self.cu_seqlens[:-1], lengths)
+        last = np.repeat(self.k_end - lengths, lengths) + within
+        first = np.repeat(self.k_start, lengths)
+        if self.window is not None:
+            first = np.maximum(first, last - self.window + 1)
+        if self.anchor is None:
+            return first, last, np.full(self.total, -1)
+        anchor = np.repeat(self.anchor, lengths)
+        return first, last, np.where(anchor < first, anchor, -1)
 
     @property
     def attended_pairs(self) -> int:
-        """Number of (query, key) pairs that the mask allows: sum of n (n + 1) / 2."""
-        return sum(n * (n + 1) // 2 for n in self.lengths)
+        """Number of (query, key) pairs that the mask allows."""
+        if self.window is None and self.anchor is None:
+            n, k = np.diff(self.cu_seqlens), self.k_end - self.k_start
+            return int((n * (2 * k - n + 1) // 2).sum())
+        first, last, anchor = self.key_ranges()
+        return int((last - first + 1 + (anchor >= 0)).sum())
 
     def dense_mask(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The mask as bool [T, T], True where the row's query may see the column's key. Quadratic: for oracles."""
-        lengths = torch.tensor(self.lengths, device=device)
-        segment = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
-        same = segment[:, None] == segment[None, :]
-        return same & torch.ones_like(same).tril()
+        """The mask as bool [T, K], True where the row's query may see the column's key. Quadratic: for oracles."""
+        first, last, anchor = (torch.from_numpy(x).to(device)[:, None] for x in self.key_ranges())
+        key = torch.arange(self.num_keys, device=device)
+        return ((key >= first) & (key <= last)) | (key == anchor)
+
+    def to(self, device: torch.device | str) -> Segments:
+        """Itself: it stays on the host."""
+        return self
+
+    def pin_memory(self) -> Segments:
+        """Itself."""
+        return self

@@ -64,25 +64,32 @@ def check_config(config: JobConfig, world_size: int) -> None:
     _check_precision(config)
     _check_schedule(config)
     _check_sources(config)
-    if config.parallelism.context_parallel_degree != 1:
-        raise UserError(
-            f"parallelism.context_parallel_degree = {config.parallelism.context_parallel_degree}: context parallelism "
-            "is not in this version; set it to 1."
-        )
     if config.checkpoint.load_step >= 0 and not config.checkpoint.enable:
         raise UserError(
             f"checkpoint.load_step = {config.checkpoint.load_step}, but checkpoint.enable = false: nothing is loaded "
             "then. Set enable = true, or leave load_step out."
         )
     accumulation_steps(config, world_size)
-    training, tp = config.training, config.parallelism.tensor_parallel_degree
+    _check_tokens(config)
+
+
+def _check_tokens(config: JobConfig) -> None:
+    training, p = config.training, config.parallelism
+    cp, tp = p.context_parallel_degree, p.tensor_parallel_degree
     tokens = training.seq_len * training.local_batch_size
-    if tokens % tp:
+    product = f"training.seq_len * training.local_batch_size = {training.seq_len} * {training.local_batch_size}"
+    if cp > 1 and tokens % (cp * 128):
         raise UserError(
-            f"training.seq_len * training.local_batch_size = {training.seq_len} * {training.local_batch_size} = "
-            f"{tokens} tokens cannot be divided over parallelism.tensor_parallel_degree = {tp} (sequence parallel): "
-            f"{tokens} / {tp} = {tokens / tp:.2f}. A seq_len that is a multiple of {tp} works, e.g. "
-            f"{_multiples(training.seq_len, tp)}."
+            f"{product} = {tokens} is not divisible by parallelism.context_parallel_degree * 128 = {cp} * 128 = "
+            f"{cp * 128} (ranks hold blocks of 128 tokens): {tokens} / {cp * 128} = {tokens / (cp * 128):.2f}. A "
+            f"seq_len of {_multiples(training.seq_len, cp * 128)} works."
+        )
+    if tokens // cp % tp:
+        per_rank = f"{tokens} tokens / context_parallel_degree {cp} = {tokens // cp}" if cp > 1 else f"{tokens} tokens"
+        raise UserError(
+            f"{product} = {per_rank} cannot be divided over parallelism.tensor_parallel_degree = {tp} (sequence "
+            f"parallel): {tokens // cp} / {tp} = {tokens / cp / tp:.2f}. A seq_len that is a multiple of {cp * tp} "
+            f"works, e.g. {_multiples(training.seq_len, cp * tp)}."
         )
 
 

@@ -79,8 +79,9 @@ class Model:
     """Hugging Face style folder with the tokenizer (tokenizer.json or a Llama-3 tokenizer.model) and, for flavor
     `auto` and checkpoint.initial_load_in_hf, config.json and *.safetensors."""
 
-    attention_backend: Literal["sdpa", "dense"] = "sdpa"
-    """`sdpa`: memory linear in the row, one call a segment. `dense`: an explicit mask, the oracle of the tests."""
+    attention_backend: Literal["auto", "flex", "varlen", "sdpa", "dense"] = "auto"
+    """auto: flex on CUDA, sdpa on the CPU. flex: FlexAttention under a block mask made from offsets. varlen: PyTorch's
+    flash attention over ragged segments (CUDA, 16 bits). sdpa: one call a segment. dense: the tests' oracle."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,19 @@ class Parallelism:
     """Ranks that FSDP2 shards parameters, gradients and optimizer state over; -1: all that are left."""
 
     context_parallel_degree: int = 1
-    """Ranks that share one row. Only 1 so far."""
+    """Ranks that share the tokens of a micro-batch; parameters are sharded over them too."""
+
+    context_parallel_layout: Literal["balanced", "headtail", "contiguous"] = "balanced"
+    """Which rank holds which tokens, in blocks of 128. balanced: the same attention work on every rank whatever the
+    documents are, with short documents whole on one; headtail: one block run from either end; contiguous: one run."""
+
+    context_parallel_exchange: Literal["needed", "allgather", "ulysses"] = "needed"
+    """How keys and values reach other ranks' queries. needed: only those that some query there sees; allgather: all;
+    ulysses: each rank computes all tokens of a share of the heads instead."""
+
+    self_check: bool = True
+    """Before the first step with more than one process, prove on a small random batch that this combination of layout,
+    exchange, backend and degrees gives the results of one process; refuse to start if not."""
 
     tensor_parallel_degree: int = 1
     """Ranks that share each matrix; norms and residuals are sharded along the tokens (sequence parallel)."""

@@ -32,7 +32,8 @@ _EXPLANATIONS: dict[str, str] = {
     "parallelism.expert_*": _NO_EXPERTS,
     "parallelism.enable_async_tensor_parallel": "asynchronous tensor parallelism is not in this version: remove it",
     "parallelism.enable_compiled_autograd": "compiled autograd is not used: remove it; compile.enable compiles blocks",
-    "parallelism.context_parallel_rotate_method": "there is no ring to rotate in this version: remove it",
+    "parallelism.context_parallel_rotate_method": "there is no ring to rotate: remove it;"
+    " parallelism.context_parallel_exchange says how keys and values move",
     "training.dataset": _SOURCES,
     "training.dataset_path": _SOURCES,
     "training.batch_size": "it is called training.local_batch_size (rows in a micro-batch of one data-parallel rank)",

@@ -6,8 +6,9 @@ depend on the workers, and a resumed run is the same loader with another start_s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,10 +79,24 @@ class PackedBatch:
         yield from (self.tokens, self.labels, self.positions, self.cu_seqlens, self.cu_documents, self.source)
 
 
-class MicroBatches(Dataset[PackedBatch]):
-    """Item j: micro-batch j of a rank, counted from the stage's beginning: step j // A, accumulation index j % A."""
+def as_it_is(batch: PackedBatch) -> PackedBatch:
+    return batch
 
-    def __init__(self, plan: Plan, dp_rank: int, dp_degree: int, local_batch_size: int) -> None:
+
+class MicroBatches(Dataset[Any]):
+    """Item j: micro-batch j of a rank, counted from the stage's beginning: step j // A, accumulation index j % A.
+
+    It is what `finish` makes of the PackedBatch: context parallelism takes a rank's part of it there.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        dp_rank: int,
+        dp_degree: int,
+        local_batch_size: int,
+        finish: Callable[[PackedBatch], Any] = as_it_is,
+    ) -> None:
         rows = dp_degree * local_batch_size
         if plan.rows_per_step % rows:
             raise UserError(
@@ -94,13 +109,14 @@ class MicroBatches(Dataset[PackedBatch]):
         self.dp_rank = dp_rank
         self.dp_degree = dp_degree
         self.local_batch_size = local_batch_size
+        self.finish = finish
         self.accumulation = plan.rows_per_step // rows
 
     def __len__(self) -> int:
         return self.plan.steps * self.accumulation
 
-    def __getitem__(self, item: int) -> PackedBatch:
-        return pack(self.plan, item // self.accumulation, self.slots(item))
+    def __getitem__(self, item: int) -> Any:
+        return self.finish(pack(self.plan, item // self.accumulation, self.slots(item)))
 
     def slots(self, item: int) -> list[int]:
         """The step's slots that make this item; over ranks and a step's items every slot occurs once."""
@@ -156,9 +172,13 @@ def build_loader(
     start_step: int = 0,
     num_workers: int = 1,
     pin_memory: bool = False,
+    finish: Callable[[PackedBatch], Any] = as_it_is,
 ) -> StatefulDataLoader:
-    """Iterates over a rank's micro-batches (PackedBatch) from start_step (finished steps) to the end of the plan."""
-    dataset = MicroBatches(plan, dp_rank, dp_degree, local_batch_size)
+    """Iterates over a rank's micro-batches from start_step (finished steps) to the end of the plan.
+
+    An item is what `finish` makes of a PackedBatch, in the loader process.
+    """
+    dataset = MicroBatches(plan, dp_rank, dp_degree, local_batch_size, finish)
     return StatefulDataLoader(
         dataset,
         batch_size=None,  # an item is a micro-batch already

@@ -10,18 +10,22 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """A mesh with the dimensions dp_replicate, dp_shard, cp, tp, in that order; all are there, most of size 1.
-
-    tp is innermost, so that its ranks are neighbours with the fastest links; dp_replicate is outermost.
-    """
+    """Two views of the same ranks, tp innermost, so that its ranks are neighbours with the fastest links."""
 
     mesh: DeviceMesh
+    """dp_replicate, dp_shard, cp, tp: who reads and computes what. All dimensions are there, most of size 1."""
+
+    parameter_mesh: DeviceMesh
+    """dp_replicate, fsdp, tp, with fsdp = dp_shard x cp: who holds which parameters. A mesh of its own, because
+    dimensions cannot be joined through PyTorch's public interface."""
 
     @staticmethod
     def build(device_type: str, dp_replicate: int, dp_shard: int, cp: int, tp: int) -> ParallelDims:
         """Collective. The degrees multiply to the world size (config/checks.py has seen to it)."""
         names = ("dp_replicate", "dp_shard", "cp", "tp")
-        return ParallelDims(init_device_mesh(device_type, (dp_replicate, dp_shard, cp, tp), mesh_dim_names=names))
+        mesh = init_device_mesh(device_type, (dp_replicate, dp_shard, cp, tp), mesh_dim_names=names)
+        sizes = (dp_replicate, dp_shard * cp, tp)
+        return ParallelDims(mesh, init_device_mesh(device_type, sizes, mesh_dim_names=("dp_replicate", "fsdp", "tp")))
 
     def size(self, name: str) -> int:
         return self.mesh[name].size()
@@ -39,6 +43,11 @@ class ParallelDims:
         )
 
     @property
+    def cp_rank(self) -> int:
+        """Which part of a micro-batch's tokens this rank holds."""
+        return self.mesh["cp"].get_local_rank()
+
+    @property
     def counts_here(self) -> bool:
         """Whether this rank's loss and token counts enter a sum over the world: its tp copies hold the same ones."""
         return self.mesh["tp"].get_local_rank() == 0
@@ -46,9 +55,10 @@ class ParallelDims:
     @property
     def fsdp_mesh(self) -> DeviceMesh:
         """1-D for FSDP, 2-D (replicate, shard) for HSDP."""
-        return self.mesh["dp_replicate", "dp_shard"] if self.size("dp_replicate") > 1 else self.mesh["dp_shard"]
+        replicated = self.size("dp_replicate") > 1
+        return self.parameter_mesh["dp_replicate", "fsdp"] if replicated else self.parameter_mesh["fsdp"]
 
     def groups(self) -> list[dist.ProcessGroup]:
         """Every process group of the mesh."""
-        assert self.mesh.mesh_dim_names is not None
-        return [self.mesh.get_group(name) for name in self.mesh.mesh_dim_names]
+        meshes = (self.mesh, self.parameter_mesh)
+        return [mesh.get_group(name) for mesh in meshes for name in mesh.mesh_dim_names or ()]

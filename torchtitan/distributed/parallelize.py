@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from torchtitan.attention.backends import choose_backend
 from torchtitan.config.job_config import JobConfig
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
+from torchtitan.distributed.context_parallel.attention import apply_context_parallel
 from torchtitan.distributed.fully_shard import apply_fully_shard
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
@@ -27,13 +29,16 @@ def build_sharded_model(
 ) -> Transformer:
     """The model with uninitialised parameters, of which this rank holds only its shards.
 
-    The order matters: tensor parallelism cuts the matrices, compilation and recomputation wrap a block's forward, and
-    FSDP2 comes last, so that its hooks stay outside of both.
+    The order matters: context parallelism changes what attention calls, tensor parallelism cuts the matrices,
+    compilation and recomputation wrap a block's forward, and FSDP2 comes last, so that its hooks stay outside of both.
     """
     with torch.device("meta"):
-        model = Transformer(args, config.model.attention_backend).to(getattr(torch, config.training.dtype))
+        backend = choose_backend(config.model.attention_backend, device.type)
+        model = Transformer(args, backend).to(getattr(torch, config.training.dtype))
+    if dims.size("cp") > 1:
+        apply_context_parallel(model, dims.mesh.get_group("cp"), config.parallelism.context_parallel_exchange)
     if dims.size("tp") > 1:
-        apply_tensor_parallel(model, dims.mesh["tp"], not config.parallelism.disable_loss_parallel)
+        apply_tensor_parallel(model, dims.parameter_mesh["tp"], not config.parallelism.disable_loss_parallel)
     if config.compile.enable:
         for block in model.layers.values():
             block.forward = torch.compile(block.forward, backend=config.compile.backend)  # type: ignore[method-assign]

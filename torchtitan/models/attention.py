@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from torchtitan.attention.backends import BACKENDS
-from torchtitan.attention.segments import Segments
+from torchtitan.attention.backends import BACKENDS, AttentionCore, LocalAttention, Mask
 from torchtitan.models.rope import apply_rope
 
 
@@ -36,13 +35,17 @@ class Attention(nn.Module):
         self.wo = nn.Linear(n_heads * head_dim, dim, bias=False)
         self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
-        # a Python loop over ragged segments: nothing for torch.compile to gain, and it must not recompile a length
-        self.attend = torch.compiler.disable(BACKENDS[backend])
+        self.core: AttentionCore = LocalAttention(BACKENDS[backend])
+        """Context parallelism puts another object with these two methods here, from outside."""
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, segments: Segments) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: Mask) -> torch.Tensor:
         """x [T, dim], cos and sin float32 [T, head_dim / 2] -> [T, dim]."""
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        return self.wo(self.attend(q, k, v, segments).flatten(1))
+        k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wk, self.wv))
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+        started = self.core.start(apply_rope(k, cos, sin), v, mask)
+        # queries last: keys and values that other ranks need are on their way meanwhile
+        q = self.wq(x).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        return self.wo(self.core.finish(apply_rope(q, cos, sin), started, mask).flatten(1))

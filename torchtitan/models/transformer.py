@@ -1,7 +1,7 @@
 """One decoder-only transformer that is Llama, Mistral, Qwen2, Qwen3 or SmolLM2 by its arguments.
 
 Pre-norm blocks with RMSNorm, grouped-query attention, RoPE and SwiGLU. Parameter names are torchtitan's. The input is
-a stream of T tokens with their positions and segments; nothing here knows about parallelism.
+a stream of T tokens with their positions and what they may see; nothing here knows about parallelism.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from torchtitan.attention.backends import BACKENDS, Mask
 from torchtitan.attention.segments import Segments
 from torchtitan.models.attention import Attention
 from torchtitan.models.rope import RopeArgs, rope_tables
@@ -70,9 +71,9 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, segments: Segments) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: Mask) -> torch.Tensor:
         """x [T, dim] -> [T, dim]."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, segments)
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -82,6 +83,7 @@ class Transformer(nn.Module):
     def __init__(self, args: TransformerArgs, attention_backend: str = "sdpa"):
         super().__init__()
         self.args = args
+        self.backend = BACKENDS[attention_backend]
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleDict({str(i): TransformerBlock(args, attention_backend) for i in range(args.n_layers)})
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
@@ -93,12 +95,14 @@ class Transformer(nn.Module):
         if self.args.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, segments: Segments) -> torch.Tensor:
-        """tokens int64 [T], positions int64 [T], segments over T -> logits [T, vocab_size]."""
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, mask: Mask | Segments) -> torch.Tensor:
+        """tokens int64 [T], positions int64 [T], what they see -> logits [T, vocab_size]."""
+        if isinstance(mask, Segments):
+            mask = Mask(mask, self.backend.prepare(mask)).to(tokens.device)
         cos, sin = rope_tables(self.args.rope, self.args.head_dim, positions)
         x = self.tok_embeddings(tokens)
         for layer in self.layers.values():
-            x = layer(x, cos, sin, segments)
+            x = layer(x, cos, sin, mask)
         return self.output(self.norm(x))
 
 

@@ -31,6 +31,11 @@ PEAK_TFLOPS = (
 )
 
 
+def device_type() -> str:
+    """cuda where PyTorch sees a GPU, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def pick_device(local_rank: int) -> torch.device:
     """The GPU of this local rank, made current, or the CPU where there is none."""
     if torch.cuda.is_available():

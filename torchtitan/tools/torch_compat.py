@@ -27,3 +27,36 @@ def record_memory_history(enabled: bool) -> None:
 def write_memory_snapshot(path: Path) -> None:
     """Write the recorded CUDA allocations for pytorch.org/memory_viz."""
     torch.cuda.memory._dump_snapshot(str(path))
+
+
+def cpu_flash_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [B, H, T, D] and log-sum-exp [B, H, T] of the CPU's flash kernel; the public function hides the latter.
+
+    q [B, H, T, D], k and v [B, Hkv, K, D]; causal is aligned at the top left.
+    """
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    return out, lse
+
+
+def cpu_flash_attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, also where out and lse are those of a softmax over more keys than k."""
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, causal
+    )
+    return dq, dk, dv
+
+
+def mark_dynamic(dimensions: list[tuple[torch.Tensor, int]]) -> None:
+    """Have torch.compile expect these sizes of these tensors to change, from its first call on."""
+    for tensor, dimension in dimensions:
+        torch._dynamo.maybe_mark_dynamic(tensor, dimension)

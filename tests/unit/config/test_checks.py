@@ -183,8 +183,17 @@ def test_the_message_shows_the_product_and_what_works() -> None:
 
 
 def test_degrees_that_are_not_offered() -> None:
-    assert "context parallelism is not in this version" in error_of(2, **degrees(cp=2))
     assert "at least 1, or -1" in error_of(1, **degrees(shard=0))
+
+
+def test_context_parallel_ranks_hold_blocks_of_128_tokens() -> None:
+    message = error_of(3, training__seq_len=65536, **degrees(cp=3))
+    assert "= 65536 is not divisible by parallelism.context_parallel_degree * 128 = 3 * 128 = 384" in message
+    assert "65536 / 384 = 170.67" in message and "65280 or 65664 works" in message
+    check_config(make(training__seq_len=65664, **degrees(cp=3)), 3)
+    check_config(make(training__seq_len=128, training__local_batch_size=2, **degrees(cp=2)), 2)
+    message = error_of(6, training__seq_len=256, **degrees(cp=2, tp=3))
+    assert "256 tokens / context_parallel_degree 2 = 128" in message and "tensor_parallel_degree = 3" in message
 
 
 @pytest.mark.parametrize(("seq_len", "rows", "tp", "fits"), [(6, 1, 4, False), (6, 2, 4, True), (8, 1, 4, True)])

@@ -78,7 +78,7 @@ def ours(folder: Path) -> Transformer:
 @torch.no_grad()
 def largest_difference(reference: torch.nn.Module, model: Transformer, tokens: torch.Tensor) -> float:
     expected = reference(tokens[None]).logits[0].float()
-    logits = model(tokens, torch.arange(len(tokens)), Segments((0, len(tokens))))
+    logits = model(tokens, torch.arange(len(tokens)), Segments.whole((0, len(tokens))))
     assert expected.std() > 0.1, "the logits are too flat to tell models apart"
     return (logits - expected).abs().max().item()
 
@@ -97,7 +97,7 @@ def test_packed_documents_equal_separate_runs(tmp_path: Path):
     tokens = torch.randint(0, SMALL["vocab_size"], (sum(lengths),), generator=torch.Generator().manual_seed(1))
     ends = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     with torch.no_grad():
-        logits = model(tokens, torch.cat([torch.arange(n) for n in lengths]), Segments(tuple(ends)))
+        logits = model(tokens, torch.cat([torch.arange(n) for n in lengths]), Segments.whole(ends))
         for a, b in zip(ends, ends[1:], strict=False):
             assert torch.allclose(logits[a:b], reference(tokens[None, a:b]).logits[0], atol=1e-4)
 

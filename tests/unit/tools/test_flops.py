@@ -18,7 +18,7 @@ def test_flops_equal_those_counted_on_the_dense_oracle():
     init_weights(model, 0)
     total = 64
     with FlopCounterMode(display=False) as counter:
-        logits = model(torch.arange(total), torch.arange(total), Segments((0, total)))
+        logits = model(torch.arange(total), torch.arange(total), Segments.whole((0, total)))
         logits.sum().backward()
     width = args.n_layers * args.n_heads * args.head_dim
     expected = training_flops(parameter_counts(args)[1], total, width, total * total)
@@ -27,6 +27,6 @@ def test_flops_equal_those_counted_on_the_dense_oracle():
 
 
 def test_masked_pairs_cost_nothing():
-    whole = training_flops(1000, 100, 64, Segments((0, 100)).attended_pairs)
-    halves = training_flops(1000, 100, 64, Segments((0, 50, 100)).attended_pairs)
+    whole = training_flops(1000, 100, 64, Segments.whole((0, 100)).attended_pairs)
+    halves = training_flops(1000, 100, 64, Segments.whole((0, 50, 100)).attended_pairs)
     assert whole - halves == 12 * 64 * 50 * 50

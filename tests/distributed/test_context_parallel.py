@@ -1,0 +1,116 @@
+"""Context-parallel attention on real gloo ranks equals dense attention in one process, outputs and gradients."""
+
+from __future__ import annotations
+
+import itertools
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+from tests.distributed.harness import spawn
+from torchtitan.attention.backends import BACKENDS, Mask, dense
+from torchtitan.attention.segments import Segments
+from torchtitan.distributed.context_parallel.exchange import BLOCK, GatheredAttention, in_blocks, plan_exchange
+from torchtitan.distributed.context_parallel.layout import LAYOUTS
+from torchtitan.distributed.context_parallel.ulysses import UlyssesAttention
+
+# Of KV heads 4 divide by 2 and 4 ranks, 1 is fewer than ranks, 3 divide by neither.
+HEADS = ((4, 4), (12, 3), (4, 2), (8, 1))
+EXCHANGES = ("allgather", "needed", "ulysses")
+
+
+def packing(rng: np.random.Generator, cp: int, number: int) -> Segments:
+    """Some 500 to 1500 tokens: one document, a document a block (contiguous then sends nothing), or of all lengths, now
+    and then with a window or anchors."""
+    total = BLOCK * cp * int(rng.integers(1, 3, endpoint=True)) * (1 if cp > 2 else 2)
+    if number == 0:
+        return Segments.whole((0, total))
+    if number == 1:
+        return Segments.whole(range(0, total + 1, BLOCK))
+    ends = [0]
+    while ends[-1] < total:
+        ends.append(min(total, ends[-1] + max(1, int(total ** rng.random()))))
+    window = int(total ** rng.random()) if number % 4 == 2 else None
+    anchor = np.array([rng.integers(-1, start + 1) for start in ends[:-1]]) if number % 4 == 3 else None
+    return Segments.whole(ends, window, anchor)
+
+
+def make_core(exchange: str) -> Any:
+    backend, group = BACKENDS["sdpa"], dist.group.WORLD
+    return UlyssesAttention(backend, group) if exchange == "ulysses" else GatheredAttention(backend, exchange, group)
+
+
+def attention(core: Any, mask: Mask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """As in a layer."""
+    started = core.start(k, v, mask)
+    return core.finish(q, started, mask)
+
+
+def two_layers(
+    core: Any, mask: Mask, checkpointed: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    layer = partial(attention, core, mask)
+    if checkpointed:
+        layer = partial(checkpoint, layer, use_reentrant=False)
+    return layer(layer(q, k.cos(), v.sin()), k, v).cos()
+
+
+def with_gradients(out: torch.Tensor, leaves: list[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def whole_stream(x: torch.Tensor, owner: np.ndarray, world_size: int) -> torch.Tensor:
+    """All ranks' tokens in the stream's order."""
+    parts = [torch.empty_like(x) for _ in range(world_size)]
+    dist.all_gather(parts, x.contiguous())
+    by_rank = np.argsort(owner, kind="stable")
+    return in_blocks(torch.cat(parts))[torch.from_numpy(np.argsort(by_rank))].flatten(0, 1)
+
+
+def attention_on_ranks(packings: int, rank: int, world_size: int) -> list[tuple[str, list[float], bool]]:
+    """What was run, the largest errors of out, dq, dk and dv, and whether checkpointing changed anything on rank 0."""
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+    results = []
+    for number in range(packings):
+        rng = np.random.default_rng((world_size, number))
+        segments, heads = packing(rng, world_size, number), HEADS[int(rng.integers(len(HEADS)))]
+        generator = torch.Generator().manual_seed(number)
+        q, k, v, grad = (torch.randn(segments.total, heads[i], 16, generator=generator) for i in (0, 1, 1, 0))
+        expected = []
+        if rank == 0:
+            leaves = [x.double().requires_grad_() for x in (q, k, v)]
+            expected = with_gradients(dense(*leaves, segments), leaves, grad.double())
+        for exchange, layout in itertools.product(EXCHANGES, LAYOUTS):
+            owner = LAYOUTS[layout](segments, world_size)
+            local, plan = plan_exchange(exchange, segments, owner, world_size, rank)
+            mask, core = Mask(local, BACKENDS["sdpa"].prepare(local), plan), make_core(exchange)
+            own = torch.from_numpy(owner == rank)
+            *leaves, my_grad = (in_blocks(x)[own].flatten(0, 1) for x in (q, k, v, grad))
+            leaves = [x.requires_grad_() for x in leaves]
+            mine = with_gradients(attention(core, mask, *leaves), leaves, my_grad)
+            got = [whole_stream(x, owner, world_size) for x in mine]
+            twice = [with_gradients(two_layers(core, mask, c, *leaves), leaves, my_grad) for c in (False, True)]
+            same = torch.tensor(all(torch.equal(a, b) for a, b in zip(*twice, strict=True)))
+            dist.all_reduce(same, dist.ReduceOp.MIN)
+            errors = [float((a - b).abs().max()) for a, b in zip(got, expected)]
+            results.append((f"packing {number}, {heads} heads, {exchange}, {layout}", errors, bool(same)))
+    dist.destroy_process_group()
+    return results
+
+
+@pytest.mark.parametrize("world_size, packings", [(2, 12), (4, 12)])
+def test_attention_on_ranks_equals_dense(world_size: int, packings: int, tmp_path: Path) -> None:
+    """Every layout and exchange, any packing and heads; under activation checkpointing the same bit for bit."""
+    (results,) = spawn(world_size, attention_on_ranks, [packings], tmp_path)
+    assert len(results) == packings * len(EXCHANGES) * len(LAYOUTS)
+    print("worst errors of out, dq, dk, dv:", np.max([errors for _, errors, _ in results], axis=0))
+    for what, errors, same in results:
+        assert max(errors) < 1e-5, f"{what}: out, dq, dk, dv differ by {errors}"
+        assert same, f"{what}: checkpointing changes outputs or gradients"

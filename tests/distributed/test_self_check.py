@@ -1,0 +1,143 @@
+"""The check at start-up finds what it is there to find: faults planted into the real code, one at a time."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import torchtitan.trainer as trainer_module
+from tests.distributed.harness import flags, run_stage, spawn, write_assets
+from torchtitan.attention.backends import Mask
+from torchtitan.attention.segments import Segments
+from torchtitan.distributed.context_parallel import exchange as exchange_module
+from torchtitan.distributed.context_parallel import shard as shard_module
+from torchtitan.tools.errors import UserError
+
+real_shard, real_train = shard_module.shard, trainer_module.train_micro_batch
+
+
+def positions_not_sharded() -> Any:
+    """Every rank gives RoPE the positions of the stream's first tokens."""
+
+    def shard(batch, *rest, **named):
+        local = real_shard(batch, *rest, **named)
+        return replace(local, positions=batch.positions[: len(local.positions)].clone())
+
+    return patch.object(shard_module, "shard", shard)
+
+
+def documents_ignored() -> Any:
+    """The mask is causal over the whole stream."""
+    whole = SimpleNamespace(whole=lambda cu: Segments.whole((0, int(cu[-1]))))
+    return patch.object(shard_module, "Segments", whole)
+
+
+def gathered_on_the_wrong_dimension() -> Any:
+    """What has arrived is read as if it had been laid side by side instead of end to end."""
+    real = exchange_module.Permute.forward
+
+    def forward(ctx, x, place, inverse):
+        blocks = real(ctx, x, place, inverse)
+        return blocks.transpose(0, 1).reshape(blocks.shape)
+
+    return patch.object(exchange_module.Permute, "forward", staticmethod(forward))
+
+
+def loss_divided_by_cp() -> Any:
+    return patch.object(
+        trainer_module, "train_micro_batch", lambda model, batch, valid, cut: real_train(model, batch, 2 * valid, cut)
+    )
+
+
+def layout_not_undone() -> Any:
+    """Keys stay in the order in which they came from the ranks."""
+
+    def forward(ctx, x, place, inverse):
+        ctx.inverse = torch.arange(len(x))
+        return x.clone()
+
+    return patch.object(exchange_module.Permute, "forward", staticmethod(forward))
+
+
+def gradients_not_returned() -> Any:
+    """Keys and values used elsewhere get no gradient from there."""
+    return patch.object(exchange_module.Transfer, "collect", lambda self, x, blocks: x.new_zeros(blocks, *x.shape[1:]))
+
+
+def labels_of_a_neighbour() -> Any:
+    def shard(batch, *rest, **named):
+        local = real_shard(batch, *rest, **named)
+        return replace(local, labels=local.labels.roll(1))
+
+    return patch.object(shard_module, "shard", shard)
+
+
+def mask_one_token_wide() -> Any:
+    """Segments that reach one token into the document before."""
+
+    def shard(batch, *rest, **named):
+        local = real_shard(batch, *rest, **named)
+        segments = local.mask.segments
+        wider = replace(segments, k_start=(segments.k_start - 1).clip(0))
+        return replace(local, mask=Mask(wider, wider, local.mask.exchange))
+
+    return patch.object(shard_module, "shard", shard)
+
+
+PLANTED = {
+    "positions not sharded": (positions_not_sharded, "parity"),
+    "documents ignored": (documents_ignored, "perturbation"),
+    "gathered on the wrong dimension": (gathered_on_the_wrong_dimension, "perturbation|parity"),
+    "loss divided by cp": (loss_divided_by_cp, "loss scale: .* 0.5000 times"),
+    "layout not undone": (layout_not_undone, "perturbation|parity"),
+    "gradients not returned": (gradients_not_returned, "parity"),
+    "labels of a neighbour": (labels_of_a_neighbour, "perturbation|parity"),
+    "mask one token wide": (mask_one_token_wide, "perturbation"),
+}
+
+
+def run_with_fault(case: tuple[str | None, list[str]], rank: int, world_size: int) -> str:
+    import torch.distributed as dist
+
+    fault, args = case
+    try:
+        if fault is None:
+            run_stage(args, rank, world_size)
+        else:
+            with PLANTED[fault][0]():
+                run_stage(args, rank, world_size)
+    except UserError as e:
+        dist.destroy_process_group()
+        return str(e)
+    return "trained"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("self-check")
+
+
+def test_planted_faults_are_caught_and_named(folder: Path):
+    options = {"parallelism__context_parallel_degree": 2, "training__steps": 2, "training__local_batch_size": 4}
+    args = flags(folder, write_assets(folder), **options)
+    layout = ["--parallelism.context_parallel_layout"]
+    cases: list[tuple[str | None, list[str]]] = [(None, args)]
+    for fault in PLANTED:
+        # the exchange that fetches all keys has a layout to undo on every batch, `needed` perhaps none on a small one
+        cases.append((fault, [*args, *layout, "headtail", "--parallelism.context_parallel_exchange", "allgather"]))
+    cases.append(("documents ignored", [*args, "--parallelism.self_check", "false"]))
+    results = spawn(2, run_with_fault, cases, folder)
+    assert results[0] == "trained" and results[-1] == "trained", "it passes what is sound, and can be switched off"
+    for (fault, _), message in zip(cases[1:-1], results[1:-1], strict=True):
+        assert fault is not None
+        assert message != "trained", f"{fault}: not noticed"
+
+        assert re.search(PLANTED[fault][1], message), f"{fault}: {message}"
+        assert "cp 2" in message and "layout headtail" in message and "exchange allgather" in message

@@ -1,0 +1,84 @@
+"""FlexAttention over segments: compiled once, for all masks.
+
+The mask is data. The compiled function takes the block tables and the three numbers per query as tensors and puts the
+BlockMask together itself, so that neither another mask nor another number of keys is a reason to compile again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+from torchtitan.attention.block_mask import BlockRanges, assemble, block_ranges, expand_tables
+from torchtitan.attention.segments import Segments
+from torchtitan.tools.torch_compat import mark_dynamic
+
+
+@dataclass(frozen=True, eq=False)
+class FlexMask:
+    """A mask as FlexAttention wants it; the tables are expanded by the first layer that asks, for all layers."""
+
+    ranges: BlockRanges
+
+    @functools.cached_property
+    def tables(self) -> list[torch.Tensor]:
+        """On the device of the ranges what block_mask.assemble takes."""
+        return expand_tables(self.ranges)
+
+    def to(self, device: torch.device | str) -> FlexMask:
+        """A copy on the device, not waited for and not yet expanded."""
+        return FlexMask(self.ranges.to(device))
+
+    def pin_memory(self) -> FlexMask:
+        """A copy in page-locked memory."""
+        return FlexMask(self.ranges.pin_memory())
+
+
+def prepare(segments: Segments) -> FlexMask:
+    """The mask's blocks, on the host."""
+    return FlexMask(block_ranges(segments))
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepared: FlexMask) -> torch.Tensor:
+    """q [T, H, D], k and v [K, Hkv, D] on the mask's device; returns [T, H, D] in q's dtype.
+
+    With gradients on the CPU FlexAttention raises NotImplementedError. Tests that take out PyTorch's check get the
+    uncompiled function there, which holds all T x K scores.
+    """
+    ranges, tables = prepared.ranges, prepared.tables
+    # FlexAttention's shapes are [B, H, T, D]. The views are made here: inside, the template for CPUs loses them.
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    if k.shape[2] != q.shape[2]:
+        # A context-parallel rank, whose number of keys changes from batch to batch. Elsewhere K is T, a constant, and
+        # kernels for a length that is known to be a multiple of the block are faster.
+        key_blocks = [(tables[1], 3), (tables[3], 3), (tables[4], 2), (tables[5], 2), (tables[6], 2), (tables[7], 2)]
+        mark_dynamic([(k, 2), (v, 2), *key_blocks])
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    attention = _attend if q.device.type == "cpu" and grad else compiled_attend()
+    return attention(q, k, v, ranges.first, ranges.last, ranges.anchor, *tables)[0].transpose(0, 1)
+
+
+@functools.cache
+def compiled_attend() -> Callable[..., torch.Tensor]:
+    """The compiled function, made when it is first needed: a process that uses no FlexAttention pays nothing."""
+    return torch.compile(_attend, fullgraph=True)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first: torch.Tensor,
+    last: torch.Tensor,
+    anchor: torch.Tensor,
+    *tables: torch.Tensor,
+) -> torch.Tensor:
+    """What is compiled: q [1, H, T, D], k and v [1, Hkv, K, D], and the mask as tensors only; returns [1, H, T, D]."""
+    mask = assemble(first, last, anchor, k.shape[2], tables)
+    out = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    assert isinstance(out, torch.Tensor)  # a tuple only where log-sum-exps are asked for
+    return out

@@ -1,0 +1,123 @@
+"""Attention over segments with FlashAttention's kernel for documents of unequal length, torch.nn.attention.varlen.
+
+CUDA only, bfloat16 or float16. The kernel's segments are ours, causal from the bottom right, but its keys lie one
+segment after the other; where ours do not, as on a context-parallel rank, they are gathered first.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention.varlen import varlen_attn
+
+from torchtitan.attention.segments import Segments
+from torchtitan.tools.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class VarlenMask:
+    """Segments as the kernel wants them."""
+
+    cu_queries: torch.Tensor
+    """int32[S + 1]"""
+
+    cu_keys: torch.Tensor
+    """int32[S + 1]: ends of the segments' keys, packed."""
+
+    max_queries: int
+    """Queries of the longest segment."""
+
+    max_keys: int
+    """Most keys of a segment."""
+
+    window: int | None
+    """Keys that a query sees at most, its own included."""
+
+    index: torch.Tensor | None
+    """int64: the packed keys' numbers in the buffer; None if the buffer is packed as it is."""
+
+    def to(self, device: torch.device | str) -> VarlenMask:
+        """A copy on the device, not waited for."""
+        cu_queries, cu_keys = (x.to(device, non_blocking=True) for x in (self.cu_queries, self.cu_keys))
+        index = None if self.index is None else self.index.to(device, non_blocking=True)
+        return VarlenMask(cu_queries, cu_keys, self.max_queries, self.max_keys, self.window, index)
+
+    def pin_memory(self) -> VarlenMask:
+        """A copy in page-locked memory."""
+        index = None if self.index is None else self.index.pin_memory()
+        cu_queries, cu_keys = self.cu_queries.pin_memory(), self.cu_keys.pin_memory()
+        return VarlenMask(cu_queries, cu_keys, self.max_queries, self.max_keys, self.window, index)
+
+
+def prepare(segments: Segments) -> VarlenMask:
+    """Ends of the segments' queries and packed keys, and where the latter are. Raises UserError for an anchor."""
+    if segments.anchor is not None:
+        raise UserError(
+            'model.attention_backend = "varlen" cannot show queries an anchor: FlashAttention\'s mask is one range of '
+            'keys a query. Use "flex" on CUDA or "sdpa" anywhere, or no anchor.'
+        )
+    lengths, start, end = np.diff(segments.cu_seqlens), segments.k_start, segments.k_end
+    if segments.window is not None:  # keys before the first query's window need not be gathered
+        start = np.maximum(start, end - lengths - segments.window + 1)
+    widths = end - start
+    cu_keys = np.append(0, np.cumsum(widths))
+    index = None
+    if not (np.array_equal(start, cu_keys[:-1]) and cu_keys[-1] == segments.num_keys):
+        index = torch.from_numpy(np.arange(cu_keys[-1]) + np.repeat(start - cu_keys[:-1], widths))
+    return VarlenMask(
+        torch.from_numpy(segments.cu_seqlens.astype(np.int32)),
+        torch.from_numpy(cu_keys.astype(np.int32)),
+        int(lengths.max()),
+        int(widths.max()),
+        segments.window,
+        index,
+    )
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepared: VarlenMask) -> torch.Tensor:
+    """q [T, H, D], k and v [K, Hkv, D] in bfloat16 or float16 on the mask's device; returns [T, H, D].
+
+    Raises UserError for other dtypes and where the installed PyTorch cannot do a sliding window.
+    """
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise UserError(
+            f'model.attention_backend = "varlen" computes in bfloat16 or float16 and was given {q.dtype}. Use '
+            'training.mixed_precision_param = "bfloat16", or "flex" or "sdpa", which take float32 too.'
+        )
+    repeat = q.shape[1] // k.shape[1]
+    options, expand = _options(prepared.window, repeat > 1)
+    if prepared.index is not None:
+        k, v = (x.index_select(0, prepared.index) for x in (k, v))
+    if expand:
+        k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
+    ends = (prepared.cu_queries, prepared.cu_keys, prepared.max_queries, prepared.max_keys)
+    out = varlen_attn(q, k, v, *ends, **options)
+    assert isinstance(out, torch.Tensor)  # a tuple only with return_aux
+    return out
+
+
+@functools.cache
+def _options(window: int | None, grouped: bool) -> tuple[dict[str, Any], bool]:
+    """Keyword arguments for a causal mask and grouped KV heads, and whether the latter are to be repeated by us.
+
+    PyTorch's function has changed: 2.10 knew is_causal only, then window_size came, and later enable_gqa.
+    """
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {}
+    if "window_size" in known:
+        options["window_size"] = (-1 if window is None else window - 1, 0)  # keys to the left of a query's own
+    elif window is None:
+        options["is_causal"] = True
+    else:
+        raise UserError(
+            f"A sliding window of {window} keys needs a newer PyTorch than {torch.__version__}, whose varlen_attn has "
+            'no window_size, or model.attention_backend = "flex" or "sdpa".'
+        )
+    if grouped and "enable_gqa" in known:
+        options["enable_gqa"] = True
+    return options, grouped and "enable_gqa" not in known

@@ -1,0 +1,21 @@
+"""Puts context-parallel attention into a model, from outside."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from torchtitan.distributed.context_parallel.exchange import GatheredAttention
+from torchtitan.distributed.context_parallel.ulysses import UlyssesAttention
+from torchtitan.models.attention import Attention
+from torchtitan.models.transformer import Transformer
+
+
+def apply_context_parallel(model: Transformer, group: dist.ProcessGroup, exchange: str) -> None:
+    """Every layer's attention fetches what its queries see from the ranks of group; its masks come from shard.py."""
+    for block in model.layers.values():
+        attention = block.attention
+        assert isinstance(attention, Attention)
+        if exchange == "ulysses":
+            attention.core = UlyssesAttention(model.backend, group)
+        else:
+            attention.core = GatheredAttention(model.backend, exchange, group)

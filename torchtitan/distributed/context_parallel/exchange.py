@@ -1,0 +1,266 @@
+"""How keys and values reach the ranks whose queries see them, for any assignment of blocks of 128 tokens to ranks.
+
+plan_exchange works out on the host, in the loader, what one rank holds and sends, and the Segments of its queries
+against the buffer of keys that results. GatheredAttention does it in every layer: `allgather` fetches all keys,
+`needed` only the blocks that some local query may see. Both send KV heads, before they are repeated for query heads.
+The transfer starts as soon as keys and values exist and is waited for after the queries are projected; gradients go
+back to their owners in the same way, under the backward of that projection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from torchtitan.attention.backends import Backend, Mask
+from torchtitan.attention.segments import BLOCK, Segments
+
+# Renamed in PyTorch 2.13, the old names deprecated.
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One rank's part of the transfer; everything is counted in blocks of 128 tokens."""
+
+    send: torch.Tensor
+    """int64: own blocks in the order in which they are sent, by destination; one may go to several. Empty unless the
+    exchange is `needed`."""
+
+    send_counts: tuple[int, ...]
+    """Blocks for each rank."""
+
+    receive_counts: tuple[int, ...]
+    """Blocks from each rank."""
+
+    place: torch.Tensor
+    """int64[B], a permutation: buffer block j is number place[j] of what there is (`needed`: own blocks, then those
+    received; else all ranks' blocks by rank)."""
+
+    inverse: torch.Tensor
+    """Its inverse."""
+
+    def to(self, device: torch.device | str) -> Exchange:
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("send", "place", "inverse")}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Exchange:
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in ("send", "place", "inverse")})
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The stream cut where documents begin and where another rank's blocks do: one owner and one document a piece."""
+
+    start: np.ndarray
+    end: np.ndarray
+    owner: np.ndarray
+    first_key: np.ndarray
+    """The first token of the stream that the piece's queries may see, its anchor aside."""
+    anchor: np.ndarray | None
+
+
+def cut(segments: Segments, owner: np.ndarray) -> Pieces:
+    """Pieces of a stream whose queries are its keys; owner int[T / 128] is the rank of each block."""
+    cu = segments.cu_seqlens
+    changes = (np.flatnonzero(np.diff(owner)) + 1) * BLOCK
+    start = np.union1d(cu[:-1], changes)
+    end = np.append(start[1:], segments.total)
+    document = np.searchsorted(cu, start, side="right") - 1
+    first_key = cu[document]
+    if segments.window is not None:
+        first_key = np.maximum(first_key, start - segments.window + 1)
+    anchor = None if segments.anchor is None else segments.anchor[document]
+    return Pieces(start, end, owner[start // BLOCK].astype(np.int64), first_key, anchor)
+
+
+def needed_blocks(pieces: Pieces, num_blocks: int, cp: int) -> np.ndarray:
+    """bool[cp, num_blocks]: the blocks that hold a key which some query of the rank may see; its own are among them."""
+    changes = np.zeros((cp, num_blocks + 1), np.int32)
+    np.add.at(changes, (pieces.owner, pieces.first_key // BLOCK), 1)
+    np.add.at(changes, (pieces.owner, (pieces.end - 1) // BLOCK + 1), -1)
+    needed = np.cumsum(changes[:, :-1], axis=1) > 0
+    if pieces.anchor is not None:
+        has = pieces.anchor >= 0
+        needed[pieces.owner[has], pieces.anchor[has] // BLOCK] = True
+    return needed
+
+
+def plan_exchange(name: str, segments: Segments, owner: np.ndarray, cp: int, rank: int) -> tuple[Segments, Exchange]:
+    """The segments of a rank's queries against its buffer of keys, and how the buffer is filled.
+
+    segments describe the whole stream; every rank owns equally many blocks.
+    """
+    num_blocks = len(owner)
+    order = np.argsort(owner, kind="stable")  # all blocks by rank, rising within a rank
+    inverse = np.empty(num_blocks, np.int64)
+    inverse[order] = np.arange(num_blocks)
+    none = torch.empty(0, dtype=torch.int64)
+    if name != "needed":
+        even = (num_blocks // cp,) * cp
+        exchange = Exchange(none, even, even, torch.from_numpy(inverse), torch.from_numpy(order))
+        if name == "ulysses":
+            return segments, exchange
+        return _local_segments(segments, owner, rank, np.arange(num_blocks)), exchange
+    needed = needed_blocks(cut(segments, owner), num_blocks, cp)
+    own = np.flatnonzero(owner == rank)
+    sent = [np.flatnonzero(needed[other, own]) if other != rank else own[:0] for other in range(cp)]
+    buffer = np.flatnonzero(needed[rank])
+    received = buffer[owner[buffer] != rank]
+    received = received[np.argsort(owner[received], kind="stable")]
+    available = np.concatenate([own, received])
+    back = np.argsort(available)  # available[back] is the buffer, in the stream's order
+    forth = np.empty(len(back), np.int64)
+    forth[back] = np.arange(len(back))
+    slot = np.full(num_blocks, -1)
+    slot[buffer] = np.arange(len(buffer))
+    counts = np.bincount(owner[received].astype(np.int64), minlength=cp)
+    exchange = Exchange(
+        torch.from_numpy(np.concatenate(sent)),
+        tuple(len(blocks) for blocks in sent),
+        tuple(counts.tolist()),
+        torch.from_numpy(back),
+        torch.from_numpy(forth),
+    )
+    return _local_segments(segments, owner, rank, slot), exchange
+
+
+def _local_segments(segments: Segments, owner: np.ndarray, rank: int, slot: np.ndarray) -> Segments:
+    """slot[b]: where block b of the stream lies in the rank's buffer."""
+    pieces = cut(segments, owner)
+    mine = pieces.owner == rank
+    start, end, first = pieces.start[mine], pieces.end[mine], pieces.first_key[mine]
+
+    def at(token: np.ndarray) -> np.ndarray:
+        return slot[token // BLOCK] * BLOCK + token % BLOCK
+
+    anchor = None
+    if pieces.anchor is not None:
+        anchor = pieces.anchor[mine]
+        anchor = np.where(anchor >= 0, at(np.maximum(anchor, 0)), -1)
+    num_keys = (int(slot.max()) + 1) * BLOCK
+    cu = np.concatenate([[0], np.cumsum(end - start)])
+    return Segments(cu, at(first), at(end - 1) + 1, num_keys, segments.window, anchor)
+
+
+# ---- in every layer -------------------------------------------------------------------------------------------------
+
+
+class Transfer:
+    """One collective on its way, and later the one that brings its gradients back."""
+
+    def __init__(self, group: dist.ProcessGroup, exchange: Exchange, uneven: bool):
+        self.group, self.exchange, self.uneven = group, exchange, uneven
+        self.work: Any = None
+
+    def send(self, x: torch.Tensor) -> torch.Tensor:
+        """x [blocks, ...] -> what arrives, by sender; not to be read before wait()."""
+        if not self.uneven:
+            out = x.new_empty(x.shape[0] * self.group.size(), *x.shape[1:])
+            self.work = ALL_GATHER(out, x.contiguous(), group=self.group, async_op=True)
+            return out
+        return self._all_to_all(x.index_select(0, self.exchange.send), back=False)
+
+    def send_back(self, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient of what arrived, on its way to the owners."""
+        if not self.uneven:
+            out = grad.new_empty(grad.shape[0] // self.group.size(), *grad.shape[1:])
+            self.work = REDUCE_SCATTER(out, grad.contiguous(), group=self.group, async_op=True)
+            return out
+        return self._all_to_all(grad, back=True)
+
+    def collect(self, x: torch.Tensor, blocks: int) -> torch.Tensor:
+        """Gradients of the own blocks out of what send_back has brought: sums, in float32, where ranks shared one."""
+        if not self.uneven:
+            return x
+        total = x.new_zeros(blocks, *x.shape[1:], dtype=torch.promote_types(x.dtype, torch.float32))
+        return total.index_add_(0, self.exchange.send, x.to(total.dtype)).to(x.dtype)
+
+    def _all_to_all(self, x: torch.Tensor, back: bool) -> torch.Tensor:
+        counts = [list(self.exchange.send_counts), list(self.exchange.receive_counts)]
+        ours, theirs = reversed(counts) if back else counts
+        out = x.new_empty(sum(theirs), *x.shape[1:])
+        self.work = dist.all_to_all_single(out, x.contiguous(), theirs, ours, group=self.group, async_op=True)
+        return out
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+
+
+class Start(torch.autograd.Function):
+    """x -> what arrives from the other ranks; backward waits for its gradient, which Wait's backward has sent."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, transfer: Any) -> torch.Tensor:
+        ctx.transfer, ctx.blocks = transfer, x.shape[0]
+        return transfer.send(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        transfer = ctx.transfer
+        transfer.wait()
+        returned, transfer.returned = transfer.returned, None
+        return transfer.collect(returned, ctx.blocks), None
+
+
+class Wait(torch.autograd.Function):
+    """What has arrived, ready to be read; backward sends its gradient back and does not wait for that."""
+
+    @staticmethod
+    def forward(ctx: Any, arrived: torch.Tensor, transfer: Any) -> torch.Tensor:
+        ctx.transfer = transfer
+        transfer.wait()
+        return arrived.view_as(arrived)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        ctx.transfer.returned = ctx.transfer.send_back(grad)
+        return grad, None
+
+
+class Permute(torch.autograd.Function):
+    """Blocks in another order; its backward is the other order again, where index_select's would add into zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, place: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.inverse = inverse
+        return x.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        return grad.index_select(0, ctx.inverse), None, None
+
+
+def in_blocks(x: torch.Tensor) -> torch.Tensor:
+    """[T, ...] -> [T / 128, 128, ...]."""
+    return x.unflatten(0, (-1, BLOCK))
+
+
+class GatheredAttention:
+    """Local queries on the keys and values that `allgather` or `needed` brings (models/attention.py calls it)."""
+
+    def __init__(self, backend: Backend, name: str, group: dist.ProcessGroup):
+        self.backend, self.uneven, self.group = backend, name == "needed", group
+
+    @torch.compiler.disable
+    def start(self, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> Any:
+        """k and v [T, Hkv, D] of this rank's tokens."""
+        kv = in_blocks(torch.stack((k, v), dim=1))  # one message for both
+        transfer = Transfer(self.group, mask.exchange, self.uneven)
+        return kv, Start.apply(kv, transfer), transfer
+
+    @torch.compiler.disable
+    def finish(self, q: torch.Tensor, started: Any, mask: Mask) -> torch.Tensor:
+        """q [T, H, D] -> [T, H, D]."""
+        kv, arrived, transfer = started
+        arrived = Wait.apply(arrived, transfer)
+        available = torch.cat((kv, arrived)) if self.uneven else arrived
+        buffer = Permute.apply(available, mask.exchange.place, mask.exchange.inverse).flatten(0, 1)
+        return self.backend.attend(q, buffer[:, 0], buffer[:, 1], mask.prepared)
