@@ -44,7 +44,8 @@ def packing(rng: np.random.Generator, cp: int) -> Segments:
     Anchors are none, the document's first token, the row's, or any before it.
     """
     unit = BLOCK * cp
-    total = unit * int(rng.integers(max(1, 256 // unit), 2048 // unit, 2, endpoint=True).min())
+    most = 2048 if rng.random() < 0.1 else 1024
+    total = unit * int(rng.integers(max(1, 256 // unit), most // unit, endpoint=True))
     rows = np.union1d(rng.integers(1, total, rng.integers(3)), [0, total])
     ends = np.concatenate([a + documents(rng, b - a) for a, b in zip(rows[:-1], rows[1:], strict=True)])
     cu = np.concatenate([[0], ends])
@@ -115,6 +116,7 @@ def random_inputs(seed: int, total: int, heads: tuple[int, int], dim: int = 8) -
     return [torch.randn(total, heads[i], dim, generator=generator) for i in (0, 1, 1, 0)]
 
 
+@pytest.mark.timeout(900)
 def test_attention_equals_dense_forward_and_backward() -> None:
     """Any packing, layout, exchange and backend: outputs and gradients of q, k and v are those of one process.
 
