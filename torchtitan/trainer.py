@@ -312,6 +312,7 @@ class Trainer:
         dist.all_reduce(work, group=self.cpu_group)
         if not self.metrics:
             return
+        gathered = cp > 1 and self.config.parallelism.context_parallel_exchange != "ulysses"
         seconds = time.perf_counter() - window.start
         ranks_a_row = self.dims.size("cp") * self.dims.size("tp")
         peak = peak_flops(self.device, self.config.metrics.peak_tflops)
@@ -320,7 +321,7 @@ class Trainer:
             "padding": 1
             - window.tokens / (window.steps * self.inputs.plan.rows_per_step * self.config.training.seq_len),
             "cp_imbalance": float(work[0] / work[1]) if cp > 1 else None,
-            "cp_kv_received": float(work[2] / work[3]) if cp > 1 else None,
+            "cp_kv_received": float(work[2] / work[3]) if gathered else None,
             "data_wait": window.waited / seconds,
             "mfu": window.flops / ranks_a_row / seconds / peak if peak else None,
             "memory_gib": float(memory),

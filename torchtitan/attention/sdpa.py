@@ -94,12 +94,19 @@ class _Flash(torch.autograd.Function):
 def _lower_right(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments) -> torch.Tensor:
     """One call a segment with PyTorch's public bottom-right causal bias, whose CUDA kernels need no explicit mask."""
     repeat = q.shape[1] // k.shape[1]
-    # split, not slices: its backward is one concatenation, where each slice's backward would fill a tensor of T rows
+    # split where keys allow: its backward is one concatenation; each slice's backward fills a tensor of all rows
+    bounds = list(zip(segments.k_start.tolist(), segments.k_end.tolist()))
+    keys_of: list[Any]
+    cu = segments.cu_seqlens
+    if segments.num_keys == cu[-1] and (segments.k_start == cu[:-1]).all() and (segments.k_end == cu[1:]).all():
+        keys_of = [x.split(segments.lengths) for x in (k, v)]
+    else:
+        keys_of = [[x[k0:k1] for k0, k1 in bounds] for x in (k, v)]
     outs = []
-    for rows, k0, k1 in zip(q.split(segments.lengths), segments.k_start.tolist(), segments.k_end.tolist(), strict=True):
+    for rows, *kv in zip(q.split(segments.lengths), *keys_of, strict=True):
         # KV heads are repeated here: of the biased kernels only some know grouped queries
-        ks, vs = (x[k0:k1].repeat_interleave(repeat, dim=1).transpose(0, 1)[None] for x in (k, v))
-        bias = causal_lower_right(len(rows), k1 - k0)
+        ks, vs = (x.repeat_interleave(repeat, dim=1).transpose(0, 1)[None] for x in kv)
+        bias = causal_lower_right(len(rows), ks.shape[2])
         out = F.scaled_dot_product_attention(rows.transpose(0, 1)[None], ks, vs, attn_mask=bias)
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs)

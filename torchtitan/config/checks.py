@@ -62,6 +62,7 @@ def check_config(config: JobConfig, world_size: int) -> None:
     """Raise UserError for the first thing in `config` that cannot work with `world_size` processes."""
     _check_ranges(config)
     _check_precision(config)
+    _check_kernel(config)
     _check_schedule(config)
     _check_sources(config)
     if config.checkpoint.load_step >= 0 and not config.checkpoint.enable:
@@ -77,19 +78,20 @@ def _check_tokens(config: JobConfig) -> None:
     training, p = config.training, config.parallelism
     cp, tp = p.context_parallel_degree, p.tensor_parallel_degree
     tokens = training.seq_len * training.local_batch_size
+    unit = math.lcm(cp * 128, cp * tp) if cp > 1 else tp  # what a seq_len that works is a multiple of
     product = f"training.seq_len * training.local_batch_size = {training.seq_len} * {training.local_batch_size}"
     if cp > 1 and tokens % (cp * 128):
         raise UserError(
             f"{product} = {tokens} is not divisible by parallelism.context_parallel_degree * 128 = {cp} * 128 = "
             f"{cp * 128} (ranks hold blocks of 128 tokens): {tokens} / {cp * 128} = {tokens / (cp * 128):.2f}. A "
-            f"seq_len of {_multiples(training.seq_len, cp * 128)} works."
+            f"seq_len of {_multiples(training.seq_len, unit)} works."
         )
     if tokens // cp % tp:
         per_rank = f"{tokens} tokens / context_parallel_degree {cp} = {tokens // cp}" if cp > 1 else f"{tokens} tokens"
         raise UserError(
             f"{product} = {per_rank} cannot be divided over parallelism.tensor_parallel_degree = {tp} (sequence "
-            f"parallel): {tokens // cp} / {tp} = {tokens / cp / tp:.2f}. A seq_len that is a multiple of {cp * tp} "
-            f"works, e.g. {_multiples(training.seq_len, cp * tp)}."
+            f"parallel): {tokens // cp} / {tp} = {tokens / cp / tp:.2f}. A seq_len that is a multiple of {unit} "
+            f"works, e.g. {_multiples(training.seq_len, unit)}."
         )
 
 
@@ -203,6 +205,14 @@ def _check_precision(config: JobConfig) -> None:
             'training.dtype = "bfloat16" stores parameters in 16 bits, and training.mixed_precision_param = "float32" '
             'would widen what has already been rounded: memory without precision. Set dtype = "float32", or '
             'mixed_precision_param = "bfloat16".'
+        )
+
+
+def _check_kernel(config: JobConfig) -> None:
+    if config.model.attention_backend == "varlen" and config.training.mixed_precision_param == "float32":
+        raise UserError(
+            'model.attention_backend = "varlen" knows 16-bit types only, but training.mixed_precision_param = '
+            '"float32": set that to "bfloat16", or use "flex".'
         )
 
 

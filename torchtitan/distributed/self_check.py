@@ -8,6 +8,7 @@ whose results would be silently wrong does not start, and says which property fa
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -53,6 +54,7 @@ def run_self_check(
     dist.all_gather_object(
         failures, _first_failure(args, config, dims, device, cpu_group, accumulation, train_micro_batch), cpu_group
     )
+    torch.compiler.reset()  # else the job's own lengths would be seen as changed ones and be compiled as dynamic
     failed = [(rank, failure) for rank, failure in enumerate(failures) if failure]
     p = config.parallelism
     sizes = ", ".join(f"{name} {dims.size(name)}" for name in ("dp_replicate", "dp_shard", "cp", "tp"))
@@ -92,7 +94,8 @@ def _first_failure(
     def sharded(batch: PackedBatch) -> sharding.LocalBatch:
         return sharding.shard(batch, backend, p.context_parallel_layout, p.context_parallel_exchange, cp, dims.cp_rank)
 
-    total = 128 * BLOCKS_A_RANK * cp
+    blocks = 128 * BLOCKS_A_RANK
+    total = cp * math.lcm(blocks, tp)  # sequence parallelism divides a rank's tokens once more
     rng = np.random.default_rng([dims.dp_rank, 2026])
     batches = [_random_batch(rng, total, small.vocab_size) for _ in range(min(accumulation, 2))]
     # which tokens of each stream are this rank's: they are numbered instead of drawn

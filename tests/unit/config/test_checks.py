@@ -194,6 +194,8 @@ def test_context_parallel_ranks_hold_blocks_of_128_tokens() -> None:
     check_config(make(training__seq_len=128, training__local_batch_size=2, **degrees(cp=2)), 2)
     message = error_of(6, training__seq_len=256, **degrees(cp=2, tp=3))
     assert "256 tokens / context_parallel_degree 2 = 128" in message and "tensor_parallel_degree = 3" in message
+    assert "e.g. 768." in message
+    assert "16-bit" in error_of(1, model__attention_backend="varlen", training__mixed_precision_param="float32")
 
 
 @pytest.mark.parametrize(("seq_len", "rows", "tp", "fits"), [(6, 1, 4, False), (6, 2, 4, True), (8, 1, 4, True)])
