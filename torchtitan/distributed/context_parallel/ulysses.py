@@ -1,8 +1,8 @@
 """Ulysses (DeepSpeed, arXiv 2309.14509): heads for sequence. Each rank gets all tokens of 1/cp of the heads.
 
 Perfectly balanced whatever the documents are, at four all-to-alls a layer (keys, values, queries, outputs); the number
-of query heads bounds cp. Where there are fewer key-value heads than ranks, or cp does not divide them, they are repeated
-just as often as is needed.
+of query heads bounds cp. Where there are fewer key-value heads than ranks, or cp does not divide them, they are
+repeated just as often as is needed.
 """
 
 from __future__ import annotations
