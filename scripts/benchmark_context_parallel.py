@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan.attention.segments import Segments
+from torchtitan.distributed.context_parallel.exchange import kv_received
 from torchtitan.distributed.context_parallel.layout import (
     BLOCK,
     LAYOUTS,
@@ -27,7 +28,6 @@ from torchtitan.distributed.context_parallel.layout import (
     block_work,
     first_key_block,
     imbalance,
-    kv_received,
 )
 
 ROWS = (1 << 16, 1 << 17, 1 << 19, 1 << 20)

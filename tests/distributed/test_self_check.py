@@ -99,7 +99,7 @@ PLANTED = {
     "layout not undone": (layout_not_undone, "perturbation|parity"),
     "gradients not returned": (gradients_not_returned, "parity"),
     "labels of a neighbour": (labels_of_a_neighbour, "perturbation|parity"),
-    "mask one token wide": (mask_one_token_wide, "perturbation|parity"),
+    "mask one token wide": (mask_one_token_wide, "perturbation"),
 }
 
 

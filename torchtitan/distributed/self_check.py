@@ -55,7 +55,11 @@ def run_self_check(
         failures, _first_failure(args, config, dims, device, cpu_group, accumulation, train_micro_batch), cpu_group
     )
     torch.compiler.reset()  # else the job's own lengths would be seen as changed ones and be compiled as dynamic
-    failed = [(rank, failure) for rank, failure in enumerate(failures) if failure]
+    # A leak into another document is the better explanation of a wrong loss, and perhaps another rank has seen it.
+    failed = sorted(
+        ((rank, failure) for rank, failure in enumerate(failures) if failure),
+        key=lambda found: not found[1].startswith("perturbation"),
+    )
     p = config.parallelism
     sizes = ", ".join(f"{name} {dims.size(name)}" for name in ("dp_replicate", "dp_shard", "cp", "tp"))
     combination = f"{sizes}, backend {choose_backend(config.model.attention_backend, device.type)}"
@@ -66,7 +70,7 @@ def run_self_check(
     if failed:
         raise UserError(
             f"The self-check failed, so training would be silently wrong: {failed[0][1]} (on {len(failed)} of "
-            f"{len(failures)} ranks, first on rank {failed[0][0]}; {combination}). This is a fault of the software, "
+            f"{len(failures)} ranks, this on rank {failed[0][0]}; {combination}). This is a fault of the software, "
             "not of your data: please report it. parallelism.self_check = false starts anyway."
         )
     logger.info(f"self-check passed in {time.perf_counter() - began:.1f} s: {combination}")

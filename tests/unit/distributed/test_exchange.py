@@ -13,8 +13,8 @@ import torch
 from torchtitan.attention.backends import BACKENDS, dense
 from torchtitan.attention.segments import Segments
 from torchtitan.datasets.loader import IGNORED_LABEL, PackedBatch
-from torchtitan.distributed.context_parallel.exchange import BLOCK, Exchange, in_blocks, plan_exchange
-from torchtitan.distributed.context_parallel.layout import LAYOUTS, kv_received
+from torchtitan.distributed.context_parallel.exchange import BLOCK, Exchange, in_blocks, kv_received, plan_exchange
+from torchtitan.distributed.context_parallel.layout import LAYOUTS
 from torchtitan.distributed.context_parallel.shard import LocalBatch, shard
 
 DEGREES = (2, 3, 4, 8)

@@ -17,6 +17,7 @@ from torch.distributed.tensor.experimental._context_parallel._load_balancer impo
 from torch.nn.attention.flex_attention import create_block_mask
 
 from torchtitan.attention.segments import Segments
+from torchtitan.distributed.context_parallel.exchange import kv_received
 from torchtitan.distributed.context_parallel.layout import (
     BLOCK,
     LAYOUTS,
@@ -26,7 +27,6 @@ from torchtitan.distributed.context_parallel.layout import (
     first_key_block,
     headtail,
     imbalance,
-    kv_received,
 )
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "benchmark_context_parallel.py"

@@ -91,32 +91,34 @@ def needed_blocks(pieces: Pieces, num_blocks: int, cp: int) -> np.ndarray:
     return needed
 
 
+def kv_received(segments: Segments, owner: np.ndarray, cp: int) -> np.ndarray:
+    """int64[cp]: tokens whose keys each rank receives under `needed`; all-gather brings T - T / cp of them to each."""
+    needed = needed_blocks(cut(segments, owner), len(owner), cp)
+    return (needed.sum(1) - np.bincount(owner, minlength=cp)) * BLOCK
+
+
 def plan_exchange(name: str, segments: Segments, owner: np.ndarray, cp: int, rank: int) -> tuple[Segments, Exchange]:
     """The segments of a rank's queries against its buffer of keys, and how the buffer is filled.
 
     segments describe the whole stream; every rank owns equally many blocks.
     """
     num_blocks = len(owner)
-    order = np.argsort(owner, kind="stable")  # all blocks by rank, rising within a rank
-    inverse = np.empty(num_blocks, np.int64)
-    inverse[order] = np.arange(num_blocks)
-    none = torch.empty(0, dtype=torch.int64)
     if name != "needed":
-        even = (num_blocks // cp,) * cp
-        exchange = Exchange(none, even, even, torch.from_numpy(inverse), torch.from_numpy(order))
+        even, none = (num_blocks // cp,) * cp, torch.empty(0, dtype=torch.int64)
+        by_rank = np.argsort(owner, kind="stable")  # all blocks, rising within a rank
+        exchange = Exchange(none, even, even, torch.from_numpy(np.argsort(by_rank)), torch.from_numpy(by_rank))
         if name == "ulysses":
             return segments, exchange
-        return _local_segments(segments, owner, rank, np.arange(num_blocks)), exchange
-    needed = needed_blocks(cut(segments, owner), num_blocks, cp)
+        return _local_segments(segments, cut(segments, owner), rank, np.arange(num_blocks)), exchange
+    pieces = cut(segments, owner)
+    needed = needed_blocks(pieces, num_blocks, cp)
     own = np.flatnonzero(owner == rank)
     sent = [np.flatnonzero(needed[other, own]) if other != rank else own[:0] for other in range(cp)]
     buffer = np.flatnonzero(needed[rank])
     received = buffer[owner[buffer] != rank]
     received = received[np.argsort(owner[received], kind="stable")]
     available = np.concatenate([own, received])
-    back = np.argsort(available)  # available[back] is the buffer, in the stream's order
-    forth = np.empty(len(back), np.int64)
-    forth[back] = np.arange(len(back))
+    place = np.argsort(available)  # available[place] is the buffer, in the stream's order
     slot = np.full(num_blocks, -1)
     slot[buffer] = np.arange(len(buffer))
     counts = np.bincount(owner[received].astype(np.int64), minlength=cp)
@@ -124,15 +126,14 @@ def plan_exchange(name: str, segments: Segments, owner: np.ndarray, cp: int, ran
         torch.from_numpy(np.concatenate(sent)),
         tuple(len(blocks) for blocks in sent),
         tuple(counts.tolist()),
-        torch.from_numpy(back),
-        torch.from_numpy(forth),
+        torch.from_numpy(place),
+        torch.from_numpy(np.argsort(place)),
     )
-    return _local_segments(segments, owner, rank, slot), exchange
+    return _local_segments(segments, pieces, rank, slot), exchange
 
 
-def _local_segments(segments: Segments, owner: np.ndarray, rank: int, slot: np.ndarray) -> Segments:
+def _local_segments(segments: Segments, pieces: Pieces, rank: int, slot: np.ndarray) -> Segments:
     """slot[b]: where block b of the stream lies in the rank's buffer."""
-    pieces = cut(segments, owner)
     mine = pieces.owner == rank
     start, end, first = pieces.start[mine], pieces.end[mine], pieces.first_key[mine]
 

@@ -69,25 +69,6 @@ def imbalance(work: np.ndarray, owner: np.ndarray, cp: int) -> float:
     return float(total.max() / total.mean())
 
 
-def kv_received(segments: Segments, owner: np.ndarray, cp: int) -> np.ndarray:
-    """int64[cp]: tokens whose keys each rank must receive, in whole blocks: those that hold a key some query of the
-    rank may see, less the rank's own. An all-gather brings (cp - 1) / cp * T of them to every rank."""
-    blocks = len(owner)
-    # The blocks a rank needs are a union of intervals: +1 where one begins, -1 past its end, one row a rank.
-    row = owner.astype(np.int64) * (blocks + 1)
-    change = np.bincount(row + first_key_block(segments), minlength=cp * (blocks + 1))
-    change -= np.bincount(row + np.arange(1, blocks + 1), minlength=cp * (blocks + 1))
-    needed = change.reshape(cp, blocks + 1).cumsum(1)[:, :blocks] > 0
-    if segments.anchor is not None:
-        first, last = segments.cu_seqlens[:-1] // BLOCK, (segments.cu_seqlens[1:] - 1) // BLOCK
-        count = last - first + 1
-        document = np.repeat(np.arange(len(first)), count)
-        block = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count) + first[document]
-        anchor = segments.anchor[document]
-        needed[owner[block[anchor >= 0]], anchor[anchor >= 0] // BLOCK] = True
-    return (needed.sum(1) - np.bincount(owner, minlength=cp)) * BLOCK
-
-
 def contiguous(segments: Segments, cp: int) -> np.ndarray:
     """int16[T/128]: equal runs in stream order. Few foreign keys, and the last rank works hardest."""
     return np.repeat(np.arange(cp, dtype=np.int16), _blocks_per_rank(segments, cp))

@@ -91,5 +91,5 @@ def shard(batch: PackedBatch, backend: str, layout: str, exchange: str, cp: int,
         busiest = -(-pairs // cp)
     else:
         busiest = int(np.bincount(owner, weights=block_work(segments), minlength=cp).max())
-    received = sum(plan.receive_counts) - (0 if exchange == "needed" else plan.receive_counts[rank])
+    received = sum(plan.receive_counts) - plan.receive_counts[rank]
     return whole(**mine, mask=Mask(local, prepare(local), plan), pairs_of_busiest=busiest, kv_received=received * BLOCK)
