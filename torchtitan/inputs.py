@@ -25,6 +25,8 @@ from torchtitan.distributed.parallelize import check_backend
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.models.huggingface import check_weights, read_config
 from torchtitan.models.registry import FLAVORS
+from torchtitan.models.rope import RopeArgs
+from torchtitan.models.rope_config import build_rope
 from torchtitan.models.transformer import TransformerArgs, parameter_counts
 from torchtitan.tools.device import device_type
 from torchtitan.tools.errors import UserError
@@ -111,8 +113,8 @@ def report_of(plan: Plan, config: JobConfig, world_size: int, args: TransformerA
     )
 
 
-def model_args(config: JobConfig) -> TransformerArgs:
-    """The architecture that [model] names, with what [rope] changes."""
+def model_args(config: JobConfig, before: RopeArgs | None = None) -> TransformerArgs:
+    """The architecture that [model] names, with what [rope] changes; before: the RoPE of the stage before."""
     flavor = config.model.flavor
     if flavor == "auto":
         args = read_config(Path(config.model.hf_assets_path))
@@ -120,9 +122,9 @@ def model_args(config: JobConfig) -> TransformerArgs:
         args = FLAVORS[flavor]
     else:
         raise UserError(f'model.flavor = "{flavor}" is not known; there are auto, {", ".join(FLAVORS)}.')
-    if config.rope.theta is not None:
-        args = replace(args, rope=replace(args.rope, theta=config.rope.theta))
-    return args
+    length = config.data.target_seq_len or config.training.seq_len
+    rope = build_rope(config.rope, args.rope, args.head_dim, args.n_kv_heads, length, before)
+    return replace(args, rope=rope)
 
 
 def _check_resumable(config: JobConfig, args: TransformerArgs, tokenizer: Tokenizer, plan: Plan) -> None:

@@ -231,6 +231,19 @@ class Checkpoint:
     initial_load_in_hf: bool = False
     """Start a fresh run from the safetensors in model.hf_assets_path."""
 
+    initial_load_path: str | None = None
+    """Start a fresh run from a checkpoint elsewhere: a step-N folder, a folder of them (the newest), or a Hugging Face
+    folder."""
+
+    exclude_from_loading: tuple[Literal["model", "optimizer"], ...] = ()
+    """Parts of initial_load_path that are not loaded, e.g. ["optimizer"]."""
+
+    last_save_in_hf: bool = False
+    """At the end of the stage, write the model as a Hugging Face folder too: export/ under job.dump_folder."""
+
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of the weights in that folder."""
+
 
 @dataclass(frozen=True)
 class ActivationCheckpoint:
@@ -366,6 +379,10 @@ class Data:
     cross_document_attention: bool = False
     """Let the documents of a row attend to each other (padding never)."""
 
+    anchor_attention: bool = False
+    """Documents see, beside themselves, the first token of their row (AnchorAttention, arXiv 2411.13476); positions
+    should run on ("continue")."""
+
     positions: Literal["reset", "continue", "pose", "longrecipe", "cream", "random"] = "reset"
     """What RoPE is given. reset: from 0 in each document; continue: from 0 in each row. The others train short and
     stand for long: positions within target_seq_len, drawn anew for each row (PoSE, LongRecipe, CREAM, RPES)."""
@@ -382,10 +399,98 @@ class Data:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding."""
+    """Rotary position embedding: the base of its frequencies, and how they are rescaled (formulas: docs/rope.md)."""
 
-    theta: float | None = None
-    """Base of the rotary frequencies. Unset: the model's own."""
+    theta: float | Literal["auto"] | None = None
+    """Base of the rotary frequencies. Unset: the model's own. auto: that of the stage before (without one, the model's
+    own), raised by the NTK-aware rule from its length to this stage's; the number is logged."""
+
+    type: Literal[
+        "model",
+        "none",
+        "linear",
+        "ntk",
+        "dynamic",
+        "ntk_by_parts",
+        "yarn",
+        "llama3",
+        "longrope",
+        "gene",
+        "harpe",
+    ] = "model"
+    """How the frequencies are rescaled. model: as the model's config.json or flavor says. none: not at all (only theta
+    counts). linear: position interpolation. ntk, dynamic: another base, by factor or by factor and length. yarn,
+    llama3, ntk_by_parts: short wavelengths kept, long ones interpolated. longrope: a factor for each pair. gene: a
+    factor drawn for each micro-batch. harpe: a base for each key-value head."""
+
+    factor: float | None = None
+    """How many times the original length: linear, ntk, dynamic, ntk_by_parts, yarn, llama3, gene; of longrope only its
+    attention factor is made from it. Always against the original length, also in a second stage."""
+
+    original_max_position_embeddings: int | None = None
+    """Length the model was trained for before any rescaling: dynamic, ntk_by_parts, yarn, llama3, longrope, gene."""
+
+    beta_fast: float | None = None
+    """yarn, ntk_by_parts: pairs that turn more often than this within the original length are kept. Unset: 32."""
+
+    beta_slow: float | None = None
+    """yarn, ntk_by_parts: pairs that turn less often than this are interpolated in full. Unset: 1."""
+
+    truncate: bool = True
+    """yarn: round the ends of its ramp to whole pairs, as the paper's code does."""
+
+    mscale: float | None = None
+    """yarn: attention factor (0.1 mscale ln factor + 1) / (0.1 mscale_all_dim ln factor + 1), where both are set."""
+
+    mscale_all_dim: float | None = None
+    """See mscale."""
+
+    attention_factor: float | None = None
+    """yarn, longrope: cos and sin are multiplied by this. Unset: 0.1 ln factor + 1 for yarn, and for longrope
+    sqrt(1 + ln factor / ln original length), or 1 where no factor is given."""
+
+    low_freq_factor: float | None = None
+    """llama3: pairs that turn less often than this within the original length are interpolated in full. Unset: 1."""
+
+    high_freq_factor: float | None = None
+    """llama3: pairs that turn more often than this are kept. Unset: 4."""
+
+    long_factor: tuple[float, ...] = ()
+    """longrope: what the wavelength of each of the head_dim / 2 pairs is multiplied by."""
+
+    short_factor: tuple[float, ...] = ()
+    """longrope: the same for rows up to the original length, where those are told apart (mixed_window, and at
+    inference). Unset: ones."""
+
+    mixed_window: bool = False
+    """longrope (LongRoPE2, arXiv 2502.20082): documents up to the original length are packed into rows of their own,
+    which use short_factor, and do not see each other; rows with longer documents use long_factor."""
+
+    bases: tuple[float, ...] = ()
+    """harpe: the base of each key-value head."""
+
+    layers: Literal["all", "full_attention"] = "all"
+    """full_attention: layers with a sliding window keep the frequencies unscaled (Olmo 3)."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A condition on metrics.jsonl without which a stage does not count as ended well, and its chain stops."""
+
+    metric: str = ""
+    """A number of metrics.jsonl: loss, or a nested one as loss_by_position.512 or loss_by_source.books."""
+
+    over: int = 5
+    """The mean of so many last logged lines is taken."""
+
+    at_most: float | None = None
+    """The mean must not be above this."""
+
+    at_least: float | None = None
+    """The mean must not be below this."""
+
+    above_previous: float | None = None
+    """The mean may be above the same mean of the stage before by this share of it at most, e.g. 0.02."""
 
 
 @dataclass(frozen=True)
@@ -394,6 +499,19 @@ class Stage:
 
     name: str = ""
     """Name in logs and manifests. Unset: the TOML file's name."""
+
+    after: str | None = None
+    """TOML file of the stage before, relative to this file: a fresh run starts from the last checkpoint of that stage,
+    which must have ended. Empty: none (to try one stage alone)."""
+
+    carry: tuple[Literal["model", "optimizer"], ...] = ("model", "optimizer")
+    """What is carried over from the stage before. The schedule, the step counter and the data always begin anew."""
+
+    run_chain: bool = False
+    """Run the stages before this one that have not ended, in order, and then this one (run_train.sh)."""
+
+    gates: tuple[Gate, ...] = ()
+    """What must hold at the end of the stage, each a [[stage.gates]] table."""
 
 
 @dataclass(frozen=True)

@@ -135,8 +135,12 @@ def _check_file(raw: dict[str, Any], path: Path, text: str) -> Tables:
 def convert(value: Any, hint: Any, name: str, where: str) -> Any:
     """`value` as TOML gave it, as the type `hint`; UserError naming `name` and `where` when it does not fit."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):  # X | None: TOML has no None, so X it must be
-        return convert(value, next(a for a in arguments if a is not type(None)), name, where)
+    if origin in (Union, UnionType):  # TOML has no None
+        kinds = [a for a in arguments if a is not type(None)]
+        named = [a for a in kinds if get_origin(a) is Literal]
+        if named and (isinstance(value, str) or len(kinds) == 1):
+            return convert(value, named[0], name, where)
+        return convert(value, next(a for a in kinds if a not in named), name, where)
     if origin is Literal:
         if value in arguments and type(value) in {type(a) for a in arguments}:
             return value

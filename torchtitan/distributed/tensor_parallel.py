@@ -54,12 +54,14 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, loss_parallel: b
             ),
         },
     )
+    heads = model.args.n_kv_heads // mesh.size()
+    model.local_kv_heads = slice(mesh.get_local_rank() * heads, (mesh.get_local_rank() + 1) * heads)
     model.tie_embeddings()  # both were cut by vocabulary, each into a tensor of its own
     for block in model.layers.values():
         plan: dict[str, ParallelStyle] = {
             "attention_norm": SequenceParallel(sequence_dim=0),
             "attention": PrepareModuleInput(
-                input_layouts=(tokens, None, None, None), desired_input_layouts=(Replicate(), None, None, None)
+                input_layouts=(tokens, None, None), desired_input_layouts=(Replicate(), None, None)
             ),
             "attention.wq": ColwiseParallel(),
             "attention.wk": ColwiseParallel(),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchtitan.attention.backends import BACKENDS, AttentionCore, LocalAttention, Mask
-from torchtitan.models.rope import apply_rope
+from torchtitan.models.rope import RopeTables, apply_rope
 
 
 class Attention(nn.Module):
@@ -38,14 +38,14 @@ class Attention(nn.Module):
         self.core: AttentionCore = LocalAttention(BACKENDS[backend])
         """Context parallelism puts another object with these two methods here, from outside."""
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: Mask) -> torch.Tensor:
-        """x [T, dim], cos and sin float32 [T, head_dim / 2] -> [T, dim]."""
+    def forward(self, x: torch.Tensor, rope: RopeTables, mask: Mask) -> torch.Tensor:
+        """x [T, dim] -> [T, dim]."""
         k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wk, self.wv))
         if self.k_norm is not None:
             k = self.k_norm(k)
-        started = self.core.start(apply_rope(k, cos, sin), v, mask)
+        started = self.core.start(apply_rope(k, rope), v, mask)
         # queries last: keys and values that other ranks need are on their way meanwhile
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None:
             q = self.q_norm(q)
-        return self.wo(self.core.finish(apply_rope(q, cos, sin), started, mask).flatten(1))
+        return self.wo(self.core.finish(apply_rope(q, rope), started, mask).flatten(1))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from torchtitan.models.rope import Llama3Scaling, RopeArgs
+from torchtitan.models.rope_config import rope_from_hf
 from torchtitan.models.transformer import Transformer, TransformerArgs
 from torchtitan.tools.errors import UserError
 
@@ -89,25 +87,10 @@ def read_config(folder: Path) -> TransformerArgs:
             qkv_bias=model_type == "qwen2",
             qk_norm=model_type == "qwen3",
             tied_embeddings=config.get("tie_word_embeddings", False),
-            rope=_read_rope(path, config),
+            rope=rope_from_hf(config, str(path)),
         )
     except KeyError as e:
         raise UserError(f"{path} has no key {e}.") from None
-
-
-def _read_rope(path: Path, config: dict[str, Any]) -> RopeArgs:
-    # transformers 5 keeps everything in rope_parameters; 4 has rope_theta and rope_scaling, which win where both stand
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return RopeArgs(theta)
-    if kind == "llama3":
-        missing = [f.name for f in fields(Llama3Scaling) if f.name not in rope]
-        if missing:
-            raise UserError(f"{path}: the llama3 rope scaling lacks {', '.join(missing)}.")
-        return RopeArgs(theta, Llama3Scaling(**{f.name: rope[f.name] for f in fields(Llama3Scaling)}))
-    raise UserError(f'{path}: rope_type = "{kind}" is not supported; supported are default and llama3.')
 
 
 def check_weights(folder: Path, args: TransformerArgs) -> None:

@@ -3,6 +3,7 @@
 Angles are computed in float64, because a float32 product of a position and a frequency is off by 0.25 rad from 2^22
 on; cos and sin are kept in float32 and the rotation is done in float32. The tables are made once a micro-batch and
 handed to every layer. Pairs are (j, j + D/2), as in Hugging Face checkpoints, so weights load without permutation.
+How the frequencies are rescaled for longer contexts is in rope_scaling.py.
 """
 
 from __future__ import annotations
@@ -10,18 +11,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import torch
 
-
-@dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1's frequency rescaling: long wavelengths are slowed by `factor`, short ones kept, a ramp in between."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+from torchtitan.models.rope_scaling import Scaling, plain_frequencies
 
 
 @dataclass(frozen=True)
@@ -29,34 +23,62 @@ class RopeArgs:
     """Base (theta) of the rotary frequencies and how they are rescaled."""
 
     theta: float = 10000.0
-    scaling: Llama3Scaling | None = None
+    scaling: Scaling | None = None
+
+    layers: Literal["all", "full_attention"] = "all"
+    """Which layers are rescaled; full_attention: those without a sliding window."""
+
+    max_position_embeddings: int | None = None
+    """Tokens that the model has been, or is being, trained for; None: not known."""
 
 
-def inverse_frequencies(rope: RopeArgs, head_dim: int) -> torch.Tensor:
-    """Radians a token for each pair: float64 [head_dim / 2]."""
-    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64)
-    freqs = rope.theta ** (-pairs / head_dim)
-    s = rope.scaling
-    if s is None:
-        return freqs
-    rotations = s.original_max_position_embeddings * freqs / (2 * math.pi)  # turns within the original window
-    keep = ((rotations - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
-    return freqs * (keep + (1 - keep) / s.factor)
+class RopeTables(NamedTuple):
+    """cos and sin float32 [T, 1, D / 2], or [T, Hkv, D / 2] where key-value heads differ."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
 
 
-@lru_cache(maxsize=16)
+def inverse_frequencies(rope: RopeArgs, head_dim: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Radians a token for each pair: [D / 2]; longrope: [2, D / 2], short and long; harpe: [Hkv, D / 2]."""
+    if rope.scaling is None:
+        return plain_frequencies(rope.theta, head_dim, dtype)
+    return rope.scaling.frequencies(rope.theta, head_dim, dtype)
+
+
+def longest_wavelength(rope: RopeArgs, head_dim: int) -> float:
+    """Tokens after which the slowest pair has turned once, whatever the table."""
+    return 2 * math.pi / float(inverse_frequencies(rope, head_dim).min())
+
+
+@lru_cache(maxsize=64)
 def _inverse_frequencies_on(rope: RopeArgs, head_dim: int, device: torch.device) -> torch.Tensor:
     return inverse_frequencies(rope, head_dim).to(device)
 
 
-def rope_tables(rope: RopeArgs, head_dim: int, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin for positions int64 [T]: two float32 [T, head_dim / 2]."""
-    angles = positions.double()[:, None] * _inverse_frequencies_on(rope, head_dim, positions.device)
-    return angles.cos().float(), angles.sin().float()
+def rope_tables(
+    rope: RopeArgs, head_dim: int, positions: torch.Tensor, long: torch.Tensor | None = None, heads: slice = slice(None)
+) -> RopeTables:
+    """The tables for positions int64 [T].
+
+    long: bool [T], which tokens use LongRoPE's long list; None: all. heads: of the key-value heads, where they differ.
+    """
+    freqs = _inverse_frequencies_on(rope, head_dim, positions.device)
+    kind = rope.scaling.rope_type if rope.scaling else None
+    if kind == "longrope":
+        freqs = freqs[1] if long is None else freqs[long.long()]
+    elif kind == "harpe":
+        freqs = freqs[heads]
+    freqs = freqs.reshape(len(positions), 1, -1) if freqs.ndim == 2 and kind != "harpe" else freqs
+    angles = positions.double()[:, None, None] * freqs
+    magnitude = rope.scaling.magnitude() if rope.scaling else 1.0
+    return RopeTables((angles.cos() * magnitude).float(), (angles.sin() * magnitude).float())
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [T, H, D] by the tables [T, D / 2]; computed in float32, returned in x's dtype."""
+def apply_rope(x: torch.Tensor, tables: RopeTables) -> torch.Tensor:
+    """Rotate x [T, H, D], H a multiple of the tables' heads; computed in float32, returned in x's dtype."""
+    cos, sin = tables
+    if 1 < cos.shape[1] < x.shape[1]:  # query heads have the tables of their key-value head
+        cos, sin = (t.repeat_interleave(x.shape[1] // t.shape[1], dim=1) for t in (cos, sin))
     a, b = x.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

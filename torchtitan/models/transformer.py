@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.attention.backends import BACKENDS, Mask
 from torchtitan.attention.segments import Segments
 from torchtitan.models.attention import Attention
-from torchtitan.models.rope import RopeArgs, rope_tables
+from torchtitan.models.rope import RopeArgs, RopeTables, rope_tables
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: Mask) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: RopeTables, mask: Mask) -> torch.Tensor:
         """x [T, dim] -> [T, dim]."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, mask)
+        x = x + self.attention(self.attention_norm(x), rope, mask)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -88,6 +88,8 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleDict({str(i): TransformerBlock(args, attention_backend) for i in range(args.n_layers)})
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.local_kv_heads = slice(None)
+        """Of all key-value heads, those of this rank; tensor parallelism changes it from outside."""
         self.tie_embeddings()
 
     def tie_embeddings(self) -> None:
@@ -95,14 +97,24 @@ class Transformer(nn.Module):
         if self.args.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, mask: Mask | Segments) -> torch.Tensor:
-        """tokens int64 [T], positions int64 [T], what they see -> logits [T, vocab_size]."""
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        mask: Mask | Segments,
+        long: torch.Tensor | None = None,
+        rope: RopeArgs | None = None,
+    ) -> torch.Tensor:
+        """tokens int64 [T], positions int64 [T], what they see -> logits [T, vocab_size].
+
+        long: see rope_tables. rope: instead of the model's own (GeNE draws one a micro-batch; a search tries many).
+        """
         if isinstance(mask, Segments):
             mask = Mask(mask, self.backend.prepare(mask)).to(tokens.device)
-        cos, sin = rope_tables(self.args.rope, self.args.head_dim, positions)
+        tables = rope_tables(rope or self.args.rope, self.args.head_dim, positions, long, self.local_kv_heads)
         x = self.tok_embeddings(tokens)
         for layer in self.layers.values():
-            x = layer(x, cos, sin, mask)
+            x = layer(x, tables, mask)
         return self.output(self.norm(x))
 
 

@@ -119,7 +119,8 @@ def test_sharded_folder_and_legacy_rope_keys(tmp_path: Path):
     ("change", "named"),
     [
         ({"model_type": "gpt2"}, "gpt2"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "yarn rope scaling lacks factor"),
+        ({"rope_parameters": {"rope_type": "su"}}, "su"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"attention_bias": True}, "attention_bias"),
         ({"model_type": "mistral", "sliding_window": 512}, "sliding_window"),
