@@ -97,6 +97,7 @@ def make_plan(config: JobConfig, world_size: int, tokenizer: Tokenizer, vocab_si
         separators=[tokenizer.encode(source.separator) for source in data.sources],
         sentence_end_ids=sentence_end_ids(tokenizer) if data.positions == "longrecipe" else (),
         cache=cache,
+        short_window=config.rope.original_max_position_embeddings if config.rope.mixed_window else None,
     )
 
 

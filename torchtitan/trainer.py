@@ -10,7 +10,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -41,6 +41,8 @@ from torchtitan.distributed.parallelize import build_sharded_model
 from torchtitan.distributed.self_check import run_self_check
 from torchtitan.inputs import StageInputs, as_json, report_of
 from torchtitan.models.huggingface import load_weights
+from torchtitan.models.rope import RopeArgs
+from torchtitan.models.rope_scaling import GeneScaling
 from torchtitan.models.transformer import init_weights, parameter_counts
 from torchtitan.tools.device import (
     GarbageCollection,
@@ -247,7 +249,8 @@ class Trainer:
         token_losses_of = []
         for i, batch in enumerate(batches):
             reduce_over_replicas(self.model, i == len(batches) - 1)
-            losses = train_micro_batch(self.model, batch.to(self.device), valid, self.loss_parallel)
+            rope = self._drawn_rope(i)
+            losses = train_micro_batch(self.model, batch.to(self.device), valid, self.loss_parallel, rope)
             token_losses_of.append(losses)
         # only now: reading a number off the GPU waits for it
         by_source = torch.zeros(len(names), 2, dtype=torch.float64)  # loss, labels
@@ -290,6 +293,13 @@ class Trainer:
                 str(2 ** (b - 1) if b else 0): float(loss_sum / n) for b, (loss_sum, n) in enumerate(by_position) if n
             },
         }
+
+    def _drawn_rope(self, micro_batch: int) -> RopeArgs | None:
+        """GeNE's RoPE for a micro-batch of this step, the same on all ranks; None where nothing is drawn."""
+        rope, t = self.inputs.args.rope, self.config.training
+        if not isinstance(rope.scaling, GeneScaling):
+            return None
+        return replace(rope, scaling=rope.scaling.drawn(t.seq_len, t.seed, self.step, micro_batch))
 
     def _check_tokens(self, batches: list[LocalBatch]) -> None:
         """UserError for an id beyond the vocabulary: cut over tp ranks, the embedding would answer it with zeros."""

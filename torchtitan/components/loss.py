@@ -12,6 +12,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from torchtitan.attention.backends import Mask
 from torchtitan.datasets.loader import IGNORED_LABEL
+from torchtitan.models.rope import RopeArgs
 from torchtitan.models.transformer import Transformer
 
 
@@ -26,6 +27,8 @@ class Inputs(Protocol):
     def positions(self) -> torch.Tensor: ...
     @property
     def mask(self) -> Mask: ...
+    @property
+    def long(self) -> torch.Tensor | None: ...
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -33,15 +36,17 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="none")
 
 
-def train_micro_batch(model: Transformer, batch: Inputs, divisor: float, vocabulary_is_cut: bool) -> torch.Tensor:
+def train_micro_batch(
+    model: Transformer, batch: Inputs, divisor: float, vocabulary_is_cut: bool, rope: RopeArgs | None = None
+) -> torch.Tensor:
     """Forward, and backward of the sum of token losses over divisor; gradients accumulate.
 
-    divisor: the valid labels of the whole step, over all ranks. Returns the losses of this rank's tokens, float32 [t],
-    detached.
+    divisor: the valid labels of the whole step, over all ranks. rope: see Transformer.forward. Returns the losses of
+    this rank's tokens, float32 [t], detached.
     """
     # the backward of a DTensor loss must run inside the context too
     with loss_parallel() if vocabulary_is_cut else nullcontext():
-        logits = model(batch.tokens, batch.positions, batch.mask)
+        logits = model(batch.tokens, batch.positions, batch.mask, batch.long, rope)
         losses = token_losses(logits, batch.labels)
         del logits
         (losses.sum() / divisor).backward()

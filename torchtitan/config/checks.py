@@ -65,6 +65,8 @@ _ABOVE_ZERO = (
     "rope.high_freq_factor",
     "data.upsampled_weight",
 )
+# And of [[stage.gates]].
+_GATE_AT_LEAST: dict[str, float] = {"over": 1, "above_previous": -1}
 _SOURCE_ABOVE_ZERO = ("max_epochs",)
 _FROM_0_TO_1 = ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor")
 _BETWEEN_0_AND_1 = ("data.long_share",)
@@ -85,6 +87,7 @@ def check_config(config: JobConfig, world_size: int) -> None:
             f"checkpoint.load_step = {config.checkpoint.load_step}, but checkpoint.enable = false: nothing is loaded "
             "then. Set enable = true, or leave load_step out."
         )
+    _check_stage(config)
     accumulation_steps(config, world_size)
     _check_tokens(config)
 
@@ -302,6 +305,47 @@ def _check_rope(config: JobConfig) -> None:
             f"rope.mixed_window = true packs short and long documents into rows of their own, which data.packing = "
             f'"{config.data.packing}" cannot: use "best_fit".'
         )
+
+
+def _check_stage(config: JobConfig) -> None:
+    for i, gate in enumerate(config.stage.gates):
+        where = f"stage.gates[{i}]"
+        if not gate.metric:
+            raise UserError(f'{where} has no metric: name a number of metrics.jsonl, e.g. metric = "loss".')
+        bounds = {"at_most": gate.at_most, "at_least": gate.at_least, "above_previous": gate.above_previous}
+        if all(value is None for value in bounds.values()):
+            raise UserError(f"{where} ({gate.metric}) asks for nothing: give at_most, at_least or above_previous.")
+        for key, value in {**bounds, "over": gate.over}.items():
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"{where}: {key} = {value} is not a finite number.")
+            if value is not None and value < _GATE_AT_LEAST.get(key, value):
+                raise UserError(f"{where}: {key} = {value} is too small: it must be at least {_GATE_AT_LEAST[key]}.")
+        if gate.above_previous is not None and not config.stage.after:
+            raise UserError(f"{where}: above_previous compares with the stage before, but stage.after is not set.")
+    starts = {
+        "stage.after": bool(config.stage.after),
+        "checkpoint.initial_load_path": bool(config.checkpoint.initial_load_path),
+        "checkpoint.initial_load_in_hf": config.checkpoint.initial_load_in_hf,
+    }
+    given = [name for name, is_set in starts.items() if is_set]
+    if len(given) > 1:
+        raise UserError(
+            f"{' and '.join(given)} are set (one perhaps by a file named in `extends`), but a fresh run starts from "
+            'one place. Unset the others (initial_load_in_hf = false, after = "", initial_load_path = "").'
+        )
+    if config.stage.after and "model" not in config.stage.carry:
+        raise UserError(
+            f"stage.carry = {list(config.stage.carry)} leaves the model behind, and stage.after would do nothing: add "
+            '"model", or leave stage.after out.'
+        )
+    if config.checkpoint.exclude_from_loading and not config.checkpoint.initial_load_path:
+        raise UserError(
+            "checkpoint.exclude_from_loading is about checkpoint.initial_load_path, which is not set; what a stage "
+            "takes from the one before it is stage.carry."
+        )
+    if (config.stage.gates or config.checkpoint.last_save_in_hf) and not config.checkpoint.enable:
+        key = "stage.gates" if config.stage.gates else "checkpoint.last_save_in_hf"
+        raise UserError(f"{key} needs the last checkpoint, but checkpoint.enable = false.")
 
 
 def _check_sources(config: JobConfig) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import tomli_w
 import tyro
 
-from torchtitan.config.job_config import Data, JobConfig, Source
+from torchtitan.config.job_config import Data, Gate, JobConfig, Source, Stage
 from torchtitan.config.toml_file import element_table, fields_of, known_names, load_tables, suggest
 from torchtitan.tools.errors import UserError
 
@@ -85,8 +85,8 @@ def _override(config: JobConfig, args: list[str]) -> JobConfig:
     """`config` with the overrides of `args`, read by tyro once their names are known to be right."""
     if "--help" in args or "-h" in args:
         args = ["--help"]
-        if not config.data.sources:  # one, so that the keys of [[data.sources]] are explained too
-            config = dataclasses.replace(config, data=Data(sources=(Source(),)))
+        if not config.data.sources:  # one of each array, so that its keys are explained too
+            config = dataclasses.replace(config, data=Data(sources=(Source(),)), stage=Stage(gates=(Gate(),)))
     else:
         args = _check_flags(config, args)
     errors = io.StringIO()

@@ -17,10 +17,6 @@ _NO_EXPERTS = (
     "with tensor and context parallelism"
 )
 _SOURCES = 'the data are named in the TOML file: a [[data.sources]] table with name = "..." and path = "..." for each'
-_START = (
-    "a run resumes from the newest complete checkpoint under job.dump_folder; to start from Hugging Face weights set "
-    "model.hf_assets_path and checkpoint.initial_load_in_hf = true"
-)
 _NO_FLOAT8 = 'training in float8 is not in this version: remove it; training.mixed_precision_param = "bfloat16"'
 
 # Shell patterns over `table.key` or `table`; the first that matches speaks.
@@ -52,16 +48,13 @@ _EXPLANATIONS: dict[str, str] = {
     "model.print_after_conversion": "model converters are not offered: remove it",
     "model.norm_type": "the norm (RMSNorm) belongs to model.flavor: remove it",
     "checkpoint.enable_checkpoint": "it is called checkpoint.enable",
-    "checkpoint.initial_load_path": _START,
-    "checkpoint.initial_load_model_only": _START,
-    "checkpoint.create_seed_checkpoint": _START,
-    "checkpoint.exclude_from_loading": "everything in a checkpoint is loaded: remove it",
+    "checkpoint.initial_load_model_only": 'it is checkpoint.exclude_from_loading = ["optimizer"]',
+    "checkpoint.create_seed_checkpoint": "weights are initialised alike on every layout, from training.seed: remove it",
     "checkpoint.enable_first_step_checkpoint": "there is none after the first step: remove it, or set"
     " checkpoint.interval = 1 for a trial",
     "checkpoint.interval_type": "checkpoint.interval counts steps: remove it",
     "checkpoint.model_weights_only": "a checkpoint always holds the whole state: remove it",
-    "checkpoint.last_save_*": "a checkpoint always holds the whole state: remove it",
-    "checkpoint.export_dtype": "a checkpoint always holds the whole state in training.dtype: remove it",
+    "checkpoint.last_save_model_only": "a checkpoint always holds the whole state: remove it",
     "activation_checkpoint.selective_ac_option": "only whole blocks are recomputed in this version: remove it and set"
     ' activation_checkpoint.mode = "full"',
     "activation_checkpoint.per_op_sac_*": "only whole blocks are recomputed in this version: remove it",

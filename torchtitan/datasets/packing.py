@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -42,16 +43,23 @@ class Rows:
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]  # row in the block, piece, tokens of each part; by row
 
 
-def pack(lengths: np.ndarray, packing: str, seq_len: int, rows: int, seed: int) -> Rows:
+def pack(
+    lengths: np.ndarray, packing: str, seq_len: int, rows: int, seed: int, short_window: int | None = None
+) -> Rows:
     """`rows` rows of the merged pieces (lengths int32[N]); ValueError if these are not enough.
+
+    short_window: best-fit puts pieces of at most so many tokens and longer ones into rows of their own.
 
     The rows of a block come in a random order, seeded by (seed, block): best-fit makes the fullest first, and concat
     puts the rows of a long document side by side.
     """
-    packer: Callable[[np.ndarray, int], Iterator[Block]]
-    packer = {"best_fit": _best_fit_blocks, "concat": _concat_blocks, "single": _single_blocks}[packing]
+    packers: dict[str, Callable[[np.ndarray, int], Iterator[Block]]] = {
+        "best_fit": partial(_best_fit_blocks, short_window=short_window),
+        "concat": _concat_blocks,
+        "single": _single_blocks,
+    }
     counts, pieces, tokens, made = [], [], [], 0
-    for number, (row, piece, count) in enumerate(packer(lengths, seq_len)):
+    for number, (row, piece, count) in enumerate(packers[packing](lengths, seq_len)):
         size = int(row[-1]) + 1
         in_order = packing == "single"  # pieces come shuffled, and merged with the right shares
         place = np.arange(size) if in_order else np.random.default_rng([seed, number, BLOCK_SEED]).permutation(size)
@@ -96,7 +104,7 @@ def best_fit(lengths: list[int], room: int) -> list[int]:
     return bins
 
 
-def _best_fit_blocks(lengths: np.ndarray, seq_len: int) -> Iterator[Block]:
+def _best_fit_blocks(lengths: np.ndarray, seq_len: int, short_window: int | None = None) -> Iterator[Block]:
     ends = np.cumsum(lengths, dtype=np.int64)
     waiting = np.zeros(0, np.int64)
     begin = 0
@@ -109,7 +117,11 @@ def _best_fit_blocks(lengths: np.ndarray, seq_len: int) -> Iterator[Block]:
         # Those that have waited choose their rows first, and these rows come first: none waits for long.
         by_length = np.lexsort((-lengths[pieces], is_new))
         pieces, is_new = pieces[by_length], is_new[by_length]
-        bins = np.array(best_fit(lengths[pieces].tolist(), seq_len))
+        bins = np.empty(len(pieces), np.int64)
+        made = 0
+        for kind in _kinds(lengths[pieces], short_window):
+            bins[kind] = np.array(best_fit(lengths[pieces][kind].tolist(), seq_len)) + made
+            made = int(bins[kind].max()) + 1
         filled = np.bincount(bins, weights=lengths[pieces]).astype(np.int64)
         all_new = np.bincount(bins, weights=~is_new) == 0
         rank = np.empty(len(filled), np.int64)
@@ -121,6 +133,13 @@ def _best_fit_blocks(lengths: np.ndarray, seq_len: int) -> Iterator[Block]:
         taken = int(np.searchsorted(row, BLOCK_ROWS))
         waiting = np.sort(pieces[taken:])
         yield row[:taken], pieces[:taken], lengths[pieces[:taken]]
+
+
+def _kinds(lengths: np.ndarray, short_window: int | None) -> list[np.ndarray]:
+    """Masks of the pieces that may share rows; none is empty."""
+    if short_window is None:
+        return [np.ones(len(lengths), bool)]
+    return [kind for kind in (lengths <= short_window, lengths > short_window) if kind.any()]
 
 
 def _concat_blocks(lengths: np.ndarray, seq_len: int) -> Iterator[Block]:

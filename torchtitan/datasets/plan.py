@@ -46,8 +46,9 @@ class Plan:
     """Rows of a stage.
 
     corpora: one for each of data.sources. separators: for each, the tokens put after its documents. sentence_end_ids:
-    tokens that end a sentence, for data.positions = "longrecipe". cache: folder in which the table of rows is kept,
-    shared by ranks and restarts; None builds it in memory.
+    tokens that end a sentence, for data.positions = "longrecipe". short_window: documents of at most so many tokens
+    have rows of their own, in which they do not see each other (rope.mixed_window). cache: folder in which the table of
+    rows is kept, shared by ranks and restarts; None builds it in memory.
     UserError for a source that has nothing to read, cannot be raised as asked, or is read too often.
     """
 
@@ -62,6 +63,7 @@ class Plan:
         separators: Sequence[Sequence[int]] = (),
         sentence_end_ids: Sequence[int] = (),
         cache: Path | None = None,
+        short_window: int | None = None,
     ) -> None:
         self.data = data
         self.corpora = list(corpora)
@@ -72,11 +74,12 @@ class Plan:
         self.seed = seed
         self.separators = [np.array(ids, np.int32) for ids in separators or [()] * len(self.names)]
         self.sentence_end_ids = tuple(sentence_end_ids)
+        self.short_window = short_window
         rows = steps * rows_per_step
         lengths = [corpus.lengths for corpus in self.corpora]
         self.streams, self.left_out = build_streams(data, lengths, [len(ids) for ids in self.separators], seq_len)
         if cache is None:
-            self.table = build_table(self.streams, data, seq_len, rows, seed)
+            self.table = build_table(self.streams, data, seq_len, rows, seed, short_window)
         else:
             self.table = self._kept_table(cache, rows)
         if any(source.max_epochs is not None for source in data.sources):  # counting goes through all parts
@@ -89,7 +92,8 @@ class Plan:
                 if not folder.is_dir():
                     pieces = sum(len(stream.lengths) for stream in self.streams)
                     logger.info("planning %d rows from %d pieces of documents", rows, pieces)
-                    save_table(build_table(self.streams, self.data, self.seq_len, rows, self.seed), folder)
+                    table = build_table(self.streams, self.data, self.seq_len, rows, self.seed, self.short_window)
+                    save_table(table, folder)
         return load_table(folder)
 
     @property
@@ -111,6 +115,7 @@ class Plan:
             "seq_len": self.seq_len,
             "rows_per_step": self.rows_per_step,
             **data,
+            **({} if self.short_window is None else {"short_window": self.short_window}),
             "sources": [
                 {"name": s.name, "share": share, "corpus": corpus.fingerprint}
                 | _changed_options(s)

@@ -55,9 +55,11 @@ class RowTable:
         return len(self.offsets) - 1
 
 
-def build_table(streams: Sequence[Stream], data: Data, seq_len: int, rows: int, seed: int) -> RowTable:
-    """A pure function: the first rows do not depend on how many are asked for."""
-    merged, packed, order = _packed_rows(streams, data, seq_len, rows, seed)
+def build_table(
+    streams: Sequence[Stream], data: Data, seq_len: int, rows: int, seed: int, short_window: int | None = None
+) -> RowTable:
+    """A pure function: the first rows do not depend on how many are asked for. short_window: see pack()."""
+    merged, packed, order = _packed_rows(streams, data, seq_len, rows, seed, short_window)
     counts = np.diff(packed.offsets)
     stream, epoch = merged.stream[packed.pieces], merged.epoch[packed.pieces]
     offsets = np.concatenate([[0], np.cumsum(counts[order])])
@@ -79,19 +81,19 @@ def build_table(streams: Sequence[Stream], data: Data, seq_len: int, rows: int, 
         epoch=epoch,
         start=start,
         length=length,
-        work=_work(offsets, length, seq_len, data.cross_document_attention),
+        work=_work(offsets, length, seq_len, data.cross_document_attention, short_window),
     )
 
 
 def _packed_rows(
-    streams: Sequence[Stream], data: Data, seq_len: int, rows: int, seed: int
+    streams: Sequence[Stream], data: Data, seq_len: int, rows: int, seed: int, short_window: int | None
 ) -> tuple[Merged, Rows, np.ndarray]:
     """The merged pieces, rows of them, and the order in which the rows are read: int64[rows]."""
     if data.packing == "single":
         merged = _merge_pieces(streams, rows + CHOICE, seed)
     else:
         merged = merge(streams, tokens_wanted(rows + CHOICE, seq_len), seed)
-    packed = pack(merged.lengths, data.packing, seq_len, rows + CHOICE, seed)
+    packed = pack(merged.lengths, data.packing, seq_len, rows + CHOICE, seed, short_window)
     if len(streams) == 1:
         return merged, packed, np.arange(rows)
     counts = np.diff(packed.offsets)
@@ -139,10 +141,20 @@ def cut_padding(tokens: int) -> np.ndarray:
     return np.array([PADDING_SEGMENT] * whole + [rest] * (rest > 0), np.int64)
 
 
-def _work(offsets: np.ndarray, length: np.ndarray, seq_len: int, cross_document: bool) -> np.ndarray:
+def is_short(lengths: np.ndarray, short_window: int | None) -> bool:
+    """Whether a row of documents of these lengths is one of short documents, which never see each other."""
+    return short_window is not None and bool(lengths.max() <= short_window)
+
+
+def _work(
+    offsets: np.ndarray, length: np.ndarray, seq_len: int, cross_document: bool, short_window: int | None
+) -> np.ndarray:
     n = length.astype(np.int64)
     tokens = np.add.reduceat(n, offsets[:-1])
-    pairs = tokens * (tokens + 1) // 2 if cross_document else np.add.reduceat(n * (n + 1) // 2, offsets[:-1])
+    pairs = np.add.reduceat(n * (n + 1) // 2, offsets[:-1])
+    if cross_document:
+        together = np.maximum.reduceat(n, offsets[:-1]) > (short_window or 0)
+        pairs = np.where(together, tokens * (tokens + 1) // 2, pairs)
     whole, rest = np.divmod(seq_len - tokens, PADDING_SEGMENT)
     return pairs + whole * (PADDING_SEGMENT * (PADDING_SEGMENT + 1) // 2) + rest * (rest + 1) // 2
 

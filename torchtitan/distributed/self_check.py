@@ -210,7 +210,7 @@ class _Oracle:
         for batch in batches:
             segments = Segments.whole(batch.cu_seqlens)
             on_device = batch.to(self.device)
-            logits = self.model(on_device.tokens, on_device.positions, Mask(segments, segments))
+            logits = self.model(on_device.tokens, on_device.positions, Mask(segments, segments), on_device.long)
             loss = torch.nn.functional.cross_entropy(
                 logits, on_device.labels, ignore_index=IGNORED_LABEL, reduction="none"
             )
@@ -241,6 +241,7 @@ def _random_batch(rng: np.random.Generator, total: int, vocab_size: int) -> Pack
         cu32,
         cu32,
         torch.zeros(len(cu) - 1, dtype=torch.int16),
+        torch.arange(total) < total // 2,  # read by LongRoPE only
     )
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 
 from torchtitan.config import checks
 from torchtitan.config.checks import accumulation_steps, check_config, dp_degree, resolve_shard_degree, rows_per_step
-from torchtitan.config.job_config import JobConfig, Source
+from torchtitan.config.job_config import Gate, JobConfig, Source
 from torchtitan.config.toml_file import fields_of, known_names
 from torchtitan.tools.errors import UserError
 
@@ -49,7 +49,8 @@ def degrees(replicate: int = 1, shard: int = -1, tp: int = 1, cp: int = 1) -> di
 
 
 def numeric_names() -> list[str]:
-    return [n for n, hint in known_names().items() if {int, float} & {hint, *get_args(hint)} - {bool}]
+    scalars = {n: hint for n, hint in known_names().items() if get_origin(hint) is not tuple}
+    return [n for n, hint in scalars.items() if {int, float} & {hint, *get_args(hint)} - {bool}]
 
 
 def test_every_number_of_the_schema_has_a_range() -> None:
@@ -70,6 +71,14 @@ def numeric_keys_of_sources() -> list[str]:
 def test_every_number_of_a_source_has_a_range() -> None:
     tables = (checks._SOURCE_AT_LEAST, checks._SOURCE_ABOVE_ZERO, checks._SOURCE_BETWEEN_0_AND_1)
     assert sorted(itertools.chain(*tables)) == sorted(numeric_keys_of_sources())
+
+
+def test_every_number_of_a_gate_can_be_refused() -> None:
+    for key in ("over", "at_most", "at_least", "above_previous"):
+        gate = Gate(**({"metric": "loss", "at_most": 3.0} | {key: math.nan}))
+        assert f"stage.gates[0]: {key} = nan" in error_of(stage__gates=(gate,), stage__after="x.toml")
+    numeric = [key for key, hint in fields_of(Gate).items() if {int, float} & {hint, *get_args(hint)}]
+    assert set(numeric) == {"over", "at_most", "at_least", "above_previous"}
 
 
 @pytest.mark.parametrize("key", numeric_keys_of_sources())

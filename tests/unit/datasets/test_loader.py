@@ -18,10 +18,16 @@ from torchtitan.tools.errors import UserError
 
 SEQ_LEN = 24
 ROWS = 8
-FIELDS = [field.name for field in fields(PackedBatch)]
+FIELDS = [f.name for f in fields(PackedBatch) if f.name != "long"]  # None where rows are not told apart
 
 
-def make_plan(seq_len: int = SEQ_LEN, sentence_end_ids: tuple[int, ...] = (), steps: int = 6, **options: Any) -> Plan:
+def make_plan(
+    seq_len: int = SEQ_LEN,
+    sentence_end_ids: tuple[int, ...] = (),
+    steps: int = 6,
+    short_window: int | None = None,
+    **options: Any,
+) -> Plan:
     """Long and short documents; no token occurs twice and none is 0."""
     random = np.random.default_rng(0)
     corpora, first = [], 1
@@ -30,7 +36,7 @@ def make_plan(seq_len: int = SEQ_LEN, sentence_end_ids: tuple[int, ...] = (), st
         corpora.append(Corpus(name, [(ends, np.arange(first, first + ends[-1], dtype=np.int32))], name, None))
         first += int(ends[-1])
     data = Data(sources=(Source("long", "l", 0.6), Source("short", "s", 0.4)), **options)
-    return Plan(data, corpora, seq_len, ROWS, steps, 5, sentence_end_ids=sentence_end_ids)
+    return Plan(data, corpora, seq_len, ROWS, steps, 5, sentence_end_ids=sentence_end_ids, short_window=short_window)
 
 
 @pytest.fixture
@@ -199,3 +205,26 @@ def test_a_batch_that_does_not_divide(plan: Plan) -> None:
         build_loader(plan, 0, 3, 1)
     for word in ("8 rows", "1 * 3 = 3", "6 and 9"):
         assert word in str(error.value)
+
+
+def test_short_and_long_documents_have_rows_of_their_own() -> None:
+    """rope.mixed_window: short rows are masked by document and start anew, long ones are one segment."""
+    plan = make_plan(short_window=8, cross_document_attention=True, positions="continue")
+    kinds = set()
+    for step in range(plan.steps):
+        for slot in range(ROWS):
+            row, batch = plan.row(step, slot), pack(plan, step, [slot])
+            short = bool((row.lengths <= 8).all())
+            assert short or bool((row.lengths > 8).all())
+            kinds.add(short)
+            assert batch.long is not None and bool((batch.long == (not short)).all())
+            read = int(row.lengths.sum())
+            ends = np.cumsum(row.lengths).tolist() if short else [read]
+            assert batch.cu_seqlens.tolist()[1 : len(ends) + 1] == ends
+            expected = np.concatenate([np.arange(n) for n in (row.lengths if short else [read])])
+            assert batch.positions[:read].tolist() == expected.tolist()
+            inside = row.lengths if short else np.array([read])
+            padding = SEQ_LEN - read
+            assert plan.work(step)[slot] == (inside * (inside + 1) // 2).sum() + padding * (padding + 1) // 2
+    assert kinds == {True, False}
+    assert plan.inputs["short_window"] == 8 and "short_window" not in make_plan().inputs

@@ -8,8 +8,22 @@ from decimal import Decimal, getcontext
 import pytest
 import torch
 
+from torchtitan.config.job_config import Rope
 from torchtitan.models.rope import RopeArgs, apply_rope, inverse_frequencies, rope_tables
-from torchtitan.models.rope_scaling import Llama3Scaling
+from torchtitan.models.rope_config import build_rope, rope_from_hf, rope_to_hf, rope_warnings, smallest_theta
+from torchtitan.models.rope_scaling import (
+    DynamicNTKScaling,
+    GeneScaling,
+    HarpeScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    NTKScaling,
+    Scaling,
+    YarnScaling,
+    ntk_theta,
+)
+from torchtitan.tools.errors import UserError
 
 
 def test_frequencies_are_the_definition():
@@ -59,3 +73,207 @@ def test_rotation_keeps_norms_and_is_done_in_float32():
     rotated = apply_rope(x.float(), tables)
     assert torch.allclose(rotated.norm(dim=-1), x.float().norm(dim=-1), rtol=1e-5)
     assert torch.equal(rotated[0], x[0].float()), "position 0 is not rotated"
+
+
+def transformers_rope(parameters: dict, head_dim: int, length: int, seq_len: int | None = None):
+    """(inverse frequencies, attention factor) of transformers' own init function."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = LlamaConfig(
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        max_position_embeddings=length,
+        rope_parameters=dict(parameters),
+    )
+    return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, "cpu", seq_len=seq_len)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        LinearScaling(8.0),
+        Llama3Scaling(8.0, 1.0, 4.0, 8192),
+        Llama3Scaling(128.0, 1.0, 32.0, 4096),
+        YarnScaling(16.0, 4096),
+        YarnScaling(8.0, 8192, beta_fast=4.0),
+        YarnScaling(8.0, 8192, truncate=False),
+        YarnScaling(4.0, 32768, attention_factor=1.25),
+        YarnScaling(40.0, 4096, mscale=1.0, mscale_all_dim=0.7),
+    ],
+    ids=str,
+)
+def test_frequencies_are_those_of_transformers(scaling: Scaling):
+    """To the last bit when computed in float32, as transformers does; in float64 they differ by its rounding only."""
+    for head_dim in (64, 96, 128):
+        for theta in (1e4, 5e5, 1.28e8):
+            parameters = scaling.hf(theta, head_dim)
+            if isinstance(scaling, YarnScaling) and scaling.mscale:
+                parameters |= {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
+                del parameters["attention_factor"]  # transformers' rule, not what we computed
+            expected, factor = transformers_rope(parameters, head_dim, 131072)
+            assert torch.equal(scaling.frequencies(theta, head_dim, torch.float32), expected)
+            assert scaling.magnitude() == pytest.approx(factor, rel=1e-15)
+            exact = scaling.frequencies(theta, head_dim)
+            assert torch.allclose(exact, expected.double(), rtol=1e-5, atol=0)
+
+
+def test_longrope_and_dynamic_are_those_of_transformers():
+    generator = torch.Generator().manual_seed(0)
+    short, long = (tuple((1 + 8 * torch.rand(48, generator=generator)).tolist()) for _ in range(2))
+    scaling = LongRopeScaling(8192, long, short, factor=16.0)
+    parameters = scaling.hf(5e5, 96)
+    del parameters["attention_factor"]
+    for row, seq_len in enumerate((8192, 8193)):
+        expected, factor = transformers_rope(parameters, 96, 131072, seq_len)
+        assert torch.equal(scaling.frequencies(5e5, 96, torch.float32)[row], expected)
+        assert scaling.magnitude() == pytest.approx(factor, rel=1e-15)
+    for seq_len in (100, 8192, 20000, 81920):
+        dynamic = DynamicNTKScaling(10.0, 8192, seq_len)
+        parameters = {"rope_type": "dynamic", "rope_theta": 5e5, "factor": 10.0}
+        expected, _ = transformers_rope(parameters, 128, 8192, seq_len)
+        assert torch.equal(dynamic.frequencies(5e5, 128, torch.float32), expected)
+
+
+def test_printed_numbers_of_the_papers():
+    """recipes.md 1 and 1.1: what LongRecipe, ProLong's discussion and YaRN's code print."""
+    assert ntk_theta(5e5, 8, 128) == pytest.approx(4.134e6, rel=1e-3)
+    assert ntk_theta(5e5, 64, 128) == pytest.approx(3.418e7, rel=1e-3)
+    for (factor, original, length, theta), expected in {
+        (10.0, 8192, 81920, 5e5): 4.8877e7,
+        (16.0, 8192, 131072, 5e5): 1.31461e8,
+        (4.0, 32768, 131072, 1e6): 1.35402e7,
+    }.items():
+        assert DynamicNTKScaling(factor, original, length).theta(theta, 128) == pytest.approx(expected, rel=1e-5)
+    assert YarnScaling(16.0, 4096).ramp(1e4, 128) == (20, 46)
+    assert YarnScaling(16.0, 8192).ramp(5e5, 128) == (18, 35)
+    assert YarnScaling(16.0, 8192, beta_fast=4.0).ramp(5e5, 128) == (28, 35)
+    factors = {2: 1.069315, 4: 1.138629, 8: 1.207944, 16: 1.277259, 32: 1.346574, 128: 1.485203, 512: 1.623832}
+    for factor, expected in factors.items():
+        assert YarnScaling(float(factor), 4096).magnitude() == pytest.approx(expected, abs=1e-6)
+    assert LongRopeScaling(8192, (), (), factor=16.0).magnitude() == pytest.approx(1.143544, abs=1e-6)
+    # UltraLong's alpha 1, beta 4 in its two readings (recipes.md 1.2), s = 128
+    plain = inverse_frequencies(RopeArgs(5e5), 128)
+    by_index = YarnScaling(128.0, 8192, beta_fast=4.0).frequencies(5e5, 128) / plain
+    by_rotation = Llama3Scaling(128.0, 1.0, 4.0, 8192).frequencies(5e5, 128) / plain
+    for pair, rotation, index in ((29, 0.805, 0.858), (31, 0.426, 0.575), (33, 0.174, 0.291)):
+        assert by_rotation[pair].item() == pytest.approx(rotation, abs=1e-3)
+        assert by_index[pair].item() == pytest.approx(index, abs=1e-3)
+    assert torch.allclose(by_rotation[:29], by_index[:29]) and torch.allclose(by_rotation[35:], by_index[35:])
+
+
+def test_closed_forms():
+    """Methods without an independent implementation, from their definitions."""
+    plain = inverse_frequencies(RopeArgs(1e4), 128)
+    assert torch.allclose(LinearScaling(4.0).frequencies(1e4, 128) * 4, plain, rtol=1e-15)
+    ntk = NTKScaling(4.0).frequencies(1e4, 128)
+    assert ntk[0] == plain[0] and ntk[-1].item() == pytest.approx(plain[-1].item() / 4, rel=1e-12)
+    # NTK-by-parts, written with its own gamma (arXiv 2309.00071)
+    turns = 4096 * plain / (2 * math.pi)
+    gamma = ((turns - 1) / (32 - 1)).clamp(0, 1)
+    expected = (1 - gamma) * plain / 16 + gamma * plain
+    table = Rope(type="ntk_by_parts", factor=16.0, original_max_position_embeddings=4096)
+    ours = inverse_frequencies(build_rope(table, RopeArgs(1e4), 128, 8, 65536), 128)
+    assert torch.allclose(ours, expected, rtol=1e-12)
+    # GeNE on Llama-2: the first pair with fewer than 3 turns in 4096 is 38; r^w_j with w_j = j / 38 up to there
+    gene = plain / GeneScaling(16.0, 4096).frequencies(1e4, 128)
+    weights = torch.tensor([min(j / 38, 1.0) for j in range(64)], dtype=torch.float64)
+    assert torch.allclose(gene, 16.0**weights, rtol=1e-12)
+    bases = (1e6, 2e6, 5e6)
+    for head, base in enumerate(bases):
+        assert torch.equal(HarpeScaling(bases).frequencies(1.0, 64)[head], inverse_frequencies(RopeArgs(base), 64))
+
+
+def test_gene_draws_as_its_code_does():
+    scaling = GeneScaling(16.0, 4096)
+    assert scaling.choices(16384) == ([4, 8, 12, 16], [0.25] * 4)
+    factors, probabilities = scaling.choices(4096)
+    assert factors == list(range(1, 17)) and sum(probabilities) == pytest.approx(1)
+    assert probabilities[0] == probabilities[-1] == 0.25 and probabilities[1] == pytest.approx(0.5 / 14)
+    drawn = [scaling.drawn(16384, 0, step, i).factor for step in range(100) for i in range(2)]
+    assert set(drawn) == {4.0, 8.0, 12.0, 16.0}
+    assert drawn == [scaling.drawn(16384, 0, step, i).factor for step in range(100) for i in range(2)]
+    assert drawn != [scaling.drawn(16384, 1, step, i).factor for step in range(100) for i in range(2)]
+
+
+def test_heads_have_their_own_base():
+    """HARPE: each query head turns with its key-value head's base; a rank with half of the heads has its half."""
+    rope = RopeArgs(1e4, HarpeScaling((1e4, 1e6)))
+    positions = torch.arange(50)
+    x = torch.randn(50, 4, 32)  # two query heads to a key-value head
+    rotated = apply_rope(x, rope_tables(rope, 32, positions))
+    for head in range(4):
+        alone = apply_rope(x[:, head : head + 1], rope_tables(RopeArgs((1e4, 1e6)[head // 2]), 32, positions))
+        assert torch.equal(rotated[:, head : head + 1], alone)
+    assert torch.equal(rotated[:, 2:], apply_rope(x[:, 2:], rope_tables(rope, 32, positions, heads=slice(1, 2))))
+
+
+def test_each_token_uses_its_own_longrope_table():
+    short, long = (1.0,) * 16, tuple(1.0 + j for j in range(16))
+    rope = RopeArgs(1e4, LongRopeScaling(64, long, short, attention_factor=1.0))
+    positions, is_long = torch.arange(40), torch.arange(40) % 3 == 0
+    mixed = rope_tables(rope, 32, positions, is_long).cos
+    all_long = rope_tables(rope, 32, positions).cos
+    plain = rope_tables(RopeArgs(1e4), 32, positions).cos
+    assert torch.equal(mixed[is_long], all_long[is_long]) and torch.equal(mixed[~is_long], plain[~is_long])
+    assert not torch.equal(all_long, plain)
+
+
+def test_theta_auto_follows_the_length():
+    before = RopeArgs(1e5, max_position_embeddings=8192)
+    rope = build_rope(Rope(theta="auto"), RopeArgs(1e4, max_position_embeddings=2048), 64, 3, 65536, before)
+    assert rope.theta == pytest.approx(1e5 * 8 ** (64 / 62)) and rope.max_position_embeddings == 65536
+    assert build_rope(Rope(theta="auto"), before, 64, 3, 4096).theta == 1e5, "a shorter stage keeps its base"
+    with pytest.raises(UserError, match='rope.theta = "auto"'):
+        build_rope(Rope(theta="auto"), RopeArgs(1e4), 64, 3, 65536)
+
+
+def test_a_base_too_small_for_the_length_is_warned_of():
+    assert rope_warnings(RopeArgs(1e4), 64, 40000) == []
+    [warning] = rope_warnings(RopeArgs(1e4), 64, 60000)
+    assert "47,1" in warning and "60,000" in warning  # 2 pi 1e4^(62/64) = 47,116
+    enough = smallest_theta(60000, 64)
+    assert rope_warnings(RopeArgs(enough * 1.001), 64, 60000) == []
+    assert len(rope_warnings(RopeArgs(enough * 0.999), 64, 60000)) == 1
+
+
+@pytest.mark.parametrize(
+    ("table", "named"),
+    [
+        (Rope(type="longrope", original_max_position_embeddings=64, long_factor=(1.0, 2.0)), "rope.long_factor has 2"),
+        (
+            Rope(type="longrope", original_max_position_embeddings=64, long_factor=(1.0,) * 32, short_factor=(1.0,)),
+            "rope.short_factor has 1",
+        ),
+        (Rope(type="harpe", bases=(1e4,)), "rope.bases has 1 numbers, but the model has 3"),
+    ],
+)
+def test_lists_of_the_wrong_length_are_refused(table: Rope, named: str):
+    with pytest.raises(UserError, match=named):
+        build_rope(table, RopeArgs(), 64, 3, 128)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        LinearScaling(8.0),
+        Llama3Scaling(8.0, 1.0, 4.0, 8192),
+        YarnScaling(16.0, 4096, 24.0, 2.0, False, 1.5),
+        LongRopeScaling(4096, (2.0,) * 32, (1.0,) * 32, 1.0, 16.0),
+    ],
+    ids=str,
+)
+def test_hugging_faces_form_reads_back(scaling: Scaling | None):
+    rope = RopeArgs(5e5, scaling, max_position_embeddings=65536)
+    form, length = rope_to_hf(rope, 64)
+    for config in ({"rope_parameters": form}, {"rope_theta": 5e5, "rope_scaling": form}):
+        again = rope_from_hf(config | {"max_position_embeddings": length}, "x")
+        assert (again.theta, again.scaling) == (5e5, scaling)
+        assert torch.equal(inverse_frequencies(again, 64), inverse_frequencies(rope, 64))
+
+
+def test_harpe_has_no_hugging_face_form():
+    with pytest.raises(UserError, match="harpe"):
+        rope_to_hf(RopeArgs(1e4, HarpeScaling((1e4, 1e6)), max_position_embeddings=64), 64)

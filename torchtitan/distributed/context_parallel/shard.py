@@ -35,6 +35,9 @@ class LocalBatch:
 
     mask: Mask
 
+    long: torch.Tensor | None
+    """bool[t], see PackedBatch."""
+
     pairs: int
     """(query, key) pairs of the whole micro-batch."""
 
@@ -52,7 +55,8 @@ class LocalBatch:
 
     def to(self, device: torch.device | str) -> LocalBatch:
         """The model's inputs on a device; source and index stay. Asynchronous from pinned memory."""
-        moved = {n: getattr(self, n).to(device, non_blocking=True) for n in ("tokens", "labels", "positions")}
+        names = ("tokens", "labels", "positions", *(["long"] if self.long is not None else []))
+        moved = {n: getattr(self, n).to(device, non_blocking=True) for n in names}
         return replace(self, **moved, mask=self.mask.to(device))
 
     def pin_memory(self, device: torch.device | str | None = None) -> LocalBatch:
@@ -76,6 +80,7 @@ def shard(batch: PackedBatch, backend: str, layout: str, exchange: str, cp: int,
         "positions": batch.positions,
         "source": batch.token_sources,
         "index": torch.from_numpy(np.arange(documents[-1]) - np.repeat(documents[:-1], np.diff(documents))),
+        "long": batch.long,
     }
     pairs = segments.attended_pairs
     prepare = BACKENDS[backend].prepare
@@ -86,7 +91,9 @@ def shard(batch: PackedBatch, backend: str, layout: str, exchange: str, cp: int,
     owner = LAYOUTS[layout](segments, cp).astype(np.int64)
     local, plan = plan_exchange(exchange, segments, owner, cp, rank)
     own = torch.from_numpy(np.flatnonzero(owner == rank))
-    mine = {name: x.unflatten(0, (-1, BLOCK))[own].flatten() for name, x in tokens.items()}
+    mine: dict[str, Any] = {
+        name: None if x is None else x.unflatten(0, (-1, BLOCK))[own].flatten() for name, x in tokens.items()
+    }
     if exchange == "ulysses":  # heads are divided, not the pairs
         busiest = -(-pairs // cp)
     else:
