@@ -150,7 +150,8 @@ def pack(plan: Plan, step: int, slots: list[int]) -> PackedBatch:
         long[begin : begin + plan.seq_len] = not short
         inside = np.array([len(read)]) if plan.data.cross_document_attention and not short else row.lengths
         segments += [inside, padding]
-        positions[begin : begin + len(read)] = _positions(plan, read, row.lengths, inside, step, slot)
+        method = "reset" if short else plan.data.positions
+        positions[begin : begin + len(read)] = _positions(plan, method, read, row.lengths, inside, step, slot)
         positions[begin + len(read) : begin + plan.seq_len] = reset_positions(padding)
     cu_documents = np.cumsum(np.concatenate([np.zeros(1, np.int64), *documents]))
     cu_seqlens = np.cumsum(np.concatenate([np.zeros(1, np.int64), *segments]))
@@ -171,9 +172,8 @@ def pack(plan: Plan, step: int, slots: list[int]) -> PackedBatch:
 
 
 def _positions(
-    plan: Plan, tokens: np.ndarray, documents: np.ndarray, segments: np.ndarray, step: int, slot: int
+    plan: Plan, method: str, tokens: np.ndarray, documents: np.ndarray, segments: np.ndarray, step: int, slot: int
 ) -> np.ndarray:
-    method = plan.data.positions
     placed = documents if method == "reset" else segments
     ends = sentence_ends(tokens, plan.sentence_end_ids) if method == "longrecipe" else None
     return row_positions(method, placed, plan.data.target_seq_len, (plan.seed, step, slot), ends)
