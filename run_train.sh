@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Train a stage on this machine.
 #
-#   ./run_train.sh                                        the demo: builds its corpus, trains train_configs/demo/1k.toml
+#   ./run_train.sh                                        the demo: builds its corpus, trains both stages
 #   ./run_train.sh --training.steps 50                    the demo with an override
 #   ./run_train.sh --job.config_file my.toml [--x.y z]    another stage; paths are relative to where you stand
+#   ./run_train.sh --job.config_file 512k.toml --stage.run_chain   the stages before it that have not ended, and then it
 #   ./run_train.sh --help                                 every option; --job.print_config: what would be run
 #
 # NGPU=4 sets the number of processes (default: one for each GPU, 2 without). CONFIG_FILE=my.toml does as the flag.
@@ -23,11 +24,12 @@ if ! [[ $NGPU =~ ^[1-9][0-9]*$ ]]; then
 fi
 setup_python
 
-has_file=false plain=false help=false
+has_file=false plain=false help=false chain=false
 for arg in "$@"; do
     case $arg in
         --job.config_file | --job.config-file | --job.config_file=* | --job.config-file=*) has_file=true ;;
         -h | --help) plain=true help=true ;;
+        --stage.run_chain | --stage.run-chain) chain=true ;;
         --job.print_config | --job.print-config) plain=true ;;
     esac
 done
@@ -38,15 +40,17 @@ fi
 if ! $has_file && ! $help; then
     cd "$REPO"
     if $default_ngpu && [[ $NGPU -gt 2 ]]; then NGPU=2; fi # a step of the demo has rows for two
-    set -- --job.config_file train_configs/demo/1k.toml "$@"
+    set -- --job.config_file train_configs/demo/4k.toml "$@"
+    chain=true
 fi
 if $plain; then exec "$PYTHON" -m torchtitan.train "$@"; fi
 
-"$PYTHON" -m torchtitan.config "$NGPU" "$@"
+$chain || "$PYTHON" -m torchtitan.config "$NGPU" "$@"
 $has_file || "$PYTHON" scripts/build_demo_corpus.py
 if [[ $gpus -gt 0 ]]; then export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}; fi
 if [[ -z ${OMP_NUM_THREADS:-} ]]; then
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
     export OMP_NUM_THREADS=$((cores > NGPU ? cores / NGPU : 1))
 fi
+if $chain; then exec "$PYTHON" -m torchtitan.chain "$NGPU" "$@"; fi
 exec "$PYTHON" -m torchtitan.tools.launch --nproc "$NGPU" -- "$@"

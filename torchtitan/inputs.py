@@ -13,6 +13,7 @@ from typing import Any
 from torchtitan.attention.backends import choose_backend
 from torchtitan.components.checkpoint import check_load_step, complete_steps, read_manifest
 from torchtitan.components.metrics import import_wandb
+from torchtitan.components.stage import Start, check_start, find_start, flat, lineage
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.config import JobConfig
 from torchtitan.config.checks import check_config, dp_degree, rows_per_step
@@ -42,13 +43,26 @@ class StageInputs:
     args: TransformerArgs
     plan: Plan
 
+    start: Start | None
+    """What a fresh run starts from; None where there is a checkpoint to resume from, or it starts from scratch."""
+
+    stages_before: list[dict[str, Any]]
+    """lineage() of the stage before, from the first one on."""
+
 
 def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
     """Everything that can be wrong with a stage is found here: UserError."""
     check_config(config, world_size)
     assets = Path(config.model.hf_assets_path)
     tokenizer = load_tokenizer(assets)
-    args = model_args(config)
+    own = _own_manifest(config)
+    start = None if own else find_start(config)
+    stages_before = own.get("stages_before", []) if own else lineage(start.manifest if start else None)
+    args = model_args(config, stages_before[-1]["rope"] if stages_before else None)
+    if start:
+        check_start(start, as_json(args), tokenizer.fingerprint, config.rope.type)
+        if start.manifest is None:
+            check_weights(start.path, args, f"checkpoint.initial_load_path = {start.path}")
     p = config.parallelism
     check_tensor_parallel(args, p.tensor_parallel_degree)
     if p.context_parallel_exchange == "ulysses" and p.context_parallel_degree > 1:
@@ -64,16 +78,16 @@ def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
             "model, or another flavor."
         )
     if config.checkpoint.initial_load_in_hf:
-        check_weights(assets, args)
+        check_weights(assets, args, f"checkpoint.initial_load_in_hf = true, with model.hf_assets_path = {assets}")
     plan = make_plan(config, world_size, tokenizer, args.vocab_size)
-    if config.checkpoint.enable:
-        _check_resumable(config, args, tokenizer, plan)
+    if own:
+        _check_resumable(config, own, args, tokenizer, plan)
     if config.metrics.enable_wandb:
         import_wandb()
     make_writable("job.dump_folder", Path(config.job.dump_folder))
     if config.checkpoint.enable:
         make_writable("job.dump_folder / checkpoint.folder", Path(config.job.dump_folder) / config.checkpoint.folder)
-    return StageInputs(tokenizer, args, plan)
+    return StageInputs(tokenizer, args, plan, start, stages_before)
 
 
 def make_plan(config: JobConfig, world_size: int, tokenizer: Tokenizer, vocab_size: int) -> Plan:
@@ -114,8 +128,8 @@ def report_of(plan: Plan, config: JobConfig, world_size: int, args: TransformerA
     )
 
 
-def model_args(config: JobConfig, before: RopeArgs | None = None) -> TransformerArgs:
-    """The architecture that [model] names, with what [rope] changes; before: the RoPE of the stage before."""
+def model_args(config: JobConfig, rope_before: dict[str, Any] | None = None) -> TransformerArgs:
+    """The architecture that [model] names, with what [rope] changes; rope_before: of the stage before, as JSON."""
     flavor = config.model.flavor
     if flavor == "auto":
         args = read_config(Path(config.model.hf_assets_path))
@@ -124,25 +138,35 @@ def model_args(config: JobConfig, before: RopeArgs | None = None) -> Transformer
     else:
         raise UserError(f'model.flavor = "{flavor}" is not known; there are auto, {", ".join(FLAVORS)}.')
     length = config.data.target_seq_len or config.training.seq_len
+    before = None
+    if rope_before:
+        before = RopeArgs(rope_before["theta"], max_position_embeddings=rope_before["max_position_embeddings"])
     rope = build_rope(config.rope, args.rope, args.head_dim, args.n_kv_heads, length, before)
     return replace(args, rope=rope)
 
 
-def _check_resumable(config: JobConfig, args: TransformerArgs, tokenizer: Tokenizer, plan: Plan) -> None:
-    """Refuse a checkpoint folder of another model or of other data, rather than overwrite or mix."""
+def _own_manifest(config: JobConfig) -> dict[str, Any] | None:
+    """Of the newest checkpoint of this very stage that can be read; None where there is none."""
+    if not config.checkpoint.enable:
+        return None
     folder = Path(config.job.dump_folder) / config.checkpoint.folder
     steps = complete_steps(folder)
     check_load_step(folder, config.checkpoint.load_step, steps)
-    manifest: dict[str, Any] | None = None
     for step in reversed(steps):
         try:
-            manifest = read_manifest(folder / f"step-{step}")
-            break
+            return read_manifest(folder / f"step-{step}")
         except UserError:
             continue  # damaged: named when a checkpoint to resume from is looked for
-    if manifest is None:
-        return
-    was, now = _flat(manifest["architecture"]), _flat(as_json(args))
+    return None
+
+
+def _check_resumable(
+    config: JobConfig, manifest: dict[str, Any], args: TransformerArgs, tokenizer: Tokenizer, plan: Plan
+) -> None:
+    """Refuse a checkpoint folder of another model or of other data, rather than overwrite or mix."""
+    folder = Path(config.job.dump_folder) / config.checkpoint.folder
+    steps = complete_steps(folder)
+    was, now = flat(manifest["architecture"]), flat(as_json(args))
     differences = [f"{k} {was.get(k)} -> {now.get(k)}" for k in {**was, **now} if was.get(k) != now.get(k)]
     if manifest["tokenizer"] != tokenizer.fingerprint:
         differences.append("the tokenizer")
@@ -158,11 +182,3 @@ def _check_resumable(config: JobConfig, args: TransformerArgs, tokenizer: Tokeni
 def as_json(args: TransformerArgs) -> dict[str, Any]:
     """The architecture as it stands in a manifest."""
     return json.loads(json.dumps(asdict(args)))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"rope": {"theta": 1}} -> {"rope.theta": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -24,6 +24,11 @@ def main(args: list[str]) -> int:
         if config.job.print_config:
             print(dump_toml(config), end="")
             return 0
+        if config.stage.run_chain:
+            raise UserError(
+                "stage.run_chain is for ./run_train.sh, which starts one stage after the other; here the processes of "
+                "a single stage have been started. Leave it out to train this one."
+            )
         # the imports of PyTorch take seconds: a mistake in the TOML should not
         from torchtitan.config.checks import check_config
 

@@ -22,15 +22,19 @@ import torch.distributed as dist
 from torchtitan.attention.backends import choose_backend
 from torchtitan.components.checkpoint import (
     Checkpointer,
+    damage_of_all,
+    load,
     random_state,
     read_manifest,
+    saved_parts,
     set_random_state,
 )
 from torchtitan.components.loss import position_bucket, train_micro_batch
 from torchtitan.components.lr_scheduler import lr_factor
 from torchtitan.components.metrics import MetricsLogger, duration, log_step
 from torchtitan.components.optimizer import build_optimizer, clip_gradients, optimizer_state
-from torchtitan.config import JobConfig, dump_toml
+from torchtitan.components.stage import Start, differences, failed_gate, metrics_before
+from torchtitan.config import JobConfig, as_tables, dump_toml
 from torchtitan.config.checks import accumulation_steps, resolve_shard_degree
 from torchtitan.datasets.loader import IGNORED_LABEL, build_loader
 from torchtitan.datasets.report import format_report
@@ -42,6 +46,7 @@ from torchtitan.distributed.self_check import run_self_check
 from torchtitan.inputs import StageInputs, as_json, report_of
 from torchtitan.models.huggingface import load_weights
 from torchtitan.models.rope import RopeArgs
+from torchtitan.models.rope_config import describe_rope, rope_warnings
 from torchtitan.models.rope_scaling import GeneScaling
 from torchtitan.models.transformer import init_weights, parameter_counts
 from torchtitan.tools.device import (
@@ -130,6 +135,11 @@ class Trainer:
         total = parameter_counts(self.inputs.args)[0]
         sizes = ", ".join(f"{name} {self.dims.size(name)}" for name in ("dp_replicate", "dp_shard", "cp", "tp"))
         logger.info(f"stage {self.config.stage.name}: {self.config.job.description}".rstrip(": "))
+        rope, head_dim = self.inputs.args.rope, self.inputs.args.head_dim
+        length = self.config.data.target_seq_len or self.config.training.seq_len
+        logger.info(f"RoPE: {describe_rope(rope)}")
+        for warning in rope_warnings(rope, head_dim, length):
+            logger.warning(warning)
         logger.info(f"model {self.config.model.flavor}: {total / 1e6:,.1f}M parameters on {self.device.type}; {sizes}")
         for line in format_report(report).splitlines():
             logger.info(line)
@@ -151,16 +161,40 @@ class Trainer:
             path = self.checkpointer.find()
         if path and self.checkpointer:
             state = self._state()
-            self.checkpointer.load(path, state)
+            load(path, state, self.checkpointer.group)
             set_random_state(state["rng"])
             manifest = read_manifest(path)
             self.step, self.tokens_seen = manifest["step"], manifest["tokens_seen"]
             logger.info(f"resumed from {path}")
+        elif self.inputs.start:
+            self._start_from(self.inputs.start)
         elif self.config.checkpoint.initial_load_in_hf:
             load_weights(self.model, Path(self.config.model.hf_assets_path))
             logger.info(f"weights from {self.config.model.hf_assets_path}")
         else:
             init_weights(self.model, self.config.training.seed)
+
+    def _start_from(self, start: Start) -> None:
+        """Collective. The parts of the stage before (or of a checkpoint from elsewhere), and what changes from it."""
+        if start.manifest is None:
+            load_weights(self.model, start.path)
+            logger.info(f"weights from {start.path}")
+            return
+        group = self.checkpointer.group if self.checkpointer else self.cpu_group
+        if damage := damage_of_all(start.path, group):
+            raise UserError(f"{start.path}, which this run would start from, is damaged: {damage}")
+        parts = saved_parts(start.path)
+        taken = [part for part in start.parts if part in parts]
+        state = self._state()
+        load(start.path, {part: state[part] for part in taken}, group)
+        name, left = start.manifest["stage"], [part for part in ("model", "optimizer") if part not in taken]
+        logger.info(
+            f"{' and '.join(taken)} from {start.path}: stage {name}, step {start.manifest['step']}, "
+            f"{start.manifest['tokens_seen']:,} tokens" + (f"; {', '.join(left)} anew" if left else "")
+        )
+        logger.info(f"what changes from stage {name} to {self.config.stage.name}:")
+        for line in differences(start.manifest, as_tables(self.config), as_json(self.inputs.args)):
+            logger.info(f"  {line}")
 
     def save(self) -> None:
         """Collective. Save the state after self.step."""
@@ -169,6 +203,8 @@ class Trainer:
             "step": self.step,
             "tokens_seen": self.tokens_seen,
             "stage": self.config.stage.name,
+            "stages_before": self.inputs.stages_before,
+            "config": as_tables(self.config),
             "architecture": as_json(self.inputs.args),
             "tokenizer": self.inputs.tokenizer.fingerprint,
             "seq_len": self.config.training.seq_len,
@@ -221,8 +257,22 @@ class Trainer:
                     self.save()
         if self.checkpointer:
             self.checkpointer.wait()
+        if self.step >= steps:
+            self._end_stage()
         mean = f"; mean loss of the last {len(recent)} steps {sum(recent) / len(recent):.3f}" if recent else ""
         logger.info(f"ended at step {self.step} after {duration(time.perf_counter() - start)}{mean}")
+
+    def _end_stage(self) -> None:
+        """The export, and UserError where a gate does not hold."""
+        gates = self.config.stage.gates
+        if self.rank == 0 and gates:
+            before = metrics_before(self.config)
+            if failure := failed_gate(gates, self.dump_folder / "metrics.jsonl", before):
+                raise UserError(
+                    f"A gate of stage {self.config.stage.name} does not hold: {failure}. The checkpoint of step "
+                    f"{self.step} is kept, but the stage does not count as ended well, and its chain stops here."
+                )
+            logger.info(f"gates: {', '.join(gate.metric for gate in gates)} hold")
 
     def train_step(self, window: Window) -> dict[str, Any] | None:
         """One optimizer step over the global batch; None, and nothing done, if a rank has been asked to stop.

@@ -18,6 +18,7 @@ from torchtitan.components.checkpoint import _WholeWriter, complete_steps
 from torchtitan.config import load_config
 from torchtitan.inputs import prepare_inputs
 from torchtitan.models.huggingface import hf_name, read_config
+from torchtitan.models.rope import RopeTables
 from torchtitan.models.transformer import Transformer, init_weights
 from torchtitan.trainer import NotFiniteError, Trainer
 
@@ -100,9 +101,9 @@ def types_at_the_rotation(args: list[str], rank: int, world_size: int) -> set[tu
     seen = set()
     original = attention.apply_rope
 
-    def spy(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        y = original(x, cos, sin)
-        seen.add((x.dtype, cos.dtype, sin.dtype, y.dtype))
+    def spy(x: torch.Tensor, tables: RopeTables) -> torch.Tensor:
+        y = original(x, tables)
+        seen.add((x.dtype, tables.cos.dtype, tables.sin.dtype, y.dtype))
         return y
 
     attention.apply_rope = spy

@@ -21,6 +21,7 @@ FLOORS = {  # a room may import its own floor and those below
     "inputs.py": 6,
     "trainer.py": 7,
     "train.py": 8,
+    "chain.py": 8,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -74,7 +74,7 @@ class Checkpointer:
         self.folder = dump_folder / config.folder
         self._pending: Future[Any] | None = None
         # its own group: a save in the background must not meet the training's collectives
-        self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+        self.group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
     def prepare(self) -> None:
         """Rank 0: make the folder and clear what killed runs left half written."""
@@ -83,7 +83,7 @@ class Checkpointer:
             for pattern in ("step-*.partial", "step-*.deleting"):
                 for left in self.folder.glob(pattern):
                     shutil.rmtree(left)
-        dist.barrier(self._group)
+        dist.barrier(self.group)
 
     def save(self, state: dict[str, Any], manifest: dict[str, Any]) -> None:
         """Collective. state: {part: {name: tensor}}; manifest: JSON with `step`. A save under way is waited for."""
@@ -91,10 +91,10 @@ class Checkpointer:
         writer = _WholeWriter(self.folder / f"step-{manifest['step']}", {"format": FORMAT} | manifest)
         if self.config.async_mode == "async":
             # the writer copies the state before this returns; the rest happens in DCP's thread
-            self._pending = dcp.async_save(state, storage_writer=writer, process_group=self._group)  # type: ignore
+            self._pending = dcp.async_save(state, storage_writer=writer, process_group=self.group)  # type: ignore
         else:
             with _explain_failure(self.folder):
-                dcp.save(state, storage_writer=writer, process_group=self._group)
+                dcp.save(state, storage_writer=writer, process_group=self.group)
             logger.info(f"checkpoint: {writer.target}")
             self._delete_old()
 
@@ -121,22 +121,20 @@ class Checkpointer:
         that is being taken back, and must not be resumed from, nor counted in keep_latest_k, once this run saves.
         """
         wanted = self.config.load_step
-        steps = _from_rank0(complete_steps(self.folder) if dist.get_rank() == 0 else None, self._group)
+        steps = _from_rank0(complete_steps(self.folder) if dist.get_rank() == 0 else None, self.group)
         check_load_step(self.folder, wanted, steps)
         for step in [wanted] if wanted >= 0 else reversed(steps):
             path = self.folder / f"step-{step}"
-            damage: list[str | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(damage, find_damage(path, dist.get_rank(), dist.get_world_size()), group=self._group)
-            found = [d for d in damage if d]
+            found = damage_of_all(path, self.group)
             if not found:
                 if dist.get_rank() == 0:
                     _set_aside([self.folder / f"step-{later}" for later in steps if later > step])
-                dist.barrier(self._group)
+                dist.barrier(self.group)
                 return path
             if wanted >= 0:
-                raise UserError(f"checkpoint.load_step = {wanted}: {found[0]}")
+                raise UserError(f"checkpoint.load_step = {wanted}: {found}")
             if dist.get_rank() == 0:
-                logger.warning(f"Skipping a damaged checkpoint: {found[0]}")
+                logger.warning(f"Skipping a damaged checkpoint: {found}")
         if steps:
             raise UserError(
                 f"Every checkpoint in {self.folder} is damaged (steps {', '.join(map(str, steps))}). "
@@ -144,19 +142,32 @@ class Checkpointer:
             )
         return None
 
-    def load(self, path: Path, state: dict[str, Any]) -> None:
-        """Collective. Reads into the tensors of state, whatever layout they were saved from.
 
-        Random states of ranks that the saving run did not have are left as they are.
-        """
-        reader = FileSystemReader(str(path))
-        saved = reader.read_metadata().state_dict_metadata
-        state = dict(state)
-        state["rng"] = {k: v for k, v in state.get("rng", {}).items() if f"rng.{k}" in saved}
-        try:
-            dcp.load(state, storage_reader=reader, process_group=self._group)
-        except CheckpointException as e:  # a BaseException, which `except Exception` would let through
-            raise RuntimeError(f"{path} could not be loaded: {e}") from e
+def load(path: Path, state: dict[str, Any], group: dist.ProcessGroup) -> None:
+    """Collective. Reads into the tensors of state, whatever layout they were saved from.
+
+    Random states of ranks that the saving run did not have are left as they are.
+    """
+    reader = FileSystemReader(str(path))
+    saved = reader.read_metadata().state_dict_metadata
+    state = dict(state)
+    state["rng"] = {k: v for k, v in state.get("rng", {}).items() if f"rng.{k}" in saved}
+    try:
+        dcp.load(state, storage_reader=reader, process_group=group)
+    except CheckpointException as e:  # a BaseException, which `except Exception` would let through
+        raise RuntimeError(f"{path} could not be loaded: {e}") from e
+
+
+def saved_parts(path: Path) -> set[str]:
+    """Of "model", "optimizer" and "rng", those that a checkpoint holds."""
+    return {name.partition(".")[0] for name in FileSystemReader(str(path)).read_metadata().state_dict_metadata}
+
+
+def damage_of_all(path: Path, group: dist.ProcessGroup) -> str | None:
+    """Collective. find_damage with the reading shared by all ranks; the first that some rank found."""
+    damage: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(damage, find_damage(path, dist.get_rank(), dist.get_world_size()), group=group)
+    return next(filter(None, damage), None)
 
 
 @contextmanager

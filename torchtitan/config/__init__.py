@@ -4,6 +4,6 @@ Importing this package does not import torch: `--help` and a misspelt key are an
 """
 
 from torchtitan.config.job_config import JobConfig
-from torchtitan.config.manager import dump_toml, load_config
+from torchtitan.config.manager import as_tables, dump_toml, load_config
 
-__all__ = ["JobConfig", "dump_toml", "load_config"]
+__all__ = ["JobConfig", "as_tables", "dump_toml", "load_config"]

@@ -504,11 +504,15 @@ class Stage:
     """TOML file of the stage before, relative to this file: a fresh run starts from the last checkpoint of that stage,
     which must have ended. Empty: none (to try one stage alone)."""
 
+    after_dump_folder: str | None = None
+    """Where that stage wrote, if not to the job.dump_folder of its file."""
+
     carry: tuple[Literal["model", "optimizer"], ...] = ("model", "optimizer")
     """What is carried over from the stage before. The schedule, the step counter and the data always begin anew."""
 
     run_chain: bool = False
-    """Run the stages before this one that have not ended, in order, and then this one (run_train.sh)."""
+    """Run the stages before this one that have not ended, in order, and then this one (run_train.sh). Other overrides
+    hold for all of them; job.dump_folder gets a folder for each."""
 
     gates: tuple[Gate, ...] = ()
     """What must hold at the end of the stage, each a [[stage.gates]] table."""

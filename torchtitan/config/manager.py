@@ -18,7 +18,7 @@ import tomli_w
 import tyro
 
 from torchtitan.config.job_config import Data, Gate, JobConfig, Source, Stage
-from torchtitan.config.toml_file import element_table, fields_of, known_names, load_tables, suggest
+from torchtitan.config.toml_file import element_table, fields_of, known_names, load_tables, own_keys, suggest
 from torchtitan.tools.errors import UserError
 
 _NAME_WITHOUT_FILE = "defaults"
@@ -35,25 +35,51 @@ def load_config(args: list[str]) -> JobConfig:
         UserError: an unknown name, a value of the wrong type, a file that cannot be read.
         SystemExit: with code 0 after printing `--help`.
     """
-    path = _config_file(args)
+    path = config_file(args)
     tables = load_tables(Path(path)) if path is not None else {}
     config = JobConfig(**{table: fields_of(JobConfig)[table](**values) for table, values in tables.items()})
     config = _override(config, args)
+    config = _keep_batch(config, set() if path is None else own_keys(Path(path)), args)
     if not config.stage.name:
         name = Path(path).stem if path is not None else _NAME_WITHOUT_FILE
         config = dataclasses.replace(config, stage=dataclasses.replace(config.stage, name=name))
     return config
 
 
+def _keep_batch(config: JobConfig, own: set[str], args: list[str]) -> JobConfig:
+    """A stage has as many tokens a batch as the one before it, unless its own file or the command line says otherwise.
+
+    Rows that it has from a file it extends are that file's: they would multiply the batch by the growth in length.
+    """
+    t, after = config.training, config.stage.after
+    said = own | {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
+    if not after or t.global_batch_tokens or said & {"training.global_batch_size", "training.global_batch_tokens"}:
+        return config
+    if not Path(after).is_file():
+        return config  # said by what looks for that stage
+    before = load_config(["--job.config_file", after]).training
+    tokens = before.global_batch_tokens or (before.global_batch_size or 0) * before.seq_len
+    if not tokens:
+        return config
+    t = dataclasses.replace(t, global_batch_size=None, global_batch_tokens=tokens)
+    return dataclasses.replace(config, training=t)
+
+
 def dump_toml(config: JobConfig) -> str:
     """`config` as a TOML file that load_config turns into the same configuration.
 
-    Keys that are None are left out, and job.config_file and job.print_config too: they say how a run was started.
+    Keys that are None are left out, and job.config_file, job.print_config and stage.run_chain too: they say how a run
+    was started.
     """
+    return tomli_w.dumps(as_tables(config))
+
+
+def as_tables(config: JobConfig) -> dict[str, dict[str, Any]]:
+    """`config` as plain dictionaries and lists: what dump_toml writes."""
     tables = {table: _plain(getattr(config, table)) for table in fields_of(JobConfig)}
-    for key in ("config_file", "print_config"):
-        tables["job"].pop(key, None)
-    return tomli_w.dumps(tables)
+    for table, key in (("job", "config_file"), ("job", "print_config"), ("stage", "run_chain")):
+        tables[table].pop(key, None)
+    return tables
 
 
 def _plain(table: Any) -> dict[str, Any]:
@@ -67,7 +93,8 @@ def _plain(table: Any) -> dict[str, Any]:
     return result
 
 
-def _config_file(args: list[str]) -> str | None:
+def config_file(args: list[str]) -> str | None:
+    """The value of --job.config_file in a command line, if it is there."""
     path = None
     for i, arg in enumerate(args):
         flag, equals, value = arg.partition("=")

@@ -76,6 +76,12 @@ def load_tables(path: Path) -> Tables:
     return _load(path, ())
 
 
+def own_keys(path: Path) -> set[str]:
+    """`table.key` of what stands in `path` itself, not in what it extends."""
+    raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    return {f"{table}.{key}" for table, values in raw.items() if isinstance(values, dict) for key in values}
+
+
 def _load(path: Path, extended_by: tuple[Path, ...]) -> Tables:
     resolved = path.resolve()
     if resolved in [file.resolve() for file in extended_by]:
@@ -129,6 +135,8 @@ def _check_file(raw: dict[str, Any], path: Path, text: str) -> Tables:
             if (table, key) == ("job", "config_file"):
                 raise UserError(f'{where}: job.config_file is for the command line; write extends = "other.toml".')
             checked[table][key] = convert(value, hints[key], f"{table}.{key}", where)
+            if (table, key) == ("stage", "after") and value:
+                checked[table][key] = str((path.parent / value).resolve())
     return checked
 
 

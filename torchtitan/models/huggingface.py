@@ -93,8 +93,10 @@ def read_config(folder: Path) -> TransformerArgs:
         raise UserError(f"{path} has no key {e}.") from None
 
 
-def check_weights(folder: Path, args: TransformerArgs) -> None:
+def check_weights(folder: Path, args: TransformerArgs, asked: str) -> None:
     """Compare names and shapes in the safetensors headers with the model; UserError with the first mismatches.
+
+    asked: the TOML keys and values that ask for the folder, for messages.
 
     Reads headers only, so that a wrong folder is refused before anything is allocated.
     """
@@ -102,9 +104,8 @@ def check_weights(folder: Path, args: TransformerArgs) -> None:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(
-            f"checkpoint.initial_load_in_hf = true, but there is no *.safetensors file in "
-            f"model.hf_assets_path = {folder}. Name a folder with the weights, or leave initial_load_in_hf out to "
-            "train from scratch."
+            f"{asked}: there is no *.safetensors there. Name a folder with the weights, or leave the first key out "
+            "to train from scratch."
         )
     for file in files:
         try:

@@ -103,6 +103,16 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
+def describe_rope(rope: RopeArgs) -> str:
+    """One line for the log: theta, the method and its numbers."""
+    text = f"theta {rope.theta:g}"
+    if rope.scaling:
+        values = {k: v for k, v in vars(rope.scaling).items() if k != "rope_type" and v is not None}
+        shown = (f"{k} ({len(v)} numbers)" if isinstance(v, tuple) else f"{k} {v:g}" for k, v in values.items())
+        text += f", {rope.scaling.rope_type}: {', '.join(shown)}; cos and sin times {rope.scaling.magnitude():g}"
+    return text + (", on full-attention layers only" if rope.layers == "full_attention" else "")
+
+
 def rope_warnings(rope: RopeArgs, head_dim: int, length: int) -> list[str]:
     """What looks wrong about a RoPE for rows that reach position `length`, in sentences with the arithmetic."""
     wave = longest_wavelength(rope, head_dim)

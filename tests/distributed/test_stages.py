@@ -1,0 +1,367 @@
+"""Stages: what is carried to the next on other layouts, what is refused, chains that are killed, gates."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.harness import flags, spawn, write_assets
+from torchtitan.chain import has_ended, run_chain
+from torchtitan.components.checkpoint import complete_steps, read_manifest
+from torchtitan.components.stage import differences, failed_gate
+from torchtitan.config import as_tables, load_config
+from torchtitan.config.chain import chain
+from torchtitan.config.job_config import Gate
+from torchtitan.inputs import as_json, prepare_inputs
+from torchtitan.tools.errors import UserError
+from torchtitan.trainer import Trainer
+
+SECOND = """
+extends = "stage.toml"
+[stage]
+name = "two"
+after = "stage.toml"
+[rope]
+theta = "auto"
+[training]
+seq_len = 256
+steps = 3
+[optimizer]
+lr = 5e-4
+[lr_scheduler]
+warmup_steps = 1
+"""
+THIRD = """
+extends = "two.toml"
+[stage]
+name = "three"
+after = "two.toml"
+[training]
+seq_len = 512
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stages")
+    write_assets(folder)
+    flags(folder, folder / "assets-llama")  # writes stage.toml
+    (folder / "two.toml").write_text(SECOND)
+    (folder / "three.toml").write_text(THIRD)
+    return folder
+
+
+def stage(folder: Path, file: str, out: str, after: str | None = None, **overrides: Any) -> list[str]:
+    """Command line of a stage that writes to `out` and comes after what is in the folder `after`."""
+    args = flags(folder, folder / "assets-llama", job__dump_folder=folder / out, **overrides)
+    args[1] = str(folder / file)
+    args += ["--checkpoint.enable", "true"]
+    return args + (["--stage.after_dump_folder", str(folder / after)] if after else [])
+
+
+def run(args: list[str], rank: int, world_size: int) -> dict[str, Any]:
+    """Train; losses and the optimizer's state before the first step."""
+    config = load_config(args)
+    trainer = Trainer(config, prepare_inputs(config, world_size), rank, rank, world_size)
+    before = trainer._state()["optimizer"]
+    exp_avg = float(sum(v.full_tensor().double().abs().sum() for k, v in before.items() if k.endswith("exp_avg")))
+    adam_step = float(next(v for k, v in before.items() if k.endswith(".step")))
+    losses = []
+    step = trainer.train_step
+
+    def recorded(window: Any) -> Any:
+        result = step(window)
+        losses.append(result["loss"])
+        return result
+
+    trainer.train_step = recorded  # type: ignore[method-assign]
+    trainer.train()
+    tokens, theta = trainer.tokens_seen, trainer.inputs.args.rope.theta
+    trainer.close()
+    return {"losses": losses, "exp_avg": exp_avg, "adam_step": adam_step, "tokens": tokens, "theta": theta}
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Stage 1 on 2 ranks, 2 on 4, 3 on 1; and all three on 1 rank."""
+    (one,) = spawn(2, run, [stage(folder, "stage.toml", "one")], folder)
+    cp = {"parallelism__context_parallel_degree": 2, "training__local_batch_size": 1}
+    two, bare = spawn(
+        4,
+        run,
+        [
+            stage(folder, "two.toml", "two", "one", **cp),
+            [*stage(folder, "two.toml", "two-bare", "one", **cp), "--stage.carry", "model"],
+        ],
+        folder,
+    )
+    cases = {
+        "three": stage(folder, "three.toml", "three", "two"),
+        "oracle one": stage(folder, "stage.toml", "o1"),
+        "oracle two": stage(folder, "two.toml", "o2", "o1"),
+        "oracle bare": [*stage(folder, "two.toml", "o2-bare", "o1"), "--stage.carry", "model"],
+        "oracle three": stage(folder, "three.toml", "o3", "o2"),
+        "elsewhere": [
+            *stage(folder, "stage.toml", "e", checkpoint__initial_load_path=folder / "o1" / "checkpoint"),
+            *("--checkpoint.exclude_from_loading", "optimizer", "--training.seq_len", "256", "--training.steps", "3"),
+            *("--optimizer.lr", "5e-4", "--lr_scheduler.warmup_steps", "1", "--training.global_batch_size", "4"),
+            *("--rope.theta", "auto"),
+        ],
+    }
+    alone = dict(zip(cases, spawn(1, run, list(cases.values()), folder), strict=True))
+    return {"one": one, "two": two, "bare": bare} | alone
+
+
+def test_a_chain_over_2_4_and_1_ranks_is_that_of_one_process(runs: dict[str, dict[str, Any]]):
+    for name in ("one", "two", "bare", "three"):
+        assert runs[name]["losses"] == pytest.approx(runs[f"oracle {name}"]["losses"], rel=1e-5), name
+    assert runs["two"]["losses"][0] == pytest.approx(runs["bare"]["losses"][0], rel=1e-6), "the same weights"
+    assert runs["two"]["losses"][-1] != pytest.approx(runs["bare"]["losses"][-1], rel=1e-5), "another optimizer state"
+
+
+def test_the_optimizer_is_carried_only_where_asked(runs: dict[str, dict[str, Any]]):
+    assert runs["one"]["exp_avg"] == 0 and runs["bare"]["exp_avg"] == 0 and runs["bare"]["adam_step"] == 0
+    assert runs["two"]["exp_avg"] > 0 and runs["two"]["adam_step"] == 4
+    assert runs["three"]["adam_step"] == 4 + 3
+
+
+def test_a_checkpoint_from_elsewhere_without_its_optimizer_is_the_bare_stage(runs: dict[str, dict[str, Any]]):
+    assert runs["elsewhere"]["losses"] == runs["oracle bare"]["losses"]
+
+
+def test_theta_follows_and_the_batch_keeps_its_tokens(folder: Path, runs: dict[str, dict[str, Any]]):
+    """head_dim 16: theta * 2^(16/14) a stage; 8 rows of 128, then 4 of 256, then 2 of 512."""
+    assert runs["two"]["theta"] == pytest.approx(1e4 * 2 ** (16 / 14))
+    assert runs["three"]["theta"] == pytest.approx(1e4 * 4 ** (16 / 14))
+    for name, rows in (("two", 4), ("three", 2)):
+        plan = json.loads((folder / name / "plan.json").read_text())
+        assert plan["tokens"] + plan["padding_tokens"] == 3 * 1024
+        assert read_manifest(folder / name / "checkpoint" / "step-3")["plan"]["rows_per_step"] == rows
+
+
+def test_the_manifest_holds_the_lineage(folder: Path, runs: dict[str, dict[str, Any]]):
+    manifest = read_manifest(folder / "three" / "checkpoint" / "step-3")
+    before = manifest["stages_before"]
+    assert [s["stage"] for s in before] == ["stage", "two"] and [s["seq_len"] for s in before] == [128, 256]
+    assert [s["tokens_seen"] for s in before] == [runs["one"]["tokens"], runs["two"]["tokens"]]
+    assert manifest["config"]["training"]["seq_len"] == 512
+
+
+def test_the_printed_difference(folder: Path, runs: dict[str, dict[str, Any]]):
+    args = [*stage(folder, "two.toml", "fresh", "one"), "--parallelism.tensor_parallel_degree", "2"]
+    config = load_config([*args, "--data.sources.0.min_length", "5"])
+    inputs = prepare_inputs(config, 2)
+    assert inputs.start is not None and inputs.start.manifest is not None
+    lines = differences(inputs.start.manifest, as_tables(config), as_json(inputs.args))
+    for expected in (
+        "rope.theta 10000 -> 22081.8",
+        "training.seq_len 128 -> 256",
+        "optimizer.lr 0.001 -> 0.0005",
+        "parallelism.tensor_parallel_degree 1 -> 2",
+        "data source text: 100.0% -> 100.0%, min_length 5",
+    ):
+        assert any(line.startswith(expected) for line in lines), (expected, lines)
+    assert not any("dump_folder" in line or "log_freq" in line for line in lines)
+
+
+def refusal(args: list[str]) -> str:
+    with pytest.raises(UserError) as error:
+        prepare_inputs(load_config(args), 1)
+    return str(error.value)
+
+
+def edited(folder: Path, out: str, edit: Any) -> str:
+    """A copy of stage 1's folder whose manifest is changed."""
+    shutil.copytree(folder / "one", folder / out)
+    path = folder / out / "checkpoint" / "step-4" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    edit(manifest)
+    path.write_text(json.dumps(manifest))
+    return out
+
+
+def test_what_cannot_follow_is_refused(folder: Path, runs: dict[str, dict[str, Any]]):
+    two = "two.toml"
+    message = refusal(stage(folder, two, "x", "nowhere"))
+    assert "no complete checkpoint" in message and f"{folder}/nowhere/checkpoint/step-N" in message
+    (folder / "half" / "checkpoint" / "step-2.partial").mkdir(parents=True)
+    assert "step-2.partial, which are not complete" in refusal(stage(folder, two, "x", "half"))
+    not_ended = edited(folder, "not-ended", lambda m: m["config"]["training"].update(steps=9))
+    assert "of step 4 of 9" in refusal(stage(folder, two, "x", not_ended))
+    other = edited(folder, "other", lambda m: m["architecture"].update(dim=96))
+    assert "dim 96 -> 64" in refusal(stage(folder, two, "x", other))
+    other = edited(folder, "tokens", lambda m: m.update(tokenizer="0" * 16))
+    assert "another tokenizer" in refusal(stage(folder, two, "x", other))
+
+    def rope(name: str, **changes: Any) -> str:
+        return edited(folder, name, lambda m: m["architecture"]["rope"].update(changes))
+
+    yarn = ["--rope.type", "yarn", "--rope.factor", "4", "--rope.original_max_position_embeddings", "64"]
+    had = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+    scaled, raised = rope("scaled", scaling=had), rope("raised", theta=8e6)
+    assert "yarn factor 8 -> 4" in refusal([*stage(folder, two, "x", scaled), *yarn])
+    assert "yarn -> no rescaling" in refusal([*stage(folder, two, "x", scaled), "--rope.theta", "1e4"])
+    assert "theta 8e+06 -> 10000" in refusal([*stage(folder, two, "x", raised), "--rope.theta", "1e4"])
+    assert "stage.after" in refusal([*stage(folder, two, "x", "one"), "--stage.after", str(folder / "no.toml")])
+    assert "rope.original_max_position_embeddings, which is not set" in refusal(
+        [*stage(folder, two, "x", "one"), "--rope.type", "yarn", "--rope.factor", "4"]
+    )
+    damaged = edited(folder, "damaged", lambda m: None)
+    next((folder / damaged / "checkpoint" / "step-4").glob("*.distcp")).unlink()
+    assert "is missing" in refusal(stage(folder, two, "x", damaged))
+
+
+def test_initial_load_path_says_what_it_found(folder: Path, runs: dict[str, dict[str, Any]]):
+    def message(path: Path) -> str:
+        return refusal(stage(folder, "stage.toml", "x", checkpoint__initial_load_path=path))
+
+    (folder / "empty").mkdir()
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / ".metadata").touch()
+    assert "is not a folder" in message(folder / "nothing")
+    assert "neither a checkpoint" in message(folder / "empty")
+    assert "scripts/convert.py" in message(folder / "foreign")
+
+
+def test_chains(tmp_path: Path):
+    def write(name: str, text: str) -> Path:
+        (tmp_path / f"{name}.toml").write_text(text)
+        return tmp_path / f"{name}.toml"
+
+    write("a", '[job]\ndump_folder = "out/a"\n')
+    write("b", '[job]\ndump_folder = "out/b"\n[stage]\nafter = "a.toml"\n')
+    c = write("c", 'extends = "b.toml"\n[job]\ndump_folder = "out/c"\n[stage]\nafter = "b.toml"\n')
+    stages = chain(["--job.config_file", str(c), "--training.steps", "7", "--stage.run_chain"])
+    assert [s.config.stage.name for s in stages] == ["a", "b", "c"]
+    assert [s.config.training.steps for s in stages] == [7, 7, 7]
+    assert [s.config.stage.after_dump_folder for s in stages] == [None, "out/a", "out/b"]
+    stages = chain(["--job.config_file", str(c), "--job.dump_folder=x"])
+    assert [s.config.job.dump_folder for s in stages] == ["x/a", "x/b", "x/c"]
+    assert stages[2].config.stage.after_dump_folder == "x/b"
+    write("a", '[stage]\nafter = "c.toml"\n')
+    with pytest.raises(UserError, match="circle: .*a.toml -> .*b.toml -> .*c.toml"):
+        chain(["--job.config_file", str(c)])
+    write("a", '[job]\ndump_folder = "out/b"\n')
+    with pytest.raises(UserError, match="both write to out/b"):
+        chain(["--job.config_file", str(c)])
+    write("a", '[stage]\nafter = "gone.toml"\n')
+    with pytest.raises(UserError, match="gone.toml, which does not exist"):
+        chain(["--job.config_file", str(c)])
+
+
+def chain_command(folder: Path, out: Path, *more: str) -> list[str]:
+    args = flags(folder, folder / "assets-llama", job__dump_folder=out)
+    args[1] = str(folder / "two.toml")
+    return [
+        *args,
+        "--checkpoint.enable",
+        "true",
+        "--checkpoint.interval",
+        "1",
+        "--parallelism.self_check",
+        "false",
+        *more,
+    ]
+
+
+def losses(out: Path) -> list[float]:
+    lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_a_chain_killed_in_either_stage_goes_on_in_the_right_one(folder: Path, runs: dict[str, dict[str, Any]]):
+    out = folder / "killed"
+    command = [sys.executable, "-m", "torchtitan.chain", "1", *chain_command(folder, out)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    for name, step in (("stage", 2), ("two", 1)):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        checkpoints = out / name / "checkpoint"
+        deadline = time.monotonic() + 120
+        while not [s for s in complete_steps(checkpoints) if s >= step] and time.monotonic() < deadline:
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)  # its trainer dies with it
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "chain: stage stage has ended" in ended.stderr and "resumed from" in ended.stderr
+    assert len(losses(out / "stage")) == 4 and len(losses(out / "two")) == 3
+    assert losses(out / "stage") == pytest.approx(runs["oracle one"]["losses"], rel=1e-6)
+    assert losses(out / "two") == pytest.approx(runs["oracle two"]["losses"], rel=1e-6)
+    assert has_ended(load_config(chain(chain_command(folder, out))[1].arguments))
+
+
+def test_gates(tmp_path: Path):
+    now, before = tmp_path / "now.jsonl", tmp_path / "before.jsonl"
+    lines = [{"step": s, "loss": 3.0 - s, "loss_by_position": {"64": 2.0}} for s in range(3)]
+    now.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before.write_text(json.dumps({"step": 9, "loss": 2.0, "loss_by_position": {"64": 1.9}}) + "\n")
+
+    def failure(**gate: Any) -> str | None:
+        return failed_gate((Gate(**gate),), now, before)
+
+    assert failure(metric="loss", over=1, at_most=1.0) is None  # the last loss is 1
+    assert "2.0000, more than at_most = 1.9" in (failure(metric="loss", over=9, at_most=1.9) or "")
+    assert "less than at_least" in (failure(metric="loss", over=2, at_least=1.6) or "")
+    assert failure(metric="loss_by_position.64", above_previous=0.06) is None
+    assert "+5.26%" in (failure(metric="loss_by_position.64", above_previous=0.05) or "")
+    with pytest.raises(UserError, match="no metric los; there are loss, loss_by_position.64, step"):
+        failure(metric="los", at_most=1.0)
+
+
+def test_a_gate_that_does_not_hold_stops_the_chain(folder: Path, runs: dict[str, dict[str, Any]]):
+    """Stage 1 of the run above has ended: the chain is stopped by its gate before anything of stage 2 is started."""
+    gated = folder / "gated"
+    shutil.copytree(folder / "one", gated / "gated")
+    (folder / "gated.toml").write_text(
+        'extends = "stage.toml"\n[[stage.gates]]\nmetric = "loss"\nover = 1\nat_most = 0.1\n'
+    )
+    (folder / "last.toml").write_text('extends = "two.toml"\n[stage]\nname = "last"\nafter = "gated.toml"\n')
+    command = chain_command(folder, gated)
+    command[1] = str(folder / "last.toml")
+    with pytest.raises(UserError, match="gate of stage gated does not hold: loss is .* more than at_most = 0.1"):
+        run_chain(command, 1)
+    assert not (gated / "last").exists()
+
+
+def test_gene_draws_alike_on_all_ranks_and_when_recomputed(folder: Path):
+    """dp, cp and tp ranks and recomputation give the losses of one process, which differ from no draw's."""
+    gene = {"rope__type": "gene", "rope__factor": 8, "rope__original_max_position_embeddings": 64}
+    wide = {"parallelism__context_parallel_degree": 2, "parallelism__tensor_parallel_degree": 2}
+    common = gene | {"training__global_batch_size": 8, "training__local_batch_size": 2}
+    several = spawn(
+        4,
+        run,
+        [
+            stage(folder, "stage.toml", "gene-wide", **common, **wide),
+            stage(folder, "stage.toml", "gene-dp", **(common | {"training__local_batch_size": 1})),
+        ],
+        folder,
+    )
+    alone = spawn(
+        1,
+        run,
+        [
+            stage(folder, "stage.toml", "gene-1", **common),
+            stage(folder, "stage.toml", "gene-1-full", **common, activation_checkpoint__mode="full"),
+            stage(folder, "stage.toml", "gene-two", **(common | {"training__local_batch_size": 4})),
+            stage(folder, "stage.toml", "gene-none"),
+        ],
+        folder,
+    )
+    # 4 micro-batches a step on one process, and on the 4 ranks with cp and tp; 2 on 4 data-parallel ranks
+    assert several[0]["losses"] == pytest.approx(alone[0]["losses"], rel=1e-5)
+    assert several[1]["losses"] == pytest.approx(alone[2]["losses"], rel=1e-5)
+    assert alone[1]["losses"] == alone[0]["losses"]
+    assert abs(alone[0]["losses"][0] - alone[3]["losses"][0]) > 1e-6

@@ -1,0 +1,65 @@
+"""Run the stages of a recipe in order: `python -m torchtitan.chain NPROC <arguments of torchtitan.train>`
+
+run_train.sh does so for --stage.run_chain. Stages that have ended are passed over, so that the same command, started
+again after whatever ended it, goes on in the stage and at the step where it was.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from torchtitan.components.checkpoint import complete_steps, read_manifest
+from torchtitan.components.stage import failed_gate, metrics_before
+from torchtitan.config import JobConfig
+from torchtitan.config.chain import chain
+from torchtitan.config.checks import check_config
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.launch import launch
+
+
+def has_ended(config: JobConfig) -> bool:
+    """Whether a stage's newest complete checkpoint is that of its last step."""
+    folder = Path(config.job.dump_folder) / config.checkpoint.folder
+    steps = complete_steps(folder)
+    return bool(steps) and read_manifest(folder / f"step-{steps[-1]}")["step"] >= config.training.steps
+
+
+def run_chain(args: list[str], nproc: int) -> int:
+    """Train the stages that have not ended, one after the other; the exit code of the first that fails."""
+    stages = chain(args)
+    for stage in stages:  # a mistake in the last stage is told before the first one is paid for
+        check_config(stage.config, nproc)
+        if not stage.config.checkpoint.enable:
+            raise UserError(f"stage {stage.config.stage.name}: a chain needs checkpoints (checkpoint.enable = true).")
+    names = " -> ".join(stage.config.stage.name for stage in stages)
+    print(f"chain: {names}", file=sys.stderr, flush=True)
+    for stage in stages:
+        config = stage.config
+        if not has_ended(config):
+            print(f"chain: stage {config.stage.name}, into {config.job.dump_folder}", file=sys.stderr, flush=True)
+            code = launch([sys.executable, "-m", "torchtitan.train", *stage.arguments], nproc)
+            if code:
+                print(f"chain: stage {config.stage.name} failed; the chain stops", file=sys.stderr, flush=True)
+                return code
+            if not has_ended(config):  # asked to stop: it has saved and says so
+                print(f"chain: stopped in stage {config.stage.name}; start again to go on", file=sys.stderr, flush=True)
+                return 0
+        else:
+            print(f"chain: stage {config.stage.name} has ended", file=sys.stderr, flush=True)
+        metrics = Path(config.job.dump_folder) / "metrics.jsonl"
+        if failure := failed_gate(config.stage.gates, metrics, metrics_before(config)):
+            raise UserError(f"A gate of stage {config.stage.name} does not hold: {failure}. The chain stops.")
+    return 0
+
+
+def main(args: list[str]) -> int:
+    try:
+        return run_chain(args[1:], int(args[0]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

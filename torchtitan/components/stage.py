@@ -1,0 +1,256 @@
+"""The boundary between two stages: where a stage starts from, what may not change there, what did, and its gates.
+
+A stage is one TOML file. Its checkpoints carry a manifest with the configuration, the architecture and the tokenizer
+it was trained with, and the stages before it; the next stage reads all of that here, takes the tensors that stage.carry
+names, and nothing else: RoPE, schedule, step counter and data are those of its own TOML.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchtitan.components.checkpoint import complete_steps, read_manifest
+from torchtitan.config import load_config
+from torchtitan.config.job_config import Gate, JobConfig
+from torchtitan.tools.errors import UserError
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a fresh run starts from."""
+
+    path: Path
+    """A checkpoint's step-N folder, or a Hugging Face folder."""
+
+    parts: tuple[str, ...]
+    """Of "model" and "optimizer", those that are taken."""
+
+    manifest: dict[str, Any] | None
+    """The checkpoint's; None for a Hugging Face folder."""
+
+
+def find_start(config: JobConfig) -> Start | None:
+    """Where [stage] and [checkpoint] say that a fresh run starts from; None: from scratch, or initial_load_in_hf."""
+    if config.stage.after:
+        return _stage_before(config)
+    if config.checkpoint.initial_load_path:
+        return _elsewhere(config)
+    return None
+
+
+def _stage_before(config: JobConfig) -> Start:
+    after = Path(config.stage.after or "")
+    if not after.is_file():
+        raise UserError(f"stage.after = {after} does not exist: it must name the TOML file of the stage before.")
+    before = load_config(["--job.config_file", str(after)])
+    dump_folder = Path(config.stage.after_dump_folder or before.job.dump_folder)
+    folder = dump_folder / before.checkpoint.folder
+    how = (
+        f"Train it first (./run_train.sh --job.config_file {after}, or this stage with --stage.run_chain), name where "
+        'it wrote (stage.after_dump_folder), or try this stage alone (--stage.after "").'
+    )
+    steps = complete_steps(folder)
+    if not steps:
+        state = "is an empty folder" if folder.is_dir() else "does not exist"
+        left = sorted(p.name for p in folder.glob("step-*"))
+        unfinished = f" (there are {', '.join(left)}, which are not complete)" if left else ""
+        raise UserError(
+            f"stage.after = {after}: there is no complete checkpoint of that stage. Looked for {folder}/step-N, and "
+            f"{folder} {'holds none' if left else state}{unfinished}. {how}"
+        )
+    manifest = _sound_manifest(folder / f"step-{steps[-1]}")
+    wanted = manifest.get("config", {}).get("training", {}).get("steps", before.training.steps)
+    if manifest["step"] < wanted:
+        raise UserError(
+            f"stage.after = {after}: that stage has not ended. Its newest complete checkpoint, "
+            f"{folder}/step-{steps[-1]}, is of step {manifest['step']} of {wanted}. {how}"
+        )
+    return Start(folder / f"step-{steps[-1]}", config.stage.carry, manifest)
+
+
+def _elsewhere(config: JobConfig) -> Start:
+    path = Path(config.checkpoint.initial_load_path or "").expanduser()
+    parts = tuple(p for p in ("model", "optimizer") if p not in config.checkpoint.exclude_from_loading)
+    key = f"checkpoint.initial_load_path = {path}"
+    if "model" not in parts:
+        raise UserError(f"{key} without the model loads nothing: take it out of checkpoint.exclude_from_loading.")
+    if not path.is_dir():
+        raise UserError(f"{key} is not a folder.")
+    if (path / "manifest.json").is_file():
+        return Start(path, parts, _sound_manifest(path))
+    if next(path.glob("*.safetensors"), None):
+        return Start(path, ("model",), None)
+    for folder in (path, path / config.checkpoint.folder):
+        if steps := complete_steps(folder):
+            newest = folder / f"step-{steps[-1]}"
+            return Start(newest, parts, _sound_manifest(newest))
+    if (path / ".metadata").is_file():
+        raise UserError(
+            f"{key} is a DCP checkpoint without this project's manifest.json, torchtitan's perhaps: turn it into one "
+            "with scripts/convert.py."
+        )
+    raise UserError(
+        f"{key} holds neither a checkpoint (manifest.json, or folders step-N) nor a Hugging Face model (*.safetensors)."
+    )
+
+
+def _sound_manifest(path: Path) -> dict[str, Any]:
+    # the sizes of the files only: the trainer's ranks share the reading of all of them
+    manifest = read_manifest(path)
+    missing = [name for name in manifest.get("files", {}) if not (path / name).is_file()]
+    if missing:
+        raise UserError(f"{path} is damaged: {missing[0]} is missing.")
+    return manifest
+
+
+def check_start(start: Start, architecture: dict[str, Any], tokenizer: str, rope_type: str) -> None:
+    """UserError where the stage before and this one cannot go together.
+
+    architecture: TransformerArgs as JSON; tokenizer: its fingerprint; rope_type: the TOML's rope.type.
+    """
+    was = start.manifest
+    if was is None:
+        return
+    old, new = flat(was["architecture"]), flat(architecture)
+    differences = [
+        f"{key} {old.get(key)} -> {new.get(key)}"
+        for key in {**old, **new}
+        if not key.startswith("rope.") and old.get(key) != new.get(key)
+    ]
+    if differences:
+        raise UserError(f"{start.path} is of another architecture: {'; '.join(differences)}.")
+    if was["tokenizer"] != tokenizer:
+        raise UserError(
+            f"{start.path} was trained with another tokenizer than that of model.hf_assets_path: its embeddings would "
+            "stand for other tokens."
+        )
+    lost = _lost_rope(was["architecture"]["rope"], architecture["rope"])
+    if lost:
+        raise UserError(
+            f"{start.path} was trained with RoPE that this stage would take back: {lost}. A stage's RoPE is that of "
+            f'its own TOML (rope.type = "{rope_type}"), nothing of it is carried over: write there what the stage '
+            "before had, or more."
+        )
+
+
+def _lost_rope(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """How the new RoPE covers less than the old one, if it does."""
+    was, now = old.get("scaling"), new.get("scaling")
+    if was and not now and new["theta"] <= old["theta"]:
+        return f"{was['rope_type']} -> no rescaling"
+    same_kind = (was or {}).get("rope_type") == (now or {}).get("rope_type")
+    if same_kind and was and now and (was.get("factor") or 0) > (now.get("factor") or 0):
+        return f"{was['rope_type']} factor {was['factor']:g} -> {now.get('factor')}"
+    if same_kind and new["theta"] < old["theta"]:
+        return f"theta {old['theta']:g} -> {new['theta']:g}"
+    return None
+
+
+def lineage(manifest: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The stages up to and with that of a manifest, the first one first: what the next one's manifest says of them."""
+    if manifest is None:
+        return []
+    own = {key: manifest.get(key) for key in ("stage", "step", "tokens_seen", "seq_len", "tokenizer")}
+    own["rope"] = manifest["architecture"]["rope"]
+    return [*manifest.get("stages_before", []), own]
+
+
+QUIET = ("job", "stage", "metrics", "profiling", "comm", "checkpoint", "rope")
+"""Tables whose differences say nothing about what is trained; rope's are shown as the architecture has them."""
+
+
+def differences(was: dict[str, Any], config: dict[str, Any], architecture: dict[str, Any]) -> list[str]:
+    """What changes from the stage of manifest `was` to this one, a line each: 'rope.theta 8e+06 -> 1.28e+08'."""
+    old, new = dict(was.get("config", {})), dict(config)
+    before = {"rope": was["architecture"]["rope"]} | {k: v for k, v in old.items() if k not in QUIET}
+    after = {"rope": architecture["rope"]} | {k: v for k, v in new.items() if k not in QUIET}
+    a, b = flat(before), flat(after)
+    mixture_before, mixture_after = (flat_mixture(x.pop("data.sources", ())) for x in (a, b))
+    lines = [f"{key} {shown(a.get(key))} -> {shown(b.get(key))}" for key in {**a, **b} if a.get(key) != b.get(key)]
+    for name in {**mixture_before, **mixture_after}:
+        x, y = mixture_before.get(name, "none"), mixture_after.get(name, "none")
+        if x != y:
+            lines.append(f"data source {name}: {x} -> {y}")
+    return lines
+
+
+def flat_mixture(sources: Any) -> dict[str, str]:
+    """Source -> its share of the tokens and what else it says."""
+    total = sum(source["weight"] for source in sources) or 1.0
+    quiet = ("name", "weight", "path", "text_field", "hub_split", "hub_revision")
+    usual = {"separator": "", "hub_subset": "", "long_document": "split", "min_length": 0}
+    return {
+        source["name"]: f"{source['weight'] / total:.1%}"
+        + "".join(f", {k} {v}" for k, v in source.items() if k not in quiet and v != usual.get(k))
+        for source in sources
+    }
+
+
+def shown(value: Any) -> str:
+    """A value in a line: numbers short, lists shortened, None as unset."""
+    if value is None:
+        return "unset"
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"rope": {"theta": 1}} -> {"rope.theta": 1}."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
+
+
+def failed_gate(gates: tuple[Gate, ...], metrics: Path, metrics_before: Path | None) -> str | None:
+    """Which of stage.gates does not hold on metrics.jsonl, in a sentence with the numbers; None: all hold."""
+    for gate in gates:
+        value = _mean(metrics, gate)
+        if gate.at_most is not None and not value <= gate.at_most:
+            return f"{gate.metric} is {value:.4f}, more than at_most = {gate.at_most}"
+        if gate.at_least is not None and not value >= gate.at_least:
+            return f"{gate.metric} is {value:.4f}, less than at_least = {gate.at_least}"
+        if gate.above_previous is not None:
+            if metrics_before is None:
+                raise UserError(f"stage.gates: above_previous of {gate.metric} needs the metrics of a stage before.")
+            before = _mean(metrics_before, gate)
+            if not value <= before * (1 + gate.above_previous):
+                return (
+                    f"{gate.metric} is {value:.4f}, and {before:.4f} in the stage before: {value / before - 1:+.2%}, "
+                    f"more than above_previous = {gate.above_previous:+.2%}"
+                )
+    return None
+
+
+def metrics_before(config: JobConfig) -> Path | None:
+    """metrics.jsonl of the stage before."""
+    if not config.stage.after:
+        return None
+    before = load_config(["--job.config_file", config.stage.after])
+    return Path(config.stage.after_dump_folder or before.job.dump_folder) / "metrics.jsonl"
+
+
+def _mean(path: Path, gate: Gate) -> float:
+    """Over the last `gate.over` lines that have the metric."""
+    values: list[float] = []
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, json.JSONDecodeError) as e:
+        raise UserError(f"stage.gates: {path} cannot be read: {e}.") from None
+    known: set[str] = set()
+    for line in lines:
+        numbers = flat(line)
+        known |= {key for key, value in numbers.items() if isinstance(value, (int, float))}
+        if isinstance(numbers.get(gate.metric), (int, float)):
+            values.append(float(numbers[gate.metric]))
+    if not values:
+        raise UserError(
+            f"stage.gates: {path} has no metric {gate.metric}; there are {', '.join(sorted(known)) or 'none'}."
+        )
+    recent = values[-gate.over :]
+    return sum(recent) / len(recent)
