@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchtitan.config.job_config import JobConfig
-from torchtitan.config.manager import config_file, load_config
+from torchtitan.config.manager import check_circle, config_file, load_config
 from torchtitan.tools.errors import UserError
 
 
@@ -30,10 +30,7 @@ def chain(args: list[str]) -> list[ChainedStage]:
         raise UserError("--stage.run_chain needs --job.config_file: the last stage's TOML file.")
     files, after = [Path(path)], load_config(_without(args, "stage.run_chain")).stage.after
     while after:
-        seen = [file.resolve() for file in files]
-        if Path(after).resolve() in seen:
-            circle = " -> ".join(str(file) for file in reversed([*files, Path(after)]))
-            raise UserError(f"stage.after goes round in a circle: {circle}. The first stage must have none.")
+        check_circle(after, tuple(str(file.resolve()) for file in reversed(files)))
         if not Path(after).is_file():
             raise UserError(f"{files[-1]} comes after {after}, which does not exist (stage.after).")
         files.append(Path(after))

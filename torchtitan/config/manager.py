@@ -24,12 +24,13 @@ from torchtitan.tools.errors import UserError
 _NAME_WITHOUT_FILE = "defaults"
 
 
-def load_config(args: list[str]) -> JobConfig:
+def load_config(args: list[str], later: tuple[str, ...] = ()) -> JobConfig:
     """The configuration that `args` (a command line without the program's name) asks for.
 
     `--job.config_file X` names the TOML file (the schema's defaults without it); any other `--table.key value`
     overrides one key, `--data.sources.0.weight 2` one of an array of tables. true and false may follow a switch.
-    stage.name, where empty, becomes the file's stem.
+    stage.name, where empty, becomes the file's stem. later: files of the stages after this one, nearest first, where
+    it is read on their behalf.
 
     Raises:
         UserError: an unknown name, a value of the wrong type, a file that cannot be read.
@@ -39,25 +40,35 @@ def load_config(args: list[str]) -> JobConfig:
     tables = load_tables(Path(path)) if path is not None else {}
     config = JobConfig(**{table: fields_of(JobConfig)[table](**values) for table, values in tables.items()})
     config = _override(config, args)
-    config = _keep_batch(config, set() if path is None else own_keys(Path(path)), args)
+    if path is not None:
+        config = _keep_batch(config, own_keys(Path(path)), args, (str(Path(path).resolve()), *later))
     if not config.stage.name:
         name = Path(path).stem if path is not None else _NAME_WITHOUT_FILE
         config = dataclasses.replace(config, stage=dataclasses.replace(config.stage, name=name))
     return config
 
 
-def _keep_batch(config: JobConfig, own: set[str], args: list[str]) -> JobConfig:
+def check_circle(after: str, files: tuple[str, ...]) -> None:
+    """UserError if the stage `after` is one of the files that come after it, nearest first."""
+    if str(Path(after).resolve()) in files:
+        circle = " -> ".join([after, *files[: files.index(str(Path(after).resolve())) + 1]])
+        raise UserError(f"stage.after goes round in a circle: {circle}. The first stage of a chain must have none.")
+
+
+def _keep_batch(config: JobConfig, own: set[str], args: list[str], files: tuple[str, ...]) -> JobConfig:
     """A stage has as many tokens a batch as the one before it, unless its own file or the command line says otherwise.
 
     Rows that it has from a file it extends are that file's: they would multiply the batch by the growth in length.
     """
     t, after = config.training, config.stage.after
+    if after:
+        check_circle(after, files)
     said = own | {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
     if not after or t.global_batch_tokens or said & {"training.global_batch_size", "training.global_batch_tokens"}:
         return config
     if not Path(after).is_file():
         return config  # said by what looks for that stage
-    before = load_config(["--job.config_file", after]).training
+    before = load_config(["--job.config_file", after], files).training
     tokens = before.global_batch_tokens or (before.global_batch_size or 0) * before.seq_len
     if not tokens:
         return config

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from decimal import Decimal, getcontext
 
 import pytest
 import torch
 
+from torchtitan.attention.segments import Segments
 from torchtitan.config.job_config import Rope
+from torchtitan.models.registry import FLAVORS
 from torchtitan.models.rope import RopeArgs, apply_rope, inverse_frequencies, rope_tables
 from torchtitan.models.rope_config import build_rope, rope_from_hf, rope_to_hf, rope_warnings, smallest_theta
 from torchtitan.models.rope_scaling import (
@@ -23,6 +26,7 @@ from torchtitan.models.rope_scaling import (
     YarnScaling,
     ntk_theta,
 )
+from torchtitan.models.transformer import Transformer, init_weights
 from torchtitan.tools.errors import UserError
 
 
@@ -277,3 +281,20 @@ def test_hugging_faces_form_reads_back(scaling: Scaling | None):
 def test_harpe_has_no_hugging_face_form():
     with pytest.raises(UserError, match="harpe"):
         rope_to_hf(RopeArgs(1e4, HarpeScaling((1e4, 1e6)), max_position_embeddings=64), 64)
+
+
+def test_rows_of_one_batch_use_their_own_longrope_table():
+    """LongRoPE2's mixed windows, by logits: a short row as the unscaled model has it, a long one as the rescaled."""
+    scaling = LongRopeScaling(64, tuple(1.0 + j for j in range(32)), (1.0,) * 32, attention_factor=1.0)
+    args = replace(FLAVORS["debugmodel"], n_layers=2, vocab_size=64)
+    model = Transformer(replace(args, rope=RopeArgs(1e4, scaling)))
+    init_weights(model, seed=0)
+    tokens = torch.randint(0, 64, (200,), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(60), torch.arange(140)])
+    with torch.no_grad():
+        mixed = model(tokens, positions, Segments.whole((0, 60, 200)), torch.arange(200) >= 60)
+        short = model(tokens[:60], positions[:60], Segments.whole((0, 60)), rope=RopeArgs(1e4))
+        long = model(tokens[60:], positions[60:], Segments.whole((0, 140)), rope=RopeArgs(1e4, scaling))
+        wrong = model(tokens[:60], positions[:60], Segments.whole((0, 60)))
+    assert torch.allclose(mixed, torch.cat([short, long]), atol=1e-5)
+    assert not torch.allclose(mixed[:60], wrong, atol=1e-2), "the tables do not differ enough to tell"
