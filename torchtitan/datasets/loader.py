@@ -6,8 +6,8 @@ depend on the workers, and a resumed run is the same loader with another start_s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -52,13 +52,17 @@ class PackedBatch:
     source: torch.Tensor
     """int16[D]: the source of each document, -1 for padding."""
 
+    anchor: torch.Tensor | None = None
+    """int32[S], with data.anchor_attention: one token that all of a segment see beside their own segment, the first of
+    their row; -1 for padding, which sees none. None: there are no anchors."""
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """On a device; asynchronous from pinned memory."""
-        return PackedBatch(*(t.to(device, non_blocking=True) for t in self._tensors()))
+        return self._each(lambda t: t.to(device, non_blocking=True))
 
     def pin_memory(self, device: torch.device | str | None = None) -> PackedBatch:
         """In pinned memory; called by the DataLoader, which passes a device in some versions."""
-        return PackedBatch(*(t.pin_memory() for t in self._tensors()))
+        return self._each(lambda t: t.pin_memory())
 
     @property
     def num_valid(self) -> int:
@@ -75,8 +79,9 @@ class PackedBatch:
         """int64[T], the source of each token; -1 for padding."""
         return torch.repeat_interleave(self.source.long(), self.cu_documents.diff().long())
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
-        yield from (self.tokens, self.labels, self.positions, self.cu_seqlens, self.cu_documents, self.source)
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
 
 
 def as_it_is(batch: PackedBatch) -> PackedBatch:
@@ -132,7 +137,7 @@ def pack(plan: Plan, step: int, slots: list[int]) -> PackedBatch:
     total = len(slots) * plan.seq_len
     tokens = np.zeros(total, np.int64)
     positions = np.empty(total, np.int64)
-    documents, segments, sources = [], [], []
+    documents, segments, sources, anchors = [], [], [], []
     for begin, slot in zip(range(0, total, plan.seq_len), slots):
         row = plan.row(step, slot)
         read = plan.tokens(row)
@@ -142,6 +147,7 @@ def pack(plan: Plan, step: int, slots: list[int]) -> PackedBatch:
         sources += [row.sources, np.full(len(padding), PADDING_SOURCE, np.int16)]
         inside = np.array([len(read)]) if plan.data.cross_document_attention else row.lengths
         segments += [inside, padding]
+        anchors += [np.full(len(inside), begin, np.int32), np.full(len(padding), -1, np.int32)]
         positions[begin : begin + len(read)] = _positions(plan, read, row.lengths, inside, step, slot)
         positions[begin + len(read) : begin + plan.seq_len] = reset_positions(padding)
     cu_documents = np.cumsum(np.concatenate([np.zeros(1, np.int64), *documents]))
@@ -151,8 +157,15 @@ def pack(plan: Plan, step: int, slots: list[int]) -> PackedBatch:
     labels[cu_documents[1:] - 1] = IGNORED_LABEL
     for document in np.flatnonzero(source == PADDING_SOURCE):
         labels[cu_documents[document] : cu_documents[document + 1]] = IGNORED_LABEL
-    arrays = (tokens, labels, positions, cu_seqlens.astype(np.int32), cu_documents.astype(np.int32), source)
-    return PackedBatch(*(torch.from_numpy(array) for array in arrays))
+    return PackedBatch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        positions=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        cu_documents=torch.from_numpy(cu_documents.astype(np.int32)),
+        source=torch.from_numpy(source),
+        anchor=torch.from_numpy(np.concatenate(anchors)) if plan.data.anchor_attention else None,
+    )
 
 
 def _positions(

@@ -48,7 +48,7 @@ class RowTable:
     """int32[N]; a separator after the document counts as part of it."""
 
     work: np.ndarray
-    """int64[R], (query, key) pairs that the row's mask allows, padding included."""
+    """int64[R], (query, key) pairs that the row's mask allows in a layer without a sliding window, padding included."""
 
     def __len__(self) -> int:
         """R."""
@@ -79,7 +79,8 @@ def build_table(streams: Sequence[Stream], data: Data, seq_len: int, rows: int, 
         epoch=epoch,
         start=start,
         length=length,
-        work=_work(offsets, length, seq_len, data.cross_document_attention),
+        work=_work(offsets, length, seq_len, data.cross_document_attention)
+        + (_anchor_work(offsets, length) if data.anchor_attention else 0),
     )
 
 
@@ -145,6 +146,11 @@ def _work(offsets: np.ndarray, length: np.ndarray, seq_len: int, cross_document:
     pairs = tokens * (tokens + 1) // 2 if cross_document else np.add.reduceat(n * (n + 1) // 2, offsets[:-1])
     whole, rest = np.divmod(seq_len - tokens, PADDING_SEGMENT)
     return pairs + whole * (PADDING_SEGMENT * (PADDING_SEGMENT + 1) // 2) + rest * (rest + 1) // 2
+
+
+def _anchor_work(offsets: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """int64[R]: the row's first token, as one more key for all but the first document, which has it anyway."""
+    return np.add.reduceat(length, offsets[:-1], dtype=np.int64) - length[offsets[:-1]]
 
 
 def save_table(table: RowTable, folder: Path) -> None:
