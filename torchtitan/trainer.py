@@ -119,6 +119,8 @@ class Trainer:
                 exchange=p.context_parallel_exchange,
                 cp=p.context_parallel_degree,
                 rank=self.dims.cp_rank,
+                sliding_window=inputs.args.sliding_window,
+                sliding_share=inputs.args.sliding_share,
             ),
         )
         self.batches: Iterator[LocalBatch] = iter(loader)

@@ -35,6 +35,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": TINY | {"model_type": "qwen2"},
     "qwen3": TINY | {"model_type": "qwen3"},
     "tied": TINY | {"tie_word_embeddings": True},
+    # two layers with a window, shorter than the documents and than a block, one without and with another RoPE
+    "olmo3": TINY
+    | {
+        "model_type": "olmo3",
+        "num_hidden_layers": 3,
+        "sliding_window": 30,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    },
+    "mistral": TINY | {"model_type": "mistral", "sliding_window": 30},  # nothing but windows
 }
 
 

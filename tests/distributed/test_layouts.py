@@ -74,6 +74,25 @@ WITH_EVERY_MODEL = {
     "dp_shard 2 x tp 2",
     "cp 2 x tp 2",
 }  # the others with the first only
+WITH_WINDOWS = {
+    "mistral": {"cp 2", "cp 2 x tp 2"},
+    "olmo3": {
+        "dp_shard 2",
+        "cp 2",
+        "cp 2, compiled",
+        "cp 2, recomputation",
+        "cp 2, headtail, needed",
+        "cp 2, balanced, ulysses",
+        "dp_shard 2 x cp 2",
+    },
+}  # and of these models no others
+
+ANCHOR = {"data__anchor_attention": True, "data__positions": "continue"}
+ANCHORED: dict[str, dict[str, Any]] = {
+    "anchors, cp 2": {CONTEXT: 2},
+    "anchors, cp 2, headtail, needed": {CONTEXT: 2, LAYOUT: "headtail", "training__local_batch_size": 4},
+    "anchors, cp 2, ulysses": {CONTEXT: 2, EXCHANGE: "ulysses"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +109,25 @@ def assets(folder: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def reference(folder: Path, assets: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
-    """Each model on one process, with an accumulation of 4."""
-    cases = [flags(folder, assets[model]) for model in MODELS]
-    return dict(zip(MODELS, spawn(1, run_stage, cases, folder), strict=True))
+    """Each model on one process, with an accumulation of 4; and olmo3 with anchors."""
+    cases = {model: flags(folder, assets[model]) for model in MODELS}
+    cases["anchors"] = flags(folder, assets["olmo3"], **ANCHOR)
+    return dict(zip(cases, spawn(1, run_stage, list(cases.values()), folder), strict=True))
 
 
 @pytest.mark.parametrize(("world_size", "layouts"), [(1, ON_ONE), (2, ON_TWO), (4, ON_FOUR)], ids=["1", "2", "4"])
 def test_every_layout_equals_one_process(world_size, layouts, folder, assets, reference):
     """The self-check at start-up passes in all of them too."""
-    cases = [(name, model) for name in layouts for model in MODELS if name in WITH_EVERY_MODEL or model == "llama"]
+    cases = [
+        (name, model)
+        for name in layouts
+        for model in MODELS
+        if model == "llama" or name in WITH_WINDOWS.get(model, WITH_EVERY_MODEL)
+    ]
     arguments = [flags(folder, assets[model], **layouts[name]) for name, model in cases]
+    if world_size == 2:
+        cases += [(name, "anchors") for name in ANCHORED]
+        arguments += [flags(folder, assets["olmo3"], **ANCHOR, **options) for options in ANCHORED.values()]
     wrong = []
     for (name, model), steps in zip(cases, spawn(world_size, run_stage, arguments, folder), strict=True):
         wrong += differences(f"{model}, {name}", steps, reference[model])
@@ -121,6 +149,12 @@ def differences(name: str, steps: list[dict[str, Any]], expected: list[dict[str,
             if a != pytest.approx(b, rel=1e-5)
         ]
     return wrong
+
+
+def test_windows_and_anchors_change_the_loss(reference):
+    """So that the cases above are not those of a model without them."""
+    assert reference["anchors"][0]["loss"] != pytest.approx(reference["olmo3"][0]["loss"], rel=1e-4)
+    assert reference["mistral"][0]["loss"] != pytest.approx(reference["llama"][0]["loss"], rel=1e-5)
 
 
 def test_three_dimensions_over_five_steps(folder, assets):

@@ -35,7 +35,7 @@ def positions_not_sharded() -> Any:
 
 def documents_ignored() -> Any:
     """The mask is causal over the whole stream."""
-    whole = SimpleNamespace(whole=lambda cu: Segments.whole((0, int(cu[-1]))))
+    whole = SimpleNamespace(whole=lambda cu, **_: Segments.whole((0, int(cu[-1]))))
     return patch.object(shard_module, "Segments", whole)
 
 
@@ -91,6 +91,58 @@ def mask_one_token_wide() -> Any:
     return patch.object(shard_module, "shard", shard)
 
 
+def windows_ignored() -> Any:
+    """Layers with a window have the mask of those without, under its name."""
+
+    def shard(batch, *rest, **named):
+        local = real_shard(batch, *rest, **named)
+        window = local.mask.sliding.segments.window
+        named_so = replace(local.mask, segments=replace(local.mask.segments, window=window))
+        return replace(local, mask=replace(local.mask, sliding=named_so))
+
+    return patch.object(shard_module, "shard", shard)
+
+
+def window_one_token_wide() -> Any:
+    """The window's segments reach one token into the document before; those of the other layers do not."""
+
+    def shard(batch, *rest, **named):
+        local = real_shard(batch, *rest, **named)
+        segments = local.mask.sliding.segments
+        wider = replace(segments, k_start=(segments.k_start - 1).clip(0))
+        sliding = replace(local.mask.sliding, segments=wider, prepared=wider)
+        return replace(local, mask=replace(local.mask, sliding=sliding))
+
+    return patch.object(shard_module, "shard", shard)
+
+
+def window_too_wide() -> Any:
+    """Windows of one token more, where all layers have one."""
+
+    def shard(batch, *rest, **named):
+        local = real_shard(batch, *rest, **named)
+        segments = local.mask.segments
+        return replace(local, mask=replace(local.mask, prepared=replace(segments, window=segments.window + 1)))
+
+    return patch.object(shard_module, "shard", shard)
+
+
+def anchor_of_the_other_row() -> Any:
+    """All documents of a micro-batch share the first row's anchor."""
+
+    def shard(batch, *rest, **named):
+        return real_shard(replace(batch, anchor=batch.anchor.clamp(max=0)), *rest, **named)
+
+    return patch.object(shard_module, "shard", shard)
+
+
+def anchors_ignored() -> Any:
+    def shard(batch, *rest, **named):
+        return real_shard(replace(batch, anchor=None), *rest, **named)
+
+    return patch.object(shard_module, "shard", shard)
+
+
 PLANTED = {
     "positions not sharded": (positions_not_sharded, "parity"),
     "documents ignored": (documents_ignored, "perturbation"),
@@ -101,6 +153,16 @@ PLANTED = {
     "labels of a neighbour": (labels_of_a_neighbour, "perturbation|parity"),
     "mask one token wide": (mask_one_token_wide, "perturbation"),
 }
+WITH_WINDOWS = {
+    "windows ignored": (windows_ignored, "parity"),
+    "window one token wide": (window_one_token_wide, "perturbation"),
+}
+ALL_WINDOWS = {"window too wide": (window_too_wide, "perturbation")}
+WITH_ANCHORS = {
+    "anchor of the other row": (anchor_of_the_other_row, "perturbation: .* anchor .* of another"),
+    "anchors ignored": (anchors_ignored, "perturbation: .* did not move"),
+}
+FAULTS = PLANTED | WITH_WINDOWS | ALL_WINDOWS | WITH_ANCHORS
 
 
 def run_with_fault(case: tuple[str | None, list[str]], rank: int, world_size: int) -> str:
@@ -111,7 +173,7 @@ def run_with_fault(case: tuple[str | None, list[str]], rank: int, world_size: in
         if fault is None:
             run_stage(args, rank, world_size)
         else:
-            with PLANTED[fault][0]():
+            with FAULTS[fault][0]():
                 run_stage(args, rank, world_size)
     except UserError as e:
         dist.destroy_process_group()
@@ -129,9 +191,15 @@ def test_planted_faults_are_caught_and_named(folder: Path):
     args = flags(folder, write_assets(folder), **options)
     layout = ["--parallelism.context_parallel_layout"]
     cases: list[tuple[str | None, list[str]]] = [(None, args)]
-    for fault in PLANTED:
-        # the exchange that fetches all keys has a layout to undo on every batch, `needed` perhaps none on a small one
-        cases.append((fault, [*args, *layout, "headtail", "--parallelism.context_parallel_exchange", "allgather"]))
+    windows = flags(folder, write_assets(folder, "olmo3"), **options)
+    all_windows = flags(folder, write_assets(folder, "mistral"), **options)
+    anchors = [*args, "--data.anchor_attention", "true", "--data.positions", "continue"]
+    kinds = ((PLANTED, args), (WITH_WINDOWS, windows), (ALL_WINDOWS, all_windows), (WITH_ANCHORS, anchors))
+    for faults, arguments in kinds:
+        for fault in faults:
+            # the exchange that fetches all keys has a layout to undo on every batch, `needed` perhaps none on a small
+            exchange = ["headtail", "--parallelism.context_parallel_exchange", "allgather"]
+            cases.append((fault, [*arguments, *layout, *exchange]))
     cases.append(("documents ignored", [*args, "--parallelism.self_check", "false"]))
     results = spawn(2, run_with_fault, cases, folder)
     assert results[0] == "trained" and results[-1] == "trained", "it passes what is sound, and can be switched off"
@@ -139,5 +207,5 @@ def test_planted_faults_are_caught_and_named(folder: Path):
         assert fault is not None
         assert message != "trained", f"{fault}: not noticed"
 
-        assert re.search(PLANTED[fault][1], message), f"{fault}: {message}"
+        assert re.search(FAULTS[fault][1], message), f"{fault}: {message}"
         assert "cp 2" in message and "layout headtail" in message and "exchange allgather" in message

@@ -76,7 +76,7 @@ def choose_backend(name: str, device_type: str) -> str:
 
 @dataclass(frozen=True)
 class Mask:
-    """What the queries of one micro-batch see on this rank; the same for all layers."""
+    """What the queries of one micro-batch see on this rank, in every layer that has no other."""
 
     segments: Segments
     """Queries against the keys of a buffer."""
@@ -87,15 +87,20 @@ class Mask:
     exchange: Any = None
     """How that buffer is filled (distributed/context_parallel/exchange.py); None: it is this rank's own keys."""
 
+    sliding: Mask | None = None
+    """What they see in layers with a sliding window, where other layers have none; it has its own exchange."""
+
     def to(self, device: torch.device | str) -> Mask:
         """On a device; asynchronous from pinned memory."""
         exchange = None if self.exchange is None else self.exchange.to(device)
-        return Mask(self.segments, self.prepared.to(device), exchange)
+        sliding = None if self.sliding is None else self.sliding.to(device)
+        return Mask(self.segments, self.prepared.to(device), exchange, sliding)
 
     def pin_memory(self) -> Mask:
         """In pinned memory."""
         exchange = None if self.exchange is None else self.exchange.pin_memory()
-        return Mask(self.segments, self.prepared.pin_memory(), exchange)
+        sliding = None if self.sliding is None else self.sliding.pin_memory()
+        return Mask(self.segments, self.prepared.pin_memory(), exchange, sliding)
 
 
 class AttentionCore(Protocol):

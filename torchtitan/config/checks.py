@@ -232,6 +232,11 @@ def _check_kernel(config: JobConfig) -> None:
             'model.attention_backend = "varlen" knows 16-bit types only, but training.mixed_precision_param = '
             '"float32": set that to "bfloat16", or use "flex".'
         )
+    if config.model.attention_backend == "varlen" and config.data.anchor_attention:
+        raise UserError(
+            'model.attention_backend = "varlen" cannot show queries an anchor (data.anchor_attention = true): '
+            'FlashAttention\'s mask is one range of keys a query. Use "flex" on CUDA, "sdpa" anywhere, or "auto".'
+        )
 
 
 def _check_schedule(config: JobConfig) -> None:
@@ -433,6 +438,17 @@ def _check_strategy(config: JobConfig) -> None:
 
 def _check_positions(config: JobConfig) -> None:
     data, seq_len = config.data, config.training.seq_len
+    if data.anchor_attention and data.cross_document_attention:
+        raise UserError(
+            "data.anchor_attention = true shows documents the first token of their row, and "
+            "data.cross_document_attention = true all of it: leave one of the two out."
+        )
+    if data.anchor_attention and data.positions not in ("continue", "reset"):
+        raise UserError(
+            "data.anchor_attention = true puts the first token of a row before all its documents, but data.positions = "
+            f'"{data.positions}" draws the positions of each document by itself, and they may lie before that of the '
+            'anchor. Use "continue".'
+        )
     if data.positions in ("reset", "continue"):
         if data.target_seq_len is not None:
             raise UserError(

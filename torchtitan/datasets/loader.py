@@ -55,6 +55,9 @@ class PackedBatch:
     long: torch.Tensor | None = None
     """bool[T], where rows of short and of long documents are told apart (rope.mixed_window): whether a token's row is
     one of long ones, which LongRoPE's long list is for. None: no row is told apart."""
+    anchor: torch.Tensor | None = None
+    """int32[S], with data.anchor_attention: one token that all of a segment see beside their own segment, the first of
+    their row; -1 for padding, which sees none. None: there are no anchors."""
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """On a device; asynchronous from pinned memory."""
@@ -138,7 +141,7 @@ def pack(plan: Plan, step: int, slots: list[int]) -> PackedBatch:
     tokens = np.zeros(total, np.int64)
     positions = np.empty(total, np.int64)
     long = np.ones(total, bool)
-    documents, segments, sources = [], [], []
+    documents, segments, sources, anchors = [], [], [], []
     for begin, slot in zip(range(0, total, plan.seq_len), slots):
         row = plan.row(step, slot)
         read = plan.tokens(row)
@@ -150,6 +153,7 @@ def pack(plan: Plan, step: int, slots: list[int]) -> PackedBatch:
         long[begin : begin + plan.seq_len] = not short
         inside = np.array([len(read)]) if plan.data.cross_document_attention and not short else row.lengths
         segments += [inside, padding]
+        anchors += [np.full(len(inside), begin, np.int32), np.full(len(padding), -1, np.int32)]
         method = "reset" if short else plan.data.positions
         positions[begin : begin + len(read)] = _positions(plan, method, read, row.lengths, inside, step, slot)
         positions[begin + len(read) : begin + plan.seq_len] = reset_positions(padding)
@@ -168,6 +172,7 @@ def pack(plan: Plan, step: int, slots: list[int]) -> PackedBatch:
         cu_documents=torch.from_numpy(cu_documents.astype(np.int32)),
         source=torch.from_numpy(source),
         long=None if plan.short_window is None else torch.from_numpy(long),
+        anchor=torch.from_numpy(np.concatenate(anchors)) if plan.data.anchor_attention else None,
     )
 
 

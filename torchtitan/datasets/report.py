@@ -165,7 +165,8 @@ def format_report(report: dict[str, Any]) -> str:
         f"{inputs['seq_len']} tokens; {report['tokens']:,} tokens, {report['padding']:.3%} padding; unigram "
         f"cross-entropy {report['unigram_nats']:.3f} nats",
         f"strategy {inputs['strategy']}, packing {inputs['packing']}, positions {inputs['positions']}, cross-document "
-        f"attention {'on' if inputs['cross_document_attention'] else 'off'}: attention is "
+        f"attention {'on' if inputs['cross_document_attention'] else 'off'}"
+        f"{', rows with an anchor' if inputs['anchor_attention'] else ''}: attention is "
         f"{report['attention_work']:.1%} of whole rows'",
         f"{'source':<{width}} {'documents':>11} {'tokens':>15} {'longest':>9} {'asked':>7} {'share':>7} {'epochs':>13} "
         f"{'long':>6} {'split':>8} {'cut':>7}",
@@ -184,6 +185,11 @@ def format_report(report: dict[str, Any]) -> str:
         f"(long: share of tokens in documents over {threshold:,}; split: documents longer than a piece "
         "may be; cut: others, that packing cut; epochs of long / short documents where one of them is raised)"
     )
+    if inputs["anchor_attention"] and inputs["positions"] != "continue":
+        lines.append(
+            f'warning: data.anchor_attention with positions = "{inputs["positions"]}": in the paper they run on in a '
+            'row ("continue")'
+        )
     step, micro = balance["step"], balance["micro_batch"]
     if balance["ranks"] > 1:
         lines.append(

@@ -48,7 +48,7 @@ class RowTable:
     """int32[N]; a separator after the document counts as part of it."""
 
     work: np.ndarray
-    """int64[R], (query, key) pairs that the row's mask allows, padding included."""
+    """int64[R], (query, key) pairs that the row's mask allows in a layer without a sliding window, padding included."""
 
     def __len__(self) -> int:
         """R."""
@@ -81,7 +81,8 @@ def build_table(
         epoch=epoch,
         start=start,
         length=length,
-        work=_work(offsets, length, seq_len, data.cross_document_attention, short_window),
+        work=_work(offsets, length, seq_len, data.cross_document_attention, short_window)
+        + (_anchor_work(offsets, length) if data.anchor_attention else 0),
     )
 
 
@@ -157,6 +158,11 @@ def _work(
         pairs = np.where(together, tokens * (tokens + 1) // 2, pairs)
     whole, rest = np.divmod(seq_len - tokens, PADDING_SEGMENT)
     return pairs + whole * (PADDING_SEGMENT * (PADDING_SEGMENT + 1) // 2) + rest * (rest + 1) // 2
+
+
+def _anchor_work(offsets: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """int64[R]: the row's first token, as one more key for all but the first document, which has it anyway."""
+    return np.add.reduceat(length, offsets[:-1], dtype=np.int64) - length[offsets[:-1]]
 
 
 def save_table(table: RowTable, folder: Path) -> None:

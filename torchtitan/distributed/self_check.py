@@ -12,14 +12,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from torchtitan.attention.backends import Mask, choose_backend
+from torchtitan.attention.backends import choose_backend
 from torchtitan.attention.segments import Segments
 from torchtitan.config.job_config import JobConfig
 from torchtitan.datasets.loader import IGNORED_LABEL, PackedBatch
@@ -33,6 +33,8 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
 BLOCKS_A_RANK = 2
+WINDOW = 100
+"""The sliding window of the small model, if the job's own is not shorter: less than a block, less than a document."""
 LONGEST_FOR_DENSE = 4096
 """Tokens up to which the oracle writes out its mask; beyond, it goes document by document (sdpa)."""
 
@@ -90,18 +92,28 @@ def _first_failure(
     # float32 shows more; the varlen kernel does not know it
     dtype: Literal["float32", "bfloat16"] = "bfloat16" if backend == "varlen" else "float32"
     tolerance = 5e-2 if backend == "varlen" else 1e-3 if device.type == "cuda" else 1e-4
-    small = replace(args, dim=64, n_layers=2, ffn_dim=32 * tp, vocab_size=64 * tp)
+    small = replace(args, dim=64, n_layers=2, ffn_dim=32 * tp, vocab_size=64 * tp, **_two_layers(args))
     training = replace(config.training, mixed_precision_param=dtype, dtype="float32")
     model = build_sharded_model(small, replace(config, training=training), dims, device)
     init_weights(model, seed=1)
 
     def sharded(batch: PackedBatch) -> sharding.LocalBatch:
-        return sharding.shard(batch, backend, p.context_parallel_layout, p.context_parallel_exchange, cp, dims.cp_rank)
+        return sharding.shard(
+            batch,
+            backend,
+            p.context_parallel_layout,
+            p.context_parallel_exchange,
+            cp,
+            dims.cp_rank,
+            small.sliding_window,
+            small.sliding_share,
+        )
 
     blocks = 128 * BLOCKS_A_RANK
     total = cp * math.lcm(blocks, tp)  # sequence parallelism divides a rank's tokens once more
     rng = np.random.default_rng([dims.dp_rank, 2026])
-    batches = [_random_batch(rng, total, small.vocab_size) for _ in range(min(accumulation, 2))]
+    anchors = config.data.anchor_attention
+    batches = [_random_batch(rng, total, small.vocab_size, anchors) for _ in range(min(accumulation, 2))]
     # which tokens of each stream are this rank's: they are numbered instead of drawn
     mine = [sharded(replace(batch, tokens=torch.arange(total))).tokens for batch in batches]
     oracle = _Oracle(small, device, "dense" if total <= LONGEST_FOR_DENSE else "sdpa")
@@ -118,12 +130,21 @@ def _first_failure(
             losses.append(train_micro_batch(model, sharded(batch).to(device), float(valid), cut))
         return losses, float(valid)
 
-    first = run(batches)[0]
-    changed, document = _change_a_token(batches[0], small.vocab_size)
-    moved = (run([changed, *batches[1:]])[0][0] != first[0]).cpu()
-    start, at, end = document
-    here = mine[0]
-    wrong = moved & ((here < at) | (here >= end))
+    first, here = run(batches)[0], mine[0]
+
+    def moved_by(*changed: int) -> torch.Tensor:
+        """bool [t]: which of this rank's outputs move when these tokens of the first stream do."""
+        tokens = batches[0].tokens.clone()
+        tokens[list(changed)] = (tokens[list(changed)] + 1) % small.vocab_size
+        return (run([replace(batches[0], tokens=tokens), *batches[1:]])[0][0] != first[0]).cpu()
+
+    start, at, end = _token_to_change(batches[0])
+    # and the document's last one, which a mask that is one token too wide would show to the next document
+    moved = moved_by(at, end - 1)
+    reach = end
+    if small.sliding_window is not None and small.sliding_share == 1:  # each layer carries it one window on
+        reach = min(end, at + small.n_layers * (small.sliding_window - 1) + 1)
+    wrong = moved & ((here < at) | (here >= reach)) & (here != end - 1)
     failure = None
     if wrong.any():
         other = int(here[wrong][0])
@@ -133,6 +154,13 @@ def _first_failure(
         )
     elif ((here == at) & ~moved).any():
         failure = f"perturbation: changing token {at} did not move its own output"
+    if batches[0].anchor is not None:
+        moved, row_end = moved_by(0), int(batches[0].cu_seqlens[1:][batches[0].anchor == 0].max())
+        if (moved & (here >= row_end)).any():
+            other = int(here[moved & (here >= row_end)][0])
+            failure = failure or f"perturbation: changing the anchor of a row, token 0, moved token {other} of another"
+        elif ((here == start) & ~moved).any():
+            failure = failure or f"perturbation: changing the anchor of a row, token 0, did not move its token {start}"
     cases = {"the losses and gradients": batches}
     if dims.dp_degree * cp > 1:  # else there would be no label at all
         masked = [_without_labels(batch, tokens, dims, cpu_group) for batch, tokens in zip(batches, mine, strict=True)]
@@ -208,9 +236,10 @@ class _Oracle:
         self.model.zero_grad()
         losses = []
         for batch in batches:
-            segments = Segments.whole(batch.cu_seqlens)
+            anchor = None if batch.anchor is None else batch.anchor.numpy().astype(np.int64)
+            segments = Segments.whole(batch.cu_seqlens, anchor=anchor)  # the model adds that of its sliding layers
             on_device = batch.to(self.device)
-            logits = self.model(on_device.tokens, on_device.positions, Mask(segments, segments), on_device.long)
+            logits = self.model(on_device.tokens, on_device.positions, segments, on_device.long)
             loss = torch.nn.functional.cross_entropy(
                 logits, on_device.labels, ignore_index=IGNORED_LABEL, reduction="none"
             )
@@ -224,8 +253,19 @@ class _Oracle:
         return gradient
 
 
-def _random_batch(rng: np.random.Generator, total: int, vocab_size: int) -> PackedBatch:
-    """Ragged documents: one of more than half of the tokens, others down to a single token."""
+def _two_layers(args: TransformerArgs) -> dict[str, Any]:
+    """One layer of each kind that the model has, with a window that the small batches exceed."""
+    if args.sliding_window is None:
+        return {"layer_types": ()}
+    other = "full_attention" if args.sliding_share < 1 else "sliding_attention"
+    return {"layer_types": ("sliding_attention", other), "sliding_window": min(args.sliding_window, WINDOW)}
+
+
+def _random_batch(rng: np.random.Generator, total: int, vocab_size: int, anchors: bool) -> PackedBatch:
+    """Ragged documents: one of more than half of the tokens, others down to a single token.
+
+    anchors: the documents up to that one are a row, those after it another; the last token is as padding, without one.
+    """
     long = total // 2 + int(rng.integers(1, total // 8))
     before = int(rng.integers(2, total - long - 2))
     cuts = rng.integers(1, before, size=3), before + long + rng.integers(1, total - long - before, size=3)
@@ -234,6 +274,8 @@ def _random_batch(rng: np.random.Generator, total: int, vocab_size: int) -> Pack
     labels = np.append(tokens[1:], IGNORED_LABEL)
     labels[cu[1:] - 1] = IGNORED_LABEL
     cu32 = torch.from_numpy(cu.astype(np.int32))
+    anchor = np.where(cu[:-1] < before + long, 0, before + long)
+    anchor[-1] = -1
     return PackedBatch(
         torch.from_numpy(tokens),
         torch.from_numpy(labels),
@@ -241,21 +283,17 @@ def _random_batch(rng: np.random.Generator, total: int, vocab_size: int) -> Pack
         cu32,
         cu32,
         torch.zeros(len(cu) - 1, dtype=torch.int16),
-        torch.arange(total) < total // 2,  # read by LongRoPE only
+        long=torch.arange(total) < total // 2,  # read by LongRoPE only
+        anchor=torch.from_numpy(anchor.astype(np.int32)) if anchors else None,
     )
 
 
-def _change_a_token(batch: PackedBatch, vocab_size: int) -> tuple[PackedBatch, tuple[int, int, int]]:
-    """The longest document with one input token changed and its last one, which a mask that is one token too wide would
-    show to the next document; labels are left. (The document's start, that token, the document's end.)"""
+def _token_to_change(batch: PackedBatch) -> tuple[int, int, int]:
+    """Start of the longest document, a token of it, and its end."""
     lengths = batch.cu_documents.diff()
     document = int(lengths.argmax())
     start, end = int(batch.cu_documents[document]), int(batch.cu_documents[document + 1])
-    at = start + (end - start) // 3
-    tokens = batch.tokens.clone()
-    for changed in (at, end - 1):
-        tokens[changed] = (tokens[changed] + 1) % vocab_size
-    return replace(batch, tokens=tokens), (start, at, end)
+    return start, start + (end - start) // 3, end
 
 
 def _without_labels(

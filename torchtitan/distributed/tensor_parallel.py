@@ -22,7 +22,13 @@ from torchtitan.tools.errors import UserError
 
 
 def check_tensor_parallel(args: TransformerArgs, tp: int) -> None:
-    """UserError where tp does not divide what it cuts."""
+    """UserError where tp does not divide what it cuts, or would cut a norm."""
+    if tp > 1 and args.qk_norm_joint:
+        raise UserError(
+            f"parallelism.tensor_parallel_degree = {tp} gives each rank some of the heads, but this model (Olmo 2, "
+            "Olmo 3) normalises queries and keys over all heads together, which needs a reduction over ranks in every "
+            "layer and is not there. Set it to 1, and use data_parallel_shard_degree or context_parallel_degree."
+        )
     sizes = {
         "query heads": args.n_heads,
         "key-value heads": args.n_kv_heads,

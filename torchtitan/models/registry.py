@@ -7,7 +7,7 @@ from typing import Any
 
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_scaling import Llama3Scaling
-from torchtitan.models.transformer import TransformerArgs
+from torchtitan.models.transformer import LayerType, TransformerArgs
 
 
 def _args(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int, **others: Any) -> TransformerArgs:
@@ -30,6 +30,18 @@ _QWEN2_5_7B = {**_QWEN2_5, "vocab_size": 152064}
 _QWEN2_5_LARGE = {**_QWEN2_5_7B, "norm_eps": 1e-5}
 _QWEN3 = {"vocab_size": 151936, "rope": _rope(1e6, 40960), "norm_eps": 1e-6, "qk_norm": True, "head_dim": 128}
 _QWEN3_TIED = {**_QWEN3, "tied_embeddings": True}
+# Before its extension to 65,536 tokens by YaRN (factor 8) in the layers without a window, which is ours to do. Checked
+# against copies of the config.json of the 7B and 32B Instruct and Think models; that of the 7B and 32B base models not.
+_OLMO3 = {
+    "vocab_size": 100278,
+    "rope": RopeArgs(5e5, layers="full_attention", max_position_embeddings=8192),
+    "norm_eps": 1e-6,
+    "qk_norm": True,
+    "qk_norm_joint": True,
+    "post_norm": True,
+    "sliding_window": 4096,
+}
+_THREE_SLIDE: tuple[LayerType, ...] = (*("sliding_attention",) * 3, "full_attention")
 _SMOLLM2 = {"vocab_size": 49152, "rope": _rope(1e5, 8192), "tied_embeddings": True}
 
 FLAVORS: dict[str, TransformerArgs] = {
@@ -60,6 +72,8 @@ FLAVORS: dict[str, TransformerArgs] = {
     "qwen3_8b": _args(4096, 36, 32, 8, 12288, **_QWEN3),
     "qwen3_14b": _args(5120, 40, 40, 8, 17408, **_QWEN3),
     "qwen3_32b": _args(5120, 64, 64, 8, 25600, **_QWEN3),
+    "olmo3_7b": _args(4096, 32, 32, 32, 11008, layer_types=_THREE_SLIDE * 8, **_OLMO3),
+    "olmo3_32b": _args(5120, 64, 40, 8, 27648, layer_types=_THREE_SLIDE * 16, **_OLMO3),
     "smollm2_135m": _args(576, 30, 9, 3, 1536, **_SMOLLM2),
     "smollm2_360m": _args(960, 32, 15, 5, 2560, **_SMOLLM2),
     "smollm2_1.7b": replace(_args(2048, 24, 32, 32, 8192, **_SMOLLM2), rope=_rope(130000.0, 8192)),

@@ -40,7 +40,8 @@ def build_rope(
     else:
         scaling = _scaling(table, head_dim, n_kv_heads, length)
     covered = max(length, model.max_position_embeddings or 0)
-    return RopeArgs(float(theta), scaling, table.layers, covered)
+    layers = model.layers if table.type == "model" and table.layers == "all" else table.layers
+    return RopeArgs(float(theta), scaling, layers, covered)
 
 
 def _auto_theta(before: RopeArgs, head_dim: int, length: int) -> float:

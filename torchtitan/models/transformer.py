@@ -1,13 +1,15 @@
-"""One decoder-only transformer that is Llama, Mistral, Qwen2, Qwen3 or SmolLM2 by its arguments.
+"""One decoder-only transformer that is Llama, Mistral, Qwen2, Qwen3, SmolLM2, Olmo 2 or Olmo 3 by its arguments.
 
-Pre-norm blocks with RMSNorm, grouped-query attention, RoPE and SwiGLU. Parameter names are torchtitan's. The input is
-a stream of T tokens with their positions and what they may see; nothing here knows about parallelism.
+Blocks with RMSNorm before or after each branch, grouped-query attention over all tokens or within a sliding window,
+RoPE and SwiGLU. Parameter names are torchtitan's. The input is a stream of T tokens with their positions and what they
+may see; nothing here knows about parallelism.
 """
 
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,8 @@ from torchtitan.attention.backends import BACKENDS, Mask
 from torchtitan.attention.segments import Segments
 from torchtitan.models.attention import Attention
 from torchtitan.models.rope import RopeArgs, RopeTables, rope_tables
+
+LayerType = Literal["full_attention", "sliding_attention"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,33 @@ class TransformerArgs:
     norm_eps: float = 1e-5
     qkv_bias: bool = False
     qk_norm: bool = False
+
+    qk_norm_joint: bool = False
+    """The QK norm is one over all heads together, before they are told apart (Olmo 2 and 3)."""
+
+    post_norm: bool = False
+    """Attention's and the feed-forward's outputs are normalised, before they are added, and not their inputs."""
+
     tied_embeddings: bool = False
     rope: RopeArgs = field(default_factory=RopeArgs)
+
+    layer_types: tuple[LayerType, ...] = ()
+    """What each layer attends to; empty: all of them to everything before."""
+
+    sliding_window: int | None = None
+    """In layers with a sliding window a token sees at most so many, itself included."""
+
+    def __post_init__(self) -> None:
+        unknown = set(self.layer_types) - {"full_attention", "sliding_attention"}
+        if unknown or len(self.layer_types) not in (0, self.n_layers):
+            raise ValueError(f"layer_types = {self.layer_types} are not the kinds of {self.n_layers} layers")
+        if (self.sliding_window is not None) != ("sliding_attention" in self.layer_types):
+            raise ValueError(f"a sliding_window of {self.sliding_window} and layer_types = {self.layer_types}")
+
+    @property
+    def sliding_share(self) -> float:
+        """The share of layers that have a sliding window."""
+        return self.layer_types.count("sliding_attention") / self.n_layers
 
 
 class FeedForward(nn.Module):
@@ -53,7 +82,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each behind its norm and added to the residual stream."""
+    """Attention and feed-forward, each behind its norm, or the norm behind each, and added to the residual stream."""
 
     def __init__(self, args: TransformerArgs, attention_backend: str):
         super().__init__()
@@ -64,15 +93,25 @@ class TransformerBlock(nn.Module):
             args.head_dim,
             args.qkv_bias,
             args.qk_norm,
+            args.qk_norm_joint,
             args.norm_eps,
             attention_backend,
         )
         self.feed_forward = FeedForward(args.dim, args.ffn_dim)
-        self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
-        self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.post_norm = args.post_norm
+        # their names say where they stand, so that a parameter's name alone says which one of Hugging Face's it is
+        if args.post_norm:
+            self.attention_post_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+            self.ffn_post_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        else:
+            self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+            self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
 
     def forward(self, x: torch.Tensor, rope: RopeTables, mask: Mask) -> torch.Tensor:
         """x [T, dim] -> [T, dim]."""
+        if self.post_norm:
+            x = x + self.attention_post_norm(self.attention(x, rope, mask))
+            return x + self.ffn_post_norm(self.feed_forward(x))
         x = x + self.attention(self.attention_norm(x), rope, mask)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -107,15 +146,32 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """tokens int64 [T], positions int64 [T], what they see -> logits [T, vocab_size].
 
+        mask: Segments without a window, to which that of the model's sliding layers is added; or a Mask that has it.
         long: see rope_tables. rope: instead of the model's own (GeNE draws one a micro-batch; a search tries many).
         """
+        args, rope = self.args, rope or self.args.rope
         if isinstance(mask, Segments):
-            mask = Mask(mask, self.backend.prepare(mask)).to(tokens.device)
-        tables = rope_tables(rope or self.args.rope, self.args.head_dim, positions, long, self.local_kv_heads)
+            mask = self._mask_of(mask).to(tokens.device)
+        full, sliding = mask, mask.sliding or mask
+        if args.sliding_window is not None and sliding.segments.window != args.sliding_window:
+            raise ValueError(f"the mask's window is {sliding.segments.window}, the model's {args.sliding_window}")
+        tables = rope_tables(rope, args.head_dim, positions, long, self.local_kv_heads)
+        sliding_tables = tables
+        if args.sliding_window is not None and rope.layers == "full_attention" and rope.scaling is not None:
+            sliding_tables = rope_tables(RopeArgs(rope.theta), args.head_dim, positions)
         x = self.tok_embeddings(tokens)
-        for layer in self.layers.values():
-            x = layer(x, tables, mask)
+        for i, layer in enumerate(self.layers.values()):
+            slides = bool(args.layer_types) and args.layer_types[i] == "sliding_attention"
+            x = layer(x, sliding_tables, sliding) if slides else layer(x, tables, full)
         return self.output(self.norm(x))
+
+    def _mask_of(self, segments: Segments) -> Mask:
+        """The masks of all layers where every key is here."""
+        windowed = replace(segments, window=self.args.sliding_window)
+        share = self.args.sliding_share
+        first = windowed if share == 1 else segments
+        sliding = Mask(windowed, self.backend.prepare(windowed)) if 0 < share < 1 else None
+        return Mask(first, self.backend.prepare(first), sliding=sliding)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def training_flops(matmul_parameters: int, tokens: int, attention_width: int, attended_pairs: int) -> float:
+def training_flops(matmul_parameters: int, tokens: int, attention_width: int, attended_pairs: float) -> float:
     """FLOPs of forward and backward without recomputation.
 
     Each parameter that multiplies activations costs 6 a token (PaLM, arXiv 2204.02311, appendix B). Each allowed

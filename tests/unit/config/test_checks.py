@@ -95,6 +95,16 @@ DATA: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "raised twice": ({}, {"upsample": 2.0, "upsample_to": 0.5}, ["upsample", "upsample_to", "one of them"]),
     "raised by both": ({"strategy": "per_source_upsampling"}, {"upsample": 2.0}, ["per_source_upsampling"]),
     "hub of nothing": ({}, {"path": "hub:"}, ["hub:OWNER/NAME"]),
+    "anchors and all": (
+        {"anchor_attention": True, "cross_document_attention": True},
+        {},
+        ["data.anchor_attention = true", "data.cross_document_attention = true"],
+    ),
+    "anchors in drawn positions": (
+        {"anchor_attention": True, "positions": "pose", "target_seq_len": 1 << 20},
+        {},
+        ["data.anchor_attention = true", 'data.positions = "pose"', '"continue"'],
+    ),
     "no domain named": ({"strategy": "domain_upsampling"}, {}, ["upsampled_sources", "books"]),
     "unknown domain": (
         {"strategy": "domain_upsampling", "upsampled_sources": ("book",)},
@@ -115,6 +125,14 @@ def test_what_the_data_table_can_be_wrong_about(name: str) -> None:
     message = error_of(**options, data__sources=(dataclasses.replace(SOURCE, **source),))
     for word in words:
         assert word in message
+
+
+def test_anchors_need_a_backend_that_has_them() -> None:
+    message = error_of(data__anchor_attention=True, data__positions="continue", model__attention_backend="varlen")
+    for word in ('model.attention_backend = "varlen"', "data.anchor_attention = true", '"flex"', '"sdpa"'):
+        assert word in message
+    for backend in ("auto", "flex", "sdpa"):
+        check_config(make(data__anchor_attention=True, model__attention_backend=backend), 1)
 
 
 def test_the_defaults_are_in_range() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from torchtitan.attention.segments import Segments
 from torchtitan.config.job_config import Data, Source
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.loader import IGNORED_LABEL, PADDING_SOURCE, MicroBatches, PackedBatch, build_loader, pack
@@ -18,7 +19,7 @@ from torchtitan.tools.errors import UserError
 
 SEQ_LEN = 24
 ROWS = 8
-FIELDS = [f.name for f in fields(PackedBatch) if f.name != "long"]  # None where rows are not told apart
+FIELDS = [f.name for f in fields(PackedBatch) if f.name not in ("long", "anchor")]  # those have tests of their own
 
 
 def make_plan(
@@ -104,6 +105,27 @@ def test_batch_is_the_oracles(name: str, slots: list[int]) -> None:
         assert set(range(0, len(batch.tokens) + 1, plan.seq_len)) <= set(batch.cu_seqlens.tolist())
         assert batch.num_padding == expected["tokens"].count(0) == (batch.token_sources == PADDING_SOURCE).sum()
         assert batch.num_valid == sum(label >= 0 for label in expected["labels"])
+
+
+@pytest.mark.parametrize("name", ["best_fit", "concat", "single"])
+def test_anchors_are_the_rows_first_tokens(name: str) -> None:
+    """Padding has none, nothing else changes, and the plan knows the work."""
+    options = {"positions": "continue", **OPTIONS[name]}
+    plain, anchored = make_plan(**options), make_plan(**options, anchor_attention=True)
+    assert plain.fingerprint != anchored.fingerprint
+    for step, slots in ((0, [2]), (1, [0, 1, 2]), (2, list(range(ROWS)))):
+        batch = pack(anchored, step, slots)
+        for field in FIELDS:
+            assert torch.equal(getattr(batch, field), getattr(pack(plain, step, slots), field))
+        assert batch.anchor is not None and batch.anchor.dtype == torch.int32
+        starts = batch.cu_seqlens[:-1]
+        row = starts // anchored.seq_len * anchored.seq_len
+        assert torch.equal(batch.anchor, torch.where(batch.source == PADDING_SOURCE, -1, row))
+        moved = batch.to("meta").anchor
+        assert moved is not None and moved.device.type == "meta"
+        segments = Segments.whole(batch.cu_seqlens, anchor=batch.anchor.numpy().astype(np.int64))
+        assert anchored.work(step)[slots].sum() == segments.attended_pairs
+        assert (name == "single") == bool((plain.work(step) == anchored.work(step)).all())
 
 
 def test_padding_is_there_where_it_is_tested() -> None:

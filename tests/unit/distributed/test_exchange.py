@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torchtitan.datasets.loader import IGNORED_LABEL, PackedBatch
 from torchtitan.distributed.context_parallel.exchange import BLOCK, Exchange, in_blocks, kv_received, plan_exchange
 from torchtitan.distributed.context_parallel.layout import LAYOUTS
 from torchtitan.distributed.context_parallel.shard import LocalBatch, shard
+from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
 
 DEGREES = (2, 3, 4, 8)
 HEADS = ((4, 4), (4, 2), (8, 1))
@@ -245,6 +247,99 @@ def test_shards_hold_every_token_once_with_what_belongs_to_it() -> None:
                 assert all(s.kv_received <= s.kv_of_all_gather for s in shards)
             else:
                 assert all(s.kv_received == s.kv_of_all_gather for s in shards)
+
+
+def test_layers_with_windows_have_masks_of_their_own() -> None:
+    """Over all ranks each kind of layer has the stream's mask, with anchors, on the same tokens; counts are means."""
+    rng = np.random.default_rng(4)
+    cases = itertools.product((1, 2, 4), LAYOUTS, ("allgather", "needed", "ulysses"), (0.75, 1.0))
+    for cp, layout, exchange, share in cases:
+        batch, window = packed(rng, cp), int(rng.integers(1, 300))
+        cu = batch.cu_seqlens.numpy().astype(np.int64)
+        anchor = np.maximum(rng.integers(-1, cu[:-1] + 1), -1)
+        batch = replace(batch, anchor=torch.from_numpy(anchor.astype(np.int32)))
+        shards = [shard(batch, "sdpa", layout, exchange, cp, rank, window, share) for rank in range(cp)]
+        owner = np.empty(len(batch.tokens) // BLOCK, np.int64)
+        for rank, s in enumerate(shards):
+            owner[s.tokens[::BLOCK] // BLOCK] = rank
+        kinds = {window: [s.mask if share == 1 else s.mask.sliding for s in shards]}
+        if share < 1:
+            kinds[None] = [s.mask for s in shards]
+        assert all((s.mask.sliding is None) == (share == 1) for s in shards)
+        pairs, busiest, received = {}, {}, {}
+        for kind, masks in kinds.items():
+            whole = Segments.whole(cu, kind, anchor)
+            pairs[kind] = whole.attended_pairs
+            dense_mask = whole.dense_mask()
+            if cp == 1 or exchange == "ulysses":
+                assert all(torch.equal(mask.segments.dense_mask(), dense_mask) for mask in masks)
+                busiest[kind], received[kind] = -(-pairs[kind] // cp), [len(batch.tokens) // cp * (cp - 1)] * cp
+                continue
+            plans = [(mask.segments, mask.exchange) for mask in masks]
+            for rank, mask in enumerate(masks):
+                buffer = buffer_of(exchange, plans, owner, rank)
+                own = in_blocks(dense_mask)[torch.from_numpy(owner == rank)].flatten(0, 1)
+                assert torch.equal(mask.segments.dense_mask(), own.unflatten(1, (-1, BLOCK))[:, buffer].flatten(1))
+            busiest[kind] = max(mask.segments.attended_pairs for mask in masks)
+            received[kind] = [(mask.segments.num_keys - len(s.tokens)) for mask, s in zip(masks, shards, strict=True)]
+
+        def mean(counts: dict, share: float = share, window: int = window) -> float:
+            return share * counts[window] + (1 - share) * counts.get(None, 0)
+
+        for rank, s in enumerate(shards):
+            assert s.pairs == pytest.approx(mean(pairs)) and s.pairs_of_busiest == pytest.approx(mean(busiest))
+            assert s.kv_received == pytest.approx(mean({k: counts[rank] for k, counts in received.items()}))
+
+
+def anchored_rows(rng: np.random.Generator, rows: int, seq_len: int) -> PackedBatch:
+    """Rows of documents that share their row's first token, each row with some padding at its end."""
+    cu, anchor, source = [0], [], []
+    for begin in range(0, rows * seq_len, seq_len):
+        ends = sorted({*rng.integers(1, seq_len, 4).tolist(), seq_len - 9, seq_len})
+        cu += [begin + end for end in ends]
+        padding = [end > seq_len - 9 for end in ends]
+        anchor += [-1 if pad else begin for pad in padding]
+        source += [-1 if pad else 0 for pad in padding]
+    ends = torch.tensor(cu, dtype=torch.int32)
+    tokens = torch.from_numpy(rng.integers(0, 50, rows * seq_len))
+    positions = torch.arange(seq_len).repeat(rows)
+    return PackedBatch(
+        tokens,
+        tokens,
+        positions,
+        ends,
+        ends,
+        torch.tensor(source, dtype=torch.int16),
+        anchor=torch.tensor(anchor, dtype=torch.int32),
+    )
+
+
+def test_an_anchor_moves_its_row_and_others_move_their_document() -> None:
+    """Through shard and a model with a sliding and a full layer."""
+    rng = np.random.default_rng(5)
+    args = TransformerArgs(
+        32, 2, 2, 1, 16, 48, 50, layer_types=("sliding_attention", "full_attention"), sliding_window=8
+    )
+    model = Transformer(args).double()
+    init_weights(model, 0)
+    batch = anchored_rows(rng, 3, 64)
+
+    @torch.no_grad()
+    def run(tokens: torch.Tensor) -> torch.Tensor:
+        local = shard(replace(batch, tokens=tokens), "sdpa", "balanced", "needed", 1, 0, 8, 0.5)
+        return model(local.tokens, local.positions, local.mask)
+
+    before = run(batch.tokens)
+    cu, index = batch.cu_seqlens.tolist(), torch.arange(len(batch.tokens))
+    for token in (0, 64, 65, 70, 100, 127, 130, *rng.integers(0, 192, 10).tolist()):
+        changed = batch.tokens.clone()
+        changed[token] = (changed[token] + 1) % 50
+        moved = (run(changed) != before).any(1)
+        segment = np.searchsorted(cu, token, side="right") - 1
+        expected = (index >= token) & (index < cu[segment + 1])
+        if token % 64 == 0:
+            expected = (index >= token) & (index < token + 64 - 9)
+        assert torch.equal(moved, expected), token
 
 
 MEMORY = """

@@ -6,15 +6,26 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
+from torchtitan.attention.backends import Mask
 from torchtitan.attention.segments import Segments
+from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.models.huggingface import check_weights, load_weights, read_config
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.transformer import Transformer, init_weights, parameter_counts
@@ -39,12 +50,37 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,  # short, so that all three regimes are within the test's positions
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
+OLMO3 = {**SMALL, "num_hidden_layers": 5, "sliding_window": 50}  # three slide, one is full, one slides
 CONFIGS = {
     "llama3": lambda: LlamaConfig(**SMALL, rope_parameters=LLAMA3_SCALING, rms_norm_eps=1e-5),
     "llama2": lambda: LlamaConfig(**{**SMALL, "num_key_value_heads": 4}),
     "mistral": lambda: MistralConfig(**SMALL, head_dim=32, sliding_window=None),
     "qwen2": lambda: Qwen2Config(**SMALL),
     "qwen3": lambda: Qwen3Config(**SMALL, head_dim=24),
+    "olmo2": lambda: Olmo2Config(**SMALL),
+    "olmo3": lambda: Olmo3Config(
+        **OLMO3, rope_parameters={"full_attention": dict(DEFAULT), "sliding_attention": dict(DEFAULT)}
+    ),
+    "olmo3, yarn": lambda: Olmo3Config(
+        **OLMO3, rope_parameters={"full_attention": dict(YARN), "sliding_attention": dict(DEFAULT)}
+    ),
+    "mistral, window": lambda: MistralConfig(**SMALL, head_dim=32, sliding_window=70),
+    "qwen2, window": lambda: Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=70, max_window_layers=1),
+    "qwen3, layer types": lambda: Qwen3Config(
+        **SMALL,
+        use_sliding_window=True,
+        sliding_window=33,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
     "tied": lambda: LlamaConfig(**{**SMALL, "tie_word_embeddings": True}),
 }
 
@@ -115,6 +151,61 @@ def test_sharded_folder_and_legacy_rope_keys(tmp_path: Path):
     assert largest_difference(reference, ours(tmp_path), tokens) < 1e-4
 
 
+def test_windows_are_read_and_felt(tmp_path: Path):
+    """A token beyond the reach of all layers' windows moves nothing; one of Olmo's full layers is enough to see it."""
+    for kind, types in {"mistral, window": "sss", "qwen2, window": "fss", "olmo3": "sssfs", "olmo2": ""}.items():
+        save_hf(kind, tmp_path)
+        model = ours(tmp_path)
+        args = model.args
+        assert "".join(name[0] for name in args.layer_types) == types, kind
+        tokens = torch.randint(0, SMALL["vocab_size"], (300,), generator=torch.Generator().manual_seed(1))
+        changed = tokens.clone()
+        changed[20] = (tokens[20] + 1) % SMALL["vocab_size"]
+        with torch.no_grad():
+            a, b = (model(t, torch.arange(300), Segments.whole((0, 300))) for t in (tokens, changed))
+        moved = (a != b).any(1)
+        assert not moved[:20].any()
+        reach = 300
+        if types == "sss":  # each layer hands on what it has seen, 69 tokens further
+            reach = 20 + 3 * (args.sliding_window - 1) + 1
+        assert moved[20:reach].all() and not moved[reach:].any(), kind
+
+
+def test_olmo3_scales_only_layers_without_a_window(tmp_path: Path):
+    """Whatever form its config.json has: by kind of layer, or as published, where rope_scaling is one for all."""
+    reference = save_hf("olmo3, yarn", tmp_path)
+    expected = ours(tmp_path).args
+    assert expected.rope.layers == "full_attention" and expected.rope.scaling is not None
+    assert (expected.qk_norm_joint, expected.post_norm, expected.sliding_window) == (True, True, 50)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")["full_attention"]
+    theta = rope.pop("rope_theta")
+    for form in (
+        {"rope_theta": theta, "rope_scaling": rope},
+        {"rope_parameters": {**rope, "rope_theta": theta}},
+        {"rope_theta": theta, "rope_scaling": rope, "layer_types": None},
+    ):
+        path.write_text(json.dumps(config | form))
+        assert read_config(tmp_path) == expected
+    tokens = torch.randint(0, SMALL["vocab_size"], (300,))
+    model = ours(tmp_path)
+    assert largest_difference(reference, model, tokens) < 1e-4
+    model.args = replace(expected, rope=replace(expected.rope, layers="all"))
+    assert largest_difference(reference, model, tokens) > 1e-2, "scaling of all layers would be noticed"
+
+
+def test_masks_must_fit_the_layers(tmp_path: Path):
+    save_hf("olmo3", tmp_path)
+    model, segments = ours(tmp_path), Segments.whole((0, 64))
+    with pytest.raises(ValueError, match="window is None, the model's 50"):
+        model(torch.zeros(64, dtype=torch.int64), torch.arange(64), Mask(segments, segments))
+    with pytest.raises(ValueError, match="layer_types"):
+        replace(model.args, n_layers=2)
+    with pytest.raises(UserError, match="tensor_parallel_degree = 2 .* over all heads"):
+        check_tensor_parallel(model.args, 2)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -123,7 +214,17 @@ def test_sharded_folder_and_legacy_rope_keys(tmp_path: Path):
         ({"rope_parameters": {"rope_type": "su"}}, "su"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"attention_bias": True}, "attention_bias"),
-        ({"model_type": "mistral", "sliding_window": 512}, "sliding_window"),
+        ({"model_type": "mistral", "sliding_window": [512, None]}, r"sliding_window = \[512, None\]"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3}, "use_sliding_window = None"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "llama does not read it"),
+        ({"model_type": "olmo3", "layer_types": ["full_attention"]}, "for each of 3 layers"),
+        (
+            {
+                "model_type": "olmo3",
+                "rope_parameters": {"full_attention": YARN, "sliding_attention": {**DEFAULT, "rope_theta": 500.0}},
+            },
+            "rope_theta of full_attention, 10000",
+        ),
     ],
 )
 def test_unsupported_configurations_are_named(change: dict, named: str, tmp_path: Path):
@@ -179,6 +280,8 @@ def test_weights_that_do_not_fit_list_names_and_shapes(tmp_path: Path):
         ("qwen3_8b", 8.191),
         ("qwen3_14b", 14.768),
         ("qwen3_32b", 32.762),
+        ("olmo3_7b", 7.298),
+        ("olmo3_32b", 32.234),
         ("smollm2_135m", 0.1345),
         ("smollm2_360m", 0.3618),
         ("smollm2_1.7b", 1.711),

@@ -6,7 +6,6 @@ Without context parallelism it is the same path with one rank.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,17 +37,18 @@ class LocalBatch:
     long: torch.Tensor | None
     """bool[t], see PackedBatch."""
 
-    pairs: int
-    """(query, key) pairs of the whole micro-batch."""
+    pairs: float
+    """(query, key) pairs of the whole micro-batch; a mean over layers, some of which may have a sliding window."""
 
-    pairs_of_busiest: int
-    """Those of the rank that has most."""
+    pairs_of_busiest: float
+    """Those of the rank that has most in a layer; a mean over layers."""
 
     unpadded: int
     """Tokens of the whole micro-batch without padding."""
 
-    kv_received: int
-    """Tokens whose keys and values come from other ranks in every layer (`ulysses`: all others', of fewer heads)."""
+    kv_received: float
+    """Tokens whose keys and values come from other ranks in a layer (`ulysses`: all others', of fewer heads); a mean
+    over layers."""
 
     kv_of_all_gather: int
     """The same if all keys and values were gathered: those of the other ranks' tokens."""
@@ -70,9 +70,25 @@ class LocalBatch:
         return int((self.labels != IGNORED_LABEL).sum())
 
 
-def shard(batch: PackedBatch, backend: str, layout: str, exchange: str, cp: int, rank: int) -> LocalBatch:
-    """The part of context-parallel rank `rank` of `cp`; T is a multiple of 128 cp where cp > 1."""
-    segments = Segments.whole(batch.cu_seqlens)
+def shard(
+    batch: PackedBatch,
+    backend: str,
+    layout: str,
+    exchange: str,
+    cp: int,
+    rank: int,
+    sliding_window: int | None = None,
+    sliding_share: float = 0.0,
+) -> LocalBatch:
+    """The part of context-parallel rank `rank` of `cp`; T is a multiple of 128 cp where cp > 1.
+
+    sliding_window, sliding_share: of the model's layers. All layers have the same owners of tokens, laid out for those
+    without a window if there are any; which keys come here is up to each kind.
+    """
+    anchor = None if batch.anchor is None else batch.anchor.numpy().astype(np.int64)
+    full = Segments.whole(batch.cu_seqlens, anchor=anchor)
+    kinds = [(full, 1 - sliding_share), (replace(full, window=sliding_window), sliding_share)]
+    kinds = [(segments, share) for segments, share in kinds if share > 0]
     documents = batch.cu_documents.numpy().astype(np.int64)
     tokens: dict[str, Any] = {
         "tokens": batch.tokens,
@@ -82,21 +98,36 @@ def shard(batch: PackedBatch, backend: str, layout: str, exchange: str, cp: int,
         "index": torch.from_numpy(np.arange(documents[-1]) - np.repeat(documents[:-1], np.diff(documents))),
         "long": batch.long,
     }
-    pairs = segments.attended_pairs
-    prepare = BACKENDS[backend].prepare
-    elsewhere = len(batch.tokens) // cp * (cp - 1)
-    whole = partial(LocalBatch, pairs=pairs, unpadded=len(batch.tokens) - batch.num_padding, kv_of_all_gather=elsewhere)
-    if cp == 1:
-        return whole(**tokens, mask=Mask(segments, prepare(segments)), pairs_of_busiest=pairs, kv_received=0)
-    owner = LAYOUTS[layout](segments, cp).astype(np.int64)
+    owner = None
+    if cp > 1:
+        owner = LAYOUTS[layout](kinds[0][0], cp).astype(np.int64)
+        own = torch.from_numpy(np.flatnonzero(owner == rank))
+        tokens = {n: None if x is None else x.unflatten(0, (-1, BLOCK))[own].flatten() for n, x in tokens.items()}
+    parts = [_layer(segments, backend, exchange, owner, cp, rank) for segments, _ in kinds]
+    mask = parts[0][0] if len(parts) == 1 else replace(parts[0][0], sliding=parts[1][0])
+    pairs, busiest, received = np.average([part[1:] for part in parts], axis=0, weights=[share for _, share in kinds])
+    return LocalBatch(
+        **tokens,
+        mask=mask,
+        pairs=float(pairs),
+        pairs_of_busiest=float(busiest),
+        unpadded=len(batch.tokens) - batch.num_padding,
+        kv_received=float(received),
+        kv_of_all_gather=len(batch.tokens) // cp * (cp - 1),
+    )
+
+
+def _layer(
+    segments: Segments, backend: str, exchange: str, owner: np.ndarray | None, cp: int, rank: int
+) -> tuple[Mask, int, int, int]:
+    """For layers that see by `segments`: the mask of a rank's queries; pairs, pairs_of_busiest, kv_received."""
+    prepare, pairs = BACKENDS[backend].prepare, segments.attended_pairs
+    if owner is None:
+        return Mask(segments, prepare(segments)), pairs, pairs, 0
     local, plan = plan_exchange(exchange, segments, owner, cp, rank)
-    own = torch.from_numpy(np.flatnonzero(owner == rank))
-    mine: dict[str, Any] = {
-        name: None if x is None else x.unflatten(0, (-1, BLOCK))[own].flatten() for name, x in tokens.items()
-    }
     if exchange == "ulysses":  # heads are divided, not the pairs
         busiest = -(-pairs // cp)
     else:
         busiest = int(np.bincount(owner, weights=block_work(segments), minlength=cp).max())
     received = sum(plan.receive_counts) - plan.receive_counts[rank]
-    return whole(**mine, mask=Mask(local, prepare(local), plan), pairs_of_busiest=busiest, kv_received=received * BLOCK)
+    return Mask(local, prepare(local), plan), pairs, busiest, received * BLOCK
