@@ -40,10 +40,10 @@ LONGEST_WAIT = timedelta(hours=2)  # for the rank with the slowest disk; far bey
 class WholeWriter(FileSystemWriter):
     """Writes DCP files into step-N.partial/ and, once all ranks have, publishes the folder as step-N/."""
 
-    def __init__(self, target: Path, manifest: dict[str, Any]):
+    def __init__(self, target: Path, manifest: dict[str, Any], single_file_per_rank: bool = True):
         self.target, self.manifest = target, manifest
         self.partial = target.with_name(target.name + ".partial")
-        super().__init__(str(self.partial))
+        super().__init__(str(self.partial), single_file_per_rank=single_file_per_rank)
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         """Every rank: the tensors, then the checksums of its own files for the coordinator."""

@@ -85,7 +85,7 @@ def write_torchtitan(weights: Weights, out: Path) -> None:
     new_folder(out)
     read = _reordered(weights.read, to_interleaved, args.head_dim)
     with explain_failure(out.parent):
-        writer = FileSystemWriter(str(partial_of(out)))
+        writer = FileSystemWriter(str(partial_of(out)), single_file_per_rank=False)
         names = _with_output(weights)
         tensors = {n: torch.empty(s, dtype=weights.dtypes[of], device="meta") for n, (of, s) in names.items()}
         write_dcp(writer, tensors, lambda name: read(names[name][0]))

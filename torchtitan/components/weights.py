@@ -180,7 +180,11 @@ class _StreamingPlanner(DefaultSavePlanner):
 
 
 def write_dcp(writer: FileSystemWriter, tensors: dict[str, torch.Tensor], read: Callable[[str], torch.Tensor]) -> None:
-    """One process writes a DCP folder, tensor by tensor; tensors: on the meta device, by key."""
+    """One process writes a DCP folder, tensor by tensor; tensors: on the meta device, by key.
+
+    The writer needs single_file_per_rank = False: PyTorch's holds every tensor of a file until the file is closed.
+    """
+    assert not writer.single_file_per_rank
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*single process.*")
         dcp.save(tensors, storage_writer=writer, planner=_StreamingPlanner(read), no_dist=True)
@@ -193,5 +197,6 @@ def write_checkpoint(weights: Weights, out: Path, manifest: dict[str, Any]) -> P
     about |= {"plan": {}, "world_size": 1, **manifest, "architecture": as_json(weights.args)}
     tensors = {f"model.{n}": torch.empty(s, dtype=weights.dtypes[n], device="meta") for n, s in weights.shapes.items()}
     with explain_failure(out):
-        write_dcp(WholeWriter(target, about), tensors, lambda key: weights.read(key.removeprefix("model.")))
+        writer = WholeWriter(target, about, single_file_per_rank=False)
+        write_dcp(writer, tensors, lambda key: weights.read(key.removeprefix("model.")))
     return target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from tests.unit.components.models import (
     with_rope,
 )
 from torchtitan.components import export as export_module
-from torchtitan.components.export import export, publish
+from torchtitan.components.export import export, publish, write_hugging_face
+from torchtitan.components.foreign import write_torchtitan
 from torchtitan.components.weights import open_checkpoint, open_hugging_face, write_checkpoint
 from torchtitan.models.hf_config import config_json
 from torchtitan.models.huggingface import read_config
@@ -204,20 +206,27 @@ def test_shards_of_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         export(checkpoint, out, None)
 
 
-def test_a_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A tensor is read only when its bytes are due: the one before is in the file by then."""
+@pytest.mark.parametrize("to", ["hugging_face", "checkpoint", "torchtitan"])
+def test_a_tensor_at_a_time(to: str, tmp_path: Path):
+    """When a tensor is read, at most the one before is still held."""
     weights = random_weights(LLAMA_WITH_LENGTH)
-    written = []
+    given: list[weakref.ref[torch.Tensor]] = []
+    held = []
 
     def read(name: str) -> torch.Tensor:
-        file = tmp_path / "hf.partial" / "model.safetensors.unfinished"
-        written.append(file.stat().st_size)
-        return weights.read(name)
+        held.append(sum(reference() is not None for reference in given))
+        tensor = weights.read(name).clone()
+        given.append(weakref.ref(tensor))
+        return tensor
 
-    export_module.write_hugging_face(replace(weights, read=read), tmp_path / "hf")
-    # all but what Python's buffer holds back
-    so_far = torch.tensor([0, *(weights.read(n).nbytes for n in weights.shapes)]).cumsum(0)[:-1]
-    assert (torch.tensor(written) >= so_far - 2**17).all() and written[-1] > 2**17
+    streamed = replace(weights, read=read)
+    if to == "hugging_face":
+        write_hugging_face(streamed, tmp_path / "out")
+    elif to == "checkpoint":
+        write_checkpoint(streamed, tmp_path / "out", {})
+    else:
+        write_torchtitan(streamed, tmp_path / "out")
+    assert len(held) == len(weights.shapes) and max(held) <= 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "qwen2"])
