@@ -48,9 +48,8 @@ def model_type(args: TransformerArgs, original: str | None) -> str:
     kind = kinds.get(frozenset(traits))
     if kind is None:
         windows = f" and a sliding window in {share:.0%} of the layers" if share else ""
-        raise UserError(
-            f"A model with {' and '.join(sorted(traits, reverse=True)) or 'plain layers'}{windows} has no model_type there."
-        )
+        what = " and ".join(sorted(traits, reverse=True)) or "plain layers"
+        raise UserError(f"A model with {what}{windows} has no model_type in Hugging Face's config.json.")
     scaled_by_kind = args.rope.layers == "full_attention" and 0 < share < 1
     if args.rope.scaling and kind == "olmo3" and share and not scaled_by_kind:
         raise UserError(
