@@ -158,7 +158,12 @@ def test_the_fates_of_a_sources_tokens_sum_to_them(stand_ins: Path, tmp_path: Pa
     recipe = REPOSITORY / "train_configs/data_engineering_128k/original.toml"
     arguments = [
         *arguments_of(recipe, stand_ins, tmp_path),
-        *("--data.packing=best_fit", "--training.steps=1", "--training.seq_len=8192", "--training.global_batch_size=8"),
+        *(
+            "--data.packing=best_fit",
+            "--training.steps=1",
+            "--training.seq_len=8192",
+            "--training.global_batch_tokens=65536",
+        ),
         *(
             "--data.sources.0.long_document=truncate",
             "--data.sources.1.long_document=drop",
