@@ -111,7 +111,7 @@ def make_small(config: JobConfig, folder: Path, seq_len: int, steps: int, proces
         metrics=replace(config.metrics, log_freq=1, enable_tensorboard=False, enable_wandb=False),
         data=small_data(config.data, folder, factor),
         rope=small_rope(config.rope, factor),
-        stage=replace(config.stage, after=None, gates=()),
+        stage=replace(config.stage, after=None, run_chain=False, gates=()),
     )
 
 

@@ -74,39 +74,16 @@ class Stage:
     mask: str | None = None  # documents; none; anchor
 
 
+YARN = Stage(
+    65536, 64 * 65536, 2e-5, "linear", 0.0, 20, 400, rope="yarn", factor=16, original=4096, decay=0.0, mask="none"
+)
 PUBLISHED: dict[str, Stage] = {
     "llama2_long/32k": Stage(32768, 4194304, 2e-5, "cosine", None, 2000, steps=100_000, theta=5e5),
     "pi/32k": Stage(
         32768, 128 * 32768, 2e-5, None, None, 20, steps=1000, rope="linear", factor=16, decay=0.0, mask="none"
     ),
-    "yarn/64k": Stage(
-        65536,
-        64 * 65536,
-        2e-5,
-        "linear",
-        0.0,
-        20,
-        steps=400,
-        rope="yarn",
-        factor=16,
-        original=4096,
-        decay=0.0,
-        mask="none",
-    ),
-    "yarn/128k": Stage(
-        65536,
-        64 * 65536,
-        2e-5,
-        "linear",
-        0.0,
-        20,
-        steps=200,
-        rope="yarn",
-        factor=32,
-        original=4096,
-        decay=0.0,
-        mask="none",
-    ),
+    "yarn/64k": YARN,
+    "yarn/128k": replace(YARN, steps=200, factor=32),
     # 4M tokens in rows of 80K, made a number that 8 and 16 ranks share; the tokens, not the printed 2,000 steps
     **{
         name: Stage(81920, 48 * 81920, 2e-5, "constant", None, None, total=5e9, mask="none")
@@ -134,19 +111,8 @@ PUBLISHED: dict[str, Stage] = {
         for rope in ("llama3", "yarn")
     },
     "olmo3_7b/64k": Stage(
-        65536,
-        4194304,
-        2.0712352850360292e-4,
-        "linear",
-        0.0,
-        200,
-        total=50e9,
-        rope="yarn",
-        factor=8,
-        original=8192,
-        decay=0.1,
-        clip=1.0,
-        mask="documents",
+        *(65536, 4194304, 2.0712352850360292e-4, "linear", 0.0, 200, None, 50e9),
+        *("yarn", None, 8, 8192, 0.1, 1.0, None, "documents"),
     ),
     "longrope2_8b/128k": Stage(
         131072, 64 * 131072, 2e-5, "cosine", None, None, total=10e9, rope="longrope", original=8192
@@ -326,6 +292,31 @@ def test_lists_of_rope_factors() -> None:
     assert in_strides == pytest.approx([round(n) for n in in_strides])
 
 
+def test_ultralongs_two_readings_of_yarn() -> None:
+    """What is left of the frequencies of pairs 29, 31 and 33 at 1M; the same below and above the ramp."""
+    left = {}
+    for rope in ("llama3", "yarn"):
+        args = model_args(config_of(f"ultralong_8b/1m_{rope}"))
+        left[rope] = inverse_frequencies(args.rope, 128) / inverse_frequencies(RopeArgs(5e5), 128)
+        found = left[rope][[29, 31, 33]].tolist()
+        assert found == pytest.approx({"llama3": [0.805, 0.426, 0.174], "yarn": [0.858, 0.575, 0.291]}[rope], abs=6e-4)
+    kept = [j for j in range(64) if j <= 28 or j >= 35]
+    assert torch.allclose(left["llama3"][kept], left["yarn"][kept])
+
+
+def test_what_else_is_published() -> None:
+    longrope, olmo = config_of("longrope2_8b/128k"), config_of("olmo3_7b/64k")
+    assert longrope.rope.mixed_window and longrope.rope.attention_factor == 1.0
+    assert [s.weight for s in longrope.data.sources] == [0.3, 0.3, 0.4]  # up to 8K, to 100K, to 200K
+    assert olmo.rope.layers == "full_attention" and olmo.optimizer.no_decay == ("tok_embeddings.*",)
+    assert olmo.data.sources[0].weight == 0.661 and {s.long_document for s in olmo.data.sources} == {"truncate"}
+    for length in (64, 128, 256):
+        qwen = config_of(f"qwen25_1m/{length}k")
+        assert [(s.weight, s.min_length) for s in qwen.data.sources] == [(0.75, length * 1024), (0.25, 0)]
+    ultralong = config_of("ultralong_8b/4m_yarn").data
+    assert {s.separator for s in ultralong.sources} == {"<s>"} and not (ultralong.add_bos or ultralong.add_eos)
+
+
 def test_bases_that_stand_for_a_rule() -> None:
     """LongRecipe's are dynamic NTK's; theta = "auto" makes SmolLM2's from 8K on."""
     for name, factor, length in (("80k", 10, 81920), ("128k", 16, 131072)):
@@ -430,3 +421,24 @@ def test_it_trains_in_small(name: str, tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = [json.loads(line) for line in metrics.splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all(abs(line["loss"] - math.log(4096)) < 1 for line in lines)  # fresh weights know nothing
+
+
+def test_what_the_rehearsal_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(CONFIGS / "pi/32k.toml")
+    for arguments, said in (
+        ([recipe, f"--folder={tmp_path}"], "nothing is written over"),
+        ([recipe, "--steps=0"], "must be at least 1"),
+        (["no/such.toml"], "no/such.toml does not exist"),
+    ):
+        assert try_recipe.main(arguments) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
+def test_a_rehearsal_keeps_proportions(tmp_path: Path) -> None:
+    small = try_recipe.make_small(config_of("longrope2_8b/128k"), tmp_path, seq_len=2048, steps=2, processes=6)
+    assert [s.max_length for s in small.data.sources] == [128, 1600, 3200]
+    assert small.rope.original_max_position_embeddings == 128 and len(small.rope.long_factor) == 32
+    assert (small.rope.long_factor[0], small.rope.long_factor[-1]) == (1.0, 16.0)
+    assert small.parallelism.context_parallel_degree == 2  # of 6 processes and 8 ranks
+    check_config(small, 6)
