@@ -199,6 +199,8 @@ def test_every_stage_stands_in_a_table_and_every_folder_says_what_it_is() -> Non
         if text:
             assert f"train_configs/{folder.name}/" in text and "Needs" in text and len(text.splitlines()) < 25
             assert f"`{folder.name}`" in overview, folder.name
+    for path in (*CONFIGS.rglob("*.toml"), *CONFIGS.rglob("*.md")):
+        assert max(map(len, path.read_text().splitlines())) <= 120, path
 
 
 @pytest.mark.parametrize("name", RECIPES)
