@@ -72,14 +72,14 @@ def config_json(
         "tie_word_embeddings": args.tied_embeddings,
         "dtype": dtype,
         "torch_dtype": dtype,
-        # Mistral's default, and that of Qwen where the switch is on, is a window of 4,096
-        "sliding_window": None,
         **_rope(args),
     }
     if kind in ("llama", "qwen3"):
         config["attention_bias"] = False
     if kind == "llama":
         config["mlp_bias"] = False
+    if kind != "llama":
+        config["sliding_window"] = None  # absent, Mistral's is 4,096
     if kind in ("qwen2", "qwen3"):
         config["use_sliding_window"] = False
     if "layer_types" in config:
