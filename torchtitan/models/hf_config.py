@@ -92,14 +92,14 @@ def config_json(
         "tie_word_embeddings": args.tied_embeddings,
         "dtype": dtype,
         "torch_dtype": dtype,
-        # Mistral's default, and that of Qwen where the switch is on, is a window of 4,096
-        "sliding_window": args.sliding_window,
         **_rope(args, kind),
     }
     if kind in ("llama", "qwen3", "olmo2", "olmo3"):
         config["attention_bias"] = False
     if kind == "llama":
         config["mlp_bias"] = False
+    if kind not in ("llama", "olmo2"):
+        config["sliding_window"] = args.sliding_window  # absent, Mistral's is 4,096
     if kind in ("qwen2", "qwen3"):
         config["use_sliding_window"] = args.sliding_window is not None
         slides = [name == "sliding_attention" for name in args.layer_types]

@@ -165,8 +165,8 @@ def check_weights(folder: Path, args: TransformerArgs, asked: str = "") -> None:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(
-            f"{asked or folder}: there is no *.safetensors there. Name a folder with the weights, or leave the first key "
-            "out to train from scratch."
+            f"{asked or folder}: there is no *.safetensors there. Name a folder with the weights, or leave the first "
+            "key out to train from scratch."
         )
     for file in files:
         try:
