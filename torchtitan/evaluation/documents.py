@@ -23,8 +23,11 @@ def long_documents(
     most: int,
     text_field: str = "text",
     add_bos: bool = False,
+    pieces: int = 1,
 ) -> list[torch.Tensor]:
     """The first `tokens` tokens, int64, of the first `most` documents that have so many; UserError if there is none.
+
+    pieces: of each document so many pieces at most, one after the other, instead of the first alone.
 
     paths: .txt, .jsonl and .parquet files, folders of such, and tokenized folders (whose BOS stays as it is).
     """
@@ -36,10 +39,9 @@ def long_documents(
     for path in paths:
         for ids in _documents(path, tokenizer, bos, text_field):
             seen, longest = seen + 1, max(longest, len(ids))
-            if len(ids) >= tokens:
-                found.append(ids[:tokens])
-            if len(found) == most:
-                return found
+            found += [piece for piece in ids.split(tokens)[:pieces] if len(piece) == tokens]
+            if len(found) >= most:
+                return found[:most]
     if not found:
         raise UserError(
             f"None of the {seen} documents of --text has {tokens:,} tokens; the longest has {longest:,}. Give longer "
