@@ -2,10 +2,10 @@
 
     python scripts/search_rope.py --model FOLDER --text books/*.txt --length 131072 --state search.json --out rope.toml
 
-Every candidate is a factor for each pair of dimensions. Its fitness is the perplexity of the answers to questions at the
-end of real text about a needle at its start, --prompts of them, each --length tokens long. With the paper's population
-and iterations that is 1,344 candidates: hours on a GPU. On one device, CUDA where there is one. A search that was cut
-off goes on from --state. --out is a TOML [rope] table to train or evaluate with.
+A candidate is a factor for each pair of dimensions. Its fitness is the perplexity of the answers to questions at the
+end of real text about a needle at its start: --prompts of them, each --length tokens long. With the paper's population
+and iterations (the defaults) that is 1,344 candidates: hours on a GPU. On one device, CUDA where there is one. A search
+that was cut off goes on from --state. --out is a TOML [rope] table to train or evaluate with.
 """
 
 from __future__ import annotations

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from torchtitan.attention.segments import Segments
 from torchtitan.components.checkpoint import Checkpointer
@@ -20,7 +17,6 @@ from torchtitan.config.job_config import Checkpoint
 from torchtitan.evaluation.documents import long_documents
 from torchtitan.evaluation.loading import load
 from torchtitan.evaluation.loss_by_position import check_edges, default_edges, loss_by_position, rope_for, token_losses
-from torchtitan.models.huggingface import hf_name
 from torchtitan.models.rope import RopeArgs, inverse_frequencies
 from torchtitan.models.rope_scaling import (
     DynamicNTKScaling,
@@ -29,32 +25,12 @@ from torchtitan.models.rope_scaling import (
     LongRopeScaling,
     YarnScaling,
 )
-from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
+from torchtitan.models.transformer import Transformer
 from torchtitan.tools.errors import UserError
 
 REPOSITORY = Path(__file__).parents[3]
 TOKENIZER = REPOSITORY / "assets/tokenizer"
 VOCABULARY = load_tokenizer(TOKENIZER).vocab_size
-ARGS = TransformerArgs(
-    32, 2, 4, 2, 8, 64, VOCABULARY, tied_embeddings=True, rope=RopeArgs(100.0, max_position_embeddings=64)
-)
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", REPOSITORY / "scripts" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def model() -> Transformer:
-    model = Transformer(ARGS)
-    init_weights(model, seed=0)
-    with torch.no_grad():
-        model.tok_embeddings.weight.mul_(3)  # logits far from 0, so that every part of the model shows in them
-    return model
 
 
 def tokens_of(length: int, seed: int = 0) -> torch.Tensor:
@@ -121,7 +97,7 @@ def test_the_rope_of_a_call_replaces_the_models(model: Transformer):
     losses = token_losses(model, tokens, yarn)
     torch.testing.assert_close(losses, oracle(model, tokens, yarn), rtol=1e-5, atol=1e-5)
     assert (losses - token_losses(model, tokens)).abs().max() > 1e-3
-    assert model.args == ARGS
+    assert model.args.rope.scaling is None
 
 
 def test_long_and_short_lists_and_factors_by_the_length():
@@ -137,30 +113,6 @@ def test_long_and_short_lists_and_factors_by_the_length():
     dynamic = RopeArgs(100.0, DynamicNTKScaling(2.0, 64))
     assert inverse_frequencies(rope_for(dynamic, 64), 8).equal(plain)
     assert inverse_frequencies(rope_for(dynamic, 256), 8)[-1] < plain[-1] / 4
-
-
-def hugging_face_folder(model: Transformer, folder: Path) -> Path:
-    folder.mkdir()
-    save_file({hf_name(n): p.detach().clone() for n, p in model.named_parameters()}, folder / "model.safetensors")
-    args = model.args
-    config = {
-        "model_type": "llama",
-        "hidden_size": args.dim,
-        "num_hidden_layers": args.n_layers,
-        "num_attention_heads": args.n_heads,
-        "num_key_value_heads": args.n_kv_heads,
-        "head_dim": args.head_dim,
-        "intermediate_size": args.ffn_dim,
-        "vocab_size": args.vocab_size,
-        "rms_norm_eps": args.norm_eps,
-        "tie_word_embeddings": True,
-        "rope_theta": args.rope.theta,
-        "max_position_embeddings": args.rope.max_position_embeddings,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((TOKENIZER / name).read_bytes())
-    return folder
 
 
 def checkpoint(model: Transformer, folder: Path, tokenizer: str) -> Path:
@@ -185,7 +137,7 @@ def checkpoint(model: Transformer, folder: Path, tokenizer: str) -> Path:
     ids=lambda s: s.rope_type if s else "plain",
 )
 def test_a_checkpoint_is_evaluated_as_the_model_that_was_saved(model: Transformer, scaling, tmp_path: Path):
-    saved = Transformer(replace(ARGS, rope=replace(ARGS.rope, scaling=scaling)))
+    saved = Transformer(replace(model.args, rope=replace(model.args.rope, scaling=scaling)))
     saved.load_state_dict(model.state_dict())
     folder = checkpoint(saved, tmp_path / "run", load_tokenizer(TOKENIZER).fingerprint)
     loaded = load(folder, "float32")
@@ -223,9 +175,8 @@ def test_long_documents_are_cut_and_short_ones_left_out(tmp_path: Path):
         long_documents([tmp_path], tokenizer, 99_999, 16)
 
 
-def test_the_command_line_measures_writes_and_draws(model: Transformer, tmp_path: Path, capsys):
+def test_the_command_line_measures_writes_and_draws(model: Transformer, folder: Path, script, tmp_path: Path, capsys):
     run = script("loss_by_position").main
-    folder = hugging_face_folder(model, tmp_path / "model")
     text = tmp_path / "book.txt"
     text.write_text("It was a bright cold day in April. " * 60)
     what = ["--model", str(folder), "--text", str(text), "--length", "200", "--dtype", "float32", "--edges", "64"]
@@ -258,7 +209,7 @@ def test_the_command_line_measures_writes_and_draws(model: Transformer, tmp_path
         (["--length", "10", "--out", "nowhere/x.json"], "nowhere/x.json cannot be written"),
     ],
 )
-def test_what_the_user_has_wrong_is_one_line(flags, says, tmp_path, monkeypatch, capsys):
+def test_what_the_user_has_wrong_is_one_line(flags, says, script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert script("loss_by_position").main(flags) == 1
     error = capsys.readouterr().err

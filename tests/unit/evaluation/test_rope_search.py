@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from torchtitan.attention.segments import Segments
 from torchtitan.components.tokenizer import load_tokenizer
+from torchtitan.config import load_config
 from torchtitan.evaluation.needle_prompts import answer_losses, needle_prompt
 from torchtitan.evaluation.rope_search import (
     Candidate,
@@ -24,8 +26,8 @@ from torchtitan.evaluation.rope_search import (
     uniform,
 )
 from torchtitan.models.rope import RopeArgs, inverse_frequencies
+from torchtitan.models.rope_config import build_rope
 from torchtitan.models.rope_scaling import LongRopeScaling, ntk_theta
-from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
 from torchtitan.tools.errors import UserError
 
 LLAMA3 = Space(5e5, 128, 8192, 131072)
@@ -163,9 +165,7 @@ def test_a_needle_prompt_has_its_length_and_holds_needle_and_answer():
         needle_prompt(TOKENIZER, text[:5], 300, np.random.default_rng(0))
 
 
-def test_only_the_answers_tokens_are_scored_and_the_rope_of_the_call_counts():
-    model = Transformer(TransformerArgs(32, 2, 4, 2, 8, 64, TOKENIZER.vocab_size, rope=RopeArgs(100.0)))
-    init_weights(model, 0)
+def test_only_the_answers_tokens_are_scored_and_the_rope_of_the_call_counts(model):
     text = torch.tensor(TOKENIZER.encode("It was a bright cold day in April. " * 100))
     prompts = [needle_prompt(TOKENIZER, text, n, np.random.default_rng(n)) for n in (150, 170)]
     rope = RopeArgs(100.0, LongRopeScaling(64, (1.0, 2.0, 3.0, 4.0), (1.0,) * 4, 1.0))
@@ -179,3 +179,31 @@ def test_only_the_answers_tokens_are_scored_and_the_rope_of_the_call_counts():
     found = answer_losses(model, prompts, rope)
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
     assert (found - answer_losses(model, prompts)).abs().max() > 1e-4
+
+
+def test_the_command_line_searches_resumes_and_writes_a_rope_table(model, folder, script, tmp_path, capsys):
+    run = script("search_rope").main
+    text = tmp_path / "book.txt"
+    text.write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 40)
+    state, out = tmp_path / "state.json", tmp_path / "rope.toml"
+    what = ["--model", str(folder), "--text", str(text), "--length", "160", "--dtype", "float32", "--prompts", "2"]
+    what += ["--pieces", "2", "--population", "8", "--iterations", "2", "--state", str(state), "--out", str(out)]
+    assert run(what) == 0
+    measured = json.loads(state.read_text())["measured"]
+    assert 8 <= len(measured) <= 8 + 2 * 4
+    rope = build_rope(load_config(["--job.config_file", str(out)]).rope, model.args.rope, 8, 2, 160)
+    d_rcd, high, best = min(measured, key=lambda m: m[2])
+    assert rope.scaling.long_factor == pytest.approx(Candidate(d_rcd, tuple(high)).factors(), abs=1e-6)
+    assert rope.scaling.magnitude() == 1 and f"d_rcd {d_rcd} of 1 to 3" in out.read_text()
+    # the fitness is the perplexity of the answers under these factors
+    pieces = torch.tensor(TOKENIZER.encode(text.read_text())).split(160)
+    prompts = [needle_prompt(TOKENIZER, pieces[i], 160, np.random.default_rng([0, i])) for i in range(2)]
+    assert best == pytest.approx(float(answer_losses(model, prompts, rope).mean().exp()), rel=1e-4)
+    # cut off after five candidates, the search goes on to the same end, measuring only the others
+    written = out.read_text()
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"measured": measured[:5]}))
+    assert run(what) == 0 and "5 candidates are known" in capsys.readouterr().err
+    assert out.read_text() == written and json.loads(state.read_text())["measured"] == measured
+    assert run([*what, "--seed", "1"]) == 1 and "is of another search: prompts" in capsys.readouterr().err
+    assert run([*what, "--length", "64"]) == 1 and "not beyond the original length, 64" in capsys.readouterr().err
+    assert run([*what, "--prompts", "3"]) == 1 and "gives 2 stretches of 160 tokens" in capsys.readouterr().err
