@@ -168,7 +168,8 @@ def check_vocabulary(documents: list[Any], vocab_size: int, folder: str) -> None
 
 
 def model_progress(model: Any, passes: int) -> Any:
-    """A progress line that counts layers, on a terminal; the context manager gives what sets its text."""
+    """A progress line that counts layers; the context manager gives what sets its text. Elsewhere than on a terminal
+    the texts are lines of their own."""
     from contextlib import contextmanager
 
     from rich.console import Console
@@ -184,8 +185,14 @@ def model_progress(model: Any, passes: int) -> Any:
                 layer.register_forward_hook(lambda *_: bar.advance(task))  # type: ignore[func-returns-value]
                 for layer in model.layers.values()
             ]
+
+            def describe(text: str) -> None:
+                bar.update(task, description=text)
+                if not console.is_terminal:
+                    print(text, file=sys.stderr, flush=True)
+
             try:
-                yield lambda text: bar.update(task, description=text)
+                yield describe
             finally:
                 for hook in hooks:
                     hook.remove()

@@ -137,10 +137,7 @@ def search(own: argparse.Namespace) -> str:
 
         def on_iteration(done: int, living: list[tuple[float, Candidate]]) -> None:
             best, candidate = living[0]
-            text = f"iteration {done} of {own.iterations}: best {best:.4f}, d_rcd {candidate.d_rcd}"
-            describe(text)
-            if not sys.stderr.isatty():
-                print(text, file=sys.stderr, flush=True)
+            describe(f"iteration {done} of {own.iterations}: best {best:.4f}, d_rcd {candidate.d_rcd}")
 
         living = evolve(space, fitness, own.seed, own.population, own.iterations, on_iteration)
     best, candidate = living[0]
