@@ -5,8 +5,7 @@ Whatever a user can have wrong is found here, so that it costs seconds and one p
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from torchtitan.datasets.report import make_report
 from torchtitan.distributed.context_parallel.ulysses import check_ulysses
 from torchtitan.distributed.parallelize import check_backend
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
+from torchtitan.models.architecture import as_json
 from torchtitan.models.huggingface import check_weights, read_config
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.rope import RopeArgs
@@ -177,8 +177,3 @@ def _check_resumable(
             f"would resume from and overwrite. Changed: {'; '.join(differences)}. Set that back, choose another "
             "job.dump_folder, or delete that folder."
         )
-
-
-def as_json(args: TransformerArgs) -> dict[str, Any]:
-    """The architecture as it stands in a manifest."""
-    return json.loads(json.dumps(asdict(args)))

@@ -43,7 +43,8 @@ from torchtitan.distributed.fully_shard import reduce_over_replicas
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import build_sharded_model
 from torchtitan.distributed.self_check import run_self_check
-from torchtitan.inputs import StageInputs, as_json, report_of
+from torchtitan.inputs import StageInputs, report_of
+from torchtitan.models.architecture import as_json
 from torchtitan.models.huggingface import load_weights
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_config import describe_rope, rope_warnings

@@ -144,7 +144,7 @@ def _die(*_: Any, **__: Any) -> None:
 
 def save_twice_and_die(args: list[str], rank: int, world_size: int, where: str) -> None:
     """A checkpoint at step 1, and a SIGKILL at a moment of the one at step 2."""
-    writer = checkpoint_module._WholeWriter
+    writer = checkpoint_module.WholeWriter
     write_data, finish, rename = writer.write_data, writer.finish, Path.rename
 
     def dying(original, before: bool):

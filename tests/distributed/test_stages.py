@@ -21,7 +21,8 @@ from torchtitan.components.stage import differences, failed_gate
 from torchtitan.config import as_tables, load_config
 from torchtitan.config.chain import chain
 from torchtitan.config.job_config import Gate
-from torchtitan.inputs import as_json, prepare_inputs
+from torchtitan.inputs import prepare_inputs
+from torchtitan.models.architecture import as_json
 from torchtitan.tools.errors import UserError
 from torchtitan.trainer import Trainer
 

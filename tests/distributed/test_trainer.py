@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.distributed.harness import flags, run_stage, spawn, write_assets
-from torchtitan.components.checkpoint import _WholeWriter, complete_steps
+from torchtitan.components.checkpoint import WholeWriter, complete_steps
 from torchtitan.config import load_config
 from torchtitan.inputs import prepare_inputs
 from torchtitan.models.huggingface import hf_name, read_config
@@ -151,13 +151,13 @@ def test_wrong_degrees_for_the_heads_are_refused(folder: Path):
 
 
 def run_into_nan(args: list[str], rank: int, world_size: int) -> str:
-    write = _WholeWriter.write_data
+    write = WholeWriter.write_data
 
-    def slow_write(self: _WholeWriter, *rest: Any) -> Any:
+    def slow_write(self: WholeWriter, *rest: Any) -> Any:
         time.sleep(0.5)  # so that a save in the background is still under way when the next step fails
         return write(self, *rest)
 
-    _WholeWriter.write_data = slow_write  # type: ignore[method-assign]
+    WholeWriter.write_data = slow_write  # type: ignore[method-assign]
     config = load_config(args)
     trainer = Trainer(config, prepare_inputs(config, world_size), rank, rank, world_size)
     step = trainer.train_step
@@ -174,7 +174,7 @@ def run_into_nan(args: list[str], rank: int, world_size: int) -> str:
         return str(e)
     finally:
         trainer.close()
-        _WholeWriter.write_data = write  # type: ignore[method-assign]
+        WholeWriter.write_data = write  # type: ignore[method-assign]
     return "no error"
 
 

@@ -37,13 +37,13 @@ FORMAT = 1
 LONGEST_WAIT = timedelta(hours=2)  # for the rank with the slowest disk; far beyond what a collective may take
 
 
-class _WholeWriter(FileSystemWriter):
+class WholeWriter(FileSystemWriter):
     """Writes DCP files into step-N.partial/ and, once all ranks have, publishes the folder as step-N/."""
 
-    def __init__(self, target: Path, manifest: dict[str, Any]):
+    def __init__(self, target: Path, manifest: dict[str, Any], single_file_per_rank: bool = True):
         self.target, self.manifest = target, manifest
         self.partial = target.with_name(target.name + ".partial")
-        super().__init__(str(self.partial))
+        super().__init__(str(self.partial), single_file_per_rank=single_file_per_rank)
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         """Every rank: the tensors, then the checksums of its own files for the coordinator."""
@@ -88,12 +88,12 @@ class Checkpointer:
     def save(self, state: dict[str, Any], manifest: dict[str, Any]) -> None:
         """Collective. state: {part: {name: tensor}}; manifest: JSON with `step`. A save under way is waited for."""
         self.wait()
-        writer = _WholeWriter(self.folder / f"step-{manifest['step']}", {"format": FORMAT} | manifest)
+        writer = WholeWriter(self.folder / f"step-{manifest['step']}", {"format": FORMAT} | manifest)
         if self.config.async_mode == "async":
             # the writer copies the state before this returns; the rest happens in DCP's thread
             self._pending = dcp.async_save(state, storage_writer=writer, process_group=self.group)  # type: ignore
         else:
-            with _explain_failure(self.folder):
+            with explain_failure(self.folder):
                 dcp.save(state, storage_writer=writer, process_group=self.group)
             logger.info(f"checkpoint: {writer.target}")
             self._delete_old()
@@ -102,7 +102,7 @@ class Checkpointer:
         """Until a save in the background is complete; raises what it raised."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            with _explain_failure(self.folder):
+            with explain_failure(self.folder):
                 pending.result()
             self._delete_old()
 
@@ -171,7 +171,7 @@ def damage_of_all(path: Path, group: dist.ProcessGroup) -> str | None:
 
 
 @contextmanager
-def _explain_failure(folder: Path) -> Iterator[None]:
+def explain_failure(folder: Path) -> Iterator[None]:
     """A save that fails for want of room or permission becomes a UserError that says so."""
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -205,16 +206,19 @@ def rope_to_hf(rope: RopeArgs, head_dim: int) -> tuple[dict[str, Any], int]:
     length = rope.max_position_embeddings
     if length is None:
         raise UserError(
-            "The length that the model was trained for is not known, and config.json needs max_position_embeddings."
+            "The length that the model was trained for is not known, and config.json needs max_position_embeddings: "
+            "give it (scripts/convert.py --max-position-embeddings)."
         )
     if rope.scaling is None:
         return {"rope_type": "default", "rope_theta": rope.theta}, length
     form = rope.scaling.hf(rope.theta, head_dim)
+    # transformers says that a factor "must be a float"
+    form = {k: float(v) if k in ("rope_theta", "factor", "attention_factor") else v for k, v in form.items()}
     match form["rope_type"]:
         case "linear":  # vLLM multiplies it by the factor
-            length = -(-length // int(form["factor"])) if form["factor"] >= 1 else length
+            length = math.ceil(length / max(form["factor"], 1.0))
         case "yarn":  # else transformers warns, and vLLM computes this product itself
             length = round(form["factor"] * form["original_max_position_embeddings"])
-        case "llama3":
+        case "llama3":  # transformers wants it longer than the original
             length = max(length, form["original_max_position_embeddings"] + 1)
     return form, length

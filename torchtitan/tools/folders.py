@@ -6,6 +6,7 @@ A full or foreign disk should not end a run after an hour.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -33,3 +34,17 @@ def make_writable(key: str, folder: Path) -> None:
         raise UserError(
             f"{key} = {folder} cannot be written to: {why}. Name a folder that this user may make and write to."
         ) from None
+
+
+def partial_of(out: Path) -> Path:
+    """Where a folder is written before it is renamed to `out`, so that it is complete or absent."""
+    return out.with_name(out.name + ".partial")
+
+
+def new_folder(out: Path) -> Path:
+    """`out`, with its parents there and what a killed run left of it removed; UserError if it exists."""
+    if out.exists():
+        raise UserError(f"{out} exists and is not overwritten: choose another folder, or delete that one.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial_of(out), ignore_errors=True)
+    return out

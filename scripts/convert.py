@@ -1,0 +1,63 @@
+"""Converts a model's weights: our checkpoints, Hugging Face, torchtitan's DCP, Meta's consolidated.*.pth; any to any.
+
+    python scripts/convert.py outputs/demo/checkpoint/step-300 ./export --to huggingface --dtype bfloat16 --assets ./hf
+    python scripts/convert.py ./Llama-3.1-8B ./start --to checkpoint
+    python scripts/convert.py ./torchtitan/step-1000 ./hf --to huggingface --architecture llama3_8b --assets ./hf_assets
+
+The kind of the input is seen from its files. A tensor at a time is in memory, but for the output kind meta. The output
+is written as OUT.partial and renamed, so it is complete or absent; `--to checkpoint` makes OUT/step-0, the folder for
+checkpoint.initial_load_path (the model only: an optimizer starts anew).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from torchtitan.components.conversion import about, open_any, with_progress
+from torchtitan.components.export import SHARD_BYTES, write_hugging_face
+from torchtitan.components.foreign import write_meta, write_torchtitan
+from torchtitan.components.weights import DTYPES, write_checkpoint
+from torchtitan.tools.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=Path, help="a step-N folder, or one with *.safetensors or consolidated.*.pth")
+    parser.add_argument("output", type=Path, help="folder to make")
+    parser.add_argument("--to", required=True, choices=("checkpoint", "huggingface", "torchtitan", "meta"))
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the output; as in the input if not given")
+    parser.add_argument("--assets", type=Path, help="folder with the tokenizer and config.json; the input's by default")
+    parser.add_argument("--architecture", help="a model.flavor or a folder with config.json, where the input has none")
+    parser.add_argument("--max-position-embeddings", type=int, help="tokens trained for, where the input does not say")
+    parser.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="largest safetensors file")
+    options = parser.parse_args(argv)
+    try:
+        convert(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def convert(options: argparse.Namespace) -> None:
+    weights = open_any(options.input, options.architecture)
+    if options.max_position_embeddings:
+        rope = replace(weights.args.rope, max_position_embeddings=options.max_position_embeddings)
+        weights = replace(weights, args=replace(weights.args, rope=rope))
+    weights = with_progress(weights.cast(options.dtype))
+    assets = options.assets or options.input
+    if options.to == "huggingface":
+        write_hugging_face(weights, options.output, assets, shard_bytes=int(options.shard_gb * 1e9))
+    elif options.to == "checkpoint":
+        print(f"{write_checkpoint(weights, options.output, about(weights, assets))}")
+    elif options.to == "torchtitan":
+        write_torchtitan(weights, options.output)
+    else:
+        write_meta(weights, options.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

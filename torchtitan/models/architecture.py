@@ -1,0 +1,45 @@
+"""The architecture as it stands in a checkpoint's manifest, and back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from typing import Any, get_args
+
+from torchtitan.models.rope import RopeArgs
+from torchtitan.models.rope_scaling import Scaling
+from torchtitan.models.transformer import TransformerArgs
+from torchtitan.tools.errors import UserError
+
+_SCALINGS = {cls.rope_type: cls for cls in get_args(Scaling)}
+
+
+def as_json(args: TransformerArgs) -> dict[str, Any]:
+    """The architecture as it stands in a manifest; a scaling is known by its rope_type."""
+    return json.loads(json.dumps(asdict(args)))
+
+
+def args_from_manifest(architecture: dict[str, Any]) -> TransformerArgs:
+    """The inverse of as_json. What an older manifest lacks has its default; UserError for what is not known here."""
+    rope = dict(architecture["rope"])
+    scaling = rope.get("scaling")
+    if scaling is not None:
+        kind = scaling["rope_type"]
+        if kind not in _SCALINGS:
+            raise UserError(
+                f'The manifest has rope.scaling.rope_type = "{kind}", which this version does not know; it knows '
+                f"{', '.join(_SCALINGS)}. It was written by a newer version: use that."
+            )
+        rope["scaling"] = _build(_SCALINGS[kind], scaling, "rope.scaling.")
+    return _build(TransformerArgs, architecture | {"rope": _build(RopeArgs, rope, "rope.")}, "")
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    """The frozen dataclass; JSON's lists are tuples there."""
+    known = {field.name: field.init for field in fields(cls)}
+    if unknown := sorted(set(values) - set(known)):
+        raise UserError(
+            f"The manifest's architecture has {prefix}{unknown[0]} = {values[unknown[0]]!r}, which this version does "
+            "not know. It was written by a newer version: use that."
+        )
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if known[k]})
