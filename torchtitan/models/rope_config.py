@@ -115,7 +115,7 @@ def describe_rope(rope: RopeArgs) -> str:
         values = {k: v for k, v in vars(rope.scaling).items() if k != "rope_type" and v is not None}
         shown = (f"{k} ({len(v)} numbers)" if isinstance(v, tuple) else f"{k} {v:g}" for k, v in values.items())
         text += f", {rope.scaling.rope_type}: {', '.join(shown)}; cos and sin times {rope.scaling.magnitude():g}"
-    return text + (", on full-attention layers only" if rope.layers == "full_attention" else "")
+    return text + (", on full-attention layers only" if rope.scaling and rope.layers == "full_attention" else "")
 
 
 def rope_warnings(rope: RopeArgs, head_dim: int, length: int) -> list[str]:
