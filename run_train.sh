@@ -40,12 +40,12 @@ fi
 if ! $has_file && ! $help; then
     cd "$REPO"
     if $default_ngpu && [[ $NGPU -gt 2 ]]; then NGPU=2; fi # a step of the demo has rows for two
-    set -- --job.config_file train_configs/demo/4k.toml "$@"
+    set -- --job.config_file train_configs/demo/4k.toml --stage.run_chain "$@"
     chain=true
 fi
 if $plain; then exec "$PYTHON" -m torchtitan.train "$@"; fi
 
-$chain || "$PYTHON" -m torchtitan.config "$NGPU" "$@"
+"$PYTHON" -m torchtitan.config "$NGPU" "$@"
 $has_file || "$PYTHON" scripts/build_demo_corpus.py
 if [[ $gpus -gt 0 ]]; then export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}; fi
 if [[ -z ${OMP_NUM_THREADS:-} ]]; then

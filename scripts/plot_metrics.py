@@ -2,7 +2,8 @@
 
 Bold and dotted lines are running means over seven logged steps, the pale line is the loss as logged.
 
-python scripts/plot_metrics.py outputs/demo [another_run ...] --out loss.png
+    python scripts/plot_metrics.py outputs/a outputs/b --out loss.png                       runs beside each other
+    python scripts/plot_metrics.py outputs/demo/1k outputs/demo/4k --chain --out loss.png   stages one after the other
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="dump folders")
     parser.add_argument("--out", type=Path, default=Path("loss.png"))
+    parser.add_argument("--chain", action="store_true", help="each run begins at the tokens where the one before ends")
     args = parser.parse_args()
 
     figure, axes = plt.subplots(figsize=(8, 4.5))
+    begin = 0
     for run in args.runs:
         try:
             steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -39,7 +42,10 @@ def main() -> None:
             raise SystemExit(f"{run} is not the dump folder of a run: {e}") from None
         if not steps:
             raise SystemExit(f"{run / 'metrics.jsonl'} has no line yet: the first step is not logged.")
+        for step in steps:
+            step["tokens_seen"] += begin
         tokens = [s["tokens_seen"] for s in steps]
+        begin = tokens[-1] if args.chain else 0
         (line,) = axes.plot(tokens, smooth([s["loss"] for s in steps]), linewidth=2, label=f"{run.name}: loss")
         color = line.get_color()
         axes.plot(tokens, [s["loss"] for s in steps], color=color, alpha=0.3, linewidth=1)

@@ -28,7 +28,7 @@ def has_ended(config: JobConfig) -> bool:
 def run_chain(args: list[str], nproc: int) -> int:
     """Train the stages that have not ended, one after the other; the exit code of the first that fails."""
     stages = chain(args)
-    for stage in stages:  # a mistake in the last stage is told before the first one is paid for
+    for stage in stages:
         check_config(stage.config, nproc)
         if not stage.config.checkpoint.enable:
             raise UserError(f"stage {stage.config.stage.name}: a chain needs checkpoints (checkpoint.enable = true).")

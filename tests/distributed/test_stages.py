@@ -21,6 +21,7 @@ from torchtitan.components.checkpoint import complete_steps, read_manifest
 from torchtitan.components.stage import differences, failed_gate
 from torchtitan.components.weights import open_checkpoint, open_hugging_face
 from torchtitan.config import as_tables, load_config
+from torchtitan.config.__main__ import main as config_main
 from torchtitan.config.chain import chain
 from torchtitan.config.job_config import Gate
 from torchtitan.inputs import prepare_inputs
@@ -249,7 +250,7 @@ def test_initial_load_path_says_what_it_found(folder: Path, runs: dict[str, dict
     assert "scripts/convert.py" in message(folder / "foreign")
 
 
-def test_chains(tmp_path: Path):
+def test_chains(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     def write(name: str, text: str) -> Path:
         (tmp_path / f"{name}.toml").write_text(text)
         return tmp_path / f"{name}.toml"
@@ -264,6 +265,8 @@ def test_chains(tmp_path: Path):
     stages = chain(["--job.config_file", str(c), "--job.dump_folder=x"])
     assert [s.config.job.dump_folder for s in stages] == ["x/a", "x/b", "x/c"]
     assert stages[2].config.stage.after_dump_folder == "x/b"
+    assert config_main(["1", "--job.config_file", str(c), "--stage.run_chain"]) == 1  # a has nothing to train on
+    assert "There is nothing to train on" in capsys.readouterr().err
     write("a", '[stage]\nafter = "c.toml"\n')
     with pytest.raises(UserError, match="circle: .*a.toml -> .*b.toml -> .*c.toml"):
         chain(["--job.config_file", str(c)])

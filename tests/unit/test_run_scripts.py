@@ -138,7 +138,9 @@ def test_without_a_file_the_demo_is_built_and_trained_with_the_overrides(clone: 
     clone.whole().run("--training.steps", "5")
     build, train = clone.lines()
     assert build.startswith("run scripts/build_demo_corpus.py |") and f"cwd={clone.root} " in build
-    arguments = "--nproc 2 -- --job.config_file train_configs/demo/1k.toml --training.steps 5 |"
+    arguments = (
+        "-m torchtitan.chain 2 --job.config_file train_configs/demo/4k.toml --stage.run_chain --training.steps 5"
+    )
     assert arguments in train and f"cwd={clone.root} " in train
 
 
@@ -150,6 +152,12 @@ def test_with_a_file_the_users_folder_is_kept(clone: Clone, flag: str) -> None:
     (train,) = clone.lines()
     assert f"-- {flag} --training.steps 5 |" in train
     assert f"cwd={clone.elsewhere} " in train and train.endswith(f"PATH={clone.root}")
+
+
+def test_a_chain_is_run_as_one(clone: Clone) -> None:
+    clone.whole().run("--job.config_file", "my.toml", "--stage.run_chain")
+    (train,) = clone.lines()
+    assert "run -m torchtitan.chain 2 --job.config_file my.toml --stage.run_chain |" in train
 
 
 def test_torchtitans_variable_names_the_file_too(clone: Clone) -> None:
@@ -165,7 +173,7 @@ def test_questions_are_answered_by_one_process(clone: Clone, arguments: str) -> 
     clone.whole().run(*arguments.split())
     (call,) = clone.lines()
     assert call.startswith("run -m torchtitan.train ")
-    assert ("demo/1k.toml" in call) == (arguments == "--job.print_config")
+    assert ("demo/4k.toml" in call) == (arguments == "--job.print_config")
 
 
 def test_a_wrong_configuration_stops_it_before_anything_is_started(clone: Clone) -> None:

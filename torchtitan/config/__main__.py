@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 
+from torchtitan.config.chain import chain
 from torchtitan.config.checks import check_config
 from torchtitan.config.manager import load_config
 from torchtitan.tools.errors import UserError
@@ -15,7 +16,10 @@ from torchtitan.tools.errors import UserError
 
 def main(args: list[str]) -> int:
     try:
-        check_config(load_config(args[1:]), int(args[0]))
+        config = load_config(args[1:])
+        # a mistake in the last stage is told before the first one is paid for
+        for each in [stage.config for stage in chain(args[1:])] if config.stage.run_chain else [config]:
+            check_config(each, int(args[0]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -460,7 +460,7 @@ class Rope:
 
     short_factor: tuple[float, ...] = ()
     """longrope: the same for rows up to the original length, where those are told apart (mixed_window, and at
-    inference). Unset: ones."""
+    inference). Unset: ones with mixed_window, else long_factor, with which all rows are trained then."""
 
     mixed_window: bool = False
     """longrope (LongRoPE2, arXiv 2502.20082): documents up to the original length are packed into rows of their own,

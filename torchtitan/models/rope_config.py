@@ -83,7 +83,9 @@ def _scaling(table: Rope, head_dim: int, n_kv_heads: int, length: int) -> Scalin
                 table.mscale_all_dim,
             )
         case "longrope":
-            short = table.short_factor or (1.0,) * (head_dim // 2)
+            # without rows of their own, short texts have been trained with the long list too
+            unset = (1.0,) * (head_dim // 2) if table.mixed_window else table.long_factor
+            short = table.short_factor or unset
             for key, values in (("long_factor", table.long_factor), ("short_factor", short)):
                 if len(values) != head_dim // 2:
                     raise UserError(

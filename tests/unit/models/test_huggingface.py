@@ -15,6 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -25,9 +26,13 @@ from transformers import (
 
 from torchtitan.attention.backends import Mask
 from torchtitan.attention.segments import Segments
+from torchtitan.components.export import write_hugging_face
+from torchtitan.components.weights import open_hugging_face
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.models.huggingface import check_weights, load_weights, read_config
 from torchtitan.models.registry import FLAVORS
+from torchtitan.models.rope import RopeArgs
+from torchtitan.models.rope_scaling import YarnScaling
 from torchtitan.models.transformer import Transformer, init_weights, parameter_counts
 from torchtitan.tools.errors import UserError
 
@@ -320,9 +325,22 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_real_smollm2(smollm2: Path):
-    """The published weights: the flavor is their architecture, and the logits are transformers'."""
+def test_the_real_smollm2(smollm2: Path, tmp_path: Path):
+    """The published weights: the flavor is their architecture, and the logits are transformers'; so are those of their
+    export, as it is and rescaled."""
     assert read_config(smollm2) == FLAVORS["smollm2_135m"]
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     reference = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32, attn_implementation="sdpa").eval()
     tokens = torch.randint(0, 49152, (512,), generator=torch.Generator().manual_seed(0))
-    assert largest_difference(reference, ours(smollm2), tokens) < 1e-4
+    model = ours(smollm2)
+    assert largest_difference(reference, model, tokens) < 1e-4
+    del reference
+    weights = open_hugging_face(smollm2)
+    yarn = RopeArgs(1e5, YarnScaling(4.0, 8192), max_position_embeddings=32768)
+    for name, rope in (("as-it-is", weights.args.rope), ("yarn", yarn)):
+        args = replace(weights.args, rope=rope)
+        write_hugging_face(replace(weights, args=args), tmp_path / name, smollm2)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
+        model.args = args
+        assert largest_difference(again, model, tokens) < 1e-4, name
+        assert AutoTokenizer.from_pretrained(tmp_path / name).encode("a b") == tokenizer.encode("a b")
