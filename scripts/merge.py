@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         merged = merge(models, shares).cast(options.dtype)
         manifest = {**about(models[0], options.assets or models[0].where), "stage": options.command}
         print(write_checkpoint(with_progress(merged), options.out, manifest))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

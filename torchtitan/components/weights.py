@@ -150,22 +150,23 @@ def open_hugging_face(folder: Path) -> Weights:
     """A folder with config.json and *.safetensors."""
     args = read_config(folder)
     check_weights(folder, args)
+    shapes = parameter_shapes(args)
+    name_of = {hf_name(name): name for name in shapes}
     file_of: dict[str, Path] = {}
     dtypes: dict[str, torch.dtype] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as f:
-            for key in f.keys():  # noqa: SIM118  (not a dict)
-                file_of[key], kind = file, f.get_slice(key).get_dtype()
+            for key in set(f.keys()) & set(name_of):
+                kind = f.get_slice(key).get_dtype()
                 if kind not in _OF_SAFETENSORS:
                     raise UserError(f"{file}: {key} is {kind}; quantized weights cannot be converted, dequantize them.")
-                dtypes[key] = _OF_SAFETENSORS[kind]
+                file_of[name_of[key]], dtypes[name_of[key]] = file, _OF_SAFETENSORS[kind]
 
     def read(name: str) -> torch.Tensor:
-        with safe_open(file_of[hf_name(name)], framework="pt") as f:
+        with safe_open(file_of[name], framework="pt") as f:
             return f.get_tensor(hf_name(name))
 
-    shapes = parameter_shapes(args)
-    return Weights(folder, args, shapes, {name: dtypes[hf_name(name)] for name in shapes}, read)
+    return Weights(folder, args, shapes, dtypes, read)
 
 
 class _StreamingPlanner(DefaultSavePlanner):
