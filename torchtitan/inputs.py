@@ -24,7 +24,8 @@ from torchtitan.datasets.report import make_report
 from torchtitan.distributed.context_parallel.ulysses import check_ulysses
 from torchtitan.distributed.parallelize import check_backend
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
-from torchtitan.models.architecture import as_json
+from torchtitan.models.architecture import as_json, complete
+from torchtitan.models.hf_config import config_json
 from torchtitan.models.huggingface import check_weights, read_config
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.rope import RopeArgs
@@ -64,6 +65,8 @@ def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
         check_start(start, as_json(args), tokenizer.fingerprint, config.rope.type)
         if start.manifest is None:
             check_weights(start.path, args, f"checkpoint.initial_load_path = {start.path}")
+    if config.checkpoint.last_save_in_hf:
+        config_json(args, config.checkpoint.export_dtype, {})  # refuses what has no form there
     p = config.parallelism
     check_tensor_parallel(args, p.tensor_parallel_degree)
     if p.context_parallel_exchange == "ulysses" and p.context_parallel_degree > 1:
@@ -168,7 +171,7 @@ def _check_resumable(
     """Refuse a checkpoint folder of another model or of other data, rather than overwrite or mix."""
     folder = Path(config.job.dump_folder) / config.checkpoint.folder
     steps = complete_steps(folder)
-    was, now = flat(manifest["architecture"]), flat(as_json(args))
+    was, now = flat(complete(manifest["architecture"])), flat(as_json(args))
     differences = [f"{k} {was.get(k)} -> {now.get(k)}" for k in {**was, **now} if was.get(k) != now.get(k)]
     if manifest["tokenizer"] != tokenizer.fingerprint:
         differences.append("the tokenizer")

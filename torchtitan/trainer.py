@@ -29,6 +29,7 @@ from torchtitan.components.checkpoint import (
     saved_parts,
     set_random_state,
 )
+from torchtitan.components.export import export, publish
 from torchtitan.components.loss import position_bucket, train_micro_batch
 from torchtitan.components.lr_scheduler import lr_factor
 from torchtitan.components.metrics import MetricsLogger, duration, log_step
@@ -267,6 +268,8 @@ class Trainer:
 
     def _end_stage(self) -> None:
         """The export, and UserError where a gate does not hold."""
+        if self.checkpointer and self.config.checkpoint.last_save_in_hf:
+            self._export(self.checkpointer)
         gates = self.config.stage.gates
         if self.rank == 0 and gates:
             before = metrics_before(self.config)
@@ -276,6 +279,21 @@ class Trainer:
                     f"{self.step} is kept, but the stage does not count as ended well, and its chain stops here."
                 )
             logger.info(f"gates: {', '.join(gate.metric for gate in gates)} hold")
+
+    def _export(self, checkpointer: Checkpointer) -> None:
+        """Collective. The last checkpoint as a Hugging Face folder, each rank some of its files; once only."""
+        out = self.dump_folder / "export" / f"step-{self.step}"
+        if out.exists():
+            return
+        config, rank, ranks = self.config, self.rank, dist.get_world_size()
+        path = checkpointer.folder / f"step-{self.step}"
+        assets = Path(config.model.hf_assets_path)
+        dist.barrier(checkpointer.group)  # every rank has seen that it is not there
+        export(path, out, config.checkpoint.export_dtype, assets, part=rank, parts=ranks)
+        dist.barrier(checkpointer.group)
+        if rank == 0 and ranks > 1:
+            publish(out)
+        logger.info(f"Hugging Face folder: {out}")
 
     def train_step(self, window: Window) -> dict[str, Any] | None:
         """One optimizer step over the global batch; None, and nothing done, if a rank has been asked to stop.

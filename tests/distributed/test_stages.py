@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed.harness import flags, spawn, write_assets
 from torchtitan.chain import has_ended, run_chain
 from torchtitan.components.checkpoint import complete_steps, read_manifest
 from torchtitan.components.stage import differences, failed_gate
+from torchtitan.components.weights import open_checkpoint, open_hugging_face
 from torchtitan.config import as_tables, load_config
 from torchtitan.config.chain import chain
 from torchtitan.config.job_config import Gate
 from torchtitan.inputs import prepare_inputs
 from torchtitan.models.architecture import as_json
+from torchtitan.models.huggingface import read_config
 from torchtitan.tools.errors import UserError
 from torchtitan.trainer import Trainer
 
@@ -94,7 +97,7 @@ def run(args: list[str], rank: int, world_size: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> dict[str, dict[str, Any]]:
     """Stage 1 on 2 ranks, 2 on 4, 3 on 1; and all three on 1 rank."""
-    (one,) = spawn(2, run, [stage(folder, "stage.toml", "one")], folder)
+    (one,) = spawn(2, run, [[*stage(folder, "stage.toml", "one"), "--checkpoint.last_save_in_hf"]], folder)
     cp = {"parallelism__context_parallel_degree": 2, "training__local_batch_size": 1}
     two, bare = spawn(
         4,
@@ -155,6 +158,19 @@ def test_the_manifest_holds_the_lineage(folder: Path, runs: dict[str, dict[str, 
     assert [s["stage"] for s in before] == ["stage", "two"] and [s["seq_len"] for s in before] == [128, 256]
     assert [s["tokens_seen"] for s in before] == [runs["one"]["tokens"], runs["two"]["tokens"]]
     assert manifest["config"]["training"]["seq_len"] == 512
+
+
+def test_the_export_at_the_end_of_a_stage_is_its_model(folder: Path, runs: dict[str, dict[str, Any]]):
+    """Written by two ranks; in bfloat16, as checkpoint.export_dtype says."""
+    args = read_config(folder / "one" / "export" / "step-4")
+    exported, checkpoint = (open_hugging_face(folder / "one" / "export" / "step-4"), folder / "one" / "checkpoint")
+    saved = open_checkpoint(checkpoint / "step-4").cast("bfloat16")
+    assert args.rope == saved.args.rope and args.rope.max_position_embeddings == 128
+    assert exported.shapes == saved.shapes
+    assert all(torch.equal(exported.read(name), saved.read(name)) for name in saved.shapes)
+    assert (folder / "one" / "export" / "step-4" / "tokenizer.json").is_file()
+    harpe = ["--rope.type", "harpe", "--rope.bases", "1000", "1000000", "--checkpoint.last_save_in_hf"]
+    assert "harpe" in refusal([*stage(folder, "stage.toml", "x"), *harpe])
 
 
 def test_the_printed_difference(folder: Path, runs: dict[str, dict[str, Any]]):

@@ -18,6 +18,7 @@ FLOORS = {  # a room may import its own floor and those below
     "models": 3,
     "distributed": 4,
     "components": 5,
+    "evaluation": 5,
     "inputs.py": 6,
     "trainer.py": 7,
     "train.py": 8,

@@ -15,6 +15,7 @@ from typing import Any
 from torchtitan.components.checkpoint import complete_steps, read_manifest
 from torchtitan.config import load_config
 from torchtitan.config.job_config import Gate, JobConfig
+from torchtitan.models.architecture import complete
 from torchtitan.tools.errors import UserError
 
 
@@ -114,7 +115,7 @@ def check_start(start: Start, architecture: dict[str, Any], tokenizer: str, rope
     was = start.manifest
     if was is None:
         return
-    old, new = flat(was["architecture"]), flat(architecture)
+    old, new = flat(complete(was["architecture"])), flat(architecture)
     differences = [
         f"{key} {old.get(key)} -> {new.get(key)}"
         for key in {**old, **new}

@@ -149,7 +149,7 @@ def open_checkpoint(folder: Path) -> Weights:
 def open_hugging_face(folder: Path) -> Weights:
     """A folder with config.json and *.safetensors."""
     args = read_config(folder)
-    check_weights(folder, args, str(folder))
+    check_weights(folder, args)
     file_of: dict[str, Path] = {}
     dtypes: dict[str, torch.dtype] = {}
     for file in sorted(folder.glob("*.safetensors")):

@@ -239,7 +239,7 @@ class Checkpoint:
     """Parts of initial_load_path that are not loaded, e.g. ["optimizer"]."""
 
     last_save_in_hf: bool = False
-    """At the end of the stage, write the model as a Hugging Face folder too: export/ under job.dump_folder."""
+    """At the end of the stage, write the model as a Hugging Face folder too: export/step-N/ under job.dump_folder."""
 
     export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the weights in that folder."""

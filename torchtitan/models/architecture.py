@@ -19,6 +19,11 @@ def as_json(args: TransformerArgs) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(args)))
 
 
+def complete(architecture: dict[str, Any]) -> dict[str, Any]:
+    """An older manifest's architecture with what has been added since, so that it can be compared."""
+    return as_json(args_from_manifest(architecture))
+
+
 def args_from_manifest(architecture: dict[str, Any]) -> TransformerArgs:
     """The inverse of as_json. What an older manifest lacks has its default; UserError for what is not known here."""
     rope = dict(architecture["rope"])

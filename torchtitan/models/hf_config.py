@@ -17,6 +17,8 @@ _CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
 }
 # what an original config.json may say that is not true of what is written: the RoPE's old keys (a top-level
 # original_max_position_embeddings would override the one beside the factor), custom code, another format of weights
@@ -35,13 +37,31 @@ _STALE = (
 
 def model_type(args: TransformerArgs, original: str | None) -> str:
     """Hugging Face's model_type; UserError where no model there is this one. original: what it was trained from."""
-    if args.qkv_bias and args.qk_norm:
-        raise UserError("A model with both qkv_bias and qk_norm has no model_type in Hugging Face's config.json.")
-    if args.qk_norm:
-        return "qwen3"
-    if args.qkv_bias:
-        return "qwen2"
-    return "mistral" if original == "mistral" else "llama"
+    traits = {name for name in ("qkv_bias", "qk_norm", "qk_norm_joint", "post_norm") if getattr(args, name)}
+    share = args.sliding_share
+    kinds = {
+        frozenset({"qk_norm", "qk_norm_joint", "post_norm"}): "olmo3" if share or original == "olmo3" else "olmo2",
+        frozenset({"qk_norm"}): "qwen3",
+        frozenset({"qkv_bias"}): "qwen2",
+        frozenset[str](): "mistral" if original == "mistral" or share == 1 else "llama" if share == 0 else None,
+    }
+    kind = kinds.get(frozenset(traits))
+    if kind is None:
+        windows = f" and a sliding window in {share:.0%} of the layers" if share else ""
+        what = " and ".join(sorted(traits, reverse=True)) or "plain layers"
+        raise UserError(f"A model with {what}{windows} has no model_type in Hugging Face's config.json.")
+    scaled_by_kind = args.rope.layers == "full_attention" and 0 < share < 1
+    if args.rope.scaling and kind == "olmo3" and share and not scaled_by_kind:
+        raise UserError(
+            "Hugging Face's Olmo 3 rescales RoPE in full-attention layers only, and this model was trained with "
+            'rope.layers = "all": an export would load with wrong positions in layers with a sliding window.'
+        )
+    if args.rope.scaling and kind != "olmo3" and scaled_by_kind:
+        raise UserError(
+            f'rope.layers = "full_attention" has no form in the config.json of {kind}: all of its layers would be '
+            "rescaled on load."
+        )
+    return kind
 
 
 def config_json(
@@ -72,25 +92,30 @@ def config_json(
         "tie_word_embeddings": args.tied_embeddings,
         "dtype": dtype,
         "torch_dtype": dtype,
-        # Mistral's default, and that of Qwen where the switch is on, is a window of 4,096
-        "sliding_window": None,
-        **_rope(args),
+        **_rope(args, kind),
     }
-    if kind in ("llama", "qwen3"):
+    if kind in ("llama", "qwen3", "olmo2", "olmo3"):
         config["attention_bias"] = False
     if kind == "llama":
         config["mlp_bias"] = False
+    if kind not in ("llama", "olmo2"):
+        config["sliding_window"] = args.sliding_window  # absent, Mistral's is 4,096
     if kind in ("qwen2", "qwen3"):
-        config["use_sliding_window"] = False
-    if "layer_types" in config:
-        config["layer_types"] = ["full_attention"] * args.n_layers
+        config["use_sliding_window"] = args.sliding_window is not None
+        slides = [name == "sliding_attention" for name in args.layer_types]
+        if any(slides):
+            config["max_window_layers"] = slides.index(True)
+    if kind in ("qwen2", "qwen3", "olmo3"):
+        config["layer_types"] = list(args.layer_types) or ["full_attention"] * args.n_layers
+    else:
+        config.pop("layer_types", None)
     for name, value in (("bos_token_id", bos), ("eos_token_id", eos)):
         given = original.get(name)
         config[name] = value if given is None else given
     return config
 
 
-def _rope(args: TransformerArgs) -> dict[str, Any]:
+def _rope(args: TransformerArgs, kind: str) -> dict[str, Any]:
     form, length = rope_to_hf(args.rope, args.head_dim)
     config = {"rope_parameters": form, "rope_theta": form["rope_theta"], "max_position_embeddings": length}
     if form["rope_type"] != "default":
@@ -98,4 +123,7 @@ def _rope(args: TransformerArgs) -> dict[str, Any]:
     if form["rope_type"] == "longrope":
         # the only place where transformers 4 looks for the length beyond which the long list holds
         config["original_max_position_embeddings"] = form["original_max_position_embeddings"]
+    if kind == "olmo3":  # transformers 5 wants it by kind of layer; 4 rescales the full-attention ones by itself
+        plain = {"rope_type": "default", "rope_theta": form["rope_theta"]}
+        config["rope_parameters"] = {"full_attention": form, "sliding_attention": plain}
     return config

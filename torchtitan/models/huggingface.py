@@ -154,10 +154,10 @@ def _rope(config: dict[str, Any], where: str) -> RopeArgs:
     return rope
 
 
-def check_weights(folder: Path, args: TransformerArgs, asked: str) -> None:
+def check_weights(folder: Path, args: TransformerArgs, asked: str = "") -> None:
     """Compare names and shapes in the safetensors headers with the model; UserError with the first mismatches.
 
-    asked: the TOML keys and values that ask for the folder, for messages.
+    asked: the TOML keys and values that ask for the folder, for the message that there are none.
 
     Reads headers only, so that a wrong folder is refused before anything is allocated.
     """
@@ -165,8 +165,8 @@ def check_weights(folder: Path, args: TransformerArgs, asked: str) -> None:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(
-            f"{asked}: there is no *.safetensors there. Name a folder with the weights, or leave the first key out "
-            "to train from scratch."
+            f"{asked or folder}: there is no *.safetensors there. Name a folder with the weights, or leave the first "
+            "key out to train from scratch."
         )
     for file in files:
         try:

@@ -20,6 +20,7 @@ def _rope(theta: float, length: int, llama3_factor: float | None = None) -> Rope
     return RopeArgs(theta, scaling, max_position_embeddings=length)
 
 
+_LLAMA = {"vocab_size": 32000, "rope": _rope(1e4, 2048), "norm_eps": 1e-6}
 _LLAMA2 = {"vocab_size": 32000, "rope": _rope(1e4, 4096)}
 _LLAMA3 = {"vocab_size": 128256, "rope": _rope(5e5, 8192)}
 _LLAMA3_1 = {"vocab_size": 128256, "rope": _rope(5e5, 131072, 8.0)}
@@ -47,6 +48,7 @@ _SMOLLM2 = {"vocab_size": 49152, "rope": _rope(1e5, 8192), "tied_embeddings": Tr
 FLAVORS: dict[str, TransformerArgs] = {
     # 6.8M parameters, for the demo and the tests; its vocabulary is that of assets/tokenizer
     "debugmodel": _args(256, 6, 4, 2, 768, vocab_size=4096, rope=RopeArgs(1e4)),
+    "llama_7b": _args(4096, 32, 32, 32, 11008, **_LLAMA),
     "llama2_7b": _args(4096, 32, 32, 32, 11008, **_LLAMA2),
     "llama2_13b": _args(5120, 40, 40, 40, 13824, **_LLAMA2),
     "llama2_70b": _args(8192, 80, 64, 8, 28672, **_LLAMA2),

@@ -40,7 +40,10 @@ def build_rope(
             scaling = replace(scaling, length=length)
     else:
         scaling = _scaling(table, head_dim, n_kv_heads, length)
-    covered = max(length, model.max_position_embeddings or 0)
+    # a later stage can have shorter rows, and GeNE is trained for its whole factor
+    covered = max(length, *(rope.max_position_embeddings or 0 for rope in (model, before or model)))
+    if isinstance(scaling, GeneScaling):
+        covered = max(covered, round(scaling.factor * scaling.original_max_position_embeddings))
     layers = model.layers if table.type == "model" and table.layers == "all" else table.layers
     return RopeArgs(float(theta), scaling, layers, covered)
 

@@ -20,7 +20,7 @@ from torchtitan.models.rope_scaling import (
     Scaling,
     YarnScaling,
 )
-from torchtitan.models.transformer import Transformer, TransformerArgs
+from torchtitan.models.transformer import LayerType, Transformer, TransformerArgs
 
 ORIGINAL, TRAINED, HEAD_DIM, VOCABULARY = 64, 256, 16, 128
 LLAMA = TransformerArgs(64, 2, 4, 2, HEAD_DIM, 96, VOCABULARY, 1e-5)
@@ -40,17 +40,26 @@ SCALINGS: dict[str, Scaling | None] = {
     "longrope_default": LongRopeScaling(ORIGINAL, _LONG, _SHORT, None, 4.0),
     "gene": GeneScaling(4.0, ORIGINAL),
 }
+OLMO2 = replace(LLAMA, qk_norm=True, qk_norm_joint=True, post_norm=True, norm_eps=1e-6)
+SLIDING: tuple[LayerType, LayerType] = ("sliding_attention", "full_attention")
 ARCHITECTURES = {
     "llama": LLAMA,
     "wide_heads": replace(LLAMA, head_dim=24),
     "qwen2": replace(LLAMA, qkv_bias=True, norm_eps=1e-6),
     "qwen3": replace(LLAMA, qk_norm=True, head_dim=24, norm_eps=1e-6),
     "tied": replace(LLAMA, tied_embeddings=True),
+    "mistral, windows": replace(LLAMA, layer_types=SLIDING[:1] * 2, sliding_window=50),
+    "qwen2, windows": replace(LLAMA, qkv_bias=True, norm_eps=1e-6, layer_types=SLIDING[::-1], sliding_window=50),
+    "qwen3, windows": replace(LLAMA, qk_norm=True, norm_eps=1e-6, layer_types=SLIDING, sliding_window=50),
+    "olmo2": OLMO2,
+    "olmo3": replace(OLMO2, layer_types=SLIDING, sliding_window=50),
 }
 
 
 def with_rope(scaling: Scaling | None, args: TransformerArgs = LLAMA, theta: float = 20000.0) -> TransformerArgs:
-    return replace(args, rope=RopeArgs(theta, scaling, max_position_embeddings=TRAINED))
+    """Olmo 3 rescales RoPE in its full-attention layers only."""
+    layers = "full_attention" if args.post_norm and args.layer_types else "all"
+    return replace(args, rope=RopeArgs(theta, scaling, layers, TRAINED))
 
 
 def random_weights(args: TransformerArgs, seed: int = 0) -> Weights:

@@ -35,11 +35,12 @@ from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.errors import UserError
 
 ASSETS = Path(__file__).parents[3] / "assets" / "tokenizer"
+PLAIN = with_rope(None)
 
 
-def export_and_compare(args: TransformerArgs, folder: Path) -> float:
+def export_and_compare(args: TransformerArgs, folder: Path, assets: Path | None = None) -> float:
     """The largest difference between transformers' logits from an export and ours."""
-    export(save(args, folder / "checkpoint"), folder / "hf", None)
+    export(save(args, folder / "checkpoint"), folder / "hf", None, assets)
     model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32, attn_implementation="eager")
     worst = 0.0
     for n in (ORIGINAL, TRAINED, TRAINED + 50):  # transformers changes what "dynamic" and "longrope" do by length
@@ -67,6 +68,16 @@ def test_every_architecture_gives_our_logits_in_transformers(kind: str, tmp_path
     assert export_and_compare(args, tmp_path) < 1e-4
     again = read_config(tmp_path / "hf")
     assert replace(again, rope=args.rope) == args
+
+
+def test_a_mistral_stays_one_without_its_window(tmp_path: Path):
+    """It is a Llama to us; its default window, shorter than the text here, must not come back."""
+    original = {"model_type": "mistral", "sliding_window": 32, "hidden_act": "silu"}
+    (tmp_path / "config.json").write_text(json.dumps(original))
+    assert export_and_compare(with_rope(None), tmp_path, tmp_path) < 1e-4
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["architectures"] == ["MistralForCausalLM"]
+    assert "sliding_window" in config, "absent, it is 4,096"
 
 
 @pytest.mark.parametrize("kind", SCALINGS)
@@ -149,11 +160,8 @@ def test_ids_come_from_the_tokenizer_where_no_config_has_them(tmp_path: Path):
     config = AutoConfig.from_pretrained(out)
     assert (config.bos_token_id, config.eos_token_id) == (0, 1)
     # another architecture's config.json is not started from: its keys would mean something else
-    foreign = config_json(LLAMA_WITH_LENGTH, "float32", {"model_type": "gpt2", "n_embd": 5, "eos_token_id": 50256})
+    foreign = config_json(PLAIN, "float32", {"model_type": "gpt2", "n_embd": 5, "eos_token_id": 50256})
     assert "n_embd" not in foreign and foreign["eos_token_id"] == 50256
-
-
-LLAMA_WITH_LENGTH = with_rope(None)
 
 
 def test_shards_of_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -209,7 +217,7 @@ def test_shards_of_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("to", ["hugging_face", "checkpoint", "torchtitan"])
 def test_a_tensor_at_a_time(to: str, tmp_path: Path):
     """When a tensor is read, at most the one before is still held."""
-    weights = random_weights(LLAMA_WITH_LENGTH)
+    weights = random_weights(PLAIN)
     given: list[weakref.ref[torch.Tensor]] = []
     held = []
 
@@ -241,7 +249,7 @@ def test_checkpoint_to_hugging_face_and_back_is_bit_for_bit(kind: str, tmp_path:
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path):
-    checkpoint = save(LLAMA_WITH_LENGTH, tmp_path)
+    checkpoint = save(PLAIN, tmp_path)
     with pytest.raises(UserError, match="step-0"):
         open_checkpoint(tmp_path)
     file = next(checkpoint.glob("*.distcp"))

@@ -262,6 +262,7 @@ def test_weights_that_do_not_fit_list_names_and_shapes(tmp_path: Path):
 @pytest.mark.parametrize(
     ("flavor", "billions"),
     [
+        ("llama_7b", 6.738),
         ("llama2_7b", 6.738),
         ("llama2_13b", 13.016),
         ("llama2_70b", 68.977),

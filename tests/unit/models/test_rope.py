@@ -298,3 +298,12 @@ def test_rows_of_one_batch_use_their_own_longrope_table():
         wrong = model(tokens[:60], positions[:60], Segments.whole((0, 60)))
     assert torch.allclose(mixed, torch.cat([short, long]), atol=1e-5)
     assert not torch.allclose(mixed[:60], wrong, atol=1e-2), "the tables do not differ enough to tell"
+
+
+def test_the_length_that_a_model_covers():
+    """What is exported as max_position_embeddings: not less than in the stage before, and all of GeNE's factor."""
+    model, before = RopeArgs(1e4, max_position_embeddings=4096), RopeArgs(1e6, max_position_embeddings=524288)
+    assert build_rope(Rope(), model, 64, 3, 65536).max_position_embeddings == 65536
+    assert build_rope(Rope(theta=1e6), model, 64, 3, 65536, before).max_position_embeddings == 524288
+    gene = Rope(type="gene", factor=16.0, original_max_position_embeddings=4096)
+    assert build_rope(gene, model, 64, 3, 16384).max_position_embeddings == 65536

@@ -1,0 +1,251 @@
+"""How well a model predicts as its context grows: loss by position on long documents, under any RoPE.
+
+    python scripts/loss_by_position.py --model FOLDER --text book.txt --length 16384 --out plain.json --plot plain.png
+    python scripts/loss_by_position.py --model FOLDER --text book.txt --length 16384 --label "YaRN 4" --out yarn.json \
+        --rope.type yarn --rope.factor 4 --rope.original_max_position_embeddings 8192
+    python scripts/loss_by_position.py --draw plain.json yarn.json --plot both.png
+
+FOLDER is a Hugging Face folder or a checkpoint (outputs/checkpoint/step-1000). Every document that is long enough is
+read from its beginning, alone; the mean negative log-likelihood is given by ranges of positions. --windows W ...
+measures the same tokens with the context beginning anew every W tokens: what the longer context is worth. --rope.KEY is
+as in a stage's [rope] table (./run_train.sh --help), against the model's own RoPE; theta = auto goes to --length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+import time
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torchtitan.config import load_config
+from torchtitan.config.checks import check_config
+from torchtitan.config.job_config import Data, Rope, Source
+from torchtitan.tools.errors import UserError
+
+
+def main(args: list[str]) -> int:
+    """Exit code 1, and one line, for what the user has wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--length", type=int, help="tokens of each document that are read; shorter ones are left out")
+    parser.add_argument("--windows", type=int, nargs="+", default=[], help="begin the context anew every W tokens")
+    parser.add_argument("--edges", type=int, nargs="+", help="where ranges of positions end (512 and its doubles)")
+    parser.add_argument("--max_documents", type=int, default=16, help="documents at most (16)")
+    parser.add_argument("--chunk", type=int, default=1024, help="positions whose logits exist at a time (1024)")
+    parser.add_argument("--label", help="name of the result in pictures")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--plot", type=Path, help="PNG file to draw")
+    parser.add_argument("--title", default="", help="title of the picture")
+    parser.add_argument("--draw", type=Path, nargs="+", metavar="JSON", help="measure nothing, draw these")
+    own, others = parser.parse_known_args(args)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        for path in (own.out, own.plot):
+            check_can_be_written(path)
+        if own.draw:
+            results = [read_result(path) for path in own.draw]
+            if own.plot is None:
+                raise UserError("--draw needs --plot FILE.png, the picture to write.")
+        else:
+            results = [measure(own, rope_table(others))]
+            print(table(results[0]))
+            if own.out:
+                own.out.write_text(json.dumps(results[0], indent=1) + "\n")
+        if own.plot:
+            from torchtitan.evaluation.plots import draw_positions
+
+            draw_positions(results, own.plot, own.title)
+            print(own.plot)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to evaluate, on which text, where."""
+    parser.add_argument("--model", type=Path, help="Hugging Face folder, or a checkpoint's step-N folder")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer (the model's; that of the run)")
+    parser.add_argument("--text", type=Path, nargs="+", help=".txt, .jsonl, .parquet, folders, tokenized folders")
+    parser.add_argument("--text_field", default="text", help="field of a .jsonl or .parquet record (text)")
+    parser.add_argument("--add_bos", action="store_true", help="begin every document with the tokenizer's BOS token")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where there is one)")
+    parser.add_argument("--attention_backend", default="auto", choices=("auto", "flex", "varlen", "sdpa"))
+
+
+def rope_table(flags: list[str]) -> Rope:
+    """[rope] of the flags --rope.KEY VALUE, checked as a stage's; any other flag is refused."""
+    for flag in flags:
+        if flag.startswith("--") and not flag.startswith("--rope."):
+            raise UserError(f"{flag.split('=')[0]} is not known; see --help. Of the configuration, --rope.KEY is read.")
+    config = load_config(flags)
+    if flags and not flags[0].startswith("--"):
+        raise UserError(f"{flags[0]} stands alone; every value follows its --flag.")
+    # something to train on, which the checks ask for
+    check_config(replace(config, data=Data(sources=(Source(name="text", path="text"),))), 1)
+    return config.rope
+
+
+def measure(own: argparse.Namespace, rope: Rope) -> dict[str, Any]:
+    """One model under one RoPE, with full context and with each window."""
+    for key in ("model", "text", "length"):
+        if getattr(own, key) is None:
+            raise UserError(f"--{key} is not given; see --help.")
+    for key, values in (
+        ("length", [own.length]),
+        ("max_documents", [own.max_documents]),
+        ("chunk", [own.chunk]),
+        ("windows", own.windows),
+    ):
+        if min(values, default=1) < 1:
+            raise UserError(f"--{key} = {min(values)} must be 1 or more.")
+    # PyTorch takes seconds to import: a mistake on the command line should not.
+    from torchtitan.evaluation.documents import long_documents
+    from torchtitan.evaluation.loading import load
+    from torchtitan.evaluation.loss_by_position import check_edges, default_edges, loss_by_position
+    from torchtitan.models.rope_config import build_rope
+    from torchtitan.tools.device import device_type
+
+    edges = check_edges(own.edges, own.length) if own.edges else default_edges(own.length)
+    device = own.device or device_type()
+    loaded = load(own.model, own.dtype, device, own.tokenizer, own.attention_backend)
+    args = loaded.model.args
+    used = build_rope(rope, args.rope, args.head_dim, args.n_kv_heads, own.length)
+    documents = long_documents(
+        own.text, loaded.tokenizer, own.length + 1, own.max_documents, own.text_field, own.add_bos
+    )
+    check_vocabulary(documents, args.vocab_size, loaded.tokenizer.folder)
+    documents = [tokens.to(device) for tokens in documents]
+    curves = []
+    windows = [None, *own.windows]
+    with model_progress(loaded.model, len(documents) * len(windows)) as describe:
+        for window in windows:
+            describe("full context" if window is None else f"window {window}")
+            start = time.perf_counter()
+            found = loss_by_position(loaded.model, documents, edges, used, window, own.chunk)
+            curves.append(
+                {
+                    "window": window,
+                    "mean_nll": found.mean,
+                    "nll": list(found.nll),
+                    "count": list(found.count),
+                    "seconds": round(time.perf_counter() - start, 1),
+                }
+            )
+    return {
+        "label": own.label or summary(rope),
+        "model": str(own.model),
+        "text": [str(path) for path in own.text],
+        "documents": len(documents),
+        "length": own.length,
+        "trained_length": args.rope.max_position_embeddings,
+        "rope": asdict(used),
+        "dtype": own.dtype,
+        "device": device,
+        "edges": list(edges),
+        "curves": curves,
+    }
+
+
+def check_vocabulary(documents: list[Any], vocab_size: int, folder: str) -> None:
+    """Before an index error deep inside."""
+    largest = max(int(tokens.max()) for tokens in documents)
+    if largest >= vocab_size:
+        raise UserError(
+            f"The tokenizer in {folder} gives the id {largest}, but the model has {vocab_size} ids: they do not belong "
+            "together. Name the right folder with --tokenizer."
+        )
+
+
+def model_progress(model: Any, passes: int) -> Any:
+    """A progress line that counts layers; the context manager gives what sets its text. Elsewhere than on a terminal
+    the texts are lines of their own."""
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    @contextmanager
+    def context() -> Any:
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
+        with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task("", total=passes * len(model.layers))
+            hooks = [
+                layer.register_forward_hook(lambda *_: bar.advance(task))  # type: ignore[func-returns-value]
+                for layer in model.layers.values()
+            ]
+
+            def describe(text: str) -> None:
+                bar.update(task, description=text)
+                if not console.is_terminal:
+                    print(text, file=sys.stderr, flush=True)
+
+            try:
+                yield describe
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+    return context()
+
+
+def summary(rope: Rope) -> str:
+    """What of [rope] is not the default: `type yarn, factor 4`."""
+    changed = [(k, v) for k, v in vars(rope).items() if v != getattr(Rope(), k)]
+    short = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in changed if not isinstance(v, tuple)]
+    return ", ".join(short) or "as trained"
+
+
+def table(result: dict[str, Any]) -> str:
+    """Positions, counts, and nats and perplexity of each curve, as plain text."""
+    names = ["full" if c["window"] is None else f"w {c['window']}" for c in result["curves"]]
+    lines = [
+        f"{result['label']}: {result['documents']} document{'s' * (result['documents'] != 1)}, {result['dtype']}",
+        "positions".rjust(17) + "tokens".rjust(9) + "".join(f"{n + ' nats':>14}{'ppl':>10}" for n in names),
+    ]
+    for i, (begin, end) in enumerate(pairwise(result["edges"])):
+        values = (c["nll"][i] for c in result["curves"])
+        cells = "".join(f"{v:>14.4f}{math.exp(min(v, 700)):>10.2f}" for v in values)
+        lines.append(f"{begin:>8} -{end:>7}{result['curves'][0]['count'][i]:>9}{cells}")
+    values = (c["mean_nll"] for c in result["curves"])
+    cells = "".join(f"{v:>14.4f}{math.exp(min(v, 700)):>10.2f}" for v in values)
+    lines.append("all".rjust(17) + f"{sum(result['curves'][0]['count']):>9}" + cells)
+    return "\n".join(lines)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What --out wrote."""
+    try:
+        result = json.loads(path.read_text())
+        missing = {"label", "edges", "curves", "length", "trained_length"} - set(result)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--draw {path} cannot be read: {error}.") from None
+    if missing:
+        raise UserError(f"--draw {path} is not a result of this script: it lacks {', '.join(sorted(missing))}.")
+    return result
+
+
+def check_can_be_written(path: Path | None) -> None:
+    """Before the minutes that measuring takes."""
+    if path is None:
+        return
+    try:
+        with open(path, "a"):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

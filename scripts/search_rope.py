@@ -1,0 +1,204 @@
+"""Search RoPE factors for a longer context, as LongRoPE2 (arXiv 2502.20082) does: no training, only forward passes.
+
+    python scripts/search_rope.py --model FOLDER --text books/*.txt --length 131072 --state search.json --out rope.toml
+
+A candidate is a factor for each pair of dimensions. Its fitness is the perplexity of the answers to questions at the
+end of real text about a needle at its start: --prompts of them, each --length tokens long. With the paper's population
+and iterations (the defaults) that is 1,344 candidates: hours on a GPU. On one device, CUDA where there is one. A search
+that was cut off goes on from --state. --out is a TOML [rope] table to train or evaluate with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from loss_by_position import add_model_arguments, check_can_be_written, check_vocabulary, model_progress
+
+from torchtitan.tools.errors import UserError
+
+
+def main(args: list[str]) -> int:
+    """Exit code 1, and one line, for what the user has wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--length", type=int, help="target length in tokens")
+    parser.add_argument("--original", type=int, help="length the model was trained for (what the model says)")
+    parser.add_argument("--prompts", type=int, default=10, help="needle prompts a candidate is measured on (10)")
+    parser.add_argument("--pieces", type=int, default=1, help="prompts made of one document at most (1)")
+    parser.add_argument("--population", type=int, default=64)
+    parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0, help="of the search and of the needles (0)")
+    parser.add_argument("--state", type=Path, help="JSON file: every candidate measured so far")
+    parser.add_argument("--out", type=Path, help="TOML file to write")
+    own = parser.parse_args(args)
+    try:
+        check_arguments(own)
+        toml = search(own)
+        print(toml, end="")
+        if own.out:
+            own.out.write_text(toml)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def check_arguments(own: argparse.Namespace) -> None:
+    """What can be told without PyTorch."""
+    for key in ("model", "text", "length"):
+        if getattr(own, key) is None:
+            raise UserError(f"--{key} is not given; see --help.")
+    for key, least in (("length", 1), ("prompts", 1), ("pieces", 1), ("population", 4), ("iterations", 0), ("seed", 0)):
+        if getattr(own, key) < least:
+            raise UserError(f"--{key} = {getattr(own, key)} must be {least} or more.")
+    check_can_be_written(own.out)
+
+
+def search(own: argparse.Namespace) -> str:
+    """The [rope] table of the best candidate."""
+    # PyTorch takes seconds to import: a mistake on the command line should not.
+    import numpy as np
+
+    from torchtitan.evaluation.documents import long_documents
+    from torchtitan.evaluation.loading import load
+    from torchtitan.evaluation.needle_prompts import answer_losses, needle_prompt
+    from torchtitan.evaluation.rope_search import Candidate, Space, evolve
+    from torchtitan.models.rope import RopeArgs
+    from torchtitan.models.rope_scaling import LongRopeScaling, YarnScaling
+    from torchtitan.tools.device import device_type
+
+    device = own.device or device_type()
+    loaded = load(own.model, own.dtype, device, own.tokenizer, own.attention_backend)
+    model, args = loaded.model, loaded.model.args
+    original = own.original or getattr(args.rope.scaling, "original_max_position_embeddings", None)
+    original = original or args.rope.max_position_embeddings
+    if original is None:
+        raise UserError(f"{own.model} does not say how long it was trained for: give --original.")
+    if own.length <= original:
+        raise UserError(f"--length = {own.length} is not beyond the original length, {original}: nothing to search.")
+    space = Space(args.rope.theta, args.head_dim, original, own.length)
+
+    texts = long_documents(own.text, loaded.tokenizer, own.length, own.prompts, own.text_field, pieces=own.pieces)
+    if len(texts) < own.prompts:
+        raise UserError(
+            f"--prompts = {own.prompts}, but --text gives {len(texts)} stretches of {own.length:,} tokens, a document "
+            f"{own.pieces} at most. Give more text, a larger --pieces, or fewer --prompts."
+        )
+    bos = loaded.tokenizer.bos_id if own.add_bos else None
+    prompts = [
+        needle_prompt(loaded.tokenizer, text, own.length, np.random.default_rng([own.seed, i]), bos)
+        for i, text in enumerate(texts)
+    ]
+    check_vocabulary([p.tokens for p in prompts], args.vocab_size, loaded.tokenizer.folder)
+
+    def perplexity(rope: RopeArgs) -> float:
+        return math.exp(min(float(answer_losses(model, prompts, rope).double().mean()), 700))
+
+    def rope_of(candidate: Candidate) -> RopeArgs:
+        factors = candidate.factors()
+        return RopeArgs(args.rope.theta, LongRopeScaling(original, factors, (1.0,) * len(factors), 1.0))
+
+    content = hashlib.sha256(b"".join(p.tokens.numpy().tobytes() for p in prompts)).hexdigest()[:16]
+    settings = {
+        "model": str(own.model),
+        "theta": args.rope.theta,
+        "original": original,
+        "length": own.length,
+        "dtype": own.dtype,
+        "prompts": content,
+    }
+    known = {Candidate(d, tuple(high)): value for d, high, value in read_state(own.state, settings)}
+    if known:
+        print(f"{own.state}: {len(known)} candidates are known", file=sys.stderr)
+    at_start = len(known)
+
+    total = own.population + own.iterations * (own.population - own.population // 2)
+    with model_progress(model, (total - at_start + 2) * len(prompts)) as describe:
+        describe("for comparison")
+        before = {
+            "as trained": perplexity(RopeArgs(args.rope.theta)),
+            f"YaRN {space.scale:g}": perplexity(RopeArgs(args.rope.theta, YarnScaling(space.scale, original))),
+        }
+
+        def fitness(candidate: Candidate) -> float:
+            if candidate not in known:
+                known[candidate] = perplexity(rope_of(candidate))
+                write_state(own.state, settings, [[c.d_rcd, list(c.high), v] for c, v in known.items()])
+            return known[candidate]
+
+        def on_iteration(done: int, living: list[tuple[float, Candidate]]) -> None:
+            best, candidate = living[0]
+            describe(f"iteration {done} of {own.iterations}: best {best:.4f}, d_rcd {candidate.d_rcd}")
+
+        living = evolve(space, fitness, own.seed, own.population, own.iterations, on_iteration)
+    best, candidate = living[0]
+    start = min(known[c] for c in known if len(set(c.high)) == 1)
+    return as_toml(
+        candidate.factors(),
+        original,
+        [
+            f"LongRoPE2's search: {own.length:,} tokens from {original:,}, {len(known):,} candidates on {len(prompts)} "
+            f"prompts, seed {own.seed}, {own.dtype}.",
+            f"d_rcd {candidate.d_rcd} of {space.indices.start} to {space.indices.stop - 1} (the theory's critical "
+            f"index), {space.pairs} pairs.",
+            f"Perplexity of the answers: {best:.4f}; the best of one factor from d_rcd on {start:.4f}; "
+            + "; ".join(f"{name} {value:.4f}" for name, value in before.items())
+            + ".",
+        ],
+    )
+
+
+def as_toml(factors: tuple[float, ...], original: int, comments: list[str]) -> str:
+    """The [rope] table that build_rope makes the best candidate of."""
+    rows = [", ".join(f"{f:.6f}" for f in factors[i : i + 8]) for i in range(0, len(factors), 8)]
+    return "\n".join(
+        [
+            *(f"# {line}" for line in comments),
+            "[rope]",
+            'type = "longrope"',
+            f"original_max_position_embeddings = {original}",
+            "attention_factor = 1.0",
+            "long_factor = [",
+            *(f"    {row}," for row in rows),
+            "]\n",
+        ]
+    )
+
+
+def read_state(path: Path | None, settings: dict[str, Any]) -> list[list[Any]]:
+    """[d_rcd, factors, fitness] of what an earlier run measured; UserError if it measured something else."""
+    if path is None or not path.exists():
+        return []
+    try:
+        state = json.loads(path.read_text())
+        was, measured = state["settings"], state["measured"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--state {path} is not the state of a search: {type(error).__name__} {error}.") from None
+    changed = [f"{key} {was.get(key)} -> {value}" for key, value in settings.items() if was.get(key) != value]
+    if changed:
+        raise UserError(
+            f"--state {path} is of another search: {'; '.join(changed)}. (prompts changes with --text, --seed, "
+            "--prompts and the tokenizer.) Name another file."
+        )
+    return measured
+
+
+def write_state(path: Path | None, settings: dict[str, Any], measured: list[list[Any]]) -> None:
+    """Whole or not at all."""
+    if path is not None:
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps({"settings": settings, "measured": measured}))
+        partial.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

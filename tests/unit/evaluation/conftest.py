@@ -1,0 +1,72 @@
+"""A tiny model with the repository's tokenizer, as a Hugging Face folder too, and the scripts as modules."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from torchtitan.components.tokenizer import load_tokenizer
+from torchtitan.models.huggingface import hf_name
+from torchtitan.models.rope import RopeArgs
+from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
+
+REPOSITORY = Path(__file__).parents[3]
+TOKENIZER = REPOSITORY / "assets/tokenizer"
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[[str], ModuleType]:
+    """A file of scripts/ as a module."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"scripts_{name}", REPOSITORY / "scripts" / f"{name}.py")
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def model() -> Transformer:
+    rope = RopeArgs(100.0, max_position_embeddings=64)
+    vocabulary = load_tokenizer(TOKENIZER).vocab_size
+    model = Transformer(TransformerArgs(32, 2, 4, 2, 8, 64, vocabulary, tied_embeddings=True, rope=rope))
+    init_weights(model, seed=0)
+    with torch.no_grad():
+        model.tok_embeddings.weight.mul_(3)  # logits far from 0, so that every part of the model shows in them
+    return model
+
+
+@pytest.fixture(scope="session")
+def folder(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("model")
+    save_file({hf_name(n): p.detach().clone() for n, p in model.named_parameters()}, folder / "model.safetensors")
+    args = model.args
+    config = {
+        "model_type": "llama",
+        "hidden_size": args.dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads,
+        "head_dim": args.head_dim,
+        "intermediate_size": args.ffn_dim,
+        "vocab_size": args.vocab_size,
+        "rms_norm_eps": args.norm_eps,
+        "tie_word_embeddings": True,
+        "rope_theta": args.rope.theta,
+        "max_position_embeddings": args.rope.max_position_embeddings,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((TOKENIZER / name).read_bytes())
+    return folder

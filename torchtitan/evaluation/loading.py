@@ -1,0 +1,126 @@
+"""A model to evaluate, on one device: from a Hugging Face folder or from one of our checkpoints (step-N/)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+
+from torchtitan.attention.backends import choose_backend
+from torchtitan.components.checkpoint import MANIFEST, find_damage, read_manifest
+from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.config.toml_file import load_tables
+from torchtitan.models import rope_scaling
+from torchtitan.models.huggingface import check_weights, load_weights, read_config
+from torchtitan.models.rope import RopeArgs
+from torchtitan.models.transformer import Transformer, TransformerArgs
+from torchtitan.tools.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode and what it reads."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+
+
+def load(
+    folder: Path,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    tokenizer_folder: Path | None = None,
+    attention_backend: str = "auto",
+) -> Loaded:
+    """The model in a folder, its parameters in `dtype`.
+
+    tokenizer_folder: unset, the folder itself; of a checkpoint, what its run's config.toml names. UserError for a
+    folder that is neither, for weights that do not fit, and for a tokenizer that the checkpoint was not trained with.
+    """
+    backend = choose_backend(attention_backend, device)
+    if (folder / MANIFEST).is_file():
+        return _load_checkpoint(folder, DTYPES[dtype], device, tokenizer_folder, backend)
+    if not (folder / "config.json").is_file():
+        steps = sorted(p.name for p in folder.glob("step-*") if p.is_dir())
+        there = f"; it holds {', '.join(steps[-3:])}: name one of these" if steps else ""
+        what = "has neither config.json nor manifest.json" if folder.is_dir() else "is not a folder"
+        raise UserError(
+            f"--model {folder} {what}{there}. It should be a Hugging Face folder, or a checkpoint of a run "
+            "(outputs/checkpoint/step-1000)."
+        )
+    args = read_config(folder)
+    check_weights(folder, args)
+    tokenizer = load_tokenizer(tokenizer_folder or folder)
+    model = _empty(args, DTYPES[dtype], device, backend)
+    with _one_process():
+        load_weights(model, folder)
+    return Loaded(model, tokenizer)
+
+
+def _load_checkpoint(
+    folder: Path, dtype: torch.dtype, device: str, tokenizer_folder: Path | None, backend: str
+) -> Loaded:
+    damage = find_damage(folder)
+    if damage:
+        raise UserError(f"--model {folder} is damaged: {damage}")
+    manifest = read_manifest(folder)
+    tokenizer = load_tokenizer(tokenizer_folder or _tokenizer_of(folder))
+    if tokenizer.fingerprint != manifest["tokenizer"]:
+        raise UserError(
+            f"{folder} was trained with the tokenizer {manifest['tokenizer'][:12]}, but {tokenizer.folder} gives "
+            f"{tokenizer.fingerprint[:12]}: name the folder of that one with --tokenizer."
+        )
+    model = _empty(_args_from_manifest(manifest), dtype, device, backend)
+    state = {"model": {name: param.detach() for name, param in model.named_parameters()}}
+    with _one_process():
+        dcp.load(state, storage_reader=FileSystemReader(str(folder)))
+    return Loaded(model, tokenizer)
+
+
+def _tokenizer_of(checkpoint: Path) -> Path:
+    """What the config.toml beside the checkpoints names; a relative path is looked up from here, as the run did."""
+    config = checkpoint.resolve().parent.parent / "config.toml"
+    if not config.is_file():
+        raise UserError(
+            f"{checkpoint} does not say where its tokenizer is: there is no {config}. Name its folder with --tokenizer."
+        )
+    return Path(str(load_tables(config).get("model", {}).get("hf_assets_path", "./assets/tokenizer")))
+
+
+def _args_from_manifest(manifest: dict[str, Any]) -> TransformerArgs:
+    """The architecture as inputs.as_json wrote it: dataclasses as dictionaries, tuples as lists."""
+    architecture = dict(manifest["architecture"])
+    rope = dict(architecture.pop("rope"))
+    scaling = rope.pop("scaling", None)
+    if scaling is not None:
+        kinds = (getattr(rope_scaling, name) for name in dir(rope_scaling) if name.endswith("Scaling"))
+        kind = next(k for k in kinds if getattr(k, "rope_type", None) == scaling["rope_type"])
+        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in scaling.items() if key != "rope_type"}
+        scaling = kind(**fields)
+    return TransformerArgs(**architecture, rope=RopeArgs(**rope, scaling=scaling))
+
+
+def _empty(args: TransformerArgs, dtype: torch.dtype, device: str, backend: str) -> Transformer:
+    """The model with memory of its own and no values yet: never held twice, nor in float32 first."""
+    with torch.device("meta"):
+        model = Transformer(args, backend).to(dtype)
+    model.to_empty(device=device)
+    model.tie_embeddings()
+    return model.eval()
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Without DCP's warnings that it is used by one process, which is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(single process|no_dist).*")
+        yield
