@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.attention.backends import choose_backend
+from torchtitan.attention.varlen import check_window
 from torchtitan.components.checkpoint import check_load_step, complete_steps, read_manifest
 from torchtitan.components.metrics import import_wandb
 from torchtitan.components.stage import Start, check_start, find_start, flat, lineage
@@ -70,7 +71,8 @@ def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
     check_tensor_parallel(args, p.tensor_parallel_degree)
     if p.context_parallel_exchange == "ulysses" and p.context_parallel_degree > 1:
         check_ulysses(args.n_heads, p.context_parallel_degree, p.tensor_parallel_degree)
-    choose_backend(config.model.attention_backend, device_type())
+    if choose_backend(config.model.attention_backend, device_type()) == "varlen" and args.sliding_window is not None:
+        check_window(args.sliding_window)
     if config.compile.enable:
         check_backend(config.compile.backend)
     if tokenizer.vocab_size > args.vocab_size:

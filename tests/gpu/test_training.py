@@ -39,9 +39,15 @@ def train(folder: Path, assets: Path, name: str, visible: str = "0", **overrides
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_gpu_equals_cpu(folder: Path, assets: Path):
-    cpu = train(folder, assets, "cpu", visible="", data__num_workers=1)
-    gpu = train(folder, assets, "gpu", data__num_workers=1)
+@pytest.mark.parametrize("model", ["llama", "olmo3"])
+def test_gpu_equals_cpu(model: str, folder: Path, assets: Path):
+    """olmo3: two masks a micro-batch, with anchors."""
+    options: dict[str, Any] = {"data__num_workers": 1}
+    if model == "olmo3":
+        assets = write_assets(folder, model)
+        options |= {"data__anchor_attention": True, "data__positions": "continue"}
+    cpu = train(folder, assets, f"cpu-{model}", visible="", **options)
+    gpu = train(folder, assets, f"gpu-{model}", **options)
     first = abs(gpu[0]["loss"] / cpu[0]["loss"] - 1)
     assert first < 1e-5, "the same weights and rows; only the order of sums differs"
     for a, b in zip(gpu, cpu, strict=True):

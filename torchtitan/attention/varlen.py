@@ -101,6 +101,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepared: VarlenMa
     return out
 
 
+def check_window(window: int) -> None:
+    """UserError where the installed PyTorch's kernel has no sliding window."""
+    _options(window, grouped=False)
+
+
 @functools.cache
 def _options(window: int | None, grouped: bool) -> tuple[dict[str, Any], bool]:
     """Keyword arguments for a causal mask and grouped KV heads, and whether the latter are to be repeated by us.

@@ -29,10 +29,12 @@ from torchtitan.attention.backends import Mask
 from torchtitan.attention.segments import Segments
 from torchtitan.components.export import write_hugging_face
 from torchtitan.components.weights import open_hugging_face
+from torchtitan.config.job_config import Rope
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.models.huggingface import check_weights, load_weights, read_config
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.rope import RopeArgs
+from torchtitan.models.rope_config import build_rope
 from torchtitan.models.rope_scaling import YarnScaling
 from torchtitan.models.transformer import Transformer, init_weights, parameter_counts
 from torchtitan.tools.errors import UserError
@@ -111,7 +113,7 @@ def save_hf(kind: str, folder: Path, shard: str = "10GB") -> torch.nn.Module:
 
 def ours(folder: Path) -> Transformer:
     args = read_config(folder)
-    check_weights(folder, args)
+    check_weights(folder, args, "the test")
     model = Transformer(args)
     load_weights(model, folder)
     return model
@@ -183,6 +185,8 @@ def test_olmo3_scales_only_layers_without_a_window(tmp_path: Path):
     expected = ours(tmp_path).args
     assert expected.rope.layers == "full_attention" and expected.rope.scaling is not None
     assert (expected.qk_norm_joint, expected.post_norm, expected.sliding_window) == (True, True, 50)
+    as_the_model_says = build_rope(Rope(), expected.rope, expected.head_dim, expected.n_kv_heads, 1024)
+    assert as_the_model_says == expected.rope, "a stage without [rope] leaves it so"
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")["full_attention"]
@@ -250,15 +254,15 @@ def test_weights_that_do_not_fit_list_names_and_shapes(tmp_path: Path):
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(64)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError) as error:
-        check_weights(tmp_path, args)
+        check_weights(tmp_path, args, "the test")
     for part in ("up_proj.weight should be [160, 64] and is [3, 5]", "model.norm.weight", "q_proj.bias [64]"):
         assert part in str(error.value)
     (tmp_path / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(UserError, match="model.safetensors"):
-        check_weights(tmp_path, args)
+        check_weights(tmp_path, args, "the test")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no \\*.safetensors"):
-        check_weights(tmp_path, args)
+        check_weights(tmp_path, args, "the test")
 
 
 @pytest.mark.parametrize(
