@@ -37,7 +37,6 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "as_trained": ("as trained", ["--windows", str(TRAINED)]),
     "linear_2": ("linear, factor 2", ["--rope.type", "linear", "--rope.factor", "2"]),
     "theta_2": ("theta raised for 2x (NTK-aware, auto)", ["--rope.theta", "auto"]),
-    "theta_4": ("theta raised for 4x (NTK-aware)", ["--rope.type", "ntk", "--rope.factor", "4"]),
     "yarn_4": (
         "YaRN, factor 4",
         ["--rope.type", "yarn", "--rope.factor", "4", "--rope.original_max_position_embeddings", str(TRAINED)],

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -17,9 +16,8 @@ from torchtitan.attention.backends import choose_backend
 from torchtitan.components.checkpoint import MANIFEST, find_damage, read_manifest
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.config.toml_file import load_tables
-from torchtitan.models import rope_scaling
+from torchtitan.models.architecture import args_from_manifest
 from torchtitan.models.huggingface import check_weights, load_weights, read_config
-from torchtitan.models.rope import RopeArgs
 from torchtitan.models.transformer import Transformer, TransformerArgs
 from torchtitan.tools.errors import UserError
 
@@ -79,7 +77,7 @@ def _load_checkpoint(
             f"{folder} was trained with the tokenizer {manifest['tokenizer'][:12]}, but {tokenizer.folder} gives "
             f"{tokenizer.fingerprint[:12]}: name the folder of that one with --tokenizer."
         )
-    model = _empty(_args_from_manifest(manifest), dtype, device, backend)
+    model = _empty(args_from_manifest(manifest["architecture"]), dtype, device, backend)
     state = {"model": {name: param.detach() for name, param in model.named_parameters()}}
     with _one_process():
         dcp.load(state, storage_reader=FileSystemReader(str(folder)))
@@ -94,19 +92,6 @@ def _tokenizer_of(checkpoint: Path) -> Path:
             f"{checkpoint} does not say where its tokenizer is: there is no {config}. Name its folder with --tokenizer."
         )
     return Path(str(load_tables(config).get("model", {}).get("hf_assets_path", "./assets/tokenizer")))
-
-
-def _args_from_manifest(manifest: dict[str, Any]) -> TransformerArgs:
-    """The architecture as inputs.as_json wrote it: dataclasses as dictionaries, tuples as lists."""
-    architecture = dict(manifest["architecture"])
-    rope = dict(architecture.pop("rope"))
-    scaling = rope.pop("scaling", None)
-    if scaling is not None:
-        kinds = (getattr(rope_scaling, name) for name in dir(rope_scaling) if name.endswith("Scaling"))
-        kind = next(k for k in kinds if getattr(k, "rope_type", None) == scaling["rope_type"])
-        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in scaling.items() if key != "rope_type"}
-        scaling = kind(**fields)
-    return TransformerArgs(**architecture, rope=RopeArgs(**rope, scaling=scaling))
 
 
 def _empty(args: TransformerArgs, dtype: torch.dtype, device: str, backend: str) -> Transformer:
