@@ -300,6 +300,14 @@ def test_rows_of_one_batch_use_their_own_longrope_table():
     assert not torch.allclose(mixed[:60], wrong, atol=1e-2), "the tables do not differ enough to tell"
 
 
+def test_olmos_sliding_layers_are_not_rescaled_by_oversight():
+    table = Rope(type="yarn", factor=8.0, original_max_position_embeddings=8192)
+    with pytest.raises(UserError, match='set rope.layers = "full_attention"'):
+        build_rope(table, FLAVORS["olmo3_7b"].rope, 128, 32, 65536)
+    built = build_rope(replace(table, layers="full_attention"), FLAVORS["olmo3_7b"].rope, 128, 32, 65536)
+    assert built.layers == "full_attention"
+
+
 def test_the_length_that_a_model_covers():
     """What is exported as max_position_embeddings: not less than in the stage before, and all of GeNE's factor."""
     model, before = RopeArgs(1e4, max_position_embeddings=4096), RopeArgs(1e6, max_position_embeddings=524288)
