@@ -46,8 +46,8 @@ def build_rope(
         covered = max(covered, round(scaling.factor * scaling.original_max_position_embeddings))
     if table.type != "model" and scaling and model.layers == "full_attention" and table.layers == "all":
         raise UserError(
-            f'rope.type = "{table.type}" with rope.layers = "all" would rescale all layers of a model whose layers with a '
-            'sliding window keep their frequencies (Olmo 3): set rope.layers = "full_attention".'
+            f'rope.type = "{table.type}" with rope.layers = "all" would rescale every layer of a model whose '
+            'sliding-window layers keep their frequencies (Olmo 3): set rope.layers = "full_attention".'
         )
     layers = model.layers if table.type == "model" and table.layers == "all" else table.layers
     return RopeArgs(float(theta), scaling, layers, covered)
