@@ -40,7 +40,6 @@ def ours(layers: int):
     import torch
 
     from torchtitan.attention.segments import Segments
-    from torchtitan.components.loss import token_losses
     from torchtitan.components.optimizer import build_optimizer
     from torchtitan.config.job_config import JobConfig, Optimizer, Training
     from torchtitan.distributed.parallel_dims import ParallelDims
@@ -61,7 +60,8 @@ def ours(layers: int):
 
     def step() -> float:
         tokens, labels, positions = next(rows)
-        loss = token_losses(model(tokens, positions, Segments.whole(ends)), labels).sum() / (labels >= 0).sum()
+        mask = Segments.whole(ends)
+        loss, _ = model(tokens, positions, mask, labels=labels, divisor=float((labels >= 0).sum()))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -101,7 +101,6 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.matmul_parameters = parameter_counts(inputs.args)[1]
         self.attention_width = inputs.args.n_layers * inputs.args.n_heads * inputs.args.head_dim
-        self.loss_parallel = p.tensor_parallel_degree > 1 and not p.disable_loss_parallel
         self.step = self.tokens_seen = 0
         self.stop_requested = False
         self.checkpointer = Checkpointer(config.checkpoint, self.dump_folder) if config.checkpoint.enable else None
@@ -321,7 +320,7 @@ class Trainer:
         for i, batch in enumerate(batches):
             reduce_over_replicas(self.model, i == len(batches) - 1)
             rope = self._drawn_rope(i)
-            losses = train_micro_batch(self.model, batch.to(self.device), valid, self.loss_parallel, rope)
+            losses = train_micro_batch(self.model, batch.to(self.device), valid, rope)
             token_losses_of.append(losses)
         # only now: reading a number off the GPU waits for it
         by_source = torch.zeros(len(names), 2, dtype=torch.float64)  # loss, labels

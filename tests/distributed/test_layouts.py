@@ -28,7 +28,7 @@ ON_TWO: dict[str, dict[str, Any]] = {
     "dp_replicate 2": {REPLICATE: 2, SHARD: 1},
     "dp_replicate 2, accumulation 4": {REPLICATE: 2, SHARD: 1, "training__local_batch_size": 1},
     "tp 2": {TENSOR: 2},
-    "tp 2, no loss parallel": {TENSOR: 2, "parallelism__disable_loss_parallel": True},
+    "tp 2, small tiles": {TENSOR: 2, "training__loss_tile_mib": 1},
     "tp 2, recomputation": {TENSOR: 2, "activation_checkpoint__mode": "full"},
     "cp 2": {CONTEXT: 2},
     "cp 2, accumulation 1": {CONTEXT: 2, "training__local_batch_size": 8},

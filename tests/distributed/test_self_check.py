@@ -52,7 +52,7 @@ def gathered_on_the_wrong_dimension() -> Any:
 
 def loss_divided_by_cp() -> Any:
     return patch.object(
-        trainer_module, "train_micro_batch", lambda model, batch, valid, cut: real_train(model, batch, 2 * valid, cut)
+        trainer_module, "train_micro_batch", lambda model, batch, valid: real_train(model, batch, 2 * valid)
     )
 
 

@@ -26,6 +26,8 @@ _AT_LEAST: dict[str, int] = {
     "training.global_batch_tokens": 1,
     "training.steps": 1,
     "training.max_norm": 0,
+    "training.loss_tile_mib": 1,
+    "training.z_loss": 0,
     "training.seed": 0,
     "training.gc_freq": 1,
     "parallelism.data_parallel_replicate_degree": 1,

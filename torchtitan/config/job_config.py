@@ -161,6 +161,13 @@ class Training:
     mixed_precision_reduce: Literal["float32"] = "float32"
     """Type that gradients are reduced in across ranks."""
 
+    loss_tile_mib: int = 1024
+    """The loss is computed for as many tokens at a time as have so many MiB of logits in float32 on a rank."""
+
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's denominator in what is minimised (Olmo 3: 1e-5); not in the loss that
+    is logged."""
+
     seed: int = 0
     """Seeds weight initialisation and the data plan."""
 
@@ -198,9 +205,6 @@ class Parallelism:
 
     tensor_parallel_degree: int = 1
     """Ranks that share each matrix; norms and residuals are sharded along the tokens (sequence parallel)."""
-
-    disable_loss_parallel: bool = False
-    """Gather the logits before the loss instead of leaving them sharded by vocabulary."""
 
     fsdp_reshard_after_forward: bool = True
     """Free a block's gathered parameters after its forward and gather them again for its backward."""

@@ -30,6 +30,7 @@ _EXPLANATIONS: dict[str, str] = {
     "parallelism.enable_compiled_autograd": "compiled autograd is not used: remove it; compile.enable compiles blocks",
     "parallelism.context_parallel_rotate_method": "there is no ring to rotate: remove it;"
     " parallelism.context_parallel_exchange says how keys and values move",
+    "parallelism.disable_loss_parallel": "the loss is always computed on logits cut by vocabulary: remove it",
     "training.dataset": _SOURCES,
     "training.dataset_path": _SOURCES,
     "training.batch_size": "it is called training.local_batch_size (rows in a micro-batch of one data-parallel rank)",

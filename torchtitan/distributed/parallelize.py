@@ -35,10 +35,12 @@ def build_sharded_model(
     with torch.device("meta"):
         backend = choose_backend(config.model.attention_backend, device.type)
         model = Transformer(args, backend).to(getattr(torch, config.training.dtype))
+    model.output.tile_bytes = config.training.loss_tile_mib << 20
+    model.output.z_loss = config.training.z_loss
     if dims.size("cp") > 1:
         apply_context_parallel(model, dims.mesh.get_group("cp"), config.parallelism.context_parallel_exchange)
     if dims.size("tp") > 1:
-        apply_tensor_parallel(model, dims.parameter_mesh["tp"], not config.parallelism.disable_loss_parallel)
+        apply_tensor_parallel(model, dims.parameter_mesh["tp"])
     if config.compile.enable:
         for block in model.layers.values():
             block.forward = torch.compile(block.forward, backend=config.compile.backend)  # type: ignore[method-assign]

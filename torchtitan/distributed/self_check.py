@@ -38,7 +38,7 @@ WINDOW = 100
 LONGEST_FOR_DENSE = 4096
 """Tokens up to which the oracle writes out its mask; beyond, it goes document by document (sdpa)."""
 
-TrainMicroBatch = Callable[[Transformer, sharding.LocalBatch, float, bool], torch.Tensor]
+TrainMicroBatch = Callable[[Transformer, sharding.LocalBatch, float], torch.Tensor]
 
 
 def run_self_check(
@@ -117,7 +117,6 @@ def _first_failure(
     # which tokens of each stream are this rank's: they are numbered instead of drawn
     mine = [sharded(replace(batch, tokens=torch.arange(total))).tokens for batch in batches]
     oracle = _Oracle(small, device, "dense" if total <= LONGEST_FOR_DENSE else "sdpa")
-    cut = tp > 1 and not p.disable_loss_parallel
 
     def run(batches: list[PackedBatch]) -> tuple[list[torch.Tensor], float]:
         """This rank's token losses of each micro-batch, and the divisor."""
@@ -127,7 +126,7 @@ def _first_failure(
         losses = []
         for i, batch in enumerate(batches):
             reduce_over_replicas(model, i == len(batches) - 1)
-            losses.append(train_micro_batch(model, sharded(batch).to(device), float(valid), cut))
+            losses.append(train_micro_batch(model, sharded(batch).to(device), float(valid)))
         return losses, float(valid)
 
     first, here = run(batches)[0], mine[0]

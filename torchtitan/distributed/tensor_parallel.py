@@ -6,8 +6,11 @@ Projections are cut by heads and by hidden units, the embedding and the output b
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -44,8 +47,8 @@ def check_tensor_parallel(args: TransformerArgs, tp: int) -> None:
             )
 
 
-def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, loss_parallel: bool) -> None:
-    """Distribute every parameter over the tp mesh. With loss_parallel the logits stay a DTensor, cut by vocabulary."""
+def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
+    """Distribute every parameter over the tp mesh; the output matrix by vocabulary, as its loss knows."""
     tokens = Shard(0)
     parallelize_module(
         model,
@@ -53,13 +56,9 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, loss_parallel: b
         {
             "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=tokens),
             "norm": SequenceParallel(sequence_dim=0),
-            "output": ColwiseParallel(
-                input_layouts=tokens,
-                output_layouts=Shard(-1) if loss_parallel else Replicate(),
-                use_local_output=not loss_parallel,
-            ),
         },
     )
+    distribute_module(model.output, mesh, _cut_by_vocabulary, _gather_tokens)
     heads = model.args.n_kv_heads // mesh.size()
     model.local_kv_heads = slice(mesh.get_local_rank() * heads, (mesh.get_local_rank() + 1) * heads)
     model.tie_embeddings()  # both were cut by vocabulary, each into a tensor of its own
@@ -84,3 +83,13 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, loss_parallel: b
             plan["attention.q_norm"] = SequenceParallel(sequence_dim=1, use_local_output=True)
             plan["attention.k_norm"] = SequenceParallel(sequence_dim=1, use_local_output=True)
         parallelize_module(block, mesh, plan)
+
+
+def _cut_by_vocabulary(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    for key, param in list(module.named_parameters(recurse=False)):
+        module.register_parameter(key, nn.Parameter(distribute_tensor(param, mesh, [Shard(0)])))
+
+
+def _gather_tokens(module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> Any:
+    x = inputs[0] if isinstance(inputs[0], DTensor) else DTensor.from_local(inputs[0], mesh, [Shard(0)])
+    return x.redistribute(placements=[Replicate()]), *inputs[1:]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.attention.backends import BACKENDS, Mask
 from torchtitan.attention.segments import Segments
 from torchtitan.models.attention import Attention
+from torchtitan.models.loss_head import OutputHead
 from torchtitan.models.rope import RopeArgs, RopeTables, rope_tables
 
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -126,7 +127,7 @@ class Transformer(nn.Module):
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleDict({str(i): TransformerBlock(args, attention_backend) for i in range(args.n_layers)})
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
-        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.output = OutputHead(args.dim, args.vocab_size)
         self.local_kv_heads = slice(None)
         """Of all key-value heads, those of this rank; tensor parallelism changes it from outside."""
         self.tie_embeddings()
@@ -143,8 +144,12 @@ class Transformer(nn.Module):
         mask: Mask | Segments,
         long: torch.Tensor | None = None,
         rope: RopeArgs | None = None,
-    ) -> torch.Tensor:
+        labels: torch.Tensor | None = None,
+        divisor: float = 1.0,
+    ) -> Any:
         """tokens int64 [T], positions int64 [T], what they see -> logits [T, vocab_size].
+
+        labels, divisor: given, the result is that of OutputHead: the loss to differentiate, and those of the tokens.
 
         mask: Segments without a window, to which that of the model's sliding layers is added; or a Mask that has it.
         long: see rope_tables. rope: instead of the model's own (GeNE draws one a micro-batch; a search tries many).
@@ -163,7 +168,8 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers.values()):
             slides = bool(args.layer_types) and args.layer_types[i] == "sliding_attention"
             x = layer(x, sliding_tables, sliding) if slides else layer(x, tables, full)
-        return self.output(self.norm(x))
+        x = self.norm(x)
+        return self.output(x) if labels is None else self.output(x, labels, divisor)
 
     def _mask_of(self, segments: Segments) -> Mask:
         """The masks of all layers where every key is here."""

@@ -1,0 +1,57 @@
+"""What the tiled loss costs in collectives: the head is gathered and reduced once, however many tiles there are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.distributed.harness import TINY, flags, spawn, write_assets
+from torchtitan.components.loss import train_micro_batch
+from torchtitan.config import load_config
+from torchtitan.inputs import prepare_inputs
+from torchtitan.trainer import Trainer
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        name = function.name()
+        if name.startswith(("c10d::", "_c10d_functional::")) and "wait" not in name:
+            self.counts[name.split("::")[1].split(".")[0]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def count(args: list[str], rank: int, world_size: int) -> dict[str, int]:
+    """Collectives of the second micro-batch (the first one sets FSDP up)."""
+    config = load_config(args)
+    trainer = Trainer(config, prepare_inputs(config, world_size), rank, rank, world_size)
+    first, second = next(trainer.batches), next(trainer.batches)
+    train_micro_batch(trainer.model, first, 100.0)
+    with Collectives() as seen:
+        train_micro_batch(trainer.model, second, 100.0)
+    trainer.close()
+    return dict(seen.counts)
+
+
+def test_the_head_is_gathered_and_reduced_once_whatever_the_tiles(tmp_path: Path):
+    """1 MiB of float32 logits of 4,096 words are 64 tokens, of which a tile has at least 128."""
+    assets = write_assets(tmp_path)
+    rows = {"training__local_batch_size": 4, "parallelism__self_check": False}
+    cases = [flags(tmp_path, assets, **rows, training__loss_tile_mib=mib) for mib in (1024, 1)]
+    one_tile, four_tiles = spawn(2, count, cases, tmp_path)
+    assert one_tile == four_tiles
+    # blocks and embedding are gathered again for backward, norm and head are not
+    groups = TINY["num_hidden_layers"] + 2
+    assert four_tiles["_reduce_scatter_base_"] == groups
+    assert four_tiles["_allgather_base_"] == 2 * (TINY["num_hidden_layers"] + 1) + 1
