@@ -25,16 +25,17 @@ from torchtitan.components.checkpoint import (
     damage_of_all,
     load,
     random_state,
-    read_manifest,
     saved_parts,
     set_random_state,
 )
 from torchtitan.components.export import export, publish
+from torchtitan.components.gates import failed_gate, metrics_before
 from torchtitan.components.loss import position_bucket, train_micro_batch
 from torchtitan.components.lr_scheduler import lr_factor
+from torchtitan.components.manifest import read_manifest
 from torchtitan.components.metrics import MetricsLogger, duration, log_step
 from torchtitan.components.optimizer import build_optimizer, clip_gradients, optimizer_state
-from torchtitan.components.stage import Start, differences, failed_gate, metrics_before
+from torchtitan.components.stage import Start, differences
 from torchtitan.config import JobConfig, as_tables, dump_toml
 from torchtitan.config.checks import accumulation_steps, resolve_shard_degree
 from torchtitan.datasets.loader import IGNORED_LABEL, build_loader

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.distributed.harness import flags, run_stage, spawn, write_assets
-from torchtitan.components.checkpoint import WholeWriter, complete_steps
+from torchtitan.components.checkpoint import WholeWriter
+from torchtitan.components.manifest import complete_steps
 from torchtitan.config import load_config
 from torchtitan.inputs import prepare_inputs
 from torchtitan.models.huggingface import hf_name, read_config
