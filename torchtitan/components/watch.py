@@ -134,6 +134,8 @@ def stragglers(
 
     times: as gathered by Pace; step_seconds: that a step took; hosts: of each rank.
     """
+    if len(times) < 2:
+        return {}, []
     columns = list(zip(*times))
     slowest = [max(range(len(column)), key=column.__getitem__) for column in columns]
     probe, before, _ = (statistics.median_low(column) for column in columns)
@@ -163,8 +165,8 @@ def stragglers(
 class Heartbeat:
     """Rank 0's sign of life: heartbeat.json, replaced as a whole; not synced, for it is of no use after a crash."""
 
-    def __init__(self, folder: Path, seconds: float, hosts: list[str], steps: int):
-        self.path, self.seconds = folder / "heartbeat.json", seconds
+    def __init__(self, folder: Path, seconds: float, hosts: list[str], steps: int, writes: bool):
+        self.path, self.seconds, self.writes = folder / "heartbeat.json", seconds, writes
         self.about = {
             "steps": steps,
             "ranks": len(hosts),
@@ -177,7 +179,7 @@ class Heartbeat:
 
     def beat(self, step: int, state: str) -> None:
         """state: training, saving, ended or stopped. While training, not more often than every `seconds`."""
-        if state == "training" and time.monotonic() - self.written < self.seconds:
+        if not self.writes or state == "training" and time.monotonic() - self.written < self.seconds:
             return
         content = {"step": step, "time": time.time(), "state": state, **self.about}
         aside = self.path.with_name("heartbeat.partial")
