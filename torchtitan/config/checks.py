@@ -197,9 +197,19 @@ def accumulation_steps(config: JobConfig, world_size: int) -> int:
         raise UserError(
             f"{given} cannot be divided into micro-batches of training.local_batch_size {t.local_batch_size} * "
             f"data-parallel degree {dp} = {at_once} rows: {rows} / {at_once} = {rows / at_once:.3f}. {fix} would do, "
-            "or another local_batch_size or number of processes."
+            f"or another local_batch_size or number of processes{_degrees_for(rows, t.local_batch_size)}."
         )
     return rows // at_once
+
+
+def _degrees_for(rows: int, local_batch_size: int) -> str:
+    """Which data-parallel degrees keep the rows of a step, for a job that comes back on fewer or more nodes."""
+    most, rest = divmod(rows, local_batch_size)
+    if rest:
+        return ""
+    degrees = [str(degree) for degree in range(1, most + 1) if most % degree == 0]
+    shown = degrees if len(degrees) <= 12 else [*degrees[:10], "...", degrees[-1]]
+    return f" ({rows} rows in micro-batches of {local_batch_size} go over data-parallel degrees {', '.join(shown)})"
 
 
 def _check_ranges(config: JobConfig) -> None:
