@@ -19,9 +19,7 @@ def measured(nodes: int, ranks: int, slow_pairs: tuple[int, ...] = ()) -> tuple[
     answers = []
     for i in range(nodes * ranks):
         node = i // ranks
-        times = {
-            f"node{a + b - node}": 0.2 if {a, b} & set(slow_pairs) else 0.02 for a, b in pairs if node in (a, b)
-        }
+        times = {f"node{a + b - node}": 0.2 if {a, b} & set(slow_pairs) else 0.02 for a, b in pairs if node in (a, b)}
         answer = {"matmul": 0.01, "same": True, "inside": 0.005, "pairs": times, "clock": 0.0, "blind": []}
         answers.append(answer | ({"write": 0.5, "read": 0.1, "free_gib": 9.0} if i % ranks == 0 else {}))
     return answers, hosts
