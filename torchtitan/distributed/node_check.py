@@ -6,7 +6,7 @@
 Times a matrix product on every rank, an all-reduce inside every node and between neighbouring ones, a write and a read
 of the dump folder, and compares the clocks. A host that takes more than `factor` times the median host's time is slow;
 one with a wrong result, without an answer, or that does not see the other hosts' files, is broken. The exit code is 0,
-or 3 if some host is named; node_check.json has the names as Slurm's --exclude takes them.
+or 3 (from rank 0) if some host is named; node_check.json has the names as Slurm's --exclude takes them.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from torchtitan.tools.logging import init_logger, logger
 from torchtitan.tools.torch_compat import default_store
 
 REPEATS = 5
+LEAVE_SECONDS = 10.0
 NAMED = 3
 
 
@@ -214,6 +215,12 @@ def node_check(
         except Exception as e:
             raise UserError(f"The node check got no answer from rank 0 on {hosts[0]}: {e}") from None
         found = json.loads(store.get(told))
+        store.set(f"node-check/{phase}/read/{rank}", "1")
+        if rank == 0:  # which may keep the store: it must not leave before the others have read
+            heard = [r for r, answer in enumerate(answers) if "silent" not in answer]
+            deadline = time.monotonic() + LEAVE_SECONDS
+            while time.monotonic() < deadline and not store.check([f"node-check/{phase}/read/{r}" for r in heard]):
+                time.sleep(0.02)
         if not found["go_on"]:
             break
     return Report(found["hosts"], found["slow"], found["broken"])
