@@ -1,17 +1,19 @@
-"""Slurm's warning signal to every process of a trainer, and a rank that stops answering."""
+"""Slurm's warning signal to every process of a trainer, a rank that stops answering, a node that is held up."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.distributed.harness import flags, write_assets
+from tests.distributed.harness import _free_ports, flags, write_assets
 from tests.distributed.test_checkpoint import launch, steps_of, wait_for_step
 from torchtitan.components.manifest import complete_steps
 
@@ -67,3 +69,40 @@ def test_a_rank_that_stops_answering_ends_the_job_in_time_and_is_named(args: lis
     who = "no answer from rank 1 on " if stopped == 1 else "no answer from rank 0's machine"
     assert who in output and "Traceback" not in output, output
     print(f"rank {stopped} stopped: ended after {elapsed:.1f} s")
+
+
+def test_the_node_check_by_itself_finds_a_node_that_is_held_up(tmp_path: Path):
+    """Two ranks as two hosts, started as a launcher would; one of them may run a fifth of the time only."""
+    folder = tmp_path / "outputs"
+    port = str(_free_ports(1)[0])
+    command = [sys.executable, "-m", "torchtitan.distributed.node_check", "--folder", str(folder), "--seconds", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(Path(__file__).parents[2])}
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "SLURMD_NODENAME": f"node{rank}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        while not folder.exists():  # they have imported PyTorch
+            assert ranks[0].poll() is None, ranks[0].stdout.read()
+            time.sleep(0.1)
+        while ranks[1].poll() is None:
+            for stop_or_go, seconds in ((signal.SIGSTOP, 0.08), (signal.SIGCONT, 0.02)):
+                ranks[1].send_signal(stop_or_go)
+                time.sleep(seconds)
+        told = [rank.communicate(timeout=60)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [3, 0], told
+    assert "exclude: node" in told[0] and "slow: node1: matrix product" in told[0]
+    report = json.loads((folder / "node_check.json").read_text())
+    # the disk of a busy machine may be slow for node0 as well
+    assert "node1" in report["exclude"].split(",") and not report["broken"]
+    assert report["hosts"]["node1"]["matmul"] > 2 * report["hosts"]["node0"]["matmul"]
