@@ -36,7 +36,7 @@ from torchtitan.components.manifest import export_folder, read_manifest
 from torchtitan.components.metrics import MetricsLogger, duration, log_step
 from torchtitan.components.optimizer import build_optimizer, clip_gradients, optimizer_state
 from torchtitan.components.stage import Start, differences
-from torchtitan.components.watch import BadLossError, Heartbeat, LossWatch, Pace, roll_call, stragglers
+from torchtitan.components.watch import BadLossError, Heartbeat, LossWatch, Pace, StackDump, roll_call, stragglers
 from torchtitan.config import JobConfig, as_tables, dump_toml
 from torchtitan.config.checks import accumulation_steps, resolve_shard_degree
 from torchtitan.datasets.loader import IGNORED_LABEL, build_loader
@@ -68,6 +68,8 @@ from torchtitan.tools.flops import training_flops
 from torchtitan.tools.logging import logger, step_progress
 from torchtitan.tools.profiling import profiled
 from torchtitan.tools.torch_compat import default_store, set_timeout
+
+STACK_SHARE = 0.8  # of comm.train_timeout_seconds: late enough to mean something, early enough to be written
 
 
 class Trainer:
@@ -138,6 +140,10 @@ class Trainer:
         )
         self.batches: Iterator[LocalBatch] = iter(loader)
         self.pace = Pace(self.device)
+        self.stacks = StackDump(
+            self.dump_folder / config.comm.save_traces_folder / f"stack_rank_{rank}.txt",
+            STACK_SHARE * config.comm.train_timeout_seconds,
+        )
         self.heartbeat = Heartbeat(self.dump_folder, config.metrics.heartbeat_seconds, self.hosts, t.steps, rank == 0)
         self.metrics: MetricsLogger | None = None
         if rank == 0:
@@ -253,6 +259,8 @@ class Trainer:
         ):
             window, recent, skipped = Window(), deque[float](maxlen=20), len(self.losses.skipped)
             while self.step < steps:
+                if self.step >= first_step:  # compilation and the like take their time
+                    self.stacks.step_begins()
                 try:
                     numbers = self.train_step(window)
                 except BadLossError:  # on all ranks at once: what is being saved in the background is sound
@@ -261,6 +269,7 @@ class Trainer:
                     raise
                 if numbers is None:
                     break
+                self.stacks.rest()
                 if numbers["skipped_steps"] == skipped:
                     recent.append(numbers["loss"])
                 skipped = numbers["skipped_steps"]
@@ -462,6 +471,7 @@ class Trainer:
 
     def close(self) -> None:
         """Release files, loader processes and process groups."""
+        self.stacks.close()
         self.batches = iter(())
         if self.metrics:
             self.metrics.close()

@@ -5,12 +5,14 @@ All of it is cheap: a matrix product and a few clock readings a step, three numb
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import math
 import os
 import statistics
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,9 @@ class LossWatch:
         return None
 
 
+FEWEST_PROBES = 4
+
+
 class Pace:
     """What this rank does by itself, since the last log line: seconds a step outside all collectives.
 
@@ -91,14 +96,10 @@ class Pace:
         self.matrix = torch.ones(n, n, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
         self.device = device
         self.released_at: float | None = None
-        self.start()
-        self.probe()  # the first call sets up libraries
-        self.start()
-
-    def start(self) -> None:
-        """A new window."""
-        self.probes: list[float] = []
         self.before = 0.0
+        self.probes = deque[float](maxlen=10)
+        self.probe()  # the first call sets up libraries
+        self.probes.clear()
 
     def arrive(self) -> None:
         """Just before the first collective of a step."""
@@ -118,9 +119,14 @@ class Pace:
         self.probes.append(time.perf_counter() - began)
 
     def gather(self, steps: int, waited: float, group: dist.ProcessGroup) -> list[list[float]]:
-        """Collective. [probe, before, waited for data] of every rank, in seconds a step; and a new window begins."""
-        mine = [statistics.median(self.probes or [0.0]), self.before / steps, waited / steps]
-        self.start()
+        """Collective. [probe, before, waited for data] of every rank, in seconds a step; and a new window begins.
+
+        The probe is the median of the last ten steps', or 0 while there are too few.
+        """
+        # of the last steps, also where every step is logged: one measurement alone says nothing on a busy machine
+        probe = statistics.median(self.probes) if len(self.probes) >= FEWEST_PROBES else 0.0
+        mine = [probe, self.before / steps, waited / steps]
+        self.before = 0.0
         every = torch.zeros(dist.get_world_size(group), 3, dtype=torch.float64)
         every[dist.get_rank(group)] = torch.tensor(mine, dtype=torch.float64)
         dist.all_reduce(every, group=group)
@@ -192,6 +198,44 @@ class Heartbeat:
                 logger.warning(f"{self.path} cannot be written: {e}")
             self.failed = True
         self.written = time.monotonic()
+
+
+class StackDump:
+    """Writes where every thread of this rank is when a step takes so long that a collective is about to time out.
+
+    The flight recorder's counterpart for gloo, and for a rank that is stuck outside any collective.
+    """
+
+    def __init__(self, path: Path, seconds: float):
+        self.path, self.seconds = path, seconds
+        self.since = math.inf
+        self.ended = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def step_begins(self) -> None:
+        """The clock starts anew."""
+        self.since = time.monotonic()
+
+    def rest(self) -> None:
+        """No step is under way: a save may take its time."""
+        self.since = math.inf
+
+    def close(self) -> None:
+        """Stop watching."""
+        self.ended.set()
+
+    def _watch(self) -> None:
+        while not self.ended.wait(min(1.0, self.seconds / 10)):
+            if time.monotonic() - self.since < self.seconds:
+                continue
+            self.since = math.inf  # once a step
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("w") as f:
+                    f.write(f"{time.ctime()}: a step has taken {self.seconds:g} s; every thread's last call first\n")
+                    faulthandler.dump_traceback(f, all_threads=True)
+            except OSError as e:
+                logger.warning(f"{self.path} cannot be written: {e}")
 
 
 ROLL_CALL_SECONDS = 5.0
