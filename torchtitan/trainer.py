@@ -227,6 +227,7 @@ class Trainer:
         """Collective. Save the state after self.step; False if that failed and the run goes on. last: of the run."""
         assert self.checkpointer
         self.heartbeat.beat(self.step, "saving")
+        self.stacks.rest()
         manifest = {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
@@ -269,7 +270,6 @@ class Trainer:
                     raise
                 if numbers is None:
                     break
-                self.stacks.rest()
                 if numbers["skipped_steps"] == skipped:
                     recent.append(numbers["loss"])
                 skipped = numbers["skipped_steps"]
@@ -292,6 +292,7 @@ class Trainer:
                 logger.info(f"asked to stop: ending after step {self.step} of {steps}")
                 if self.checkpointer and saved_at < self.step:
                     self.save(last=True)
+        self.stacks.rest()
         if self.checkpointer:
             self.checkpointer.wait(last=True)
         self.heartbeat.beat(self.step, "ended" if self.step >= steps else "stopped")

@@ -70,7 +70,7 @@ def test_a_rank_that_stops_answering_ends_the_job_in_time_and_is_named(args: lis
     who = "no answer from rank 1 on " if stopped == 1 else "no answer from rank 0's machine"
     assert who in output and "torchtitan/trainer.py" not in output, output  # a sentence, no traceback
     stack = (out_of(args[-2:]) / "comm_traces" / f"stack_rank_{1 - stopped}.txt").read_text()
-    assert "in train_step" in stack and "in all_reduce" in stack, "what the other one waits for"
+    assert "torchtitan/trainer.py" in stack and "torch/distributed/" in stack, "where the other one waits"
     print(f"rank {stopped} stopped: ended after {elapsed:.1f} s")
 
 
