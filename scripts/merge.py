@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from torchtitan.components.checkpoint import complete_steps
 from torchtitan.components.conversion import about, open_any, with_progress
+from torchtitan.components.manifest import complete_steps
 from torchtitan.components.weights import DTYPES, Weights, write_checkpoint
 from torchtitan.tools.errors import UserError
 

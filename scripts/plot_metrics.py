@@ -40,6 +40,7 @@ def main() -> None:
             plan = json.loads((run / "plan.json").read_text())
         except OSError as e:
             raise SystemExit(f"{run} is not the dump folder of a run: {e}") from None
+        steps = [s for s in steps if s["loss"] is not None]  # of steps that were skipped, for a loss that was none
         if not steps:
             raise SystemExit(f"{run / 'metrics.jsonl'} has no line yet: the first step is not logged.")
         for step in steps:

@@ -11,9 +11,10 @@ from typing import Any
 
 from torchtitan.attention.backends import choose_backend
 from torchtitan.attention.varlen import check_window
-from torchtitan.components.checkpoint import check_load_step, complete_steps, read_manifest
+from torchtitan.components.gates import flat
+from torchtitan.components.manifest import check_load_step, complete_steps, read_manifest
 from torchtitan.components.metrics import import_wandb
-from torchtitan.components.stage import Start, check_start, find_start, flat, lineage
+from torchtitan.components.stage import Start, check_start, find_start, lineage
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.config import JobConfig
 from torchtitan.config.checks import check_config, dp_degree, rows_per_step

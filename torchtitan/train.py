@@ -13,12 +13,17 @@ from torchtitan.config import dump_toml, load_config
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import init_logger, logger
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
 
 def main(args: list[str]) -> int:
     """Train the stage that args describe; the exit code. Ranks are told apart by torchrun's variables."""
     rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in RANK_VARIABLES)
     init_logger(rank, world_size)
     faulthandler.enable()
+    # Slurm's warning, sent to every process of a job step: it must not kill one that is not ready for it
+    early: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda signum, _: early.append(signum))
     try:
         config = load_config(args)
         if config.job.print_config:
@@ -33,19 +38,26 @@ def main(args: list[str]) -> int:
         from torchtitan.config.checks import check_config
 
         check_config(config, world_size)
+        from torchtitan.components.watch import BadLossError
         from torchtitan.inputs import prepare_inputs
-        from torchtitan.trainer import NotFiniteError, Trainer
+        from torchtitan.trainer import Trainer
 
         trainer = Trainer(config, prepare_inputs(config, world_size), rank, local_rank, world_size)
-        for stop_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for stop_signal in STOP_SIGNALS:
             if stop_signal != signal.SIGHUP or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
                 signal.signal(stop_signal, lambda *_: setattr(trainer, "stop_requested", True))
+        trainer.stop_requested |= bool(early)
         try:
             trainer.train()
-        except NotFiniteError as e:
+        except BadLossError as e:
             if rank == 0:
                 logger.error(f"Stopped, nothing saved: {e}")
             return 1
+        except RuntimeError as e:
+            if not any(words in str(e) for words in LOST_CONNECTION):
+                raise
+            why = f"Another rank has ended, and says why, or the connection to it was lost: {str(e).splitlines()[0]}"
+            return _give_up(f"{why}; {trainer.who_is_missing()}", rank)
         finally:
             trainer.close()
         return 0
@@ -73,6 +85,7 @@ def _give_up(message: str, rank: int) -> int:
     if rank > 0:
         for stop_signal in (signal.SIGTERM, signal.SIGINT):
             signal.signal(stop_signal, signal.SIG_DFL)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         time.sleep(SECONDS_FOR_RANK_0)
     logger.error(message)
     return 1
@@ -80,7 +93,13 @@ def _give_up(message: str, rank: int) -> int:
 
 SECONDS_FOR_RANK_0 = 10
 AFTER_MAKING_ROOM = "Make room and start again: training goes on from the newest complete checkpoint."
-LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
+LOST_CONNECTION = (  # gloo's words
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "timeout caused pair closure",
+)
 RANK_VARIABLES = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 

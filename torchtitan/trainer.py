@@ -25,22 +25,25 @@ from torchtitan.components.checkpoint import (
     damage_of_all,
     load,
     random_state,
-    read_manifest,
     saved_parts,
     set_random_state,
 )
 from torchtitan.components.export import export, publish
+from torchtitan.components.gates import failed_gate, metrics_before
 from torchtitan.components.loss import position_bucket, train_micro_batch
 from torchtitan.components.lr_scheduler import lr_factor
+from torchtitan.components.manifest import export_folder, read_manifest
 from torchtitan.components.metrics import MetricsLogger, duration, log_step
 from torchtitan.components.optimizer import build_optimizer, clip_gradients, optimizer_state
-from torchtitan.components.stage import Start, differences, failed_gate, metrics_before
+from torchtitan.components.stage import Start, differences
+from torchtitan.components.watch import BadLossError, Heartbeat, LossWatch, Pace, StackDump, roll_call, stragglers
 from torchtitan.config import JobConfig, as_tables, dump_toml
 from torchtitan.config.checks import accumulation_steps, resolve_shard_degree
 from torchtitan.datasets.loader import IGNORED_LABEL, build_loader
 from torchtitan.datasets.report import format_report
 from torchtitan.distributed.context_parallel.shard import LocalBatch, shard
 from torchtitan.distributed.fully_shard import reduce_over_replicas
+from torchtitan.distributed.node_check import check_nodes
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import build_sharded_model
 from torchtitan.distributed.self_check import run_self_check
@@ -58,16 +61,15 @@ from torchtitan.tools.device import (
     peak_flops,
     peak_memory_gib,
     pick_device,
+    record_collectives,
 )
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.flops import training_flops
 from torchtitan.tools.logging import logger, step_progress
 from torchtitan.tools.profiling import profiled
-from torchtitan.tools.torch_compat import set_timeout
+from torchtitan.tools.torch_compat import default_store, set_timeout
 
-
-class NotFiniteError(Exception):
-    """The loss or the gradient norm is NaN or infinite; nothing of that step is kept."""
+STACK_SHARE = 0.8  # of comm.train_timeout_seconds: late enough to mean something, early enough to be written
 
 
 class Trainer:
@@ -77,6 +79,8 @@ class Trainer:
         self.config, self.inputs, self.rank = config, inputs, rank
         self.dump_folder = Path(config.job.dump_folder)
         self.device = pick_device(local_rank)
+        if self.device.type == "cuda" and config.comm.trace_buf_size:
+            record_collectives(self.dump_folder / config.comm.save_traces_folder, config.comm.trace_buf_size)
         init_process_group(self.device, rank, world_size, config.comm.init_timeout_seconds)
         p, t = config.parallelism, config.training
         self.dims = ParallelDims.build(
@@ -87,6 +91,14 @@ class Trainer:
             p.tensor_parallel_degree,
         )
         self.cpu_group = dist.new_group(backend="gloo")  # for counters: no stream of the GPU waits for them
+        self.hosts = check_nodes(
+            self.dump_folder,
+            config.comm.node_check,
+            config.comm.node_check_factor,
+            self.device,
+            self.cpu_group,
+            config.comm.init_timeout_seconds,
+        )
         torch.manual_seed(t.seed)
         if t.deterministic:
             make_deterministic()
@@ -103,6 +115,7 @@ class Trainer:
         self.attention_width = inputs.args.n_layers * inputs.args.n_heads * inputs.args.head_dim
         self.step = self.tokens_seen = 0
         self.stop_requested = False
+        self.losses = LossWatch(t)
         self.checkpointer = Checkpointer(config.checkpoint, self.dump_folder) if config.checkpoint.enable else None
         self._load()
         loader = build_loader(
@@ -125,10 +138,19 @@ class Trainer:
             ),
         )
         self.batches: Iterator[LocalBatch] = iter(loader)
+        self.pace = Pace(self.device)
+        self.stacks = StackDump(
+            self.dump_folder / config.comm.save_traces_folder / f"stack_rank_{rank}.txt",
+            STACK_SHARE * config.comm.train_timeout_seconds,
+        )
+        self.heartbeat = Heartbeat(self.dump_folder, config.metrics.heartbeat_seconds, self.hosts, t.steps, rank == 0)
         self.metrics: MetricsLogger | None = None
         if rank == 0:
             self._write_inputs()
-            self.metrics = MetricsLogger(config.metrics, self.dump_folder, config.stage.name, asdict(config), self.step)
+            keep_going = config.checkpoint.on_failed_save == "go_on"
+            self.metrics = MetricsLogger(
+                config.metrics, self.dump_folder, config.stage.name, asdict(config), self.step, keep_going
+            )
 
     def _write_inputs(self) -> None:
         self.dump_folder.mkdir(parents=True, exist_ok=True)
@@ -168,6 +190,7 @@ class Trainer:
             set_random_state(state["rng"])
             manifest = read_manifest(path)
             self.step, self.tokens_seen = manifest["step"], manifest["tokens_seen"]
+            self.losses.load(manifest.get("watch", {}))
             logger.info(f"resumed from {path}")
         elif self.inputs.start:
             self._start_from(self.inputs.start)
@@ -199,9 +222,11 @@ class Trainer:
         for line in differences(start.manifest, as_tables(self.config), as_json(self.inputs.args)):
             logger.info(f"  {line}")
 
-    def save(self) -> None:
-        """Collective. Save the state after self.step."""
+    def save(self, last: bool = False) -> bool:
+        """Collective. Save the state after self.step; False if that failed and the run goes on. last: of the run."""
         assert self.checkpointer
+        self.heartbeat.beat(self.step, "saving")
+        self.stacks.rest()
         manifest = {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
@@ -213,8 +238,9 @@ class Trainer:
             "seq_len": self.config.training.seq_len,
             "plan": self.inputs.plan.inputs,
             "world_size": dist.get_world_size(),
+            "watch": self.losses.state(),
         }
-        self.checkpointer.save(self._state(), manifest)
+        return self.checkpointer.save(self._state(), manifest, last)
 
     # ---- training ---------------------------------------------------------------------------------------------
 
@@ -231,35 +257,44 @@ class Trainer:
             step_progress(steps, self.step, self.rank) as progress,
             profiled(traces, snapshots, prof.profile_freq, self.rank) as step_ended,
         ):
-            window, recent = Window(), deque[float](maxlen=20)
+            window, recent, skipped = Window(), deque[float](maxlen=20), len(self.losses.skipped)
             while self.step < steps:
+                if self.step >= first_step:  # compilation and the like take their time
+                    self.stacks.step_begins()
                 try:
                     numbers = self.train_step(window)
-                except NotFiniteError:  # on all ranks at once: what is being saved in the background is sound
+                except BadLossError:  # on all ranks at once: what is being saved in the background is sound
                     if self.checkpointer:
                         self.checkpointer.wait()
                     raise
                 if numbers is None:
                     break
-                recent.append(numbers["loss"])
+                if numbers["skipped_steps"] == skipped:
+                    recent.append(numbers["loss"])
+                skipped = numbers["skipped_steps"]
                 if self.step == first_step:
                     groups = [*self.dims.groups(), dist.group.WORLD, self.cpu_group]
                     set_timeout(config.comm.train_timeout_seconds, groups)
                 if self.step % config.metrics.log_freq == 0 or self.step in (first_step, steps):
                     self._log(numbers, window)
                     window = Window()
+                self.heartbeat.beat(self.step, "training")
                 progress.update(progress.task_ids[0], completed=self.step, description=f"loss {numbers['loss']:.3f}")
-                if self.checkpointer and (self.step % config.checkpoint.interval == 0 or self.step == steps):
-                    self.save()
-                    saved_at = self.step
+                if self.checkpointer:
+                    due = self.step % config.checkpoint.interval == 0 or self.step == steps
+                    if due and self.save(last=self.step == steps):
+                        saved_at = self.step
+                    self.stop_requested |= self.checkpointer.must_stop()
                 self.garbage_collection.run(self.step)
                 step_ended(self.step)
             if self.step < steps:
                 logger.info(f"asked to stop: ending after step {self.step} of {steps}")
                 if self.checkpointer and saved_at < self.step:
-                    self.save()
+                    self.save(last=True)
+        self.stacks.rest()
         if self.checkpointer:
-            self.checkpointer.wait()
+            self.checkpointer.wait(last=True)
+        self.heartbeat.beat(self.step, "ended" if self.step >= steps else "stopped")
         if self.step >= steps:
             self._end_stage()
         mean = f"; mean loss of the last {len(recent)} steps {sum(recent) / len(recent):.3f}" if recent else ""
@@ -281,7 +316,7 @@ class Trainer:
 
     def _export(self, checkpointer: Checkpointer) -> None:
         """Collective. The last checkpoint as a Hugging Face folder, each rank some of its files; once only."""
-        out = self.dump_folder / "export" / f"step-{self.step}"
+        out = export_folder(self.config, self.step)
         if out.exists():
             return
         config, rank, ranks = self.config, self.rank, dist.get_world_size()
@@ -298,7 +333,7 @@ class Trainer:
         """One optimizer step over the global batch; None, and nothing done, if a rank has been asked to stop.
 
         The loss is the sum of token losses over the number of valid labels of the whole global batch, so it does not
-        depend on how the rows are split over ranks and accumulation. Raises NotFiniteError before anything is changed.
+        depend on how the rows are split over ranks and accumulation. Raises BadLossError before anything is changed.
         """
         asked = time.perf_counter()
         batches = list(islice(self.batches, self.accumulation))
@@ -307,6 +342,7 @@ class Trainer:
         counts_here = self.dims.counts_here
         valid = sum(batch.num_valid for batch in batches) if counts_here else 0
         counts = torch.tensor([valid, int(self.stop_requested)])
+        self.pace.arrive()
         dist.all_reduce(counts, group=self.cpu_group)
         valid = int(counts[0])
         if counts[1] > 0:
@@ -331,20 +367,19 @@ class Trainer:
             by_source.index_add_(0, batch.source.clamp(min=0), counted)
             by_position.index_add_(0, position_bucket(batch.index), counted)
             window.add(batch, self.matmul_parameters, self.attention_width)
+        self.pace.probe()
         norm = clip_gradients(self.model.parameters(), self.config.training.max_norm, self.cpu_group)
         sums = torch.cat((by_source, by_position)) * counts_here
         dist.all_reduce(sums, group=self.cpu_group)
+        self.pace.release()
         by_source, by_position = sums.split([len(by_source), len(by_position)])
         loss = float(by_source[:, 0].sum()) / valid
-        if not (abs(loss) < float("inf") and norm < float("inf")):  # NaN compares false
-            rows = range(self.inputs.plan.rows_per_step)
-            described = "\n".join(f"  row {s}: {self.inputs.plan.describe(self.step - 1, s)}" for s in rows)
-            raise NotFiniteError(f"step {self.step}: loss {loss}, gradient norm {norm}. Its rows:\n{described}")
-
+        skipped = self._is_skipped(loss, norm)
         lr = self.config.optimizer.lr * lr_factor(self.step, self.config.training.steps, self.config.lr_scheduler)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        if not skipped:
+            self.optimizer.step()
         self.optimizer.zero_grad()
         tokens = self.inputs.plan.tokens_in_step(self.step - 1)
         self.tokens_seen += tokens
@@ -356,6 +391,7 @@ class Trainer:
             "grad_norm": norm,
             "lr": lr,
             "tokens_seen": self.tokens_seen,
+            "skipped_steps": len(self.losses.skipped),
             "loss_by_source": {
                 name: float(loss_sum / n) for name, (loss_sum, n) in zip(names, by_source, strict=True) if n > 0
             },
@@ -363,6 +399,20 @@ class Trainer:
                 str(2 ** (b - 1) if b else 0): float(loss_sum / n) for b, (loss_sum, n) in enumerate(by_position) if n
             },
         }
+
+    def _is_skipped(self, loss: float, norm: float) -> bool:
+        """Whether the gradients of this step are thrown away; alike on all ranks, whose numbers are the same sums."""
+        rows = range(self.inputs.plan.rows_per_step)
+        try:
+            why = self.losses.judge(self.step, loss, norm)
+        except BadLossError as e:
+            raise BadLossError(f"{e}. Its rows:\n{self._described(rows)}") from None
+        if why and self.rank == 0:
+            logger.warning(f"step {self.step} is skipped: {why}. Its rows:\n{self._described(rows)}")
+        return why is not None
+
+    def _described(self, rows: range) -> str:
+        return "\n".join(f"  row {s}: {self.inputs.plan.describe(self.step - 1, s)}" for s in rows)
 
     def _drawn_rope(self, micro_batch: int) -> RopeArgs | None:
         """GeNE's RoPE for a micro-batch of this step, the same on all ranks; None where nothing is drawn."""
@@ -390,10 +440,14 @@ class Trainer:
         cp = self.dims.size("cp")
         work = torch.tensor([window.pairs_of_busiest * cp, window.pairs, window.kv_received, window.kv_of_all_gather])
         dist.all_reduce(work, group=self.cpu_group)
+        paces = self.pace.gather(window.steps, window.waited, self.cpu_group)
         if not self.metrics:
             return
         gathered = cp > 1 and self.config.parallelism.context_parallel_exchange != "ulysses"
         seconds = time.perf_counter() - window.start
+        slowest, slow = stragglers(paces, seconds / window.steps, self.config.metrics.straggler_factor, self.hosts)
+        for found in slow:
+            logger.warning(f"straggler, steps up to {self.step}: {found}")
         ranks_a_row = self.dims.size("cp") * self.dims.size("tp")
         peak = peak_flops(self.device, self.config.metrics.peak_tflops)
         numbers |= {
@@ -406,12 +460,18 @@ class Trainer:
             "mfu": window.flops / ranks_a_row / seconds / peak if peak else None,
             "memory_gib": float(memory),
             "seconds_per_step": seconds / window.steps,
+            "stragglers": slowest,
         }
         self.metrics.log(numbers)
         log_step(numbers, self.config.training.steps, seconds / window.steps)
 
+    def who_is_missing(self) -> str:
+        """After a collective has failed: the ranks that do not answer any more, in a sentence."""
+        return roll_call(default_store(), self.rank, self.hosts)
+
     def close(self) -> None:
         """Release files, loader processes and process groups."""
+        self.stacks.close()
         self.batches = iter(())
         if self.metrics:
             self.metrics.close()

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.distributed.harness import flags, run_stage, spawn, write_assets
 from torchtitan.components import checkpoint as checkpoint_module
-from torchtitan.components.checkpoint import complete_steps, find_damage
+from torchtitan.components.manifest import complete_steps, find_damage
 
 TWENTY = {"checkpoint__enable": True, "checkpoint__interval": 5, "training__steps": 20}
 

@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.distributed.harness import flags, run_stage, spawn, write_assets
-from torchtitan.components.checkpoint import WholeWriter, complete_steps
+from torchtitan.components.checkpoint import WholeWriter
+from torchtitan.components.manifest import complete_steps
+from torchtitan.components.watch import BadLossError
 from torchtitan.config import load_config
 from torchtitan.inputs import prepare_inputs
 from torchtitan.models.huggingface import hf_name, read_config
 from torchtitan.models.rope import RopeTables
 from torchtitan.models.transformer import Transformer, init_weights
-from torchtitan.trainer import NotFiniteError, Trainer
+from torchtitan.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +172,7 @@ def run_into_nan(args: list[str], rank: int, world_size: int) -> str:
     trainer.train_step = poisoned  # type: ignore[method-assign]
     try:
         trainer.train()
-    except NotFiniteError as e:
+    except BadLossError as e:
         return str(e)
     finally:
         trainer.close()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.harness import flags, write_assets
-from torchtitan.components.checkpoint import complete_steps, find_damage
+from torchtitan.components.manifest import complete_steps, find_damage
 
 pytestmark = pytest.mark.gpu
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests.unit.components.models import ARCHITECTURES, LLAMA, SCALINGS, random_weights, save, with_rope
-from torchtitan.components.checkpoint import find_damage, read_manifest
+from torchtitan.components.manifest import find_damage, read_manifest
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.components.weights import Weights, open_checkpoint, open_hugging_face
 from torchtitan.models.architecture import as_json

@@ -4,22 +4,25 @@ A checkpoint is step-N/: DCP files with the tensors (model, optimizer, random st
 else. It is written as step-N.partial/ and renamed by the coordinator once every rank's files are on disk, in the
 foreground or in DCP's background thread alike; a kill at any moment leaves the last complete one. The manifest holds
 size and CRC-32 of every file, so that damage is found on resume and the one before is taken.
+
+A write that fails is tried again by the rank that failed, while the others wait: every rank learns in the end of the
+same success or failure, in the foreground or in the background.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import re
 import shutil
 import threading
-import zlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,42 +30,95 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
+from torchtitan.components.manifest import FORMAT, MANIFEST, check_load_step, complete_steps, find_damage, size_and_crc
 from torchtitan.config.job_config import Checkpoint
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import sync
 from torchtitan.tools.logging import logger
 
-MANIFEST = "manifest.json"
-FORMAT = 1
-LONGEST_WAIT = timedelta(hours=2)  # for the rank with the slowest disk; far beyond what a collective may take
+ROOM = 1.02  # a checkpoint is larger than its tensors by names and checksums
+T = TypeVar("T")
 
 
 class WholeWriter(FileSystemWriter):
     """Writes DCP files into step-N.partial/ and, once all ranks have, publishes the folder as step-N/."""
 
-    def __init__(self, target: Path, manifest: dict[str, Any], single_file_per_rank: bool = True):
-        self.target, self.manifest = target, manifest
+    def __init__(
+        self,
+        target: Path,
+        manifest: dict[str, Any],
+        single_file_per_rank: bool = True,
+        needed: int = 0,
+        retries: int = 0,
+        retry_seconds: float = 0.0,
+    ):
+        """needed: bytes that must be free, or 0 to try without looking; retries: of each rank's writing."""
+        self.target, self.manifest, self.needed = target, manifest, needed
+        self.retries, self.retry_seconds = retries, retry_seconds
+        self.files: dict[str, list[int]] = {}
         self.partial = target.with_name(target.name + ".partial")
         super().__init__(str(self.partial), single_file_per_rank=single_file_per_rank)
 
+    def prepare_local_plan(self, plan: Any) -> Any:
+        """Every rank: the folder."""
+        return self._tried(super().prepare_local_plan, plan)
+
+    def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
+        """Coordinator, before any rank writes: is there room?"""
+        self._tried(self._check_room)
+        return super().prepare_global_plan(plans)
+
+    def _check_room(self) -> None:
+        usage = shutil.disk_usage(self.partial)
+        if usage.total and usage.free < self.needed:  # some network file systems do not say
+            raise OSError(
+                errno.ENOSPC,
+                f"it needs {self.needed / 2**30:.3f} GiB, and {usage.free / 2**30:.3f} GiB are free",
+                str(self.partial),
+            )
+
+    def _tried(self, function: Callable[..., T], *arguments: Any) -> T:
+        """function(*arguments), again after longer and longer waits while it fails."""
+        for attempt in range(self.retries):
+            try:
+                return function(*arguments)
+            except (OSError, RuntimeError) as e:  # PyTorch's zip writer makes the latter of the former
+                seconds = self.retry_seconds * 2**attempt
+                logger.warning(
+                    f"writing {self.target} failed ({str(e).splitlines()[0]}); attempt {attempt + 1} of "
+                    f"{self.retries + 1}, the next in {seconds:g} s"
+                )
+                time.sleep(seconds)
+        return function(*arguments)
+
     def write_data(self, plan: Any, planner: Any) -> Any:
         """Every rank: the tensors, then the checksums of its own files for the coordinator."""
+        return self._tried(self._write_own, plan, planner)
+
+    def _write_own(self, plan: Any, planner: Any) -> Any:
+        prefix = plan.storage_data.prefix
+        for left in (*self.partial.glob(f"{prefix}*"), *self.partial.glob(f"checksums-{prefix}*")):
+            left.unlink()  # of an attempt that failed; its room may be what is missing
         done = super().write_data(plan, planner)
         files = {result.storage_data.relative_path for result in done.value()}
         if files:
-            sums = {name: _size_and_crc(self.partial / name) for name in sorted(files)}
+            sums = {name: size_and_crc(self.partial / name) for name in sorted(files)}
             _write_json(self.partial / f"checksums-{min(sums)}.json", sums)
         return done
 
     def finish(self, metadata: Any, results: Any) -> None:
         """Coordinator, after all ranks have written: the manifest, and the rename that makes it real."""
-        super().finish(metadata, results)
-        files = {".metadata": _size_and_crc(self.partial / ".metadata")}
-        for part in sorted(self.partial.glob("checksums-*.json")):
-            files |= json.loads(part.read_text())
-            part.unlink()
-        _write_json(self.partial / MANIFEST, self.manifest | {"files": files})
-        self.partial.rename(self.target)
+        self._tried(self._publish, metadata, results)
+
+    def _publish(self, metadata: Any, results: Any) -> None:
+        if self.partial.exists():  # not so if an attempt failed at the very last
+            super().finish(metadata, results)
+            self.files[".metadata"] = size_and_crc(self.partial / ".metadata")
+            for part in sorted(self.partial.glob("checksums-*.json")):
+                self.files |= json.loads(part.read_text())
+                part.unlink()
+            _write_json(self.partial / MANIFEST, self.manifest | {"files": self.files})
+            self.partial.rename(self.target)
         sync(self.target.parent)
 
 
@@ -72,9 +128,9 @@ class Checkpointer:
     def __init__(self, config: Checkpoint, dump_folder: Path):
         self.config = config
         self.folder = dump_folder / config.folder
-        self._pending: Future[Any] | None = None
+        self._pending: tuple[Future[Any], Path] | None = None
         # its own group: a save in the background must not meet the training's collectives
-        self.group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.save_timeout_seconds))
 
     def prepare(self) -> None:
         """Rank 0: make the folder and clear what killed runs left half written."""
@@ -85,32 +141,75 @@ class Checkpointer:
                     shutil.rmtree(left)
         dist.barrier(self.group)
 
-    def save(self, state: dict[str, Any], manifest: dict[str, Any]) -> None:
-        """Collective. state: {part: {name: tensor}}; manifest: JSON with `step`. A save under way is waited for."""
+    def save(self, state: dict[str, Any], manifest: dict[str, Any], last: bool = False) -> bool:
+        """Collective. state: {part: {name: tensor}}; manifest: JSON with `step`. A save under way is waited for.
+
+        False if it failed and the run goes on (checkpoint.on_failed_save); last: of a run, then failure is an error.
+        """
         self.wait()
-        writer = WholeWriter(self.folder / f"step-{manifest['step']}", {"format": FORMAT} | manifest)
+        size = sum(t.numel() * t.element_size() for part in state.values() for t in part.values())
+        writer = WholeWriter(
+            self.folder / f"step-{manifest['step']}",
+            {"format": FORMAT} | manifest,
+            needed=int(size * ROOM),
+            retries=self.config.save_retries,
+            retry_seconds=self.config.retry_seconds,
+        )
         if self.config.async_mode == "async":
             # the writer copies the state before this returns; the rest happens in DCP's thread
-            self._pending = dcp.async_save(state, storage_writer=writer, process_group=self.group)  # type: ignore
-        else:
-            with explain_failure(self.folder):
-                dcp.save(state, storage_writer=writer, process_group=self.group)
-            logger.info(f"checkpoint: {writer.target}")
-            self._delete_old()
+            future: Any = dcp.async_save(state, storage_writer=writer, process_group=self.group)
+            self._pending = future, writer.target
+            return True
+        return self._completed(
+            lambda: dcp.save(state, storage_writer=writer, process_group=self.group), writer.target, last
+        )
 
-    def wait(self) -> None:
-        """Until a save in the background is complete; raises what it raised."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
+    def wait(self, last: bool = False) -> bool:
+        """Collective. Until a save in the background is complete; as save()."""
+        if self._pending is None:
+            return True
+        (future, target), self._pending = self._pending, None
+        return self._completed(future.result, target, last)
+
+    def must_stop(self) -> bool:
+        """Whether this rank has seen the save in the background fail, and that ends the run: wait() will raise."""
+        if self._pending is None or self.config.on_failed_save != "stop" or not self._pending[0].done():
+            return False
+        return self._pending[0].exception() is not None
+
+    def _completed(self, saving: Callable[[], Any], target: Path, last: bool) -> bool:
+        try:
             with explain_failure(self.folder):
-                pending.result()
-            self._delete_old()
+                saving()
+        except UserError as e:
+            self._discard(target)
+            if last or self.config.on_failed_save == "stop":
+                raise
+            logger.error(f"{e} Training goes on (checkpoint.on_failed_save); the next save is tried at its time.")
+            return False
+        logger.info(f"checkpoint: {target}")
+        self._delete_old()
+        return True
+
+    def _discard(self, target: Path) -> None:
+        """Collective. Give back the room of a save that failed, which may be all there is for the next."""
+        if dist.get_rank() == 0:
+            partial = target.with_name(target.name + ".partial")
+            with suppress(OSError):
+                if target.exists():  # renamed, but perhaps not on disk for good
+                    target.rename(partial)
+            shutil.rmtree(partial, ignore_errors=True)
+        dist.barrier(self.group)
 
     def _delete_old(self) -> None:
         if self.config.keep_latest_k and dist.get_rank() == 0:
             for step in complete_steps(self.folder)[: -self.config.keep_latest_k]:
                 # renamed first, so that a kill leaves no half checkpoint; in a thread, since the other ranks wait
-                path = (self.folder / f"step-{step}").rename(self.folder / f"step-{step}.deleting")
+                try:
+                    path = (self.folder / f"step-{step}").rename(self.folder / f"step-{step}.deleting")
+                except OSError as e:
+                    logger.warning(f"an old checkpoint is not deleted: {e}")
+                    return
                 threading.Thread(target=shutil.rmtree, args=(path, True)).start()
 
     def find(self) -> Path | None:
@@ -182,11 +281,14 @@ def explain_failure(folder: Path) -> Iterator[None]:
         # PyTorch's zip writer loses the system's error and fails an assertion
         if system is None and not any("inline_container" in str(c) for c in causes):
             raise RuntimeError(f"a checkpoint could not be written to {folder}: {e}") from e
-        free = shutil.disk_usage(folder).free / 2**30
+        try:
+            free = f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB are free there"
+        except OSError:
+            free = "what is free there cannot be asked"
         raise UserError(
-            f"A checkpoint could not be written to {folder}: {system or 'a write failed'}; {free:.2f} GiB are free "
-            "there. Earlier checkpoints are whole: make room (checkpoint.keep_latest_k deletes older ones) and start "
-            "again."
+            f"A checkpoint could not be written to {folder}: {system or 'a write failed'}; {free}. Earlier "
+            "checkpoints are whole: make room (checkpoint.keep_latest_k deletes older ones), or mount it for writing, "
+            "and start again."
         ) from e
 
 
@@ -196,56 +298,6 @@ def _set_aside(checkpoints: list[Path]) -> None:
         shutil.rmtree(target, ignore_errors=True)
         path.rename(target)
         logger.warning(f"{path} is later than the checkpoint that is resumed from; it is kept as {target.name}")
-
-
-def complete_steps(folder: Path) -> list[int]:
-    """Steps of the published checkpoints, ascending."""
-    names = (re.fullmatch(r"step-(\d+)", p.name) for p in folder.glob("step-*"))
-    return sorted(int(m[1]) for m in names if m)
-
-
-def check_load_step(folder: Path, wanted: int, steps: list[int]) -> None:
-    """UserError if checkpoint.load_step names a step (one from 0 up) that is not among those in the folder."""
-    if wanted >= 0 and wanted not in steps:
-        raise UserError(
-            f"checkpoint.load_step = {wanted}, but {folder} holds no complete checkpoint of that step; there: "
-            f"{', '.join(map(str, steps)) or 'none'}. -1 takes the newest, and starts anew where there is none."
-        )
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of step-N/; UserError if it is missing, not JSON, or not one of this format."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"its format is {manifest['format']}, this version reads {FORMAT}")
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path / MANIFEST} cannot be read: {type(e).__name__} {e}.") from None
-
-
-def find_damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, in a sentence that names the file, or None. Reads every parts-th file."""
-    try:
-        manifest = read_manifest(path)
-    except UserError as e:
-        return str(e)
-    for name, expected in sorted(manifest.get("files", {}).items())[part::parts]:
-        try:
-            actual = _size_and_crc(path / name)
-        except OSError as e:
-            return f"{path / name} cannot be read: {e.strerror}."
-        if actual != expected:
-            return f"{path / name} has size and CRC-32 {actual}, the manifest says {expected}."
-    return None
-
-
-def _size_and_crc(path: Path) -> list[int]:
-    crc = size = 0
-    with path.open("rb") as f:
-        while block := f.read(1 << 24):
-            crc, size = zlib.crc32(block, crc), size + len(block)
-    return [size, crc]
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

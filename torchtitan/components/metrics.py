@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,24 @@ from torchtitan.tools.logging import logger
 class MetricsLogger:
     """Open files and writers of rank 0; the other ranks have none."""
 
-    def __init__(self, config: Metrics, dump_folder: Path, run_name: str, job_config: dict[str, Any], from_step: int):
-        """from_step: the step resumed from; later lines of metrics.jsonl, which come again, are moved aside."""
+    def __init__(
+        self,
+        config: Metrics,
+        dump_folder: Path,
+        run_name: str,
+        job_config: dict[str, Any],
+        from_step: int,
+        keep_going: bool = False,
+    ):
+        """from_step: the step resumed from; later lines of metrics.jsonl, which come again, are moved aside.
+
+        keep_going: a line that cannot be written (a full disk) is kept and tried with the next, instead of an OSError.
+        """
+        self.keep_going, self.unwritten = keep_going, b""
         dump_folder.mkdir(parents=True, exist_ok=True)
         path = dump_folder / "metrics.jsonl"
         _drop_lines_after(path, from_step)
-        self.file = path.open("a", buffering=1)
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self.tensorboard: Any = None
         self.wandb: Any = None
         if config.enable_tensorboard:
@@ -31,11 +45,12 @@ class MetricsLogger:
 
     def log(self, numbers: dict[str, Any]) -> None:
         """numbers: flat, but for dictionaries such as loss_by_source; must hold `step`."""
-        self.file.write(json.dumps(numbers) + "\n")
+        numbers = _finite(numbers)
+        self._write(json.dumps(numbers) + "\n")
         scalars: dict[str, float] = {}
         for key, value in numbers.items():
             if isinstance(value, dict):
-                scalars |= {f"{key}/{k}": v for k, v in value.items()}
+                scalars |= {f"{key}/{k}": v for k, v in value.items() if v is not None}
             elif value is not None and key != "step":
                 scalars[key] = value
         if self.tensorboard:
@@ -44,12 +59,33 @@ class MetricsLogger:
         if self.wandb:
             self.wandb.log(scalars, step=numbers["step"])
 
+    def _write(self, line: str) -> None:
+        waiting = bool(self.unwritten)
+        self.unwritten += line.encode()
+        try:
+            while self.unwritten:  # a disk that fills up takes a part
+                self.unwritten = self.unwritten[os.write(self.file, self.unwritten) :]
+        except OSError as e:
+            if not self.keep_going:
+                raise
+            if not waiting:
+                logger.warning(f"metrics.jsonl cannot be written, its lines are kept until it can: {e}")
+
     def close(self) -> None:
-        self.file.close()
+        if self.unwritten:
+            self._write("")
+        os.close(self.file)
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which are not JSON."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def import_wandb() -> Any:

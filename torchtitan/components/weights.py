@@ -20,14 +20,8 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, F
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from torchtitan.components.checkpoint import (
-    FORMAT,
-    MANIFEST,
-    WholeWriter,
-    complete_steps,
-    explain_failure,
-    read_manifest,
-)
+from torchtitan.components.checkpoint import WholeWriter, explain_failure
+from torchtitan.components.manifest import FORMAT, MANIFEST, complete_steps, read_manifest
 from torchtitan.models.architecture import args_from_manifest, as_json
 from torchtitan.models.huggingface import check_weights, hf_name, read_config
 from torchtitan.models.transformer import Transformer, TransformerArgs

@@ -17,6 +17,8 @@ from torchtitan.tools.errors import UserError
 _AT_LEAST: dict[str, int] = {
     "profiling.profile_freq": 2,  # the step before a traced one is its warm-up
     "metrics.log_freq": 1,
+    "metrics.straggler_factor": 1,
+    "metrics.heartbeat_seconds": 0,
     "optimizer.lr": 0,
     "optimizer.weight_decay": 0,
     "lr_scheduler.warmup_steps": 0,
@@ -30,15 +32,23 @@ _AT_LEAST: dict[str, int] = {
     "training.z_loss": 0,
     "training.seed": 0,
     "training.gc_freq": 1,
+    "training.loss_spike_factor": 1,
+    "training.loss_spike_window": 1,
+    "training.max_skipped_steps": 0,
     "parallelism.data_parallel_replicate_degree": 1,
     "parallelism.data_parallel_shard_degree": -1,
     "parallelism.context_parallel_degree": 1,
     "parallelism.tensor_parallel_degree": 1,
     "checkpoint.interval": 1,
     "checkpoint.keep_latest_k": 0,
+    "checkpoint.save_retries": 0,
+    "checkpoint.retry_seconds": 0,
+    "checkpoint.save_timeout_seconds": 1,
     "checkpoint.load_step": -1,
     "comm.init_timeout_seconds": 1,
     "comm.train_timeout_seconds": 1,
+    "comm.node_check_factor": 1,
+    "comm.trace_buf_size": 0,
     "data.num_workers": 0,
     "data.long_threshold": 0,
     "data.target_seq_len": 1,
@@ -189,9 +199,19 @@ def accumulation_steps(config: JobConfig, world_size: int) -> int:
         raise UserError(
             f"{given} cannot be divided into micro-batches of training.local_batch_size {t.local_batch_size} * "
             f"data-parallel degree {dp} = {at_once} rows: {rows} / {at_once} = {rows / at_once:.3f}. {fix} would do, "
-            "or another local_batch_size or number of processes."
+            f"or another local_batch_size or number of processes{_degrees_for(rows, t.local_batch_size)}."
         )
     return rows // at_once
+
+
+def _degrees_for(rows: int, local_batch_size: int) -> str:
+    """Which data-parallel degrees keep the rows of a step, for a job that comes back on fewer or more nodes."""
+    most, rest = divmod(rows, local_batch_size)
+    if rest:
+        return ""
+    degrees = [str(degree) for degree in range(1, most + 1) if most % degree == 0]
+    shown = degrees if len(degrees) <= 12 else [*degrees[:10], "...", degrees[-1]]
+    return f" ({rows} rows in micro-batches of {local_batch_size} go over data-parallel degrees {', '.join(shown)})"
 
 
 def _check_ranges(config: JobConfig) -> None:

@@ -66,6 +66,13 @@ class Metrics:
     peak_tflops: float | None = None
     """Peak dense bf16 TFLOP/s of one device, for MFU. Unset: from a table of known GPUs; MFU is left out elsewhere."""
 
+    straggler_factor: float = 1.5
+    """A rank that computes so many times slower than the median rank, or makes steps last so many times longer by
+    coming late to them, is named in the log (checked with every log line)."""
+
+    heartbeat_seconds: float = 5.0
+    """heartbeat.json in job.dump_folder is replaced after a step if it is older than this."""
+
 
 @dataclass(frozen=True)
 class Model:
@@ -177,6 +184,20 @@ class Training:
     gc_freq: int = 50
     """Python's garbage collector runs only every gc_freq steps, on all ranks at once."""
 
+    on_bad_loss: Literal["stop", "skip"] = "stop"
+    """What becomes of a step whose loss or gradient norm is NaN or infinite, or whose loss is a spike. stop: the run
+    ends, nothing of the step is kept. skip: its gradients are thrown away, its rows count as used, and training goes
+    on; the step is logged and kept in the manifest."""
+
+    loss_spike_factor: float | None = None
+    """A loss of more than so many times the median of the last loss_spike_window losses is a spike. Unset: none is."""
+
+    loss_spike_window: int = 50
+    """Losses that the median is taken of; before there are so many, nothing is a spike."""
+
+    max_skipped_steps: int = 10
+    """The stage stops at the bad step after so many have been skipped."""
+
 
 @dataclass(frozen=True)
 class Parallelism:
@@ -229,6 +250,19 @@ class Checkpoint:
     keep_latest_k: int = 10
     """Older complete checkpoints beyond this many are deleted; 0 keeps all."""
 
+    save_retries: int = 3
+    """A rank whose write fails tries again so many times."""
+
+    retry_seconds: float = 10.0
+    """Wait before it does; each further wait is twice as long."""
+
+    on_failed_save: Literal["stop", "go_on"] = "stop"
+    """What a save that fails for good does: end the run, or only be logged, the next one being tried at its time. The
+    save at the end of a run must succeed in any case. The last good checkpoint stays."""
+
+    save_timeout_seconds: int = 7200
+    """Longest wait in a save, or in the check of a checkpoint's files, for the rank with the slowest disk."""
+
     load_step: int = -1
     """Resume from exactly this step; -1: the newest complete one."""
 
@@ -277,6 +311,22 @@ class Comm:
 
     train_timeout_seconds: int = 100
     """Longest wait in a collective after the first step."""
+
+    node_check: bool = False
+    """Before training, time every rank's matrix product, the all-reduce inside nodes and between neighbouring ones, the
+    clocks and the disk; slow hosts are named in the log and in node_check.json, broken ones stop the run. Also
+    `python -m torchtitan.distributed.node_check`."""
+
+    node_check_factor: float = 1.5
+    """A host is slow when it takes more than so many times the median host's time."""
+
+    trace_buf_size: int = 20000
+    """Collectives that PyTorch's flight recorder remembers (NCCL only; gloo has none). When one times out every rank
+    writes them to save_traces_folder. 0: off."""
+
+    save_traces_folder: str = "comm_traces"
+    """Folder under job.dump_folder for the flight recorder's files and, on any backend, for the stacks of the ranks
+    when a step takes 0.8 times train_timeout_seconds."""
 
 
 @dataclass(frozen=True)

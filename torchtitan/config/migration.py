@@ -68,8 +68,7 @@ _EXPLANATIONS: dict[str, str] = {
     "metrics.rank_0_only": "metrics are global values, written once by rank 0: remove it",
     "metrics.enable_color_printing": "colours are used on a terminal only: remove it",
     "profiling.trace_dir": "it is called profiling.save_traces_folder",
-    "comm.trace_buf_size": "the flight recorder is not configured here: remove it",
-    "comm.save_traces_*": "the flight recorder is not configured here: remove it",
+    "comm.save_traces_file_prefix": "the flight recorder's files are called rank_0, rank_1, ...: remove it",
     "job.custom_config_module": "there are no plug-in configurations: remove it; a new option is a new field in"
     " torchtitan/config/job_config.py",
     "job.use_for_integration_test": "tests live in tests/: remove it",

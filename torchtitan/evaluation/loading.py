@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
 from torchtitan.attention.backends import choose_backend
-from torchtitan.components.checkpoint import MANIFEST, find_damage, read_manifest
+from torchtitan.components.manifest import MANIFEST, find_damage, read_manifest
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.config.toml_file import load_tables
 from torchtitan.models.architecture import args_from_manifest

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import resource
+import socket
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -55,6 +57,22 @@ def make_deterministic() -> None:
     """Ask for kernels that give the same bits every time; before anything runs on the GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without it
     torch.use_deterministic_algorithms(True)
+
+
+def host_name() -> str:
+    """This machine's name; under Slurm the one that its commands know."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def record_collectives(folder: Path, size: int) -> None:
+    """Have NCCL's flight recorder keep the last `size` collectives, and write them to folder/rank_N on a time-out.
+
+    Before the process group is made, which reads these variables; those that are set already stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", str(size))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder / "rank_"))
 
 
 def init_process_group(device: torch.device, rank: int, world_size: int, timeout_seconds: int) -> None:

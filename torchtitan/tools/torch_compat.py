@@ -7,13 +7,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
 
 def set_timeout(seconds: int, groups: list[dist.ProcessGroup]) -> None:
     """Change the longest wait of existing process groups; there is no public setter."""
     for group in groups:
         _set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def default_store() -> dist.Store:
+    """The key-value store that the ranks met in; public only to those who make it themselves."""
+    return _get_default_store()
 
 
 def record_memory_history(enabled: bool) -> None:

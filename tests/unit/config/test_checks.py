@@ -265,6 +265,22 @@ def test_the_sizes_that_the_message_offers_work() -> None:
         check_config(make(**wrong, training__global_batch_size=rows), 2)
 
 
+@pytest.mark.parametrize(("rows", "local"), [(8, 2), (12, 1), (64, 1), (7, 2)])
+def test_a_job_that_comes_back_on_other_ranks_is_told_which_would_do(rows: int, local: int) -> None:
+    """Against trying them all, through the check itself."""
+    changes = {"training__seq_len": 128, "training__global_batch_tokens": rows * 128}
+    fitting = []
+    for world in range(1, rows + 1):
+        try:
+            check_config(make(**changes, training__local_batch_size=local), world)
+            fitting.append(str(world))
+        except UserError as e:
+            refused = str(e)
+            assert f"data-parallel degree {world} = {local * world} rows: {rows} / {local * world}" in refused
+    offered = f"go over data-parallel degrees {', '.join(fitting)})"
+    assert (offered in refused) if fitting else ("data-parallel degrees" not in refused)
+
+
 def test_rows_and_tokens_are_not_both_given() -> None:
     message = error_of(training__global_batch_size=4, training__global_batch_tokens=4 * 2048)
     assert "give one of the two" in message
