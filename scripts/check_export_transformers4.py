@@ -109,7 +109,7 @@ def compare(folder: Path) -> dict:
                 logits = model(expected[f"tokens {length}"][None]).logits[0]
             worst = max(worst, (logits - expected[length]).abs().max().item())
         config = json.loads((path.parent / "config.json").read_text())
-        form = f"{config['model_type']}, {config['rope_parameters']['rope_type']}"
+        form = f"{config['model_type']}, {config.get('rope_scaling', {}).get('rope_type', 'default')}"
         result[path.parent.name] = {"form": form, "difference": worst}
     return result
 

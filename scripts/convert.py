@@ -17,10 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from torchtitan.components.conversion import about, open_any, with_progress
-from torchtitan.components.export import SHARD_BYTES, write_hugging_face
+from torchtitan.components.export import SHARD_BYTES, TOKENIZER_FILES, write_hugging_face
 from torchtitan.components.foreign import write_meta, write_torchtitan
-from torchtitan.components.weights import DTYPES, write_checkpoint
+from torchtitan.components.weights import DTYPES, Weights, write_checkpoint
+from torchtitan.models.rope_config import describe_rope
 from torchtitan.tools.errors import UserError
+
+NO_ROPE = "note: this format has no place for the RoPE ({}): whoever loads it must be told"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,21 +45,31 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def assets_of(weights: Weights) -> Path | None:
+    """The folder with the tokenizer that a checkpoint's run names, if it is there."""
+    named = weights.manifest.get("config", {}).get("model", {}).get("hf_assets_path")
+    return Path(named) if named and Path(named).is_dir() else None
+
+
 def convert(options: argparse.Namespace) -> None:
     weights = open_any(options.input, options.architecture)
     if options.max_position_embeddings:
         rope = replace(weights.args.rope, max_position_embeddings=options.max_position_embeddings)
         weights = replace(weights, args=replace(weights.args, rope=rope))
     weights = with_progress(weights.cast(options.dtype))
-    assets = options.assets or options.input
+    assets = options.assets or assets_of(weights) or options.input
     if options.to == "huggingface":
         write_hugging_face(weights, options.output, assets, shard_bytes=int(options.shard_gb * 1e9))
+        if not any((options.output / name).is_file() for name in TOKENIZER_FILES):
+            print(f"note: {options.output} has no tokenizer: {assets} has none. Name its folder with --assets.")
     elif options.to == "checkpoint":
         print(f"{write_checkpoint(weights, options.output, about(weights, assets))}")
     elif options.to == "torchtitan":
         write_torchtitan(weights, options.output)
+        print(NO_ROPE.format(describe_rope(weights.args.rope)))
     else:
         write_meta(weights, options.output)
+        print(NO_ROPE.format(describe_rope(weights.args.rope)))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
             models, shares = [open_any(folder) for folder in folders], [1 / len(folders)] * len(folders)
             models.reverse()  # the newest's RoPE, length and tokens
         else:
+            if not 0 <= options.weight <= 1:
+                raise UserError(f"--weight {options.weight} must be from 0 to 1: it is the share of the first model.")
             models, shares = [open_any(folder) for folder in options.inputs], [options.weight, 1 - options.weight]
         merged = merge(models, shares).cast(options.dtype)
         manifest = {**about(models[0], options.assets or models[0].where), "stage": options.command}
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def last_of(folder: Path, count: int) -> list[Path]:
     steps = complete_steps(folder)
-    if len(steps) < max(count, 2):
+    if count < 2 or len(steps) < count:
         raise UserError(
             f"--last {count} of {folder} cannot be averaged: it holds {len(steps)} complete checkpoints "
             f"({', '.join(f'step-{step}' for step in steps) or 'none'}). Name at least two."

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from torchtitan.config import JobConfig, load_config
@@ -84,10 +85,12 @@ def plan_stage(config: JobConfig, world_size: int) -> tuple[str, dict]:
     from torchtitan.inputs import make_plan, model_args, report_of
     from torchtitan.tools.folders import make_writable
 
+    if config.rope.theta == "auto":  # the stage before may not have been trained; rows do not depend on the base
+        config = replace(config, rope=replace(config.rope, theta=None))
     args = model_args(config)
     tokenizer = load_tokenizer(config.model.hf_assets_path)
     make_writable("data.cache_folder", Path(config.data.cache_folder).expanduser())
-    plan = make_plan(config, world_size, tokenizer, args.vocab_size)
+    plan = make_plan(config, world_size, tokenizer, args)
     report = report_of(plan, config, world_size, args)
     lines = [format_report(report)]
     made_up = [s["name"] for s in report["sources"] if (Path(s["folder"]) / MARK).is_file()]

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def search(own: argparse.Namespace) -> str:
 
     def rope_of(candidate: Candidate) -> RopeArgs:
         factors = candidate.factors()
-        return RopeArgs(args.rope.theta, LongRopeScaling(original, factors, (1.0,) * len(factors), 1.0))
+        return replace(args.rope, scaling=LongRopeScaling(original, factors, (1.0,) * len(factors), 1.0))
 
     content = hashlib.sha256(b"".join(p.tokens.numpy().tobytes() for p in prompts)).hexdigest()[:16]
     settings = {
@@ -125,8 +126,8 @@ def search(own: argparse.Namespace) -> str:
     with model_progress(model, (total - at_start + 2) * len(prompts)) as describe:
         describe("for comparison")
         before = {
-            "as trained": perplexity(RopeArgs(args.rope.theta)),
-            f"YaRN {space.scale:g}": perplexity(RopeArgs(args.rope.theta, YarnScaling(space.scale, original))),
+            "as trained": perplexity(args.rope),
+            f"YaRN {space.scale:g}": perplexity(replace(args.rope, scaling=YarnScaling(space.scale, original))),
         }
 
         def fitness(candidate: Candidate) -> float:

@@ -14,9 +14,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from torchtitan.components.gates import failed_gate, metrics_before
-from torchtitan.components.manifest import has_ended
-from torchtitan.config import JobConfig, load_config
+from torchtitan.components.gates import failed_gate, flat, metrics_before
+from torchtitan.components.manifest import complete_steps, has_ended, read_manifest
+from torchtitan.config import JobConfig, as_tables, load_config
 from torchtitan.config.chain import chain
 from torchtitan.config.checks import check_config
 from torchtitan.tools.errors import UserError
@@ -46,9 +46,31 @@ def run_chain(args: list[str], nproc: int) -> int:
                 print(f"chain: stopped in stage {config.stage.name}; start again to go on", file=sys.stderr, flush=True)
                 return 0
         else:
+            if changes := changed_since(config):
+                raise UserError(
+                    f"Stage {config.stage.name} has ended, but with another configuration than it has now: "
+                    f"{'; '.join(changes)}. Set that back, choose another job.dump_folder, or delete "
+                    f"{config.job.dump_folder} to train it anew."
+                )
             print(f"chain: stage {config.stage.name} has ended", file=sys.stderr, flush=True)
         _check_gates(config)
     return 0
+
+
+DECISIVE = ("model.flavor", "rope.", "data.", "training.seq_len", "training.global_batch_")
+INDIFFERENT = ("data.num_workers", "data.cache_folder", "data.folder")
+
+
+def changed_since(config: JobConfig) -> list[str]:
+    """What of a stage that has ended is another model or other data now, as 'rope.theta 1e4 -> 2e4'."""
+    folder = Path(config.job.dump_folder) / config.checkpoint.folder
+    saved = read_manifest(folder / f"step-{complete_steps(folder)[-1]}").get("config", {})
+    was, now = flat(saved), flat(as_tables(config))
+    return [
+        f"{key} {was.get(key)} -> {now.get(key)}"
+        for key in {**was, **now}
+        if saved and key.startswith(DECISIVE) and key not in INDIFFERENT and was.get(key) != now.get(key)
+    ]
 
 
 def ended(args: list[str]) -> int:

@@ -14,7 +14,7 @@ from torchtitan.attention.varlen import check_window
 from torchtitan.components.gates import flat
 from torchtitan.components.manifest import check_load_step, complete_steps, read_manifest
 from torchtitan.components.metrics import import_wandb
-from torchtitan.components.stage import Start, check_start, find_start, lineage
+from torchtitan.components.stage import Start, check_start, find_start, hugging_face_start, lineage
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.config import JobConfig
 from torchtitan.config.checks import check_config, dp_degree, rows_per_step
@@ -25,12 +25,13 @@ from torchtitan.datasets.report import make_report
 from torchtitan.distributed.context_parallel.ulysses import check_ulysses
 from torchtitan.distributed.parallelize import check_backend
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
-from torchtitan.models.architecture import as_json, complete
+from torchtitan.models.architecture import as_json, complete, rope_from_manifest
 from torchtitan.models.hf_config import config_json
 from torchtitan.models.huggingface import check_weights, read_config
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_config import build_rope
+from torchtitan.models.rope_scaling import LongRopeScaling
 from torchtitan.models.transformer import TransformerArgs, parameter_counts
 from torchtitan.tools.device import device_type
 from torchtitan.tools.errors import UserError
@@ -61,11 +62,16 @@ def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
     own = _own_manifest(config)
     start = None if own else find_start(config)
     stages_before = own.get("stages_before", []) if own else lineage(start.manifest if start else None)
-    args = model_args(config, stages_before[-1]["rope"] if stages_before else None)
-    if start:
-        check_start(start, as_json(args), tokenizer.fingerprint, config.rope.type)
-        if start.manifest is None:
-            check_weights(start.path, args, f"checkpoint.initial_load_path = {start.path}")
+    from_hf = hugging_face_start(assets) if config.checkpoint.initial_load_in_hf and not own else None
+    known = start or from_hf
+    rope_before = rope_from_manifest(stages_before[-1]["rope"]) if stages_before else None
+    if known and known.args and not rope_before:
+        rope_before = known.args.rope
+    args = model_args(config, rope_before)
+    if known:
+        check_start(known, args, tokenizer.fingerprint, config.rope.type)
+    if start and start.manifest is None:
+        check_weights(start.path, args, f"checkpoint.initial_load_path = {start.path}")
     if config.checkpoint.last_save_in_hf:
         config_json(args, config.checkpoint.export_dtype, {})  # refuses what has no form there
     p = config.parallelism
@@ -85,7 +91,7 @@ def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
         )
     if config.checkpoint.initial_load_in_hf:
         check_weights(assets, args, f"checkpoint.initial_load_in_hf = true, with model.hf_assets_path = {assets}")
-    plan = make_plan(config, world_size, tokenizer, args.vocab_size)
+    plan = make_plan(config, world_size, tokenizer, args)
     if own:
         _check_resumable(config, own, args, tokenizer, plan)
     if config.metrics.enable_wandb:
@@ -96,9 +102,10 @@ def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
     return StageInputs(tokenizer, args, plan, start, stages_before)
 
 
-def make_plan(config: JobConfig, world_size: int, tokenizer: Tokenizer, vocab_size: int) -> Plan:
+def make_plan(config: JobConfig, world_size: int, tokenizer: Tokenizer, args: TransformerArgs) -> Plan:
     """The data plan of the stage; tokenizes what is not in the cache yet."""
     data, cache = config.data, Path(config.data.cache_folder).expanduser()
+    vocab_size, mixed = args.vocab_size, config.rope.mixed_window
     make_writable("data.cache_folder", cache)
     corpora = [resolve_source(source, tokenizer, data) for source in data.sources]
     for source, corpus in zip(data.sources, corpora, strict=True):
@@ -117,7 +124,7 @@ def make_plan(config: JobConfig, world_size: int, tokenizer: Tokenizer, vocab_si
         separators=[tokenizer.encode(source.separator) for source in data.sources],
         sentence_end_ids=sentence_end_ids(tokenizer) if data.positions == "longrecipe" else (),
         cache=cache,
-        short_window=config.rope.original_max_position_embeddings if config.rope.mixed_window else None,
+        short_window=args.rope.scaling.original_max_position_embeddings if mixed else None,  # type: ignore[union-attr]
     )
 
 
@@ -134,8 +141,8 @@ def report_of(plan: Plan, config: JobConfig, world_size: int, args: TransformerA
     )
 
 
-def model_args(config: JobConfig, rope_before: dict[str, Any] | None = None) -> TransformerArgs:
-    """The architecture that [model] names, with what [rope] changes; rope_before: of the stage before, as JSON."""
+def model_args(config: JobConfig, rope_before: RopeArgs | None = None) -> TransformerArgs:
+    """The architecture that [model] names, with what [rope] changes; rope_before: that of its weights."""
     flavor = config.model.flavor
     if flavor == "auto":
         args = read_config(Path(config.model.hf_assets_path))
@@ -144,10 +151,17 @@ def model_args(config: JobConfig, rope_before: dict[str, Any] | None = None) -> 
     else:
         raise UserError(f'model.flavor = "{flavor}" is not known; there are auto, {", ".join(FLAVORS)}.')
     length = config.data.target_seq_len or config.training.seq_len
-    before = None
-    if rope_before:
-        before = RopeArgs(rope_before["theta"], max_position_embeddings=rope_before["max_position_embeddings"])
-    rope = build_rope(config.rope, args.rope, args.head_dim, args.n_kv_heads, length, before)
+    rope = build_rope(config.rope, args.rope, args.head_dim, args.n_kv_heads, length, rope_before)
+    longrope = rope.scaling if isinstance(rope.scaling, LongRopeScaling) else None
+    if config.rope.mixed_window and not longrope:
+        raise UserError("rope.mixed_window = true tells rows apart for LongRoPE's two lists, which this model has not.")
+    if longrope and longrope.short_factor != longrope.long_factor and not config.rope.mixed_window:
+        raise UserError(
+            "RoPE has a short list for texts up to rope.original_max_position_embeddings = "
+            f"{longrope.original_max_position_embeddings}, which is used for them at inference, but every row would be "
+            "trained with the long one. Set rope.mixed_window = true, which tells rows apart, or one list for both "
+            '(rope.type = "longrope" with long_factor alone).'
+        )
     return replace(args, rope=rope)
 
 

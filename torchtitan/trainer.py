@@ -301,18 +301,24 @@ class Trainer:
         logger.info(f"ended at step {self.step} after {duration(time.perf_counter() - start)}{mean}")
 
     def _end_stage(self) -> None:
-        """The export, and UserError where a gate does not hold."""
-        if self.checkpointer and self.config.checkpoint.last_save_in_hf:
-            self._export(self.checkpointer)
+        """Collective. UserError where a gate does not hold; else the export."""
         gates = self.config.stage.gates
-        if self.rank == 0 and gates:
-            before = metrics_before(self.config)
-            if failure := failed_gate(gates, self.dump_folder / "metrics.jsonl", before):
+        if gates:
+            failure: list[str | None] = [None]
+            if self.rank == 0:
+                try:
+                    failure[0] = failed_gate(gates, self.dump_folder / "metrics.jsonl", metrics_before(self.config))
+                except UserError as e:
+                    failure[0] = str(e)
+            dist.broadcast_object_list(failure, src=0, group=self.cpu_group)
+            if failure[0]:
                 raise UserError(
-                    f"A gate of stage {self.config.stage.name} does not hold: {failure}. The checkpoint of step "
+                    f"A gate of stage {self.config.stage.name} does not hold: {failure[0]}. The checkpoint of step "
                     f"{self.step} is kept, but the stage does not count as ended well, and its chain stops here."
                 )
             logger.info(f"gates: {', '.join(gate.metric for gate in gates)} hold")
+        if self.checkpointer and self.config.checkpoint.last_save_in_hf:
+            self._export(self.checkpointer)
 
     def _export(self, checkpointer: Checkpointer) -> None:
         """Collective. The last checkpoint as a Hugging Face folder, each rank some of its files; once only."""

@@ -227,9 +227,10 @@ def test_what_cannot_follow_is_refused(folder: Path, runs: dict[str, dict[str, A
     yarn = ["--rope.type", "yarn", "--rope.factor", "4", "--rope.original_max_position_embeddings", "64"]
     had = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
     scaled, raised = rope("scaled", scaling=had), rope("raised", theta=8e6)
-    assert "yarn factor 8 -> 4" in refusal([*stage(folder, two, "x", scaled), *yarn])
-    assert "yarn -> no rescaling" in refusal([*stage(folder, two, "x", scaled), "--rope.theta", "1e4"])
-    assert "theta 8e+06 -> 10000" in refusal([*stage(folder, two, "x", raised), "--rope.theta", "1e4"])
+    assert "yarn: factor 8" in refusal([*stage(folder, two, "x", scaled), *yarn])
+    lost = refusal([*stage(folder, two, "x", scaled), "--rope.theta", "10001"])
+    assert "the slowest pair turned once" in lost and 'rope.type = "model"' in lost
+    assert "(theta 8e+06 -> theta 10000)" in refusal([*stage(folder, two, "x", raised), "--rope.theta", "1e4"])
     assert "stage.after" in refusal([*stage(folder, two, "x", "one"), "--stage.after", str(folder / "no.toml")])
     assert "rope.original_max_position_embeddings, which is not set" in refusal(
         [*stage(folder, two, "x", "one"), "--rope.type", "yarn", "--rope.factor", "4"]
@@ -237,6 +238,32 @@ def test_what_cannot_follow_is_refused(folder: Path, runs: dict[str, dict[str, A
     damaged = edited(folder, "damaged", lambda m: None)
     next((folder / damaged / "checkpoint" / "step-4").glob("*.distcp")).unlink()
     assert "is missing" in refusal(stage(folder, two, "x", damaged))
+
+
+def test_a_hugging_face_start_is_compared_with_its_config_json(folder: Path, runs: dict[str, dict[str, Any]]):
+    """Its RoPE and architecture, which the shapes of the weights do not show."""
+    exported = folder / "one" / "export" / "step-4"
+    base = stage(folder, "stage.toml", "x", checkpoint__initial_load_path=exported)
+    prepare_inputs(load_config(base), 1)
+    config = json.loads((exported / "config.json").read_text())
+    raised = folder / "raised-hf"
+    shutil.copytree(exported, raised)
+    (raised / "config.json").write_text(json.dumps(config | {"rope_theta": 8e6, "rope_parameters": None}))
+    assert "theta 8e+06 -> theta 10000" in refusal(
+        stage(folder, "stage.toml", "x", checkpoint__initial_load_path=raised)
+    )
+    (raised / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    assert "norm_eps 0.001 -> " in refusal(stage(folder, "stage.toml", "x", checkpoint__initial_load_path=raised))
+
+
+def test_a_stage_is_found_where_its_run_wrote(folder: Path, runs: dict[str, dict[str, Any]]):
+    """With overrides that the TOML file does not know: config.toml in the dump folder has them."""
+    shutil.copytree(folder / "one", folder / "moved")
+    (folder / "moved" / "checkpoint").rename(folder / "moved" / "ck")
+    path = folder / "moved" / "config.toml"
+    path.write_text(path.read_text().replace('folder = "checkpoint"', 'folder = "ck"'))
+    inputs = prepare_inputs(load_config(stage(folder, "two.toml", "x", "moved")), 1)
+    assert inputs.start is not None and inputs.start.path == folder / "moved" / "ck" / "step-4"
 
 
 def test_initial_load_path_says_what_it_found(folder: Path, runs: dict[str, dict[str, Any]]):
@@ -268,9 +295,15 @@ def test_chains(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert stages[2].config.stage.after_dump_folder == "x/b"
     assert config_main(["1", "--job.config_file", str(c), "--stage.run_chain"]) == 1  # a has nothing to train on
     assert "There is nothing to train on" in capsys.readouterr().err
+    (alone,) = chain(["--job.config_file", str(c), "--stage.after", ""])
+    assert not alone.config.stage.after and not alone.config.stage.after_dump_folder
     write("a", '[stage]\nafter = "c.toml"\n')
     with pytest.raises(UserError, match="circle: .*a.toml -> .*b.toml -> .*c.toml"):
         chain(["--job.config_file", str(c)])
+    tokens = "[training]\nglobal_batch_tokens = 4096\n"
+    x, _ = write("x", tokens + '[stage]\nafter = "y.toml"\n'), write("y", tokens + '[stage]\nafter = "x.toml"\n')
+    with pytest.raises(UserError, match="circle"):
+        load_config(["--job.config_file", str(x)])
     write("a", '[job]\ndump_folder = "out/b"\n')
     with pytest.raises(UserError, match="both write to out/b"):
         chain(["--job.config_file", str(c)])
@@ -345,6 +378,9 @@ def test_a_gate_that_does_not_hold_stops_the_chain(folder: Path, runs: dict[str,
     """Stage 1 of the run above has ended: the chain is stopped by its gate before anything of stage 2 is started."""
     gated = folder / "gated"
     shutil.copytree(folder / "one", gated / "gated")
+    as_run = gated / "gated" / "config.toml"
+    gate = '[[stage.gates]]\nmetric = "loss"\nover = 1\nat_most = 0.1\n'
+    as_run.write_text(as_run.read_text() + gate)
     (folder / "gated.toml").write_text(
         'extends = "stage.toml"\n[[stage.gates]]\nmetric = "loss"\nover = 1\nat_most = 0.1\n'
     )
@@ -354,3 +390,13 @@ def test_a_gate_that_does_not_hold_stops_the_chain(folder: Path, runs: dict[str,
     with pytest.raises(UserError, match="gate of stage gated does not hold: loss is .* more than at_most = 0.1"):
         run_chain(command, 1)
     assert not (gated / "last").exists()
+    message = refusal(stage(folder, "last.toml", "x", "gated/gated"))
+    assert "a gate of that stage does not hold" in message, "nor does it help to start the next stage by hand"
+
+
+def test_a_stage_that_ended_as_something_else_is_not_passed_over(folder: Path, runs: dict[str, dict[str, Any]]):
+    out = folder / "changed"
+    shutil.copytree(folder / "one", out / "stage")
+    with pytest.raises(UserError, match="has ended, but with another configuration.*rope.theta None -> 20000"):
+        run_chain(chain_command(folder, out, "--rope.theta", "20000"), 1)
+    assert not (out / "two").exists()

@@ -23,7 +23,7 @@ from torchtitan.config.checks import check_config, dp_degree, rows_per_step
 from torchtitan.config.toml_file import tomllib
 from torchtitan.inputs import make_plan, model_args, prepare_inputs
 from torchtitan.models.rope import RopeArgs, inverse_frequencies
-from torchtitan.models.rope_config import rope_warnings
+from torchtitan.models.rope_config import lost_rope, rope_warnings
 from torchtitan.models.transformer import Transformer
 from torchtitan.trainer import Trainer
 
@@ -344,6 +344,7 @@ def test_chains() -> None:
         assert config.job.dump_folder == f"./outputs/{name}"
         if after:
             before = config_of(after)
+            assert lost_rope(rope_of(after), rope_of(name), 128) is None, name
             assert (config.model.flavor, config.model.hf_assets_path) == (
                 before.model.flavor,
                 before.model.hf_assets_path,
@@ -394,7 +395,9 @@ def test_its_data_are_planned(name: str, tmp_path: Path) -> None:
     )
     rows = min(rows_per_step(config, 8), 8)
     config = replace(config, training=replace(config.training, global_batch_tokens=rows * config.training.seq_len))
-    plan = make_plan(config, 1, load_tokenizer(str(REPOSITORY / "assets/tokenizer")), 32000)
+    args = model_args(config, rope_of(AFTER[name]) if name in AFTER else None)
+    tokenizer = load_tokenizer(str(REPOSITORY / "assets/tokenizer"))
+    plan = make_plan(config, 1, tokenizer, replace(args, vocab_size=32000))
     assert plan.rows_per_step == rows
     tokens = [int(plan.row(0, slot).lengths.sum()) for slot in range(rows)]
     assert max(tokens) <= config.training.seq_len and sum(tokens) > 0.5 * rows * config.training.seq_len

@@ -150,14 +150,19 @@ def _write_shard(weights: Weights, names: list[str], path: Path) -> None:
 def _describe(weights: Weights, assets: Path | None) -> dict[str, dict[str, Any] | Path]:
     """All files but the weights: what they hold, or what they are a copy of."""
     original = _json(assets, "config.json")
-    bos = eos = None
+    bos = eos = wrong = None
     has_tokenizer = assets is not None and any((assets / name).is_file() for name in TOKENIZER_FILES[:2])
     if has_tokenizer and assets is not None:
         try:
             tokenizer = load_tokenizer(assets)
             bos, eos = tokenizer.bos_id, tokenizer.eos_id
+            trained_with = weights.manifest.get("tokenizer", tokenizer.fingerprint)
+            if trained_with != tokenizer.fingerprint:
+                wrong = f"{weights.where} was trained with another tokenizer than that of {assets}"
         except UserError:  # a SentencePiece tokenizer.model: copied, but not read
             pass
+    if wrong:
+        raise UserError(f"{wrong}: name the folder that it was trained with.")
     dtypes = {str(d).removeprefix("torch.") for d in weights.dtypes.values()}
     if len(dtypes) > 1:
         raise UserError(f"The weights in {weights.where} are {' and '.join(sorted(dtypes))}; name one dtype for all.")

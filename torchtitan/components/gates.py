@@ -39,6 +39,14 @@ def metrics_before(config: JobConfig) -> Path | None:
     return Path(config.stage.after_dump_folder or before.job.dump_folder) / "metrics.jsonl"
 
 
+def stage_as_run(config: JobConfig) -> JobConfig:
+    """The configuration of the stage before: as it was run (config.toml in its dump folder, which holds the overrides),
+    else as its file says."""
+    before = load_config(["--job.config_file", config.stage.after or ""])
+    as_run = Path(config.stage.after_dump_folder or before.job.dump_folder) / "config.toml"
+    return load_config(["--job.config_file", str(as_run)]) if as_run.is_file() else before
+
+
 def _mean(path: Path, gate: Gate) -> float:
     """Over the last `gate.over` lines that have the metric."""
     values: list[float] = []

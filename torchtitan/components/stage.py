@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchtitan.components.gates import flat
+from torchtitan.components.gates import failed_gate, flat, metrics_before, stage_as_run
 from torchtitan.components.manifest import complete_steps, read_manifest
-from torchtitan.config import load_config
 from torchtitan.config.job_config import JobConfig
-from torchtitan.models.architecture import complete
+from torchtitan.models.architecture import args_from_manifest, as_json
+from torchtitan.models.huggingface import read_config
+from torchtitan.models.rope_config import lost_rope
+from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.errors import UserError
 
 
@@ -32,6 +34,9 @@ class Start:
     manifest: dict[str, Any] | None
     """The checkpoint's; None for a Hugging Face folder."""
 
+    args: TransformerArgs | None
+    """What the weights were trained as; None for a Hugging Face folder without config.json."""
+
 
 def find_start(config: JobConfig) -> Start | None:
     """Where [stage] and [checkpoint] say that a fresh run starts from; None: from scratch, or initial_load_in_hf."""
@@ -45,8 +50,9 @@ def find_start(config: JobConfig) -> Start | None:
 def _stage_before(config: JobConfig) -> Start:
     after = Path(config.stage.after or "")
     if not after.is_file():
-        raise UserError(f"stage.after = {after} does not exist: it must name the TOML file of the stage before.")
-    before = load_config(["--job.config_file", str(after)])
+        what = "is a folder" if after.is_dir() else "does not exist"
+        raise UserError(f"stage.after = {after} {what}: it must name the TOML file of the stage before.")
+    before = stage_as_run(config)
     dump_folder = Path(config.stage.after_dump_folder or before.job.dump_folder)
     folder = dump_folder / before.checkpoint.folder
     how = (
@@ -69,7 +75,18 @@ def _stage_before(config: JobConfig) -> Start:
             f"stage.after = {after}: that stage has not ended. Its newest complete checkpoint, "
             f"{folder}/step-{steps[-1]}, is of step {manifest['step']} of {wanted}. {how}"
         )
-    return Start(folder / f"step-{steps[-1]}", config.stage.carry, manifest)
+    if failure := failed_gate(before.stage.gates, dump_folder / "metrics.jsonl", metrics_before(before)):
+        raise UserError(f"stage.after = {after}: a gate of that stage does not hold: {failure}.")
+    return _start(folder / f"step-{steps[-1]}", config.stage.carry, manifest)
+
+
+def _start(path: Path, parts: tuple[str, ...], manifest: dict[str, Any]) -> Start:
+    return Start(path, parts, manifest, args_from_manifest(manifest["architecture"]))
+
+
+def hugging_face_start(path: Path) -> Start:
+    """A folder of safetensors; its config.json says what the weights were trained as."""
+    return Start(path, ("model",), None, read_config(path) if (path / "config.json").is_file() else None)
 
 
 def _elsewhere(config: JobConfig) -> Start:
@@ -81,13 +98,13 @@ def _elsewhere(config: JobConfig) -> Start:
     if not path.is_dir():
         raise UserError(f"{key} is not a folder.")
     if (path / "manifest.json").is_file():
-        return Start(path, parts, _sound_manifest(path))
+        return _start(path, parts, _sound_manifest(path))
     if next(path.glob("*.safetensors"), None):
-        return Start(path, ("model",), None)
+        return hugging_face_start(path)
     for folder in (path, path / config.checkpoint.folder):
         if steps := complete_steps(folder):
             newest = folder / f"step-{steps[-1]}"
-            return Start(newest, parts, _sound_manifest(newest))
+            return _start(newest, parts, _sound_manifest(newest))
     if (path / ".metadata").is_file():
         raise UserError(
             f"{key} is a DCP checkpoint without this project's manifest.json, torchtitan's perhaps: turn it into one "
@@ -107,15 +124,14 @@ def _sound_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_start(start: Start, architecture: dict[str, Any], tokenizer: str, rope_type: str) -> None:
-    """UserError where the stage before and this one cannot go together.
+def check_start(start: Start, args: TransformerArgs, tokenizer: str, rope_type: str) -> None:
+    """UserError where what a run starts from and the stage cannot go together.
 
-    architecture: TransformerArgs as JSON; tokenizer: its fingerprint; rope_type: the TOML's rope.type.
+    tokenizer: the stage's fingerprint; rope_type: the TOML's rope.type.
     """
-    was = start.manifest
-    if was is None:
+    if start.args is None:
         return
-    old, new = flat(complete(was["architecture"])), flat(architecture)
+    old, new = flat(as_json(start.args)), flat(as_json(args))
     differences = [
         f"{key} {old.get(key)} -> {new.get(key)}"
         for key in {**old, **new}
@@ -123,31 +139,17 @@ def check_start(start: Start, architecture: dict[str, Any], tokenizer: str, rope
     ]
     if differences:
         raise UserError(f"{start.path} is of another architecture: {'; '.join(differences)}.")
-    if was["tokenizer"] != tokenizer:
+    if start.manifest and start.manifest["tokenizer"] != tokenizer:
         raise UserError(
             f"{start.path} was trained with another tokenizer than that of model.hf_assets_path: its embeddings would "
             "stand for other tokens."
         )
-    lost = _lost_rope(was["architecture"]["rope"], architecture["rope"])
-    if lost:
+    if lost := lost_rope(start.args.rope, args.rope, args.head_dim):
         raise UserError(
             f"{start.path} was trained with RoPE that this stage would take back: {lost}. A stage's RoPE is that of "
-            f'its own TOML (rope.type = "{rope_type}"), nothing of it is carried over: write there what the stage '
-            "before had, or more."
+            f'its own TOML (rope.type = "{rope_type}") and model.flavor, nothing of it is carried over: write there '
+            "what it was trained with, or more."
         )
-
-
-def _lost_rope(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """How the new RoPE covers less than the old one, if it does."""
-    was, now = old.get("scaling"), new.get("scaling")
-    if was and not now and new["theta"] <= old["theta"]:
-        return f"{was['rope_type']} -> no rescaling"
-    same_kind = (was or {}).get("rope_type") == (now or {}).get("rope_type")
-    if same_kind and was and now and (was.get("factor") or 0) > (now.get("factor") or 0):
-        return f"{was['rope_type']} factor {was['factor']:g} -> {now.get('factor')}"
-    if same_kind and new["theta"] < old["theta"]:
-        return f"theta {old['theta']:g} -> {new['theta']:g}"
-    return None
 
 
 def lineage(manifest: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -46,8 +46,11 @@ def chain(args: list[str]) -> list[ChainedStage]:
     )
     top = _value(args, "job.dump_folder")
     stages: list[ChainedStage] = []
+    overridden = _value(args, "stage.after")
     for file in reversed(files):
         arguments = ["--job.config_file", str(file), *shared]
+        if file == files[0] and overridden is not None:
+            arguments += ["--stage.after", overridden]
         if top is not None:
             name = load_config(arguments).stage.name
             arguments += ["--job.dump_folder", os.path.join(top, name)]

@@ -283,7 +283,7 @@ def _check_schedule(config: JobConfig) -> None:
 
 # What each rope.type needs, and what it reads beside; `theta` and `layers` go with all.
 _ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "model": ((), ()),
+    "model": ((), ("mixed_window",)),
     "none": ((), ()),
     "linear": (("factor",), ()),
     "ntk": (("factor",), ()),

@@ -61,8 +61,11 @@ def _keep_batch(config: JobConfig, own: set[str], args: list[str], files: tuple[
     Rows that it has from a file it extends are that file's: they would multiply the batch by the growth in length.
     """
     t, after = config.training, config.stage.after
-    if after:
-        check_circle(after, files)
+    link, seen = after, files
+    while link:
+        check_circle(link, seen)
+        seen = (str(Path(link).resolve()), *seen)
+        link = load_tables(Path(link)).get("stage", {}).get("after") if Path(link).is_file() else None
     said = own | {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
     if not after or t.global_batch_tokens or said & {"training.global_batch_size", "training.global_batch_tokens"}:
         return config

@@ -68,13 +68,13 @@ def check_edges(edges: Sequence[int], length: int) -> tuple[int, ...]:
 def rope_for(rope: RopeArgs, length: int) -> RopeArgs:
     """The RoPE under which a document of `length` tokens is read, where that depends on the length.
 
-    LongRoPE's short list up to the original length (as transformers does by the longest position), dynamic NTK's base,
-    and GeNE's factor, max(factor, ceil(length / L0)).
+    LongRoPE's short list up to the original length (as transformers does by the longest position), the base of a
+    dynamic NTK that nothing has fixed to a length, and GeNE's factor, max(factor, ceil(length / L0)).
     """
     scaling = rope.scaling
     if isinstance(scaling, LongRopeScaling) and length <= scaling.original_max_position_embeddings:
         return replace(rope, scaling=replace(scaling, long_factor=scaling.short_factor))
-    if isinstance(scaling, DynamicNTKScaling):
+    if isinstance(scaling, DynamicNTKScaling) and scaling.length is None:
         return replace(rope, scaling=replace(scaling, length=length))
     if isinstance(scaling, GeneScaling):
         factor = max(scaling.factor, math.ceil(length / scaling.original_max_position_embeddings))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, get_args
 
 from torchtitan.models.rope import RopeArgs
@@ -26,7 +26,14 @@ def complete(architecture: dict[str, Any]) -> dict[str, Any]:
 
 def args_from_manifest(architecture: dict[str, Any]) -> TransformerArgs:
     """The inverse of as_json. What an older manifest lacks has its default; UserError for what is not known here."""
-    rope = dict(architecture["rope"])
+    rope = rope_from_manifest(architecture["rope"])
+    values = {k: v for k, v in architecture.items() if k != "rope"}
+    return replace(_build(TransformerArgs, values, ""), rope=rope)
+
+
+def rope_from_manifest(rope: dict[str, Any]) -> RopeArgs:
+    """The same for the RoPE alone."""
+    rope = dict(rope)
     scaling = rope.get("scaling")
     if scaling is not None:
         kind = scaling["rope_type"]
@@ -36,7 +43,7 @@ def args_from_manifest(architecture: dict[str, Any]) -> TransformerArgs:
                 f"{', '.join(_SCALINGS)}. It was written by a newer version: use that."
             )
         rope["scaling"] = _build(_SCALINGS[kind], scaling, "rope.scaling.")
-    return _build(TransformerArgs, architecture | {"rope": _build(RopeArgs, rope, "rope.")}, "")
+    return _build(RopeArgs, rope, "rope.")
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:

@@ -28,6 +28,7 @@ _STALE = (
     "rope_theta",
     "rope_type",
     "original_max_position_embeddings",
+    "trained_length",
     "auto_map",
     "quantization_config",
     "_name_or_path",
@@ -118,6 +119,8 @@ def config_json(
 def _rope(args: TransformerArgs, kind: str) -> dict[str, Any]:
     form, length = rope_to_hf(args.rope, args.head_dim)
     config = {"rope_parameters": form, "rope_theta": form["rope_theta"], "max_position_embeddings": length}
+    if length != args.rope.max_position_embeddings:  # what transformers or vLLM make of the length is not the length
+        config["trained_length"] = args.rope.max_position_embeddings
     if form["rope_type"] != "default":
         config["rope_scaling"] = {key: value for key, value in form.items() if key != "rope_theta"}
     if form["rope_type"] == "longrope":

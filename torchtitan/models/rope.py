@@ -47,8 +47,12 @@ def inverse_frequencies(rope: RopeArgs, head_dim: int, dtype: torch.dtype = torc
 
 
 def longest_wavelength(rope: RopeArgs, head_dim: int) -> float:
-    """Tokens after which the slowest pair has turned once, whatever the table."""
-    return 2 * math.pi / float(inverse_frequencies(rope, head_dim).min())
+    """Tokens after which the slowest pair has turned once; of HARPE's heads the one that covers least, of LongRoPE's
+    lists the long one."""
+    freqs = inverse_frequencies(rope, head_dim)
+    if rope.scaling and rope.scaling.rope_type == "longrope":
+        freqs = freqs[1]
+    return 2 * math.pi / float(freqs.amin(-1).max())
 
 
 @lru_cache(maxsize=64)

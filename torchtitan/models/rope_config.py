@@ -34,12 +34,14 @@ def build_rope(
     theta = model.theta if table.theta is None else table.theta
     if theta == "auto":
         theta = _auto_theta(before or model, head_dim, length)
+    # a stage with shorter rows than the one before goes on with its base
+    reach = max(length, (before.max_position_embeddings or 0) if before else 0)
     if table.type == "model":
         scaling = model.scaling
-        if isinstance(scaling, DynamicNTKScaling):
-            scaling = replace(scaling, length=length)
+        if isinstance(scaling, DynamicNTKScaling) and scaling.length is None:
+            scaling = replace(scaling, length=reach)
     else:
-        scaling = _scaling(table, head_dim, n_kv_heads, length)
+        scaling = _scaling(table, head_dim, n_kv_heads, reach)
     # a later stage can have shorter rows, and GeNE is trained for its whole factor
     covered = max(length, *(rope.max_position_embeddings or 0 for rope in (model, before or model)))
     if isinstance(scaling, GeneScaling):
@@ -59,8 +61,13 @@ def _auto_theta(before: RopeArgs, head_dim: int, length: int) -> float:
             'rope.theta = "auto" raises the base of the stage before by the growth in length, but the length that the '
             'model was trained for is not known: give stage.after, a config.json (model.flavor = "auto"), or a number.'
         )
+    theta, scaling = before.theta, before.scaling
+    if isinstance(scaling, NTKScaling):
+        theta = ntk_theta(theta, scaling.factor, head_dim)
+    elif isinstance(scaling, DynamicNTKScaling):
+        theta = scaling.theta(theta, head_dim)
     # a stage that is shorter than the one before keeps its base
-    return ntk_theta(before.theta, max(length / before.max_position_embeddings, 1.0), head_dim)
+    return ntk_theta(theta, max(length / before.max_position_embeddings, 1.0), head_dim)
 
 
 def _scaling(table: Rope, head_dim: int, n_kv_heads: int, length: int) -> Scaling | None:
@@ -127,14 +134,44 @@ def describe_rope(rope: RopeArgs) -> str:
 
 def rope_warnings(rope: RopeArgs, head_dim: int, length: int) -> list[str]:
     """What looks wrong about a RoPE for rows that reach position `length`, in sentences with the arithmetic."""
+    warnings = []
+    if isinstance(rope.scaling, YarnScaling):
+        covered = rope.scaling.factor * rope.scaling.original_max_position_embeddings
+        if covered < length:
+            warnings.append(
+                f"YaRN's factor {rope.scaling.factor:g} of {rope.scaling.original_max_position_embeddings:,} tokens "
+                f"covers {covered:,.0f}, but rows reach position {length:,}: a factor of "
+                f"{length / rope.scaling.original_max_position_embeddings:g} would do."
+            )
     wave = longest_wavelength(rope, head_dim)
     if wave >= length:
-        return []
+        return warnings
     return [
+        *warnings,
         f"RoPE's slowest pair turns once in {wave:,.0f} tokens (2 pi / its frequency, theta = {rope.theta:g}, "
         f"{head_dim // 2} pairs), but rows reach position {length:,}: no pair tells apart what is more than a turn "
-        f"away. Without rescaling a theta of {smallest_theta(length, head_dim):.3g} would do."
+        f"away. Without rescaling a theta of {smallest_theta(length, head_dim):.3g} would do.",
     ]
+
+
+def lost_rope(old: RopeArgs, new: RopeArgs, head_dim: int) -> str | None:
+    """How `new` covers less than the RoPE that the weights were trained with, if it does, in words with the numbers.
+
+    What decides is what the model sees: the slowest pair must not turn faster than before, whatever the method is
+    called. And the original length of a method must not grow: its factor is against the length before any rescaling.
+    """
+    was, now = longest_wavelength(old, head_dim), longest_wavelength(new, head_dim)
+    change = f"{describe_rope(old)} -> {describe_rope(new)}"
+    if now < was * 0.99:
+        return f"the slowest pair turned once in {was:,.0f} tokens and would in {now:,.0f} ({change})"
+    a, b = (getattr(r.scaling, "original_max_position_embeddings", None) for r in (old, new))
+    same = old.scaling and new.scaling and old.scaling.rope_type == new.scaling.rope_type
+    if same and a and b and b > a:
+        return (
+            f"original_max_position_embeddings {a} -> {b}, while a factor is always against the length before any "
+            f"rescaling, {a} in every stage ({change})"
+        )
+    return None
 
 
 def smallest_theta(length: int, head_dim: int) -> float:
@@ -146,7 +183,7 @@ def rope_from_hf(config: dict[str, Any], where: str) -> RopeArgs:
     """The RoPE of a config.json; `where` begins the message of a UserError."""
     # transformers 5 keeps everything in rope_parameters; 4 has rope_theta and rope_scaling, which win where both stand
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    length = config.get("max_position_embeddings")
+    length = config.get("trained_length") or config.get("max_position_embeddings")  # the former is ours, see rope_to_hf
     # a model with windows has RoPE by kind of layer: {"full_attention": {...}, "sliding_attention": {...}}
     layers = "all"
     if "full_attention" in rope:
@@ -179,7 +216,7 @@ def rope_from_hf(config: dict[str, Any], where: str) -> RopeArgs:
         case "linear":
             scaling = LinearScaling(number("factor"))
         case "dynamic":
-            scaling = DynamicNTKScaling(number("factor"), int(original or length or 0))
+            scaling = DynamicNTKScaling(number("factor"), int(original or config.get("max_position_embeddings") or 0))
         case "llama3":
             scaling = Llama3Scaling(
                 number("factor"), number("low_freq_factor"), number("high_freq_factor"), original_length()
@@ -229,6 +266,9 @@ def rope_to_hf(rope: RopeArgs, head_dim: int) -> tuple[dict[str, Any], int]:
             length = math.ceil(length / max(form["factor"], 1.0))
         case "yarn":  # else transformers warns, and vLLM computes this product itself
             length = round(form["factor"] * form["original_max_position_embeddings"])
+        case "dynamic":
+            assert isinstance(rope.scaling, DynamicNTKScaling)
+            length = rope.scaling.original_max_position_embeddings
         case "llama3":  # transformers wants it longer than the original
             length = max(length, form["original_max_position_embeddings"] + 1)
     return form, length

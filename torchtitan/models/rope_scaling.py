@@ -75,7 +75,8 @@ class DynamicNTKScaling(_Unit):
     factor: float
     original_max_position_embeddings: int
     length: int | None = None
-    """Tokens that the frequencies are for; None, and what is shorter than L0: L0."""
+    """Tokens that the frequencies are for; None, and what is shorter than L0: L0. None only of a model that came so
+    from Hugging Face and that nothing has fixed to a length."""
     rope_type: str = field(default="dynamic", init=False)
 
     def theta(self, theta: float, head_dim: int) -> float:
@@ -88,6 +89,8 @@ class DynamicNTKScaling(_Unit):
         return plain_frequencies(self.theta(theta, head_dim), head_dim, dtype)
 
     def hf(self, theta: float, head_dim: int) -> dict[str, Any]:
+        if self.length is None:  # as it came from there, never trained for a length
+            return {"rope_type": "dynamic", "rope_theta": theta, "factor": self.factor}
         return {"rope_type": "default", "rope_theta": self.theta(theta, head_dim)}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from torchtitan.attention.segments import Segments
+from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.components.weights import Weights, parameter_shapes, write_checkpoint
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_scaling import (
@@ -22,6 +23,7 @@ from torchtitan.models.rope_scaling import (
 )
 from torchtitan.models.transformer import LayerType, Transformer, TransformerArgs
 
+TOKENIZER = load_tokenizer(Path(__file__).parents[3] / "assets" / "tokenizer").fingerprint
 ORIGINAL, TRAINED, HEAD_DIM, VOCABULARY = 64, 256, 16, 128
 LLAMA = TransformerArgs(64, 2, 4, 2, HEAD_DIM, 96, VOCABULARY, 1e-5)
 _SHORT = tuple(1 + j / 50 for j in range(HEAD_DIM // 2))
@@ -76,7 +78,7 @@ def random_weights(args: TransformerArgs, seed: int = 0) -> Weights:
 
 def save(args: TransformerArgs, folder: Path, seed: int = 0) -> Path:
     """A checkpoint as training writes it: folder/step-0."""
-    return write_checkpoint(random_weights(args, seed), folder, {"tokenizer": "abc", "seq_len": TRAINED})
+    return write_checkpoint(random_weights(args, seed), folder, {"tokenizer": TOKENIZER, "seq_len": TRAINED})
 
 
 @torch.no_grad()

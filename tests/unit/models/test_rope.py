@@ -11,9 +11,11 @@ import torch
 
 from torchtitan.attention.segments import Segments
 from torchtitan.config.job_config import Rope
+from torchtitan.evaluation.loss_by_position import rope_for
+from torchtitan.models.hf_config import config_json
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.rope import RopeArgs, apply_rope, inverse_frequencies, rope_tables
-from torchtitan.models.rope_config import build_rope, rope_from_hf, rope_to_hf, rope_warnings, smallest_theta
+from torchtitan.models.rope_config import build_rope, lost_rope, rope_from_hf, rope_to_hf, rope_warnings, smallest_theta
 from torchtitan.models.rope_scaling import (
     DynamicNTKScaling,
     GeneScaling,
@@ -266,15 +268,20 @@ def test_lists_of_the_wrong_length_are_refused(table: Rope, named: str):
         Llama3Scaling(8.0, 1.0, 4.0, 8192),
         YarnScaling(16.0, 4096, 24.0, 2.0, False, 1.5),
         LongRopeScaling(4096, (2.0,) * 32, (1.0,) * 32, 1.0, 16.0),
+        DynamicNTKScaling(4.0, 4096),
+        YarnScaling(4.0, 4096, attention_factor=1.1),  # trained beyond what its factor covers
     ],
     ids=str,
 )
 def test_hugging_faces_form_reads_back(scaling: Scaling | None):
+    """With the length that it was trained for, also where max_position_embeddings has to be another number."""
     rope = RopeArgs(5e5, scaling, max_position_embeddings=65536)
-    form, length = rope_to_hf(rope, 64)
-    for config in ({"rope_parameters": form}, {"rope_theta": 5e5, "rope_scaling": form}):
-        again = rope_from_hf(config | {"max_position_embeddings": length}, "x")
-        assert (again.theta, again.scaling) == (5e5, scaling)
+    config = config_json(replace(FLAVORS["smollm2_135m"], rope=rope), "float32", {})
+    legacy = {k: v for k, v in config.items() if k != "rope_parameters"}
+    modern = {k: v for k, v in config.items() if k not in ("rope_scaling", "rope_theta")}
+    for keys in (config, legacy, modern):
+        again = rope_from_hf(keys, "x")
+        assert again == rope
         assert torch.equal(inverse_frequencies(again, 64), inverse_frequencies(rope, 64))
 
 
@@ -315,3 +322,53 @@ def test_the_length_that_a_model_covers():
     assert build_rope(Rope(theta=1e6), model, 64, 3, 65536, before).max_position_embeddings == 524288
     gene = Rope(type="gene", factor=16.0, original_max_position_embeddings=4096)
     assert build_rope(gene, model, 64, 3, 16384).max_position_embeddings == 65536
+
+
+LONG16, LONG2 = (LongRopeScaling(8192, (c,) * 64, (1.0,) * 64) for c in (16.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "lost"),
+    [
+        (RopeArgs(5e5), RopeArgs(8e6), False),
+        (RopeArgs(8e6), RopeArgs(5e5), True),
+        (RopeArgs(5e5), RopeArgs(5e5, YarnScaling(16.0, 8192)), False),
+        (RopeArgs(5e5, YarnScaling(16.0, 8192)), RopeArgs(5e5, YarnScaling(32.0, 8192)), False),
+        (RopeArgs(5e5, YarnScaling(16.0, 8192)), RopeArgs(5e5, YarnScaling(8.0, 8192)), True),
+        (RopeArgs(1e4, YarnScaling(4.0, 8192)), RopeArgs(10001.0), True),
+        (RopeArgs(5e5, YarnScaling(16.0, 8192)), RopeArgs(5e5, LinearScaling(2.0)), True),
+        (RopeArgs(5e5, YarnScaling(4.0, 8192)), RopeArgs(5e5, YarnScaling(4.0, 32768)), True),  # compounded
+        (RopeArgs(5e5, NTKScaling(8.0)), RopeArgs(ntk_theta(5e5, 2.0, 128)), True),
+        (RopeArgs(5e5, LONG16), RopeArgs(5e5, LONG2), True),
+        (RopeArgs(5e5, HarpeScaling((1e6, 5e6))), RopeArgs(5e6), False),
+        (RopeArgs(5e5, HarpeScaling((1e6, 5e6))), RopeArgs(5e5, HarpeScaling((1e4, 5e6))), True),
+        (RopeArgs(5e5, Llama3Scaling(8.0, 1.0, 4.0, 8192)), RopeArgs(5e5), True),
+        (RopeArgs(5e5, Llama3Scaling(8.0, 1.0, 4.0, 8192)), RopeArgs(5e5, Llama3Scaling(128.0, 1.0, 4.0, 8192)), False),
+        (RopeArgs(1e4, GeneScaling(16.0, 4096)), RopeArgs(1e4), True),
+    ],
+    ids=str,
+)
+def test_what_a_stage_may_not_take_back(old: RopeArgs, new: RopeArgs, lost: bool):
+    """Decided by what the model sees, whatever the methods are called."""
+    assert (lost_rope(old, new, 128) is not None) == lost
+
+
+def test_auto_goes_on_from_what_ntk_made_of_theta():
+    before = RopeArgs(5e5, NTKScaling(8.0), max_position_embeddings=65536)
+    rope = build_rope(Rope(theta="auto", type="none"), RopeArgs(5e5), 128, 8, 131072, before)
+    assert rope.theta == pytest.approx(ntk_theta(5e5, 16.0, 128)) and lost_rope(before, rope, 128) is None
+
+
+def test_dynamic_ntk_keeps_its_base_once_it_has_one():
+    dynamic = Rope(type="dynamic", factor=10.0, original_max_position_embeddings=8192)
+    long = build_rope(dynamic, RopeArgs(5e5), 128, 8, 131072)
+    later = build_rope(dynamic, RopeArgs(5e5), 128, 8, 65536, long)  # a stage with shorter rows
+    assert later.scaling == long.scaling
+    assert build_rope(Rope(), long, 128, 8, 1024).scaling == long.scaling
+    assert rope_for(long, 1024) == long, "evaluation reads it as it was trained, and as it is exported"
+
+
+def test_a_factor_too_small_for_the_length_is_warned_of():
+    yarn = RopeArgs(5e5, YarnScaling(4.0, 8192))
+    assert rope_warnings(yarn, 128, 32768) == []
+    assert "covers 32,768" in rope_warnings(yarn, 128, 131072)[0]
