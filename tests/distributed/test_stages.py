@@ -224,7 +224,7 @@ def test_what_cannot_follow_is_refused(folder: Path, runs: dict[str, dict[str, A
     def rope(name: str, **changes: Any) -> str:
         return edited(folder, name, lambda m: m["architecture"]["rope"].update(changes))
 
-    yarn = ["--rope.type", "yarn", "--rope.factor", "4", "--rope.original_max_position_embeddings", "64"]
+    yarn = ["--rope.type", "yarn", "--rope.factor", "3", "--rope.original_max_position_embeddings", "64"]
     had = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
     scaled, raised = rope("scaled", scaling=had), rope("raised", theta=8e6)
     assert "yarn: factor 8" in refusal([*stage(folder, two, "x", scaled), *yarn])
@@ -380,7 +380,7 @@ def test_a_gate_that_does_not_hold_stops_the_chain(folder: Path, runs: dict[str,
     shutil.copytree(folder / "one", gated / "gated")
     as_run = gated / "gated" / "config.toml"
     gate = '[[stage.gates]]\nmetric = "loss"\nover = 1\nat_most = 0.1\n'
-    as_run.write_text(as_run.read_text() + gate)
+    as_run.write_text(as_run.read_text().replace("gates = []\n", "") + gate)
     (folder / "gated.toml").write_text(
         'extends = "stage.toml"\n[[stage.gates]]\nmetric = "loss"\nover = 1\nat_most = 0.1\n'
     )
