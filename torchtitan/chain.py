@@ -2,6 +2,11 @@
 
 run_train.sh does so for --stage.run_chain. Stages that have ended are passed over, so that the same command, started
 again after whatever ended it, goes on in the stage and at the step where it was.
+
+    python -m torchtitan.chain --has-ended <arguments of torchtitan.train>
+
+asks of one stage whether anything is left to do: exit code 0 if it has ended and its gates hold, NOT_ENDED if it has
+not, GATE_NOT_HELD or, for a mistake in the configuration, FAILED. PyTorch is not imported, so a launcher can ask often.
 """
 
 from __future__ import annotations
@@ -9,20 +14,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from torchtitan.components.checkpoint import complete_steps, read_manifest
-from torchtitan.components.stage import failed_gate, metrics_before
-from torchtitan.config import JobConfig
+from torchtitan.components.gates import failed_gate, metrics_before
+from torchtitan.components.manifest import has_ended
+from torchtitan.config import JobConfig, load_config
 from torchtitan.config.chain import chain
 from torchtitan.config.checks import check_config
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, NOT_ENDED, STOPPED, GateError, UserError
 from torchtitan.tools.launch import launch
-
-
-def has_ended(config: JobConfig) -> bool:
-    """Whether a stage's newest complete checkpoint is that of its last step."""
-    folder = Path(config.job.dump_folder) / config.checkpoint.folder
-    steps = complete_steps(folder)
-    return bool(steps) and read_manifest(folder / f"step-{steps[-1]}")["step"] >= config.training.steps
 
 
 def run_chain(args: list[str], nproc: int) -> int:
@@ -39,26 +37,43 @@ def run_chain(args: list[str], nproc: int) -> int:
         if not has_ended(config):
             print(f"chain: stage {config.stage.name}, into {config.job.dump_folder}", file=sys.stderr, flush=True)
             code = launch([sys.executable, "-m", "torchtitan.train", *stage.arguments], nproc)
+            if code == STOPPED:  # it has saved and says so
+                print(f"chain: stopped in stage {config.stage.name}; start again to go on", file=sys.stderr, flush=True)
+                return code
             if code:
                 print(f"chain: stage {config.stage.name} failed; the chain stops", file=sys.stderr, flush=True)
                 return code
-            if not has_ended(config):  # asked to stop: it has saved and says so
-                print(f"chain: stopped in stage {config.stage.name}; start again to go on", file=sys.stderr, flush=True)
-                return 0
         else:
             print(f"chain: stage {config.stage.name} has ended", file=sys.stderr, flush=True)
-        metrics = Path(config.job.dump_folder) / "metrics.jsonl"
-        if failure := failed_gate(config.stage.gates, metrics, metrics_before(config)):
-            raise UserError(f"A gate of stage {config.stage.name} does not hold: {failure}. The chain stops.")
+        _check_gates(config)
     return 0
+
+
+def ended(args: list[str]) -> int:
+    """0 if the stage that args describe has ended and its gates hold, NOT_ENDED if it has not ended."""
+    config = load_config(args)
+    if not config.checkpoint.enable:
+        raise UserError("checkpoint.enable = false: whether a stage has ended is read from its checkpoints.")
+    if not has_ended(config):
+        return NOT_ENDED
+    _check_gates(config)
+    return 0
+
+
+def _check_gates(config: JobConfig) -> None:
+    metrics = Path(config.job.dump_folder) / "metrics.jsonl"
+    if failure := failed_gate(config.stage.gates, metrics, metrics_before(config)):
+        raise GateError(f"A gate of stage {config.stage.name} does not hold: {failure}. The chain stops.")
 
 
 def main(args: list[str]) -> int:
     try:
+        if args[:1] == ["--has-ended"]:
+            return ended(args[1:])
         return run_chain(args[1:], int(args[0]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return GATE_NOT_HELD if isinstance(error, GateError) else FAILED
 
 
 if __name__ == "__main__":

@@ -25,16 +25,17 @@ from torchtitan.components.checkpoint import (
     damage_of_all,
     load,
     random_state,
-    read_manifest,
     saved_parts,
     set_random_state,
 )
 from torchtitan.components.export import export, publish
+from torchtitan.components.gates import failed_gate, metrics_before
 from torchtitan.components.loss import position_bucket, train_micro_batch
 from torchtitan.components.lr_scheduler import lr_factor
+from torchtitan.components.manifest import read_manifest
 from torchtitan.components.metrics import MetricsLogger, duration, log_step
 from torchtitan.components.optimizer import build_optimizer, clip_gradients, optimizer_state
-from torchtitan.components.stage import Start, differences, failed_gate, metrics_before
+from torchtitan.components.stage import Start, differences
 from torchtitan.config import JobConfig, as_tables, dump_toml
 from torchtitan.config.checks import accumulation_steps, resolve_shard_degree
 from torchtitan.datasets.loader import IGNORED_LABEL, build_loader
@@ -59,7 +60,7 @@ from torchtitan.tools.device import (
     peak_memory_gib,
     pick_device,
 )
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import GateError, UserError
 from torchtitan.tools.flops import training_flops
 from torchtitan.tools.logging import logger, step_progress
 from torchtitan.tools.profiling import profiled
@@ -274,7 +275,7 @@ class Trainer:
         if self.rank == 0 and gates:
             before = metrics_before(self.config)
             if failure := failed_gate(gates, self.dump_folder / "metrics.jsonl", before):
-                raise UserError(
+                raise GateError(
                     f"A gate of stage {self.config.stage.name} does not hold: {failure}. The checkpoint of step "
                     f"{self.step} is kept, but the stage does not count as ended well, and its chain stops here."
                 )

@@ -1,4 +1,4 @@
-"""The boundary between two stages: where a stage starts from, what may not change there, what did, and its gates.
+"""The boundary between two stages: where a stage starts from, what may not change there, and what did.
 
 A stage is one TOML file. Its checkpoints carry a manifest with the configuration, the architecture and the tokenizer
 it was trained with, and the stages before it; the next stage reads all of that here, takes the tensors that stage.carry
@@ -7,14 +7,14 @@ names, and nothing else: RoPE, schedule, step counter and data are those of its 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchtitan.components.checkpoint import complete_steps, read_manifest
+from torchtitan.components.gates import flat
+from torchtitan.components.manifest import complete_steps, read_manifest
 from torchtitan.config import load_config
-from torchtitan.config.job_config import Gate, JobConfig
+from torchtitan.config.job_config import JobConfig
 from torchtitan.models.architecture import complete
 from torchtitan.tools.errors import UserError
 
@@ -198,60 +198,3 @@ def shown(value: Any) -> str:
         return f"{value:g}"
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"rope": {"theta": 1}} -> {"rope.theta": 1}."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return result
-
-
-def failed_gate(gates: tuple[Gate, ...], metrics: Path, metrics_before: Path | None) -> str | None:
-    """Which of stage.gates does not hold on metrics.jsonl, in a sentence with the numbers; None: all hold."""
-    for gate in gates:
-        value = _mean(metrics, gate)
-        if gate.at_most is not None and not value <= gate.at_most:
-            return f"{gate.metric} is {value:.4f}, more than at_most = {gate.at_most}"
-        if gate.at_least is not None and not value >= gate.at_least:
-            return f"{gate.metric} is {value:.4f}, less than at_least = {gate.at_least}"
-        if gate.above_previous is not None:
-            if metrics_before is None:
-                raise UserError(f"stage.gates: above_previous of {gate.metric} needs the metrics of a stage before.")
-            before = _mean(metrics_before, gate)
-            if not value <= before * (1 + gate.above_previous):
-                return (
-                    f"{gate.metric} is {value:.4f}, and {before:.4f} in the stage before: {value / before - 1:+.2%}, "
-                    f"more than above_previous = {gate.above_previous:+.2%}"
-                )
-    return None
-
-
-def metrics_before(config: JobConfig) -> Path | None:
-    """metrics.jsonl of the stage before."""
-    if not config.stage.after:
-        return None
-    before = load_config(["--job.config_file", config.stage.after])
-    return Path(config.stage.after_dump_folder or before.job.dump_folder) / "metrics.jsonl"
-
-
-def _mean(path: Path, gate: Gate) -> float:
-    """Over the last `gate.over` lines that have the metric."""
-    values: list[float] = []
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, json.JSONDecodeError) as e:
-        raise UserError(f"stage.gates: {path} cannot be read: {e}.") from None
-    known: set[str] = set()
-    for line in lines:
-        numbers = flat(line)
-        known |= {key for key, value in numbers.items() if isinstance(value, (int, float))}
-        if isinstance(numbers.get(gate.metric), (int, float)):
-            values.append(float(numbers[gate.metric]))
-    if not values:
-        raise UserError(
-            f"stage.gates: {path} has no metric {gate.metric}; there are {', '.join(sorted(known)) or 'none'}."
-        )
-    recent = values[-gate.over :]
-    return sum(recent) / len(recent)

@@ -6,6 +6,7 @@ depend on the workers, and a resumed run is the same loader with another start_s
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -184,6 +185,12 @@ def _positions(
     return row_positions(method, placed, plan.data.target_seq_len, (plan.seed, step, slot), ends)
 
 
+def leave_signals(worker: int) -> None:
+    """In a loader process: Slurm signals every process of a job step, but to stop is the trainer's business."""
+    for stop_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(stop_signal, signal.SIG_IGN)
+
+
 def build_loader(
     plan: Plan,
     dp_rank: int,
@@ -206,6 +213,7 @@ def build_loader(
         num_workers=num_workers,
         # Forked: the maps of the corpus are shared and nothing is imported again. Workers run numpy only.
         multiprocessing_context="fork" if num_workers else None,
+        worker_init_fn=leave_signals,
         generator=torch.Generator(),  # the loader draws a seed for its workers; not from the training's generator
         pin_memory=pin_memory,
     )

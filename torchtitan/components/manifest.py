@@ -1,0 +1,88 @@
+"""What a checkpoint folder says of itself, read without PyTorch: launchers and stage chains ask before they start any.
+
+A checkpoint is step-N/ with manifest.json: step, tokens, configuration, architecture, and size and CRC-32 of every
+file. components/checkpoint.py writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+from torchtitan.config.job_config import JobConfig
+from torchtitan.tools.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+def has_ended(config: JobConfig) -> bool:
+    """Whether nothing of a stage is left to do: its newest readable checkpoint is of its last step, and exported."""
+    folder = Path(config.job.dump_folder) / config.checkpoint.folder
+    for step in reversed(complete_steps(folder)):
+        try:
+            read_manifest(folder / f"step-{step}")
+        except UserError:
+            continue  # damaged: the trainer, which this is not, says so and takes the one before
+        exported = not config.checkpoint.last_save_in_hf or export_folder(config, step).exists()
+        return step >= config.training.steps and exported
+    return False
+
+
+def export_folder(config: JobConfig, step: int) -> Path:
+    """Where checkpoint.last_save_in_hf writes the model of a step."""
+    return Path(config.job.dump_folder) / "export" / f"step-{step}"
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of the published checkpoints, ascending."""
+    names = (re.fullmatch(r"step-(\d+)", p.name) for p in folder.glob("step-*"))
+    return sorted(int(m[1]) for m in names if m)
+
+
+def check_load_step(folder: Path, wanted: int, steps: list[int]) -> None:
+    """UserError if checkpoint.load_step names a step (one from 0 up) that is not among those in the folder."""
+    if wanted >= 0 and wanted not in steps:
+        raise UserError(
+            f"checkpoint.load_step = {wanted}, but {folder} holds no complete checkpoint of that step; there: "
+            f"{', '.join(map(str, steps)) or 'none'}. -1 takes the newest, and starts anew where there is none."
+        )
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of step-N/; UserError if it is missing, not JSON, or not one of this format."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"its format is {manifest['format']}, this version reads {FORMAT}")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path / MANIFEST} cannot be read: {type(e).__name__} {e}.") from None
+
+
+def find_damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, in a sentence that names the file, or None. Reads every parts-th file."""
+    try:
+        manifest = read_manifest(path)
+    except UserError as e:
+        return str(e)
+    for name, expected in sorted(manifest.get("files", {}).items())[part::parts]:
+        try:
+            actual = size_and_crc(path / name)
+        except OSError as e:
+            return f"{path / name} cannot be read: {e.strerror}."
+        if actual != expected:
+            return f"{path / name} has size and CRC-32 {actual}, the manifest says {expected}."
+    return None
+
+
+def size_and_crc(path: Path) -> list[int]:
+    """[bytes, CRC-32] of a file."""
+    crc = size = 0
+    with path.open("rb") as f:
+        while block := f.read(1 << 24):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return [size, crc]
