@@ -10,14 +10,15 @@ import sys
 import time
 
 from torchtitan.config import dump_toml, load_config
-from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, STOPPED, GateError, UserError
+from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, LOST_A_RANK, STOPPED, GateError, UserError
 from torchtitan.tools.logging import init_logger, logger
 
 
 def main(args: list[str]) -> int:
     """Train the stage that args describe; the exit code. Ranks are told apart by torchrun's variables.
 
-    0: the stage has ended. STOPPED: asked to stop, and saved. GATE_NOT_HELD: ended, but not well. FAILED: any other.
+    0: the stage has ended. STOPPED: asked to stop, and saved. GATE_NOT_HELD: ended, but not well. LOST_A_RANK: it is
+    another rank that ended or hangs. FAILED: any other.
     """
     rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in RANK_VARIABLES)
     init_logger(rank, world_size)
@@ -66,8 +67,8 @@ def main(args: list[str]) -> int:
     except RuntimeError as e:
         if not any(words in str(e) for words in LOST_CONNECTION):
             raise
-        why = f"Another rank has ended, and says why, or the connection to it was lost: {str(e).splitlines()[0]}"
-        return _give_up(why, rank)
+        why = f"Another rank has ended, and says why, or it hangs or is out of reach: {str(e).splitlines()[0]}"
+        return _give_up(why, rank, LOST_A_RANK)
 
 
 def _give_up(message: str, rank: int, code: int = FAILED) -> int:
@@ -85,7 +86,12 @@ def _give_up(message: str, rank: int, code: int = FAILED) -> int:
 
 SECONDS_FOR_RANK_0 = 10
 AFTER_MAKING_ROOM = "Make room and start again: training goes on from the newest complete checkpoint."
-LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
+LOST_CONNECTION = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+)  # gloo's
 RANK_VARIABLES = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 

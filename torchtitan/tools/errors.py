@@ -8,6 +8,7 @@ main() prints it without a traceback and exits 1; anything else that is raised i
 FAILED = 1
 GATE_NOT_HELD = 3
 NOT_ENDED = 4  # only where it is asked whether a stage has ended
+LOST_A_RANK = 76  # another rank has ended or hangs; this one has nothing to say about why
 STOPPED = 75  # asked to stop; it has saved, and goes on when started again (EX_TEMPFAIL of sysexits.h)
 
 
