@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from torchtitan.chain import ended
-from torchtitan.components.manifest import complete_steps, has_ended
+from torchtitan.components.manifest import complete_steps
 from torchtitan.config import load_config
 from torchtitan.config.chain import chain, without_flags
 from torchtitan.config.checks import check_config
@@ -36,8 +36,12 @@ def stages(args: list[str]) -> int:
         config = stage.config
         if not config.checkpoint.enable:
             raise UserError(f"stage {config.stage.name}: Slurm's jobs need checkpoints (checkpoint.enable = true).")
-        dump_folder, ended = str(Path(config.job.dump_folder).absolute()), "yes" if has_ended(config) else "no"
-        print(shlex.join(["stage", config.stage.name, dump_folder, ended, "--", *stage.arguments]))
+        try:
+            done = "yes" if ended(stage.arguments) == 0 else "no"
+        except GateError:
+            done = "no"  # its job says so, and stops those after it
+        dump_folder = str(Path(config.job.dump_folder).absolute())
+        print(shlex.join(["stage", config.stage.name, dump_folder, done, "--", *stage.arguments]))
     return 0
 
 

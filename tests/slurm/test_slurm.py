@@ -144,15 +144,16 @@ class Run:
         return complete_steps(self.out / "checkpoint")
 
     def trainers(self, rank: int) -> list[int]:
-        """Processes of a rank, its data loader among them, from outside their namespaces."""
-        found = []
+        """The process of a rank, seen from outside its namespaces; not those of its data loader."""
+        found: dict[int, int] = {}
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 words = (process / "cmdline").read_bytes().split(b"\0")
                 words += (process / "environ").read_bytes().split(b"\0")
                 if {b"torchtitan.train", str(self.out).encode(), f"RANK={rank}".encode()} <= set(words):
-                    found.append(int(process.name))
-        return sorted(found)
+                    parent = re.search(r"PPid:\s*(\d+)", (process / "status").read_text())
+                    found[int(process.name)] = int(parent[1]) if parent else 0
+        return [pid for pid, parent in found.items() if parent not in found]
 
     def signal(self, rank: int, number: signal.Signals) -> None:
         for pid in self.trainers(rank):
@@ -280,7 +281,7 @@ def preempted(cluster: Cluster, folder: Path) -> Facts:
 
     def trial(name: str, script: Path) -> Facts:
         run = Run(cluster, folder, name)
-        where = ("-w", "node7,node8", "--nodes=2", "--exclusive")
+        where = ("-w", "node7,node8", "--nodes=2", "--cpus-per-task=16")
         job = run.submit("--partition=low", *where, script=script, TORCHTITAN_REPO=str(REPO))
         with run.held():
             high = cluster.sbatch("--partition=high", *where, "--output=/dev/null", "--wrap", "sleep 1")
@@ -369,13 +370,8 @@ def cancelled(cluster: Cluster, folder: Path) -> Facts:
     shutil.copytree(run.out, fewer.out)
     left = run.steps()
     jobs = run.submit("--nodes=2", "-w", "node1,node2"), fewer.submit("--nodes=1", "-w", "node2")
-    return {
-        "first": first,
-        "refused": refused,
-        "left": left,
-        "again": facts(run, jobs[0]),
-        "fewer": facts(fewer, jobs[1]),
-    }
+    first |= {"refused": refused, "left": left}
+    return first | {"again": facts(run, jobs[0]), "fewer": facts(fewer, jobs[1])}
 
 
 @scenario
