@@ -343,12 +343,12 @@ def killed_ranks(cluster: Cluster, folder: Path) -> Facts:
     run.wait_for_step(3)
     run.signal(1, signal.SIGKILL)
     killed_at, at = time.monotonic(), run.steps()[-1]
-    until(lambda: run.said("having got further than step 0"), "the end of a run with a dead rank", 0.05)
+    until(lambda: run.said("killed (exit code"), "the end of a run with a dead rank", 0.05)
     noticed = time.monotonic() - killed_at
     run.wait_for_step(at + 4)
     run.signal(1, signal.SIGSTOP)
     stopped_at = time.monotonic()
-    until(lambda: run.said("having got further", 2), "the end of a run with a hanging rank", 0.05)
+    until(lambda: run.said("killed (exit code", 2), "the end of a run with a hanging rank", 0.05)
     return facts(run, job, killed=noticed, hung=time.monotonic() - stopped_at, timeout=timeout)
 
 
