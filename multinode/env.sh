@@ -33,8 +33,5 @@ SRUN_OPTIONS=()
 # AWS EFA (with the aws-ofi-nccl plugin)
 # export FI_PROVIDER=efa FI_EFA_USE_HUGE_PAGE=0 NCCL_SOCKET_IFNAME=ens
 
-# ---- flight recorder: on a hang every rank writes its last collectives, for `torchfrtrace`
-# export TORCH_FR_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_DUMP_TEMP_FILE=/shared/traces/rank_
-
-# ---- run on every node before the trainers, e.g. a check that can fail the job
-# BEFORE_TRAINING=(python -m torchtitan.tools.node_check)
+# ---- a check of the nodes before every start. report: slow and broken ones are named in the log; exclude: and left out
+# NODE_CHECK=report

