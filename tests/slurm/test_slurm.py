@@ -375,6 +375,19 @@ def cancelled(cluster: Cluster, folder: Path) -> Facts:
 
 
 @scenario
+def tokenized(cluster: Cluster, folder: Path) -> Facts:
+    """The sources of the stage, by the tasks of an array."""
+    stage = folder / "tokenize.toml"
+    own = f'[model]\nhf_assets_path = "{folder}/assets-llama"\n[data]\ncache_folder = "{folder}/own"\n'
+    stage.write_text(f'extends = "stage.toml"\n{own}')
+    script = REPO / "multinode" / "tokenize.sbatch"
+    options = ("--wait", "--array=3-4", f"--output={folder}/tokenize-%a.log", "-w", "node1")
+    done = cluster.run("sbatch", *options, script, "--config-file", stage)
+    logs = [(folder / f"tokenize-{task}.log").read_text() for task in (3, 4)]
+    return {"code": done.returncode, "logs": logs, "folder": folder / "own"}
+
+
+@scenario
 def bad_input(cluster: Cluster, folder: Path) -> Facts:
     run = Run(cluster, folder, "bad")
     result: Facts = {"outside": cluster.run(REPO / "multinode" / "train.sbatch", *run.arguments)}
@@ -516,6 +529,13 @@ def test_a_stage_that_has_ended_is_not_trained_again(outcomes: dict[str, Future[
     outcome = outcomes["unbroken"].result()
     assert outcome["state"] == "COMPLETED" and "nothing to do" in outcome["log"] and "training;" not in outcome["log"]
     assert outcome["torchrun"].returncode == 0 and "nothing to do" in outcome["torchrun"].stderr
+
+
+def test_an_array_tokenizes(outcomes: dict[str, Future[Facts]]) -> None:
+    outcome = outcomes["tokenized"].result()
+    assert outcome["code"] == 0, outcome["logs"]
+    said = re.findall(r"text: 120 documents, ([\d,]+) tokens in (.*)", "".join(outcome["logs"]))
+    assert said and Path(said[-1][1]).is_relative_to(outcome["folder"]), outcome["logs"]
 
 
 def test_bad_input(outcomes: dict[str, Future[Facts]]) -> None:
