@@ -108,17 +108,16 @@ def main(folder: Path, kills: int = 20, seed: int = 0, steps: int = 2000, pause:
     try:
         run = Run(cluster, folder, "run", comm__train_timeout_seconds=60, **overrides)
         chaos = Chaos(cluster, run, seed)
+        starts = 0
         for number in range(1, kills + 1):
-            start = len(run.log.read_text()) if run.log.exists() else 0
-            until(
-                lambda start=start: "training;" in run.log.read_text()[start:] if run.log.exists() else False, "a start"
-            )
+            until(lambda starts=starts: run.said("training; see", starts + 1), "a start")
             if chaos.random.random() < 0.8:  # else while it is starting
                 log = run.out / "metrics.jsonl"
                 size = log.stat().st_mtime if log.exists() else 0
                 until(lambda size=size, log=log: log.exists() and log.stat().st_mtime > size, "a step", 0.05)
             time.sleep(chaos.random.random() * pause)
             step = (run.steps() or [0])[-1]
+            starts = run.log.read_text().count("training; see")
             name = chaos.kill()
             chaos.check_checkpoints()
             print(f"{time.monotonic() - began:6.0f} s  kill {number}: {name}, at step {step}", flush=True)

@@ -375,6 +375,21 @@ def cancelled(cluster: Cluster, folder: Path) -> Facts:
 
 
 @scenario
+def plain_hosts(cluster: Cluster, folder: Path) -> Facts:
+    """torchrun.sh on two nodes; srun stands for ssh."""
+    run = Run(cluster, folder, "plain_hosts")
+    script = REPO / "multinode" / "torchrun.sh"
+
+    def host(rank: int) -> subprocess.CompletedProcess[str]:
+        place = ("--nnodes", 2, f"--node-rank={rank}", "--master-addr", "node9", "--master-port=29511", "--")
+        return cluster.run("srun", "-N1", "-n1", f"--nodelist=node{9 + rank}", script, *place, *run.arguments)
+
+    with ThreadPoolExecutor(2) as hosts:
+        done = list(hosts.map(host, (0, 1)))
+    return {"run": run, "state": "COMPLETED", "log": done[0].stderr, "codes": [d.returncode for d in done]}
+
+
+@scenario
 def tokenized(cluster: Cluster, folder: Path) -> Facts:
     """The sources of the stage, by the tasks of an array."""
     stage = folder / "tokenize.toml"
@@ -529,6 +544,12 @@ def test_a_stage_that_has_ended_is_not_trained_again(outcomes: dict[str, Future[
     outcome = outcomes["unbroken"].result()
     assert outcome["state"] == "COMPLETED" and "nothing to do" in outcome["log"] and "training;" not in outcome["log"]
     assert outcome["torchrun"].returncode == 0 and "nothing to do" in outcome["torchrun"].stderr
+
+
+def test_plain_hosts_train_the_same(outcomes: dict[str, Future[Facts]]) -> None:
+    outcome = outcomes["plain_hosts"].result()
+    assert outcome["codes"] == [0, 0], outcome["log"]
+    check_whole(outcomes, outcome)
 
 
 def test_an_array_tokenizes(outcomes: dict[str, Future[Facts]]) -> None:
