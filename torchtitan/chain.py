@@ -5,8 +5,8 @@ again after whatever ended it, goes on in the stage and at the step where it was
 
     python -m torchtitan.chain --has-ended <arguments of torchtitan.train>
 
-asks of one stage whether anything is left to do: exit code 0 if it has ended and its gates hold, 3 if it has not ended,
-1 for a mistake in the configuration or a gate that does not hold. PyTorch is not imported, so a launcher can ask often.
+asks of one stage whether anything is left to do: exit code 0 if it has ended and its gates hold, NOT_ENDED if it has
+not, GATE_NOT_HELD or, for a mistake in the configuration, FAILED. PyTorch is not imported, so a launcher can ask often.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from torchtitan.components.manifest import complete_steps, has_ended, read_manif
 from torchtitan.config import JobConfig, as_tables, load_config
 from torchtitan.config.chain import chain
 from torchtitan.config.checks import check_config
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, NOT_ENDED, STOPPED, GateError, UserError
 from torchtitan.tools.launch import launch
-
-NOT_ENDED = 3
 
 
 def run_chain(args: list[str], nproc: int) -> int:
@@ -39,12 +37,12 @@ def run_chain(args: list[str], nproc: int) -> int:
         if not has_ended(config):
             print(f"chain: stage {config.stage.name}, into {config.job.dump_folder}", file=sys.stderr, flush=True)
             code = launch([sys.executable, "-m", "torchtitan.train", *stage.arguments], nproc)
+            if code == STOPPED:  # it has saved and says so
+                print(f"chain: stopped in stage {config.stage.name}; start again to go on", file=sys.stderr, flush=True)
+                return code
             if code:
                 print(f"chain: stage {config.stage.name} failed; the chain stops", file=sys.stderr, flush=True)
                 return code
-            if not has_ended(config):  # asked to stop: it has saved and says so
-                print(f"chain: stopped in stage {config.stage.name}; start again to go on", file=sys.stderr, flush=True)
-                return 0
         else:
             if changes := changed_since(config):
                 raise UserError(
@@ -87,7 +85,7 @@ def ended(args: list[str]) -> int:
 def _check_gates(config: JobConfig) -> None:
     metrics = Path(config.job.dump_folder) / "metrics.jsonl"
     if failure := failed_gate(config.stage.gates, metrics, metrics_before(config)):
-        raise UserError(f"A gate of stage {config.stage.name} does not hold: {failure}. The chain stops.")
+        raise GateError(f"A gate of stage {config.stage.name} does not hold: {failure}. The chain stops.")
 
 
 def main(args: list[str]) -> int:
@@ -97,7 +95,7 @@ def main(args: list[str]) -> int:
         return run_chain(args[1:], int(args[0]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return GATE_NOT_HELD if isinstance(error, GateError) else FAILED
 
 
 if __name__ == "__main__":

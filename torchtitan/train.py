@@ -10,14 +10,18 @@ import sys
 import time
 
 from torchtitan.config import dump_toml, load_config
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, LOST_A_RANK, STOPPED, GateError, UserError
 from torchtitan.tools.logging import init_logger, logger
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def main(args: list[str]) -> int:
-    """Train the stage that args describe; the exit code. Ranks are told apart by torchrun's variables."""
+    """Train the stage that args describe; the exit code. Ranks are told apart by torchrun's variables.
+
+    0: the stage has ended. STOPPED: asked to stop, and saved. GATE_NOT_HELD: ended, but not well. LOST_A_RANK: it is
+    another rank that ended or hangs. FAILED: any other.
+    """
     rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in RANK_VARIABLES)
     init_logger(rank, world_size)
     faulthandler.enable()
@@ -52,18 +56,20 @@ def main(args: list[str]) -> int:
         except BadLossError as e:
             if rank == 0:
                 logger.error(f"Stopped, nothing saved: {e}")
-            return 1
+            return FAILED
         except RuntimeError as e:
             if not any(words in str(e) for words in LOST_CONNECTION):
                 raise
             why = f"Another rank has ended, and says why, or the connection to it was lost: {str(e).splitlines()[0]}"
-            return _give_up(f"{why}; {trainer.who_is_missing()}", rank)
+            return _give_up(f"{why}; {trainer.who_is_missing()}", rank, LOST_A_RANK)
         finally:
             trainer.close()
-        return 0
+        return 0 if trainer.step >= config.training.steps else STOPPED
     except KeyboardInterrupt:
         logger.info("interrupted before the first step: there is nothing to save")
         return 130
+    except GateError as e:
+        return _give_up(str(e), rank, GATE_NOT_HELD)
     except UserError as e:
         return _give_up(str(e), rank)
     except OSError as e:
@@ -73,12 +79,12 @@ def main(args: list[str]) -> int:
     except RuntimeError as e:
         if not any(words in str(e) for words in LOST_CONNECTION):
             raise
-        why = f"Another rank has ended, and says why, or the connection to it was lost: {str(e).splitlines()[0]}"
-        return _give_up(why, rank)
+        why = f"Another rank has ended, and says why, or it hangs or is out of reach: {str(e).splitlines()[0]}"
+        return _give_up(why, rank, LOST_A_RANK)
 
 
-def _give_up(message: str, rank: int) -> int:
-    """Log the message, exit code 1. Rank 0 speaks for all: most mistakes are found by every rank.
+def _give_up(message: str, rank: int, code: int = FAILED) -> int:
+    """Log the message; the exit code. Rank 0 speaks for all: most mistakes are found by every rank.
 
     The others wait, so that the launcher ends them unheard, and speak only if rank 0 has nothing to say.
     """
@@ -88,7 +94,7 @@ def _give_up(message: str, rank: int) -> int:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         time.sleep(SECONDS_FOR_RANK_0)
     logger.error(message)
-    return 1
+    return code
 
 
 SECONDS_FOR_RANK_0 = 10

@@ -63,7 +63,7 @@ from torchtitan.tools.device import (
     pick_device,
     record_collectives,
 )
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import GateError, UserError
 from torchtitan.tools.flops import training_flops
 from torchtitan.tools.logging import logger, step_progress
 from torchtitan.tools.profiling import profiled
@@ -312,7 +312,7 @@ class Trainer:
                     failure[0] = str(e)
             dist.broadcast_object_list(failure, src=0, group=self.cpu_group)
             if failure[0]:
-                raise UserError(
+                raise GateError(
                     f"A gate of stage {self.config.stage.name} does not hold: {failure[0]}. The checkpoint of step "
                     f"{self.step} is kept, but the stage does not count as ended well, and its chain stops here."
                 )

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from tests.distributed.harness import flags, run_stage, spawn, write_assets
 from torchtitan.components import checkpoint as checkpoint_module
 from torchtitan.components.manifest import complete_steps, find_damage
+from torchtitan.tools.errors import STOPPED
 
 TWENTY = {"checkpoint__enable": True, "checkpoint__interval": 5, "training__steps": 20}
 
@@ -126,7 +127,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_cleanly(folder: Path, assets:
     wait_for_step(out, 3, process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    assert process.returncode == STOPPED, output
     (saved,) = complete_steps(out / "checkpoint")
     assert saved == max(steps_of(out)) >= 3
     args = [*args, "--training.steps", str(saved + 2)]

@@ -20,7 +20,8 @@ from torchtitan.components.manifest import complete_steps
 TIMEOUT_SECONDS = 4
 SLACK_SECONDS = 20  # for processes that share a busy machine
 # torchtitan.components.watch, torchtitan.train and torchtitan.tools.launch: what follows after the time-out
-ROLL_CALL_SECONDS, GRACE_SECONDS, KILL_SECONDS, RANK_0_SECONDS = 6, 2, 10, 10
+ROLL_CALL_SECONDS, GRACE_SECONDS, KILL_SECONDS, RANK_0_SECONDS = 6, 2, 10, 10from torchtitan.tools.errors import LOST_A_RANK, STOPPED
+
 
 
 def trainers(launcher: subprocess.Popen, count: int = 2) -> list[int]:
@@ -49,7 +50,7 @@ def test_usr1_and_term_to_every_process_saves_at_the_next_step_and_exits_cleanly
         for trainer in trainers(process):
             os.killpg(trainer, stop_signal)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    assert process.returncode == STOPPED, output
     (saved,) = complete_steps(out / "checkpoint")
     assert saved == max(steps_of(out)) >= 3 and "asked to stop" in output
 
@@ -65,7 +66,7 @@ def test_a_rank_that_stops_answering_ends_the_job_in_time_and_is_named(args: lis
     output, _ = process.communicate(timeout=120)
     elapsed = time.monotonic() - began
     told = ROLL_CALL_SECONDS + GRACE_SECONDS + KILL_SECONDS + (RANK_0_SECONDS if stopped == 0 else 0)
-    assert process.returncode == 1, output
+    assert process.returncode == LOST_A_RANK, output
     assert TIMEOUT_SECONDS <= elapsed < TIMEOUT_SECONDS + told + SLACK_SECONDS, output
     who = "no answer from rank 1 on " if stopped == 1 else "no answer from rank 0's machine"
     assert who in output and "torchtitan/trainer.py" not in output, output  # a sentence, no traceback

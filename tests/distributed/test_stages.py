@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from tests.distributed.harness import flags, spawn, write_assets
-from torchtitan.chain import has_ended, run_chain
+from torchtitan.chain import run_chain
 from torchtitan.components.gates import failed_gate
-from torchtitan.components.manifest import complete_steps, read_manifest
+from torchtitan.components.manifest import complete_steps, has_ended, read_manifest
 from torchtitan.components.stage import differences
 from torchtitan.components.weights import open_checkpoint, open_hugging_face
 from torchtitan.config import as_tables, load_config

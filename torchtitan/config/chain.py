@@ -28,14 +28,14 @@ def chain(args: list[str]) -> list[ChainedStage]:
     path = config_file(args)
     if path is None:
         raise UserError("--stage.run_chain needs --job.config_file: the last stage's TOML file.")
-    files, after = [Path(path)], load_config(_without(args, "stage.run_chain")).stage.after
+    files, after = [Path(path)], load_config(without_flags(args, "stage.run_chain")).stage.after
     while after:
         check_circle(after, tuple(str(file.resolve()) for file in reversed(files)))
         if not Path(after).is_file():
             raise UserError(f"{files[-1]} comes after {after}, which does not exist (stage.after).")
         files.append(Path(after))
         after = load_config(["--job.config_file", after]).stage.after
-    shared = _without(
+    shared = without_flags(
         args,
         "stage.run_chain",
         "job.config_file",
@@ -71,7 +71,7 @@ def _flag(arg: str) -> str:
     return arg.partition("=")[0].replace("-", "_").removeprefix("__") if arg.startswith("--") else ""
 
 
-def _without(args: list[str], *names: str) -> list[str]:
+def without_flags(args: list[str], *names: str) -> list[str]:
     """`args` without these flags and their values."""
     kept, rest = [], list(args)
     while rest:

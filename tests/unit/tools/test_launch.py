@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,16 +12,20 @@ from pathlib import Path
 
 import pytest
 
+from torchtitan.tools.errors import STOPPED
+
 REPOSITORY = Path(__file__).parents[3]
 
 
-def start(folder: Path, program: str, nproc: int, *arguments: str) -> subprocess.Popen[str]:
+def start(
+    folder: Path, program: str, nproc: int, *arguments: str, options: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
     """The launcher on a module made of `program`, which finds the names below and its folder as the working one."""
     header = "import os, signal, sys, time\nfrom pathlib import Path\nrank = int(os.environ['RANK'])\n"
     (folder / "child.py").write_text(header + program)
-    command = [sys.executable, "-m", "torchtitan.tools.launch", "--nproc", str(nproc), "--module", "child", "--"]
+    command = [sys.executable, "-m", "torchtitan.tools.launch", "--nproc", str(nproc), "--module", "child"]
     return subprocess.Popen(
-        [*command, *arguments],
+        [*command, *options, "--", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{folder}"},
         stdout=subprocess.PIPE,
@@ -111,6 +116,66 @@ while not caught:
 time.sleep(3)
 Path(f'saved{rank}').write_text(' '.join(str(int(s)) for s in caught))
 """
+
+
+def test_a_machine_of_several_starts_its_own_ranks(tmp_path: Path) -> None:
+    names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
+    program = f"print(' '.join(os.environ[n] for n in '{names}'.split()))"
+    options = ("--nnodes", "3", "--node-rank", "1", "--master", "localhost:29123")
+    code, out, err = finish(start(tmp_path, program, 2, options=options))
+    assert (code, err) == (0, "")
+    assert sorted(out.splitlines()) == ["2 0 6 2 localhost 29123", "3 1 6 2 localhost 29123"]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--nnodes", "2"), "needs --master HOST:PORT"),
+        (("--nnodes", "2", "--node-rank", "2", "--master", "a:1"), "--node-rank 2: it must be 0 to 1"),
+        (("--nnodes", "2", "--master", "a"), "--master a: it must be HOST:PORT"),
+        (("--nnodes", "2", "--master", "no-such-host.invalid:29500"), "the name no-such-host.invalid does not resolve"),
+    ],
+)
+def test_machines_that_cannot_meet_are_told_so(tmp_path: Path, options: tuple[str, ...], words: str) -> None:
+    code, _, err = finish(start(tmp_path, "", 1, options=options))
+    assert code != 0 and words in err and "Traceback" not in err
+
+
+def test_those_who_were_asked_to_stop_are_waited_for(tmp_path: Path) -> None:
+    """Rank 1 is done with its stopping long before rank 0: that is no failure, after which rank 0 would be ended."""
+    program = f"if rank == 1: sys.exit({STOPPED})\ntime.sleep(4); print('saved'); sys.exit({STOPPED})"
+    assert finish(start(tmp_path, program, 2)) == (STOPPED, "saved\n", "")
+
+
+def test_sigusr1_to_everyone_is_one_request_to_stop(tmp_path: Path) -> None:
+    """As Slurm sends it: to the launcher, the trainers and their data loaders, before and after they listen."""
+    loader = "import subprocess; loader = subprocess.Popen(['sleep', '60'])\n"
+    program = loader + SAVES.replace("time.sleep(3)", "assert loader.poll() is None; loader.kill()")
+    process = start(tmp_path, program, 1)
+    wait_for(tmp_path / "ready0")
+    for stat in Path("/proc").glob("[0-9]*/stat"):  # trainer and loader: a session of their own, below the launcher
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            trainer = int(fields[1]) == process.pid
+            loads = Path(f"/proc/{fields[1]}/stat").read_text().rpartition(")")[2].split()[1] == str(process.pid)
+            if trainer or loads:
+                os.kill(int(stat.parent.name), signal.SIGUSR1)
+    process.send_signal(signal.SIGUSR1)
+    assert finish(process)[0] == 0
+    assert (tmp_path / "saved0").read_text() == str(int(signal.SIGTERM))
+
+
+def test_another_owner_ends_it(tmp_path: Path) -> None:
+    owner = tmp_path / "owner"
+    owner.write_text("7.0\n")
+    process = start(tmp_path, "Path('ready').touch(); time.sleep(60)", 1, options=("--owner", str(owner), "7.0"))
+    wait_for(tmp_path / "ready")
+    owner.unlink()  # a file system that stutters is no other owner
+    time.sleep(6)
+    assert process.poll() is None
+    owner.write_text("7.1\n")
+    code, _, err = finish(process)
+    assert code == 1 and "another start has taken over" in err
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -1,0 +1,37 @@
+# shellcheck shell=bash disable=SC2034
+# What a site says once; sourced by submit.sh on the login node and by every job. Uncomment and edit.
+
+# ---- what sbatch is given for every job (the command line of submit.sh comes after, and wins)
+SBATCH_OPTIONS=()
+# SBATCH_OPTIONS+=(--partition=gpu --account=my_project --time=24:00:00)
+# SBATCH_OPTIONS+=(--gpus-per-node=8 --exclusive --mem=0)
+# SBATCH_OPTIONS+=(--signal=B:USR1@600)   # seconds to finish a step and save, before the time limit; 300 if not said
+
+# ---- how often a job may be started again (time limits, preemptions, dead nodes) before a person should look
+MAX_RESTARTS=${MAX_RESTARTS:-100}
+
+# ---- Python: that of the login node's PATH when the job was submitted, unless named here
+# source /shared/envs/torch/bin/activate
+# module load cuda/12.8
+
+# ---- processes a node: the GPUs of the allocation. Only where Slurm does not know of GPUs:
+# NGPU=8
+
+# ---- the first node's name as all nodes know it: its Slurm name. Where that does not resolve, or is of a slow network:
+# MASTER_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)-ib0
+
+# ---- containers (pyxis and enroot; the repository and the data must be mounted at their own paths)
+SRUN_OPTIONS=()
+# SRUN_OPTIONS+=(--container-image=/shared/images/torch.sqsh --container-mounts=/shared:/shared --no-container-mount-home)
+
+# ---- NCCL
+# export NCCL_DEBUG=WARN
+# export NCCL_SOCKET_IFNAME=eth0          # the interface for its bootstrap; GLOO_SOCKET_IFNAME is the same for gloo
+# export GLOO_SOCKET_IFNAME=eth0
+# InfiniBand
+# export NCCL_IB_HCA=mlx5 NCCL_IB_TIMEOUT=22
+# AWS EFA (with the aws-ofi-nccl plugin)
+# export FI_PROVIDER=efa FI_EFA_USE_HUGE_PAGE=0 NCCL_SOCKET_IFNAME=ens
+
+# ---- a check of the nodes before every start. report: slow and broken ones are named in the log; exclude: and left out
+# NODE_CHECK=report

@@ -1,0 +1,574 @@
+"""A real Slurm cluster of ten nodes on this machine (lab.sh), on which jobs of multinode/ are interrupted in every way.
+
+The scenarios run side by side, as most of their time is waiting for Slurm; a test looks at what became of one. A run
+is held in the middle of a step by SIGSTOP to one of its ranks until what should interrupt it has arrived, so that
+nothing depends on how fast this machine is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.harness import flags, write_assets
+from tests.distributed.test_checkpoint import assert_equal, steps_of, tensors
+from torchtitan.components.manifest import complete_steps
+from torchtitan.tools.errors import GATE_NOT_HELD
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
+
+REPO = Path(__file__).parents[2]
+LAB = Path(__file__).parent / "lab.sh"
+STEPS = 16
+PATIENCE = 600.0  # seconds until a test gives up on something that takes 30 on an idle machine
+
+
+def why_no_cluster() -> str | None:
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        return "a Slurm cluster of namespaces needs root on Linux"
+    if not all(shutil.which(tool) for tool in ("unshare", "nsenter", "ip", "flock")) and not shutil.which("apt-get"):
+        return "needs unshare, nsenter, ip and flock"
+    trial = (
+        "ip link add veth7 type veth peer name veth8 && ip link add br7 type bridge" if shutil.which("ip") else "true"
+    )
+    command = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "sh", "-c", trial]
+    if subprocess.run(command, capture_output=True).returncode:
+        return "this machine does not let root make namespaces with veth and bridge"
+    slurm = ("slurmctld", "slurmd", "sbatch", "munged")
+    if not all(shutil.which(tool) for tool in slurm) and not shutil.which("apt-get"):
+        return "Slurm is not installed, and there is no apt-get"
+    return None
+
+
+class Cluster:
+    """The lab, and what the tests ask of it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.environment = {
+            **os.environ,
+            "SLURM_LAB_DIR": str(folder),
+            "SLURM_LAB_NODES": "10",
+            "SLURM_LAB_CPUS": "16",
+            "SLURM_LAB_GPUS": "2",
+            "SLURM_LAB_GRACE": "300",
+            "SLURM_LAB_TIMEOUT": "240",
+            "PATH": f"{folder}/bin:{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        }
+        for name in ("NGPU", "PYTHON", "MASTER_HOST", "TORCHTITAN_REPO", "PYTHONPATH"):
+            self.environment.pop(name, None)
+
+    def lab(self, *verb: str) -> None:
+        done = subprocess.run(
+            [str(LAB), *verb], env=self.environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+        if done.returncode and "apt-get install failed" in done.stderr:
+            pytest.skip(f"Slurm cannot be installed here: {done.stderr[-300:]}")
+        assert done.returncode == 0, done.stderr
+
+    def run(self, *command: Any, cwd: Path | str = "/", **environment: str) -> subprocess.CompletedProcess[str]:
+        environment = {**self.environment, **environment}
+        return subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, cwd=cwd)
+
+    def ask(self, *command: Any) -> str:
+        done = self.run(*command)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout.strip()
+
+    def sbatch(self, *options: Any, **environment: str) -> str:
+        done = self.run("sbatch", "--parsable", *options, **environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip().partition(";")[0]
+
+    def job(self, job: str) -> dict[str, str]:
+        return dict(re.findall(r"(\w+)=(\S*)", self.ask("scontrol", "-o", "show", "job", job)))
+
+    def ended(self, job: str) -> str:
+        """Wait for its end; its state."""
+        final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL")
+        return until(lambda: (s := self.job(job)["JobState"]) in final and s, f"job {job} to end")
+
+
+def until(condition: Callable[[], Any], what: str, pause: float = 0.3) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {PATIENCE:.0f} s for {what}"
+        time.sleep(pause)
+    return value
+
+
+class Run:
+    """One stage of 16 steps with a checkpoint each, into a folder of its own."""
+
+    def __init__(self, cluster: Cluster, folder: Path, name: str, **overrides: Any):
+        self.cluster, self.out, self.name = cluster, folder / name, name
+        settings: dict[str, Any] = {
+            "checkpoint__enable": "true",
+            "checkpoint__interval": 1,
+            "checkpoint__keep_latest_k": 0,
+            "parallelism__self_check": "false",
+            "training__steps": STEPS,
+            "data__num_workers": 1,
+            "comm__train_timeout_seconds": 1200,
+            "job__dump_folder": self.out,
+        }
+        self.arguments = flags(folder, folder / "assets-llama", **settings | overrides)
+
+    def submit(self, *options: str, script: Path = REPO / "multinode" / "train.sbatch", **environment: str) -> str:
+        self.log = self.out.parent / f"{self.name}.log"
+        options = ("--output", str(self.log), "--job-name", self.name, *options)
+        return self.cluster.sbatch(*options, script, *self.arguments, **environment)
+
+    def said(self, words: str, times: int = 1) -> bool:
+        return self.log.exists() and self.log.read_text().count(words) >= times
+
+    def wait_for_step(self, step: int) -> None:
+        until(lambda: (self.steps() or [0])[-1] >= step, f"step {step} of {self.name}", 0.02)
+
+    def steps(self) -> list[int]:
+        return complete_steps(self.out / "checkpoint")
+
+    def trainers(self, rank: int) -> list[int]:
+        """The process of a rank, seen from outside its namespaces; not those of its data loader."""
+        found: dict[int, int] = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                words += (process / "environ").read_bytes().split(b"\0")
+                if {b"torchtitan.train", str(self.out).encode(), f"RANK={rank}".encode()} <= set(words):
+                    parent = re.search(r"PPid:\s*(\d+)", (process / "status").read_text())
+                    found[int(process.name)] = int(parent[1]) if parent else 0
+        return [pid for pid, parent in found.items() if parent not in found]
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        for pid in self.trainers(rank):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    @contextlib.contextmanager
+    def held(self, rank: int = 1, after: int = 3) -> Iterator[None]:
+        """In the middle of a step: a rank stands still, and the others wait for it."""
+        self.wait_for_step(after)
+        self.signal(rank, signal.SIGSTOP)
+        assert self.steps()[-1] < STEPS, "it was over before it could be held"
+        yield
+        self.signal(rank, signal.SIGCONT)
+
+    def resumed_from(self) -> list[int]:
+        logs = sorted((self.out / "slurm").glob("*-node0.log"), key=lambda p: int(p.name.partition("-")[0]))
+        return [int(step) for log in logs for step in re.findall(r"resumed from .*step-(\d+)", log.read_text())]
+
+    def losses(self) -> list[float]:
+        logged = steps_of(self.out)
+        assert list(logged) == list(range(1, len(logged) + 1))
+        return [numbers["loss"] for numbers in logged.values()]
+
+
+Facts = dict[str, Any]
+SCENARIOS: dict[str, Callable[[Cluster, Path], Facts]] = {}
+
+
+def scenario(function: Callable[[Cluster, Path], Facts]) -> Callable[[Cluster, Path], Facts]:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def facts(run: Run, job: str, **more: Any) -> Facts:
+    state = run.cluster.ended(job)
+    described = run.cluster.job(job)
+    return {
+        "run": run,
+        "state": state,
+        "restarts": int(described["Restarts"]),
+        "exit": described["ExitCode"],
+        "log": run.log.read_text(),
+        **more,
+    }
+
+
+@scenario
+def unbroken(cluster: Cluster, folder: Path) -> Facts:
+    """Without Slurm: two processes of one machine; and what a second start of a stage that has ended does."""
+    run = Run(cluster, folder, "unbroken", parallelism__data_parallel_replicate_degree=2)
+    command = [sys.executable, "-m", "torchtitan.tools.launch", "--nproc", "2", "--", *run.arguments]
+    done = cluster.run(*command, PYTHONPATH=str(REPO))
+    assert done.returncode == 0, done.stderr
+    again = cluster.run(
+        *(REPO / "multinode" / "torchrun.sh", "--nnodes", "2", "--node-rank=0", "--master-addr", "localhost", "--"),
+        *run.arguments,
+    )
+    job = run.submit("--nodes=2", "-w", "node1,node2")
+    return facts(run, job, torchrun=again)
+
+
+@scenario
+def one_machine(cluster: Cluster, folder: Path) -> Facts:
+    """Without Slurm: the two-stage recipe in one process."""
+    run = Run(cluster, folder, "one_machine")
+    arguments = ["--job.config_file", folder / "two.toml", *run.arguments[2:]]
+    done = cluster.run(sys.executable, "-m", "torchtitan.chain", "1", *arguments, PYTHONPATH=str(REPO))
+    assert done.returncode == 0, done.stderr
+    return {"run": run}
+
+
+@scenario
+def recipe(cluster: Cluster, folder: Path) -> Facts:
+    """The two-stage recipe through submit.sh, from another folder; its first stage is requeued in between."""
+    run = Run(cluster, folder, "recipe")
+    submit = [REPO / "multinode" / "submit.sh", "--job.config_file", "two.toml", *run.arguments[2:]]
+    options = ["--", "--nodes=2", "-w", "node1,node2"]
+    dry = cluster.run(submit[0], "--dry-run", *submit[1:], *options, cwd=folder)
+    done = cluster.run(*submit, *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    jobs = done.stdout.split()
+    first = folder / "recipe" / "stage" / "checkpoint"
+    until(lambda: complete_steps(first), "the first checkpoint of the recipe", 0.02)
+    cluster.ask("scontrol", "requeue", jobs[0])
+    states = [cluster.ended(job) for job in jobs]
+    return {"run": run, "dry": dry.stdout, "jobs": [cluster.job(job) for job in jobs], "states": states}
+
+
+@scenario
+def failing_recipe(cluster: Cluster, folder: Path) -> Facts:
+    """A first stage whose gate cannot hold."""
+    run = Run(cluster, folder, "failing_recipe", training__steps=2)
+    submit = [REPO / "multinode" / "submit.sh", "--job.config_file", folder / "gated_two.toml", *run.arguments[2:]]
+    done = cluster.run(*submit, "--", "--nodes=2", "-w", "node1,node2")
+    assert done.returncode == 0, done.stderr
+    jobs = done.stdout.split()
+    states = [cluster.ended(job) for job in jobs]
+    log = (run.out / "gated" / "slurm" / f"{jobs[0]}.log").read_text()
+    again = cluster.run(*submit, "--", "--nodes=2", "-w", "node1,node2").stdout.split()
+    cluster.ended(again[0]), cluster.ended(again[1])
+    second = (run.out / "gated" / "slurm" / f"{again[0]}.log").read_text()
+    jobs_after = [cluster.job(job) for job in jobs]
+    return {"run": run, "states": states, "jobs": jobs_after, "log": log, "second": second}
+
+
+@scenario
+def time_limit(cluster: Cluster, folder: Path) -> Facts:
+    run = Run(cluster, folder, "time_limit")
+    job = run.submit("--nodes=2", "-w", "node1,node2", "--time=60")
+    with run.held():  # the limit is now so near that Slurm's warning, 300 s before it, is due
+        cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=4")
+        until(lambda: run.said("USR1: the trainers are asked"), "the warning of the time limit")
+    until(lambda: cluster.job(job)["Restarts"] != "0", "the requeue")
+    cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    return facts(run, job)
+
+
+@scenario
+def preempted(cluster: Cluster, folder: Path) -> Facts:
+    """By a job of a higher partition: first as here, then where Slurm does not warn the batch script."""
+    plain = folder / "without_signal.sbatch"
+    text = (REPO / "multinode" / "train.sbatch").read_text()
+    plain.write_text(text.replace("#SBATCH --signal=B:USR1@300\n", ""))
+
+    def trial(name: str, script: Path) -> Facts:
+        run = Run(cluster, folder, name)
+        where = ("-w", "node7,node8", "--nodes=2", "--cpus-per-task=16")
+        job = run.submit("--partition=low", *where, script=script, TORCHTITAN_REPO=str(REPO))
+        with run.held():
+            high = cluster.sbatch("--partition=high", *where, "--output=/dev/null", "--wrap", "sleep 1")
+            until(lambda: cluster.job(job).get("PreemptTime", "None") != "None", "the preemption")
+            if name == "preempted":
+                until(lambda: run.said("USR1: the trainers are asked"), "the warning of the preemption")
+        assert cluster.ended(high) == "COMPLETED"
+        return facts(run, job)
+
+    return {"preempted": trial("preempted", REPO / "multinode" / "train.sbatch"), "plain": trial("plain", plain)}
+
+
+@scenario
+def dead_node(cluster: Cluster, folder: Path) -> Facts:
+    run = Run(cluster, folder, "dead_node")
+    job = run.submit("--nodes=2", "-w", "node3,node4")
+    with run.held():
+        cluster.lab("kill-node", "4")
+        until(lambda: cluster.job(job)["Restarts"] != "0", "the requeue after a node's power loss")
+    cluster.lab("start-node", "4")
+    return facts(run, job)
+
+
+@scenario
+def dead_daemon(cluster: Cluster, folder: Path) -> Facts:
+    run = Run(cluster, folder, "dead_daemon")
+    job = run.submit("--nodes=2", "-w", "node5,node6")
+    with run.held():
+        cluster.lab("kill-slurmd", "6")
+        until(lambda: cluster.job(job)["Restarts"] != "0", "the requeue after a node's slurmd was lost")
+    until(lambda: not run.trainers(1), "the rank without a slurmd to end")
+    cluster.lab("start-node", "6")
+    return facts(run, job)
+
+
+@scenario
+def ghost(cluster: Cluster, folder: Path) -> Facts:
+    """The only node's daemon is lost: the job starts on another one, while all its processes live on."""
+    run = Run(cluster, folder, "ghost")
+    job = run.submit("--nodes=1", "--exclude=node[1-8]")
+    run.wait_for_step(3)
+    run.signal(0, signal.SIGSTOP)
+    ghosts, node = run.trainers(0), cluster.job(job)["BatchHost"]
+    assert run.steps()[-1] < STEPS and ghosts
+    cluster.lab("kill-slurmd", node.removeprefix("node"))
+    until(lambda: run.said("start 2"), "the second start")
+    until(lambda: not set(ghosts) & set(run.trainers(0)), "the ghosts to end")
+    result = facts(run, job, nodes=(node, cluster.job(job)["BatchHost"]))
+    cluster.lab("start-node", node.removeprefix("node"))
+    return result
+
+
+@scenario
+def killed_ranks(cluster: Cluster, folder: Path) -> Facts:
+    """One rank is killed, then one hangs. How long it takes until the step is over."""
+    timeout = 20
+    run = Run(cluster, folder, "killed_ranks", comm__train_timeout_seconds=timeout)
+    job = run.submit("--nodes=2", "-w", "node1,node2")
+    run.wait_for_step(3)
+    run.signal(1, signal.SIGKILL)
+    killed_at, at = time.monotonic(), run.steps()[-1]
+    until(lambda: run.said("killed (exit code"), "the end of a run with a dead rank", 0.05)
+    noticed = time.monotonic() - killed_at
+    run.wait_for_step(at + 4)
+    run.signal(1, signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    until(lambda: run.said("killed (exit code", 2), "the end of a run with a hanging rank", 0.05)
+    return facts(run, job, killed=noticed, hung=time.monotonic() - stopped_at, timeout=timeout)
+
+
+@scenario
+def cancelled(cluster: Cluster, folder: Path) -> Facts:
+    """Cancelled, and submitted again: on as many nodes, and a copy of what it left on one."""
+    run = Run(cluster, folder, "cancelled")
+    job = run.submit("--nodes=2", "-w", "node1,node2")
+    with run.held():
+        second = Run(cluster, folder, "cancelled")
+        other = second.submit("--nodes=2", "-w", "node1,node2")  # while the first is training into its folder
+        refused = facts(second, other)
+        cluster.ask("scancel", job)
+    first = facts(run, job)
+    until(lambda: not run.trainers(0) and not run.trainers(1), "the trainers to end")
+    time.sleep(12)  # longer than a requeued job waits here
+    first["later"] = cluster.job(job)["JobState"]
+    fewer = Run(cluster, folder, "fewer")
+    shutil.copytree(run.out, fewer.out)
+    left = run.steps()
+    jobs = run.submit("--nodes=2", "-w", "node1,node2"), fewer.submit("--nodes=1", "-w", "node2")
+    first |= {"refused": refused, "left": left}
+    return first | {"again": facts(run, jobs[0]), "fewer": facts(fewer, jobs[1])}
+
+
+@scenario
+def plain_hosts(cluster: Cluster, folder: Path) -> Facts:
+    """torchrun.sh on two nodes; srun stands for ssh."""
+    run = Run(cluster, folder, "plain_hosts")
+    script = REPO / "multinode" / "torchrun.sh"
+
+    def host(rank: int) -> subprocess.CompletedProcess[str]:
+        place = ("--nnodes", 2, f"--node-rank={rank}", "--master-addr", "node9", "--master-port=29511", "--")
+        return cluster.run("srun", "-N1", "-n1", f"--nodelist=node{9 + rank}", script, *place, *run.arguments)
+
+    with ThreadPoolExecutor(2) as hosts:
+        done = list(hosts.map(host, (0, 1)))
+    return {"run": run, "state": "COMPLETED", "log": done[0].stderr, "codes": [d.returncode for d in done]}
+
+
+@scenario
+def tokenized(cluster: Cluster, folder: Path) -> Facts:
+    """The sources of the stage, by the tasks of an array."""
+    stage = folder / "tokenize.toml"
+    own = f'[model]\nhf_assets_path = "{folder}/assets-llama"\n[data]\ncache_folder = "{folder}/own"\n'
+    stage.write_text(f'extends = "stage.toml"\n{own}')
+    script = REPO / "multinode" / "tokenize.sbatch"
+    options = ("--wait", "--array=3-4", f"--output={folder}/tokenize-%a.log", "-w", "node1")
+    done = cluster.run("sbatch", *options, script, "--config-file", stage)
+    logs = [(folder / f"tokenize-{task}.log").read_text() for task in (3, 4)]
+    return {"code": done.returncode, "logs": logs, "folder": folder / "own"}
+
+
+@scenario
+def bad_input(cluster: Cluster, folder: Path) -> Facts:
+    run = Run(cluster, folder, "bad")
+    result: Facts = {"outside": cluster.run(REPO / "multinode" / "train.sbatch", *run.arguments)}
+    submit = REPO / "multinode" / "submit.sh"
+    (folder / "lost.toml").write_text('extends = "stage.toml"\n[stage]\nafter = "gone.toml"\n')
+    result["missing"] = cluster.run(submit, "--job.config_file", folder / "lost.toml")
+    jobs = {
+        "head": (Run(cluster, folder, "head"), ("--nodes=2",), {"MASTER_HOST": "no-such-host"}),
+        "gpus": (Run(cluster, folder, "gpus"), ("--nodes=2", "--gpus-per-node=2"), {"NGPU": "3"}),
+        "degrees": (
+            Run(cluster, folder, "degrees", parallelism__context_parallel_degree=3),
+            ("--nodes=2", "--gpus-per-node=2"),
+            {},
+        ),
+        "text": (Run(cluster, folder, "text", data__sources__0__path="/nowhere/*.jsonl"), ("--nodes=2",), {}),
+    }
+    numbers = {name: (r, r.submit(*options, "-w", "node1,node2", **e)) for name, (r, options, e) in jobs.items()}
+    for name, (r, number) in numbers.items():
+        result[name] = facts(r, number)
+        logs = sorted((r.out / "slurm").glob("*-node*.log"))
+        result[name]["log"] += "".join(log.read_text() for log in logs)
+    return result
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Facts]]]:
+    if reason := why_no_cluster():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("slurm")
+    write_assets(folder)
+    flags(folder, folder / "assets-llama")
+    (folder / "two.toml").write_text(
+        'extends = "stage.toml"\n[stage]\nafter = "stage.toml"\n[training]\nseq_len = 256\n[rope]\ntheta = "auto"\n'
+    )
+    gate = '[[stage.gates]]\nmetric = "loss"\nover = 1\nat_most = 0.1\n'
+    (folder / "gated.toml").write_text(f'extends = "stage.toml"\n{gate}')
+    (folder / "gated_two.toml").write_text('extends = "two.toml"\n[stage]\nname = "last"\nafter = "gated.toml"\n')
+    cluster = Cluster(folder / "lab")
+    pool = ThreadPoolExecutor(int(os.environ.get("SLURM_TESTS_AT_ONCE", "6")))
+    cluster.lab("up")
+    try:
+        yield {name: pool.submit(function, cluster, folder) for name, function in SCENARIOS.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)
+        cluster.run("scancel", "--user=root")
+        cluster.lab("down")
+
+
+def check_whole(outcomes: dict[str, Future[Facts]], outcome: Facts, reference: str = "unbroken") -> None:
+    """It ended well, each start went on at the newest checkpoint, and nothing tells its end from an unbroken run's."""
+    run = outcome["run"]
+    assert outcome["state"] == "COMPLETED", outcome["log"]
+    assert run.steps() == list(range(1, STEPS + 1))
+    out = outcomes[reference].result()["run"].out
+    out = out / "stage" if reference == "one_machine" else out
+    assert_equal(tensors(run.out / "checkpoint" / f"step-{STEPS}"), tensors(out / "checkpoint" / f"step-{STEPS}"))
+    assert run.losses() == [numbers["loss"] for numbers in steps_of(out).values()]
+
+
+def test_a_recipe_runs_in_order_with_the_losses_of_one_machine(outcomes: dict[str, Future[Facts]]) -> None:
+    outcome, alone = outcomes["recipe"].result(), outcomes["one_machine"].result()["run"].out
+    first, second = outcome["jobs"]
+    assert outcome["states"] == ["COMPLETED", "COMPLETED"] and int(first["Restarts"]) >= 1
+    assert first["EndTime"] <= second["StartTime"]
+    for stage in ("stage", "two"):
+        expected = [numbers["loss"] for numbers in steps_of(alone / stage).values()]
+        actual = [numbers["loss"] for numbers in steps_of(outcome["run"].out / stage).values()]
+        assert len(expected) == STEPS and actual == pytest.approx(expected, rel=1e-5)
+    commands = outcome["dry"].splitlines()
+    assert len(commands) == 2 and "--dependency" not in commands[0]
+    assert "--dependency=afterok:JOB_OF_stage --kill-on-invalid-dep=yes" in commands[1]
+
+
+def test_a_stage_that_fails_stops_the_chain(outcomes: dict[str, Future[Facts]]) -> None:
+    outcome = outcomes["failing_recipe"].result()
+    assert outcome["states"] == ["FAILED", "CANCELLED"]
+    assert outcome["jobs"][0]["ExitCode"] == f"{GATE_NOT_HELD}:0" and outcome["jobs"][0]["Restarts"] == "0"
+    assert "gate of stage gated does not hold" in outcome["log"] and "at_most = 0.1" in outcome["log"]
+    assert "gate of stage gated does not hold" in outcome["second"] and "training;" not in outcome["second"]
+    assert not (outcome["run"].out / "last" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("name", ["time_limit", "dead_node", "dead_daemon"])
+def test_it_is_requeued_and_ends_as_if_nothing_had_been(outcomes: dict[str, Future[Facts]], name: str) -> None:
+    outcome = outcomes[name].result()
+    check_whole(outcomes, outcome)
+    assert outcome["restarts"] >= 1 and len(outcome["run"].resumed_from()) >= 1
+    assert outcome["run"].resumed_from()[0] >= 3
+    if name == "time_limit":
+        assert "asked to stop; what was done is saved" in outcome["log"]
+
+
+@pytest.mark.parametrize("name", ["preempted", "plain"])
+def test_preempted_it_saves_and_comes_back(outcomes: dict[str, Future[Facts]], name: str) -> None:
+    outcome = outcomes["preempted"].result()[name]
+    check_whole(outcomes, outcome)
+    assert outcome["restarts"] >= 1 and "asked to stop; what was done is saved" in outcome["log"]
+    assert ("USR1: the trainers are asked" in outcome["log"]) == (name == "preempted")
+
+
+def test_a_start_that_slurm_has_given_up_does_not_go_on(outcomes: dict[str, Future[Facts]]) -> None:
+    outcome = outcomes["ghost"].result()
+    check_whole(outcomes, outcome, "one_machine")
+    assert outcome["nodes"][0] != outcome["nodes"][1] and outcome["restarts"] >= 1
+
+
+def test_a_dead_or_hanging_rank_ends_the_run_in_time_and_it_comes_back(outcomes: dict[str, Future[Facts]]) -> None:
+    outcome = outcomes["killed_ranks"].result()
+    check_whole(outcomes, outcome)
+    print(f"dead rank: {outcome['killed']:.1f} s, hanging rank: {outcome['hung']:.1f} s of {outcome['timeout']} s")
+    assert outcome["restarts"] >= 2 and len(outcome["run"].resumed_from()) >= 2
+    assert outcome["killed"] < 60 and outcome["hung"] < outcome["timeout"] + 60
+
+
+def test_cancelled_it_stays_so_until_it_is_submitted_again(outcomes: dict[str, Future[Facts]]) -> None:
+    outcome = outcomes["cancelled"].result()
+    assert outcome["state"] == outcome["later"] == "CANCELLED" and outcome["restarts"] == 0
+    assert outcome["again"]["restarts"] == 0
+    check_whole(outcomes, outcome["again"])
+    assert outcome["again"]["run"].resumed_from() == [outcome["left"][-1]]
+
+
+def test_two_jobs_do_not_train_into_one_folder(outcomes: dict[str, Future[Facts]]) -> None:
+    outcome = outcomes["cancelled"].result()["refused"]
+    assert outcome["state"] == "FAILED" and "is training this stage into" in outcome["log"]
+
+
+def test_on_one_node_instead_of_two_the_rows_and_losses_are_the_same(outcomes: dict[str, Future[Facts]]) -> None:
+    outcome = outcomes["cancelled"].result()
+    fewer = outcome["fewer"]["run"]
+    assert outcome["fewer"]["state"] == "COMPLETED" and fewer.resumed_from()[-1] == outcome["left"][-1]
+    assert fewer.losses() == pytest.approx(outcomes["unbroken"].result()["run"].losses(), rel=1e-5)
+    worlds = [json.loads((fewer.out / "checkpoint" / f"step-{s}" / "manifest.json").read_text()) for s in (1, STEPS)]
+    assert [w["world_size"] for w in worlds] == [2, 1]
+    assert worlds[0]["plan"] == worlds[1]["plan"]
+
+
+def test_a_stage_that_has_ended_is_not_trained_again(outcomes: dict[str, Future[Facts]]) -> None:
+    outcome = outcomes["unbroken"].result()
+    assert outcome["state"] == "COMPLETED" and "nothing to do" in outcome["log"] and "training;" not in outcome["log"]
+    assert outcome["torchrun"].returncode == 0 and "nothing to do" in outcome["torchrun"].stderr
+
+
+def test_plain_hosts_train_the_same(outcomes: dict[str, Future[Facts]]) -> None:
+    outcome = outcomes["plain_hosts"].result()
+    assert outcome["codes"] == [0, 0], outcome["log"]
+    check_whole(outcomes, outcome)
+
+
+def test_an_array_tokenizes(outcomes: dict[str, Future[Facts]]) -> None:
+    outcome = outcomes["tokenized"].result()
+    assert outcome["code"] == 0, outcome["logs"]
+    said = re.findall(r"text: 120 documents, ([\d,]+) tokens in (.*)", "".join(outcome["logs"]))
+    assert said and Path(said[-1][1]).is_relative_to(outcome["folder"]), outcome["logs"]
+
+
+def test_bad_input(outcomes: dict[str, Future[Facts]]) -> None:
+    outcome = outcomes["bad_input"].result()
+    assert outcome["outside"].returncode == 1 and "this is a Slurm job" in outcome["outside"].stderr
+    assert outcome["missing"].returncode == 1 and "gone.toml, which does not exist" in outcome["missing"].stderr
+    expected = {
+        "head": "the name no-such-host does not resolve on node",
+        "gpus": "NGPU=3 processes a node, but the allocation has 2 GPUs a node",
+        "degrees": "context_parallel_degree 3",
+        "text": "/nowhere/",
+    }
+    for name, words in expected.items():
+        assert outcome[name]["state"] == "FAILED" and outcome[name]["restarts"] == 0, name
+        assert words in outcome[name]["log"] and "Traceback" not in outcome[name]["log"], name

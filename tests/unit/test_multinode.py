@@ -1,0 +1,113 @@
+"""What multinode/ asks about a configuration, and its scripts without a cluster."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchtitan.components.manifest import FORMAT
+from torchtitan.multinode import ENDED, main, replicas
+from torchtitan.tools.errors import GATE_NOT_HELD
+
+REPO = Path(__file__).parents[2]
+SOURCES = '[[data.sources]]\nname = "text"\npath = "text.jsonl"\n'
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Two stages of 7 steps that write below tmp_path; the last one's file."""
+    out = f'[job]\ndump_folder = "{tmp_path}/out/'
+    (tmp_path / "a.toml").write_text(f'{out}a"\n[training]\nsteps = 7\n[lr_scheduler]\nwarmup_steps = 0\n{SOURCES}')
+    (tmp_path / "b.toml").write_text(f'extends = "a.toml"\n{out}b"\n[stage]\nafter = "a.toml"\n')
+    return tmp_path / "b.toml"
+
+
+def end(folder: Path, loss: float = 2.0) -> None:
+    """What a stage of 7 steps leaves."""
+    checkpoint = folder / "checkpoint" / "step-7"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": 7}))
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 7, "loss": loss}) + "\n")
+
+
+def test_pytorch_is_not_imported() -> None:
+    program = "import sys, torchtitan.multinode; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPO).returncode == 0
+
+
+def test_a_copy_of_the_model_a_node_unless_something_is_said(tmp_path: Path) -> None:
+    (tmp_path / "plain.toml").write_text(SOURCES)
+    (tmp_path / "says.toml").write_text(f"[parallelism]\ndata_parallel_shard_degree = -1\n{SOURCES}")
+    (tmp_path / "extends.toml").write_text('extends = "says.toml"\n')
+    plain = ["--job.config_file", str(tmp_path / "plain.toml")]
+    cp = "--parallelism.context_parallel_degree"
+    added = ["--parallelism.data_parallel_replicate_degree", "4"]
+    assert replicas(plain, 4, 8) == added
+    assert replicas([*plain, cp, "8"], 4, 8) == added  # a row a node, the model sharded over its ranks
+    assert replicas([*plain, cp, "16"], 4, 8) == []  # a row on two nodes
+    assert replicas(plain, 1, 8) == []
+    assert replicas([*plain, "--parallelism.data-parallel-replicate-degree=1"], 4, 8) == []
+    for name in ("says", "extends"):
+        assert replicas(["--job.config_file", str(tmp_path / f"{name}.toml")], 4, 8) == []
+
+
+def test_start_says_how_to_train_or_why_not(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--job.config_file", str(recipe)]
+    assert main(["start", "2", "4", *args]) == 0
+    out = capsys.readouterr().out
+    words = shlex.split(out.splitlines()[1].removeprefix("ARGUMENTS=(").removesuffix(")"))
+    assert words == [*args, "--parallelism.data_parallel_replicate_degree", "2"]
+    assert out.splitlines()[0] == f"DUMP_FOLDER={recipe.parent}/out/b"
+    assert main(["start", "2", "3", *args, "--parallelism.tensor_parallel_degree", "4"]) == 1
+    assert "= 4 does not divide 6 processes" in capsys.readouterr().err
+    assert main(["start", "2", "4", *args, "--checkpoint.enable", "false"]) == 1
+    end(recipe.parent / "out" / "b")
+    assert main(["start", "2", "4", *args]) == ENDED
+    recipe.write_text(recipe.read_text() + '[[stage.gates]]\nmetric = "loss"\nat_most = 1.0\n')
+    assert main(["start", "2", "4", *args]) == GATE_NOT_HELD
+
+
+def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(REPO / "multinode" / "submit.sh"), "--dry-run", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/")
+
+
+def test_submit_chains_what_has_not_ended(recipe: Path) -> None:
+    arguments = ["--job.config_file", str(recipe), "--job.description", "two words", "--", "--nodes=2"]
+    both = [shlex.split(line) for line in dry_run(*arguments).stdout.splitlines()]
+    assert [command[0] for command in both] == ["sbatch", "sbatch"]
+    assert "--dependency=afterok:JOB_OF_a" in both[1] and "--kill-on-invalid-dep=yes" in both[1]
+    assert not any(word.startswith("--dependency") for word in both[0])
+    for command, name in zip(both, "ab"):
+        script = command.index(str(REPO / "multinode" / "train.sbatch"))
+        assert "--nodes=2" in command[:script] and "two words" in command[script:]
+        assert f"--output={recipe.parent}/out/{name}/slurm/%j.log" in command
+    end(recipe.parent / "out" / "a")
+    (last,) = dry_run(*arguments).stdout.splitlines()
+    assert "--job-name=b" in last and "--dependency" not in last
+    first = recipe.parent / "a.toml"  # a gate that does not hold: its job is to say so, and to stop what follows
+    first.write_text(first.read_text() + '[[stage.gates]]\nmetric = "loss"\nat_most = 1.0\n')
+    assert len(dry_run(*arguments).stdout.splitlines()) == 2
+
+
+def test_what_cannot_be_submitted(recipe: Path, tmp_path: Path) -> None:
+    missing = dry_run("--job.config_file", str(tmp_path / "gone.toml"))
+    assert missing.returncode == 1 and "gone.toml does not exist" in missing.stderr
+    (tmp_path / "a.toml").unlink()
+    missing = dry_run("--job.config_file", str(recipe))
+    assert missing.returncode == 1 and "a.toml" in missing.stderr and "Traceback" not in missing.stderr
+    for script in ("train.sbatch", "tokenize.sbatch"):
+        bare = subprocess.run([str(REPO / "multinode" / script)], capture_output=True, text=True, env={"PATH": "/bin"})
+        assert bare.returncode == 1 and "sbatch" in bare.stderr
+    empty = tmp_path / "bin"  # a machine without Slurm
+    empty.mkdir()
+    for tool in ("dirname", "readlink", "bash", "sed"):
+        (empty / tool).symlink_to(f"/bin/{tool}" if Path(f"/bin/{tool}").exists() else f"/usr/bin/{tool}")
+    submit = [str(REPO / "multinode" / "submit.sh"), "--job.config_file", str(recipe)]
+    outside = subprocess.run(submit, capture_output=True, text=True, env={"PATH": str(empty)})
+    assert outside.returncode == 1 and "there is no sbatch" in outside.stderr

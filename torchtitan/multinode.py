@@ -1,0 +1,98 @@
+"""What the scripts under multinode/ ask about a configuration. Imports no PyTorch: a login node may lack it.
+
+    python -m torchtitan.multinode stages <arguments of torchtitan.train>                 the stages of a recipe
+    python -m torchtitan.multinode start NODES PER_NODE <arguments of torchtitan.train>   may this stage start?
+    python -m torchtitan.multinode newest <arguments of torchtitan.train>                 its newest checkpoint's step
+
+`stages` prints shell code, a line a stage, the first one first: stage NAME DUMP_FOLDER HAS_ENDED -- ARGUMENTS...
+`start` prints the dump folder and the arguments to train with as shell code, and ends with 0; with ENDED or
+GATE_NOT_HELD for a stage that has ended already, with FAILED and the reason for one that cannot work.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+from torchtitan.chain import ended
+from torchtitan.components.manifest import complete_steps
+from torchtitan.config import load_config
+from torchtitan.config.chain import chain, without_flags
+from torchtitan.config.checks import check_config
+from torchtitan.config.manager import config_file
+from torchtitan.config.toml_file import load_tables
+from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, GateError, UserError
+
+ENDED = 10
+"""Exit code of `start`: the stage has ended, and well."""
+
+DEGREES = ("data_parallel_replicate_degree", "data_parallel_shard_degree")
+
+
+def stages(args: list[str]) -> int:
+    """Print the stages of a recipe; UserError for what no number of processes could mend."""
+    for stage in chain(args):
+        config = stage.config
+        if not config.checkpoint.enable:
+            raise UserError(f"stage {config.stage.name}: Slurm's jobs need checkpoints (checkpoint.enable = true).")
+        try:
+            done = "yes" if ended(stage.arguments) == 0 else "no"
+        except GateError:
+            done = "no"  # its job says so, and stops those after it
+        dump_folder = str(Path(config.job.dump_folder).absolute())
+        print(shlex.join(["stage", config.stage.name, dump_folder, done, "--", *stage.arguments]))
+    return 0
+
+
+def start(nodes: int, per_node: int, args: list[str]) -> int:
+    """Print how to train this stage on nodes * per_node processes, or say why it is not to be trained."""
+    args = args + replicas(args, nodes, per_node)
+    config = load_config(args)
+    check_config(config, nodes * per_node)
+    if ended(args) == 0:
+        return ENDED
+    print(f"DUMP_FOLDER={shlex.quote(str(Path(config.job.dump_folder).absolute()))}")
+    print(f"ARGUMENTS=({shlex.join(args)})")
+    return 0
+
+
+def replicas(args: list[str], nodes: int, per_node: int) -> list[str]:
+    """HSDP inside the node: arguments for a copy of the model a node, unless TOML or command line say otherwise.
+
+    data_parallel_shard_degree is then what context and tensor parallelism leave of a node. Where these two span nodes
+    nothing is added: the parameters are sharded over a row's ranks, on whatever nodes they are.
+    """
+    path = config_file(args)
+    said = load_tables(Path(path)).get("parallelism", {}) if path else {}
+    flags = {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
+    p = load_config(args).parallelism
+    a_row = p.context_parallel_degree * p.tensor_parallel_degree
+    if nodes == 1 or per_node % a_row or any(key in said or f"parallelism.{key}" in flags for key in DEGREES):
+        return []
+    print(
+        f"HSDP: a copy of the model on each of the {nodes} nodes, sharded over its {per_node} processes. Too large? "
+        "--parallelism.data_parallel_replicate_degree 1 shards it over all.",
+        file=sys.stderr,
+    )
+    return ["--parallelism.data_parallel_replicate_degree", str(nodes)]
+
+
+def main(argv: list[str]) -> int:
+    """See above; exit code 1 and one paragraph for what the user has wrong."""
+    verb, args = argv[0], without_flags(argv[1:], "stage.run_chain")
+    try:
+        if verb == "stages":
+            return stages(args)
+        if verb == "newest":
+            config = load_config(args)
+            print(*complete_steps(Path(config.job.dump_folder) / config.checkpoint.folder)[-1:])
+            return 0
+        return start(int(args[0]), int(args[1]), args[2:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return GATE_NOT_HELD if isinstance(error, GateError) else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
