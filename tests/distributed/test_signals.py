@@ -16,12 +16,12 @@ import pytest
 from tests.distributed.harness import _free_ports, flags, write_assets
 from tests.distributed.test_checkpoint import launch, steps_of, wait_for_step
 from torchtitan.components.manifest import complete_steps
+from torchtitan.tools.errors import LOST_A_RANK, STOPPED
 
 TIMEOUT_SECONDS = 4
 SLACK_SECONDS = 20  # for processes that share a busy machine
 # torchtitan.components.watch, torchtitan.train and torchtitan.tools.launch: what follows after the time-out
-ROLL_CALL_SECONDS, GRACE_SECONDS, KILL_SECONDS, RANK_0_SECONDS = 6, 2, 10, 10from torchtitan.tools.errors import LOST_A_RANK, STOPPED
-
+ROLL_CALL_SECONDS, GRACE_SECONDS, KILL_SECONDS, RANK_0_SECONDS = 6, 2, 10, 10
 
 
 def trainers(launcher: subprocess.Popen, count: int = 2) -> list[int]:
