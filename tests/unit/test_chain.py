@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan.chain import NOT_ENDED, main
+from torchtitan.chain import main
+from torchtitan.tools.errors import GATE_NOT_HELD, NOT_ENDED
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +44,7 @@ def test_has_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert ask(tmp_path, "--checkpoint.last_save_in_hf", "true") == 0
     # a gate that does not hold, and a mistake, are neither
     (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 3.5}\n')
-    assert ask(tmp_path) == 1 and "loss is 3.5" in capsys.readouterr().err
+    assert ask(tmp_path) == GATE_NOT_HELD and "loss is 3.5" in capsys.readouterr().err
     assert ask(tmp_path, "--checkpoint.enable", "false") == 1
     assert ask(tmp_path, "--no.such.key", "1") == 1
 

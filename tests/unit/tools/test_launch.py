@@ -120,7 +120,8 @@ Path(f'saved{rank}').write_text(' '.join(str(int(s)) for s in caught))
 
 def test_a_machine_of_several_starts_its_own_ranks(tmp_path: Path) -> None:
     names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
-    program = f"print(' '.join(os.environ[n] for n in '{names}'.split()))"
+    line = f"(' '.join(os.environ[n] for n in '{names}'.split()) + chr(10)).encode()"
+    program = f"os.write(1, {line})"  # at once: two processes share the pipe
     options = ("--nnodes", "3", "--node-rank", "1", "--master", "localhost:29123")
     code, out, err = finish(start(tmp_path, program, 2, options=options))
     assert (code, err) == (0, "")
