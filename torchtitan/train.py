@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 
 from torchtitan.config import dump_toml, load_config
 from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, LOST_A_RANK, STOPPED, GateError, UserError
@@ -77,6 +78,9 @@ def main(args: list[str]) -> int:
             raise
         return _give_up(f"A disk is full, most likely that of job.dump_folder: {e}. {AFTER_MAKING_ROOM}", rank)
     except RuntimeError as e:
+        if type(e).__name__ in ("DistBackendError", "DistNetworkError"):  # NCCL's, or the store's
+            traceback.print_exc()
+            return LOST_A_RANK
         if not any(words in str(e) for words in LOST_CONNECTION):
             raise
         why = f"Another rank has ended, and says why, or it hangs or is out of reach: {str(e).splitlines()[0]}"

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from torchtitan import train
 from torchtitan.components.manifest import FORMAT
 from torchtitan.multinode import ENDED, main, replicas
-from torchtitan.tools.errors import GATE_NOT_HELD
+from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, LOST_A_RANK, GateError, UserError
 
 REPO = Path(__file__).parents[2]
 SOURCES = '[[data.sources]]\nname = "text"\npath = "text.jsonl"\n'
@@ -70,6 +71,25 @@ def test_start_says_how_to_train_or_why_not(recipe: Path, capsys: pytest.Capture
     assert main(["start", "2", "4", *args]) == ENDED
     recipe.write_text(recipe.read_text() + '[[stage.gates]]\nmetric = "loss"\nat_most = 1.0\n')
     assert main(["start", "2", "4", *args]) == GATE_NOT_HELD
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        ("dist.DistBackendError('NCCL error: remote process exited or there was a network error')", LOST_A_RANK),
+        ("RuntimeError('[..] Timed out waiting 10000ms for recv operation to complete')", LOST_A_RANK),
+        ("GateError('loss is 3')", GATE_NOT_HELD),
+        ("UserError('no file')", FAILED),
+    ],
+)
+def test_the_exit_code_says_whose_fault_it_is(monkeypatch: pytest.MonkeyPatch, error: str, code: int) -> None:
+    import torch.distributed as dist
+
+    def failing(args: list[str]) -> None:
+        raise eval(error, {"dist": dist, "GateError": GateError, "UserError": UserError})
+
+    monkeypatch.setattr(train, "load_config", failing)
+    assert train.main([]) == code
 
 
 def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
