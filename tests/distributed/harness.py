@@ -5,6 +5,7 @@ Importing PyTorch takes seconds a process, so one spawn runs many cases: each ma
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -155,10 +156,15 @@ def _worker(
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+    """Below the ports that the system gives to connections: those of earlier cases must not take one meanwhile."""
+    range_file = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first = int(range_file.read_text().split()[0]) if range_file.exists() else 32768
+    ports: list[int] = []
+    below = range(max(first - 12000, 1024), first)
+    for port in random.sample(below, len(below)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise RuntimeError(f"no {count} free ports below {first}")
