@@ -28,7 +28,11 @@ from tests.distributed.test_checkpoint import assert_equal, steps_of, tensors
 from torchtitan.components.manifest import complete_steps
 from torchtitan.tools.errors import GATE_NOT_HELD
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(not os.environ.get("SLURM_LAB"), reason="5 minutes; only with SLURM_LAB=1"),
+]
 
 REPO = Path(__file__).parents[2]
 LAB = Path(__file__).parent / "lab.sh"
