@@ -336,8 +336,9 @@ def rope_of(name: str) -> RopeArgs:
 def test_chains() -> None:
     """Where a stage begins: after another, which exists, or from weights, or from nothing."""
     for name in RECIPES:
-        config, folder = config_of(name), Path(name).parent
-        after = config.stage.after and str(folder / Path(config.stage.after).with_suffix(""))
+        config = config_of(name)
+        given = config.stage.after  # absolute, whatever the file says
+        after = str(Path(given).relative_to(CONFIGS).with_suffix("")) if given else None
         assert after == AFTER.get(name), name
         assert after is None or after in RECIPES
         assert config.checkpoint.initial_load_in_hf == (name not in AFTER and name not in FRESH), name
