@@ -107,7 +107,9 @@ def make_small(config: JobConfig, folder: Path, seq_len: int, steps: int, proces
             context_parallel_degree=cp,
             tensor_parallel_degree=tp,
         ),
-        checkpoint=replace(config.checkpoint, enable=False, initial_load_in_hf=False, initial_load_path=None),
+        checkpoint=replace(
+            config.checkpoint, enable=False, last_save_in_hf=False, initial_load_in_hf=False, initial_load_path=None
+        ),
         metrics=replace(config.metrics, log_freq=1, enable_tensorboard=False, enable_wandb=False),
         data=small_data(config.data, folder, factor),
         rope=small_rope(config.rope, factor),
