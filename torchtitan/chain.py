@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from torchtitan.components.gates import failed_gate, flat, metrics_before
+from torchtitan.components.gates import flat, gate_failure
 from torchtitan.components.manifest import complete_steps, has_ended, read_manifest
 from torchtitan.config import JobConfig, as_tables, load_config
 from torchtitan.config.chain import chain
@@ -83,8 +83,7 @@ def ended(args: list[str]) -> int:
 
 
 def _check_gates(config: JobConfig) -> None:
-    metrics = Path(config.job.dump_folder) / "metrics.jsonl"
-    if failure := failed_gate(config.stage.gates, metrics, metrics_before(config)):
+    if failure := gate_failure(config, Path(config.job.dump_folder)):
         raise GateError(f"A gate of stage {config.stage.name} does not hold: {failure}. The chain stops.")
 
 

@@ -20,7 +20,7 @@ from torchtitan.components.manifest import complete_steps
 from torchtitan.config import load_config
 from torchtitan.config.chain import chain, without_flags
 from torchtitan.config.checks import check_config
-from torchtitan.config.manager import config_file
+from torchtitan.config.manager import config_file, flag_name
 from torchtitan.config.toml_file import load_tables
 from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, GateError, UserError
 
@@ -65,7 +65,7 @@ def replicas(args: list[str], nodes: int, per_node: int) -> list[str]:
     """
     path = config_file(args)
     said = load_tables(Path(path)).get("parallelism", {}) if path else {}
-    flags = {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
+    flags = {flag_name(arg) for arg in args}
     p = load_config(args).parallelism
     a_row = p.context_parallel_degree * p.tensor_parallel_degree
     if nodes == 1 or per_node % a_row or any(key in said or f"parallelism.{key}" in flags for key in DEGREES):

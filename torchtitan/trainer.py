@@ -29,7 +29,7 @@ from torchtitan.components.checkpoint import (
     set_random_state,
 )
 from torchtitan.components.export import export, publish
-from torchtitan.components.gates import failed_gate, metrics_before
+from torchtitan.components.gates import gate_failure
 from torchtitan.components.loss import position_bucket, train_micro_batch
 from torchtitan.components.lr_scheduler import lr_factor
 from torchtitan.components.manifest import export_folder, read_manifest
@@ -307,7 +307,7 @@ class Trainer:
             failure: list[str | None] = [None]
             if self.rank == 0:
                 try:
-                    failure[0] = failed_gate(gates, self.dump_folder / "metrics.jsonl", metrics_before(self.config))
+                    failure[0] = gate_failure(self.config, self.dump_folder)
                 except UserError as e:
                     failure[0] = str(e)
             dist.broadcast_object_list(failure, src=0, group=self.cpu_group)

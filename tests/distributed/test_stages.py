@@ -17,14 +17,14 @@ import torch
 
 from tests.distributed.harness import flags, spawn, write_assets
 from torchtitan.chain import run_chain
-from torchtitan.components.gates import failed_gate
+from torchtitan.components.gates import failed_gate, gate_failure
 from torchtitan.components.manifest import complete_steps, has_ended, read_manifest
 from torchtitan.components.stage import differences
 from torchtitan.components.weights import open_checkpoint, open_hugging_face
 from torchtitan.config import as_tables, load_config
 from torchtitan.config.__main__ import main as config_main
 from torchtitan.config.chain import chain
-from torchtitan.config.job_config import Gate
+from torchtitan.config.job_config import Gate, JobConfig, Stage
 from torchtitan.inputs import prepare_inputs
 from torchtitan.models.architecture import as_json
 from torchtitan.models.huggingface import read_config
@@ -372,6 +372,19 @@ def test_gates(tmp_path: Path):
     assert "+5.26%" in (failure(metric="loss_by_position.64", above_previous=0.05) or "")
     with pytest.raises(UserError, match="no metric los; there are loss, loss_by_position.64, step"):
         failure(metric="los", at_most=1.0)
+
+
+def test_the_stage_before_is_looked_for_only_where_a_gate_asks(tmp_path: Path):
+    """Its file may be gone, or have been on another machine."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+
+    def failure(**gate: Any) -> str | None:
+        gates = (Gate(metric="loss", **gate),)
+        return gate_failure(JobConfig(stage=Stage(after=str(tmp_path / "gone.toml"), gates=gates)), tmp_path)
+
+    assert failure(at_most=3.0) is None and "more than at_most" in (failure(at_most=1.0) or "")
+    with pytest.raises(UserError, match="gone.toml does not exist"):
+        failure(above_previous=0.1)
 
 
 def test_a_gate_that_does_not_hold_stops_the_chain(folder: Path, runs: dict[str, dict[str, Any]]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from tests.scripts import load_script
 from tests.unit.components.models import ARCHITECTURES, LLAMA, SCALINGS, random_weights, save, with_rope
 from torchtitan.components.manifest import find_damage, read_manifest
 from torchtitan.components.tokenizer import load_tokenizer
@@ -23,15 +23,7 @@ ASSETS = REPOSITORY / "assets" / "tokenizer"
 ARGS = with_rope(SCALINGS["yarn"])
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", REPOSITORY / "scripts" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-convert, merge = script("convert"), script("merge")
+convert, merge = load_script("convert"), load_script("merge")
 
 
 def same(a: Weights, b: Weights) -> bool:

@@ -5,15 +5,14 @@ Each is planned on a stand-in of its sources. The scripts run in this process: m
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import struct
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
+from tests.scripts import load_script
 from torchtitan.config import load_config
 from torchtitan.config.checks import dp_degree, rows_per_step
 from torchtitan.datasets.corpus import open_corpus
@@ -39,15 +38,7 @@ STEPS = 12
 SHORT_STAGE = [f"--training.steps={STEPS}", "--lr_scheduler.warmup_steps=1"]
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", REPOSITORY / "scripts" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-plan, plot_plan, build_stand_in = script("plan"), script("plot_plan"), script("build_stand_in")
+plan, plot_plan, build_stand_in = load_script("plan"), load_script("plot_plan"), load_script("build_stand_in")
 
 
 @pytest.fixture(scope="module")

@@ -5,18 +5,17 @@ The tables below are typed from the publications (docs/recipes.md says which), n
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from tests.scripts import load_script
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.checks import check_config, dp_degree, rows_per_step
@@ -36,15 +35,7 @@ FU = [f"data_engineering_128k/{name}" for name in ("base", "original", "cut_4k",
 ]
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", REPOSITORY / "scripts" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-build_stand_in, try_recipe = script("build_stand_in"), script("try_recipe")
+build_stand_in, try_recipe = load_script("build_stand_in"), load_script("try_recipe")
 
 
 @cache

@@ -1,4 +1,7 @@
-"""Conditions on metrics.jsonl without which a stage does not count as ended well. Read without PyTorch."""
+"""Conditions on metrics.jsonl without which a stage does not count as ended well, and where the stage before wrote.
+
+Read without PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,13 @@ from typing import Any
 from torchtitan.config import load_config
 from torchtitan.config.job_config import Gate, JobConfig
 from torchtitan.tools.errors import UserError
+
+
+def gate_failure(config: JobConfig, dump_folder: Path) -> str | None:
+    """failed_gate for a stage that wrote to dump_folder. The stage before is looked for only where a gate asks."""
+    gates = config.stage.gates
+    compares = any(gate.above_previous is not None for gate in gates)
+    return failed_gate(gates, dump_folder / "metrics.jsonl", metrics_before(config) if compares else None)
 
 
 def failed_gate(gates: tuple[Gate, ...], metrics: Path, metrics_before: Path | None) -> str | None:
@@ -33,18 +43,21 @@ def failed_gate(gates: tuple[Gate, ...], metrics: Path, metrics_before: Path | N
 
 def metrics_before(config: JobConfig) -> Path | None:
     """metrics.jsonl of the stage before."""
-    if not config.stage.after:
-        return None
-    before = load_config(["--job.config_file", config.stage.after])
-    return Path(config.stage.after_dump_folder or before.job.dump_folder) / "metrics.jsonl"
+    return folder_before(config) / "metrics.jsonl" if config.stage.after else None
+
+
+def folder_before(config: JobConfig) -> Path:
+    """The dump folder of the stage before, which config.stage.after must name."""
+    if config.stage.after_dump_folder:
+        return Path(config.stage.after_dump_folder)
+    return Path(load_config(["--job.config_file", config.stage.after or ""]).job.dump_folder)
 
 
 def stage_as_run(config: JobConfig) -> JobConfig:
     """The configuration of the stage before: as it was run (config.toml in its dump folder, which holds the overrides),
     else as its file says."""
-    before = load_config(["--job.config_file", config.stage.after or ""])
-    as_run = Path(config.stage.after_dump_folder or before.job.dump_folder) / "config.toml"
-    return load_config(["--job.config_file", str(as_run)]) if as_run.is_file() else before
+    as_run = folder_before(config) / "config.toml"
+    return load_config(["--job.config_file", str(as_run) if as_run.is_file() else config.stage.after or ""])
 
 
 def _mean(path: Path, gate: Gate) -> float:

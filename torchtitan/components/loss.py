@@ -1,4 +1,5 @@
-"""Next-token cross-entropy, token by token: over what it is divided is the trainer's business."""
+"""Forward and backward of a micro-batch, and loss by position. The loss itself is in models/loss_head.py; over what it
+is divided is the trainer's business."""
 
 from __future__ import annotations
 

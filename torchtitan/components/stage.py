@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchtitan.components.gates import failed_gate, flat, metrics_before, stage_as_run
+from torchtitan.components.gates import flat, folder_before, gate_failure, stage_as_run
 from torchtitan.components.manifest import complete_steps, read_manifest
 from torchtitan.config.job_config import JobConfig
 from torchtitan.models.architecture import args_from_manifest, as_json
@@ -52,8 +52,7 @@ def _stage_before(config: JobConfig) -> Start:
     if not after.is_file():
         what = "is a folder" if after.is_dir() else "does not exist"
         raise UserError(f"stage.after = {after} {what}: it must name the TOML file of the stage before.")
-    before = stage_as_run(config)
-    dump_folder = Path(config.stage.after_dump_folder or before.job.dump_folder)
+    before, dump_folder = stage_as_run(config), folder_before(config)
     folder = dump_folder / before.checkpoint.folder
     how = (
         f"Train it first (./run_train.sh --job.config_file {after}, or this stage with --stage.run_chain), name where "
@@ -75,7 +74,7 @@ def _stage_before(config: JobConfig) -> Start:
             f"stage.after = {after}: that stage has not ended. Its newest complete checkpoint, "
             f"{folder}/step-{steps[-1]}, is of step {manifest['step']} of {wanted}. {how}"
         )
-    if failure := failed_gate(before.stage.gates, dump_folder / "metrics.jsonl", metrics_before(before)):
+    if failure := gate_failure(before, dump_folder):
         raise UserError(f"stage.after = {after}: a gate of that stage does not hold: {failure}.")
     return _start(folder / f"step-{steps[-1]}", config.stage.carry, manifest)
 
@@ -116,7 +115,7 @@ def _elsewhere(config: JobConfig) -> Start:
 
 
 def _sound_manifest(path: Path) -> dict[str, Any]:
-    # the sizes of the files only: the trainer's ranks share the reading of all of them
+    # only whether the files are there: the trainer's ranks share the reading of all of them
     manifest = read_manifest(path)
     missing = [name for name in manifest.get("files", {}) if not (path / name).is_file()]
     if missing:

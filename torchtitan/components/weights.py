@@ -24,7 +24,7 @@ from torchtitan.components.checkpoint import WholeWriter, explain_failure
 from torchtitan.components.manifest import FORMAT, MANIFEST, complete_steps, read_manifest
 from torchtitan.models.architecture import args_from_manifest, as_json
 from torchtitan.models.huggingface import check_weights, hf_name, read_config
-from torchtitan.models.transformer import Transformer, TransformerArgs
+from torchtitan.models.transformer import TransformerArgs, parameter_shapes
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import new_folder
 
@@ -53,12 +53,6 @@ class Weights:
             raise UserError(f'dtype = "{dtype}" is not one of {", ".join(DTYPES)}.')
         to, read = DTYPES[dtype], self.read
         return replace(self, dtypes=dict.fromkeys(self.shapes, to), read=lambda name: read(name).to(to))
-
-
-def parameter_shapes(args: TransformerArgs) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the parameters, in the model's order, without allocating any."""
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in Transformer(args).named_parameters()}
 
 
 def check_shapes(weights: Weights) -> Weights:

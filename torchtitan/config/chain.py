@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchtitan.config.job_config import JobConfig
-from torchtitan.config.manager import check_circle, config_file, load_config
+from torchtitan.config.manager import check_circle, config_file, flag_name, load_config
 from torchtitan.tools.errors import UserError
 
 
@@ -67,16 +67,12 @@ def chain(args: list[str]) -> list[ChainedStage]:
     return stages
 
 
-def _flag(arg: str) -> str:
-    return arg.partition("=")[0].replace("-", "_").removeprefix("__") if arg.startswith("--") else ""
-
-
 def without_flags(args: list[str], *names: str) -> list[str]:
     """`args` without these flags and their values."""
     kept, rest = [], list(args)
     while rest:
         arg = rest.pop(0)
-        if _flag(arg) not in names:
+        if flag_name(arg) not in names:
             kept.append(arg)
         elif "=" not in arg and rest and not rest[0].startswith("--"):
             rest.pop(0)
@@ -86,6 +82,6 @@ def without_flags(args: list[str], *names: str) -> list[str]:
 def _value(args: list[str], name: str) -> str | None:
     value = None
     for i, arg in enumerate(args):
-        if _flag(arg) == name:
+        if flag_name(arg) == name:
             value = arg.partition("=")[2] if "=" in arg else args[i + 1] if i + 1 < len(args) else None
     return value

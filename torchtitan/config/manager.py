@@ -66,7 +66,7 @@ def _keep_batch(config: JobConfig, own: set[str], args: list[str], files: tuple[
         check_circle(link, seen)
         seen = (str(Path(link).resolve()), *seen)
         link = load_tables(Path(link)).get("stage", {}).get("after") if Path(link).is_file() else None
-    said = own | {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
+    said = own | {flag_name(arg) for arg in args}
     if not after or t.global_batch_tokens or said & {"training.global_batch_size", "training.global_batch_tokens"}:
         return config
     if not Path(after).is_file():
@@ -105,6 +105,11 @@ def _plain(table: Any) -> dict[str, Any]:
         if value is not None:
             result[key] = value
     return result
+
+
+def flag_name(arg: str) -> str:
+    """`--table.key=value` or `--table.key` -> table.key, with underscores; "" for what is no flag."""
+    return arg[2:].partition("=")[0].replace("-", "_") if arg.startswith("--") else ""
 
 
 def config_file(args: list[str]) -> str | None:

@@ -15,13 +15,12 @@ from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.attention.backends import choose_backend
 from torchtitan.components.manifest import MANIFEST, find_damage, read_manifest
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.components.weights import DTYPES
 from torchtitan.config.toml_file import load_tables
 from torchtitan.models.architecture import args_from_manifest
 from torchtitan.models.huggingface import check_weights, load_weights, read_config
 from torchtitan.models.transformer import Transformer, TransformerArgs
 from torchtitan.tools.errors import UserError
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)

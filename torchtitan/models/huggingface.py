@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_config import rope_from_hf
-from torchtitan.models.transformer import LayerType, Transformer, TransformerArgs
+from torchtitan.models.transformer import LayerType, Transformer, TransformerArgs, parameter_shapes
 from torchtitan.tools.errors import UserError
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo3")
@@ -175,8 +174,7 @@ def check_weights(folder: Path, args: TransformerArgs, asked: str = "") -> None:
                     found[key] = tuple(f.get_slice(key).get_shape())
         except (SafetensorError, OSError) as e:
             raise UserError(f"{file} cannot be read as safetensors: {e}. Is it whole? Fetch it again.") from None
-    with torch.device("meta"):
-        wanted = {hf_name(n): tuple(p.shape) for n, p in Transformer(args).named_parameters()}
+    wanted = {hf_name(name): shape for name, shape in parameter_shapes(args).items()}
     wrong = [
         f"{name} should be {list(shape)} and is {list(found[name]) if name in found else 'missing'}"
         for name, shape in wanted.items()

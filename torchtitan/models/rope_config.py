@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torchtitan.config.job_config import Rope
 from torchtitan.models.rope import RopeArgs, longest_wavelength
@@ -176,7 +176,7 @@ def lost_rope(old: RopeArgs, new: RopeArgs, head_dim: int) -> str | None:
 
 def smallest_theta(length: int, head_dim: int) -> float:
     """The base whose slowest pair turns once in `length` tokens: (length / 2 pi)^(D / (D - 2))."""
-    return (length / 6.283185307179586) ** (head_dim / (head_dim - 2))
+    return (length / (2 * math.pi)) ** (head_dim / (head_dim - 2))
 
 
 def rope_from_hf(config: dict[str, Any], where: str) -> RopeArgs:
@@ -185,7 +185,7 @@ def rope_from_hf(config: dict[str, Any], where: str) -> RopeArgs:
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     length = config.get("trained_length") or config.get("max_position_embeddings")  # the former is ours, see rope_to_hf
     # a model with windows has RoPE by kind of layer: {"full_attention": {...}, "sliding_attention": {...}}
-    layers = "all"
+    layers: Literal["all", "full_attention"] = "all"
     if "full_attention" in rope:
         sliding = rope.get("sliding_attention", rope["full_attention"])
         layers = "all" if sliding == rope["full_attention"] else "full_attention"
@@ -245,7 +245,7 @@ def rope_from_hf(config: dict[str, Any], where: str) -> RopeArgs:
                 f'{where}: rope_type = "{kind}" is not supported; supported are default, linear, dynamic, llama3, yarn '
                 "and longrope."
             )
-    return RopeArgs(theta, scaling, "full_attention" if layers == "full_attention" else "all", length)
+    return RopeArgs(theta, scaling, layers, length)
 
 
 def rope_to_hf(rope: RopeArgs, head_dim: int) -> tuple[dict[str, Any], int]:

@@ -7,6 +7,7 @@ may see; nothing here knows about parallelism.
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -210,10 +211,13 @@ def init_weights(model: Transformer, seed: int) -> None:
             param.copy_(full)
 
 
+def parameter_shapes(args: TransformerArgs) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters, in the model's order, without allocating any."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in Transformer(args).named_parameters()}
+
+
 def parameter_counts(args: TransformerArgs) -> tuple[int, int]:
     """(all parameters, those that multiply activations: all but the input embedding), without allocating any."""
-    with torch.device("meta"):
-        model = Transformer(args)
-    total = sum(p.numel() for p in model.parameters())
-    embedding = 0 if args.tied_embeddings else model.tok_embeddings.weight.numel()
-    return total, total - embedding
+    total = sum(math.prod(shape) for shape in parameter_shapes(args).values())
+    return total, total - (0 if args.tied_embeddings else args.vocab_size * args.dim)

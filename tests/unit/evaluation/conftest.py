@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.scripts import load_script
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.models.huggingface import hf_name
 from torchtitan.models.rope import RopeArgs
@@ -24,15 +24,7 @@ TOKENIZER = REPOSITORY / "assets/tokenizer"
 @pytest.fixture(scope="session")
 def script() -> Callable[[str], ModuleType]:
     """A file of scripts/ as a module."""
-
-    def load(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(f"scripts_{name}", REPOSITORY / "scripts" / f"{name}.py")
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
+    return load_script
 
 
 @pytest.fixture(scope="session")
