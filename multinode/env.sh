@@ -35,3 +35,4 @@ SRUN_OPTIONS=()
 
 # ---- a check of the nodes before every start. report: slow and broken ones are named in the log; exclude: and left out
 # NODE_CHECK=report
+# NODE_CHECK_FACTOR=1.5   # slower than so many times the median node is slow

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.distributed.harness import flags, write_assets
 from tests.distributed.test_checkpoint import assert_equal, steps_of, tensors
-from tests.slurm.test_slurm import Cluster, Run, until, why_no_cluster
+from tests.slurm.cluster import Cluster, Run, until, why_no_cluster
 from torchtitan.components.checkpoint import find_damage
 
 WAYS = ("node", "slurmd", "rank", "rank", "warning", "requeue", "cancel")
