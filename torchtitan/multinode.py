@@ -4,7 +4,8 @@
     python -m torchtitan.multinode start NODES PER_NODE <arguments of torchtitan.train>   may this stage start?
     python -m torchtitan.multinode newest <arguments of torchtitan.train>                 its newest checkpoint's step
 
-`stages` prints shell code, a line a stage, the first one first: stage NAME DUMP_FOLDER HAS_ENDED -- ARGUMENTS...
+`stages` prints shell code, a line a stage, the first one first:
+    stage NAME DUMP_FOLDER HAS_ENDED SBATCH_OPTIONS... -- ARGUMENTS...
 `start` prints the dump folder and the arguments to train with as shell code, and ends with 0; with ENDED or
 GATE_NOT_HELD for a stage that has ended already, with FAILED and the reason for one that cannot work.
 """
@@ -41,7 +42,7 @@ def stages(args: list[str]) -> int:
         except GateError:
             done = "no"  # its job says so, and stops those after it
         dump_folder = str(Path(config.job.dump_folder).absolute())
-        print(shlex.join(["stage", config.stage.name, dump_folder, done, "--", *stage.arguments]))
+        print(shlex.join(["stage", config.stage.name, dump_folder, done, *config.stage.sbatch, "--", *stage.arguments]))
     return 0
 
 

@@ -24,7 +24,9 @@ def recipe(tmp_path: Path) -> Path:
     """Two stages of 7 steps that write below tmp_path; the last one's file."""
     out = f'[job]\ndump_folder = "{tmp_path}/out/'
     (tmp_path / "a.toml").write_text(f'{out}a"\n[training]\nsteps = 7\n[lr_scheduler]\nwarmup_steps = 0\n{SOURCES}')
-    (tmp_path / "b.toml").write_text(f'extends = "a.toml"\n{out}b"\n[stage]\nafter = "a.toml"\n')
+    (tmp_path / "b.toml").write_text(
+        f'extends = "a.toml"\n{out}b"\n[stage]\nafter = "a.toml"\nsbatch = ["--nodes=8"]\n'
+    )
     return tmp_path / "b.toml"
 
 
@@ -107,6 +109,7 @@ def test_submit_chains_what_has_not_ended(recipe: Path) -> None:
         script = command.index(str(REPO / "multinode" / "train.sbatch"))
         assert "--nodes=2" in command[:script] and "two words" in command[script:]
         assert f"--output={recipe.parent}/out/{name}/slurm/%j.log" in command
+    assert "--nodes=8" not in both[0] and both[1].index("--nodes=8") < both[1].index("--nodes=2")
     end(recipe.parent / "out" / "a")
     (last,) = dry_run(*arguments).stdout.splitlines()
     assert "--job-name=b" in last and "--dependency" not in last

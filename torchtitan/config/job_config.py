@@ -568,6 +568,10 @@ class Stage:
     """Run the stages before this one that have not ended, in order, and then this one (run_train.sh). Other overrides
     hold for all of them; job.dump_folder gets a folder for each."""
 
+    sbatch: tuple[str, ...] = ()
+    """Options of sbatch for this stage's job (multinode/submit.sh), such as ["--nodes=16", "--time=48:00:00"]: after
+    those of multinode/env.sh, before those of the command line. The later one of two holds."""
+
     gates: tuple[Gate, ...] = ()
     """What must hold at the end of the stage, each a [[stage.gates]] table."""
 
