@@ -17,7 +17,7 @@ dry=false arguments=()
 while [[ $# -gt 0 && $1 != -- ]]; do
     case $1 in
         --dry-run) dry=true ;;
-        -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+        -h | --help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
         *) arguments+=("$1") ;;
     esac
     shift

@@ -160,7 +160,10 @@ def _free_ports(count: int) -> list[int]:
     range_file = Path("/proc/sys/net/ipv4/ip_local_port_range")
     first = int(range_file.read_text().split()[0]) if range_file.exists() else 32768
     ports: list[int] = []
-    below = range(max(first - 12000, 1024), first)
+    # and those of tests that run beside these neither
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    below = range(max(first - 12000, 1024) + worker, first, workers)
     for port in random.sample(below, len(below)):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
