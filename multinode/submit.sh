@@ -10,14 +10,18 @@
 # relative to where you stand. The jobs' numbers are printed, the first stage's first.
 set -euo pipefail
 REPO=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
+set +u # a site's file may use what is not set
 source "$REPO/multinode/env.sh"
+set -u
 source "$REPO/scripts/setup.sh"
 
 dry=false arguments=()
+usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+if [[ $# -eq 0 ]]; then usage >&2; exit 1; fi
 while [[ $# -gt 0 && $1 != -- ]]; do
     case $1 in
         --dry-run) dry=true ;;
-        -h | --help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+        -h | --help) usage; exit ;;
         *) arguments+=("$1") ;;
     esac
     shift
@@ -35,7 +39,7 @@ fi
 stages=$(PYTHONPATH=$REPO "$PYTHON" -m torchtitan.multinode stages "${arguments[@]}")
 
 export TORCHTITAN_REPO=$REPO
-previous=""
+previous="" submitted=()
 stage() { # NAME DUMP_FOLDER HAS_ENDED SBATCH_OPTIONS... -- ARGUMENTS...
     local name=$1 folder=$2 ended=$3 command
     local options=(${SBATCH_OPTIONS[@]+"${SBATCH_OPTIONS[@]}"})
@@ -47,7 +51,7 @@ stage() { # NAME DUMP_FOLDER HAS_ENDED SBATCH_OPTIONS... -- ARGUMENTS...
         echo "stage $name has ended ($folder)" >&2
         return
     fi
-    command=(sbatch --parsable --job-name="$name" --output="$folder/slurm/%j.log" --open-mode=append
+    command=(sbatch --parsable --job-name="$name" --output="${folder//%/%%}/slurm/%j.log" --open-mode=append
         ${options[@]+"${options[@]}"})
     if [[ -n $previous ]]; then command+=(--dependency="afterok:$previous" --kill-on-invalid-dep=yes); fi
     command+=("$REPO/multinode/train.sbatch" "$@")
@@ -57,8 +61,13 @@ stage() { # NAME DUMP_FOLDER HAS_ENDED SBATCH_OPTIONS... -- ARGUMENTS...
         return
     fi
     mkdir -p "$folder/slurm"
-    previous=$("${command[@]}") || exit 1
+    if ! previous=$("${command[@]}"); then
+        echo "error: stage $name was not submitted${submitted[*]:+; those before it are cancelled: ${submitted[*]}}" >&2
+        if [[ ${#submitted[@]} -gt 0 ]]; then scancel "${submitted[@]}"; fi
+        exit 1
+    fi
     previous=${previous%%;*}
+    submitted+=("$previous")
     echo "stage $name: job $previous, log $folder/slurm/$previous.log" >&2
     echo "$previous"
 }

@@ -52,7 +52,7 @@ class Cluster:
         self.environment = {
             **os.environ,
             "SLURM_LAB_DIR": str(folder),
-            "SLURM_LAB_NODES": "10",
+            "SLURM_LAB_NODES": "12",
             "SLURM_LAB_CPUS": "16",
             "SLURM_LAB_GPUS": "2",
             "SLURM_LAB_GRACE": "300",

@@ -1,4 +1,4 @@
-"""A real Slurm cluster of ten nodes on this machine (lab.sh), on which jobs of multinode/ are interrupted in every way.
+"""A real Slurm cluster of twelve nodes on this machine (lab.sh), and jobs of multinode/, interrupted in every way.
 
 The scenarios run side by side, as most of their time is waiting for Slurm; a test looks at what became of one. A run
 is held in the middle of a step by SIGSTOP to one of its ranks until what should interrupt it has arrived, so that
@@ -25,6 +25,7 @@ import pytest
 
 from tests.distributed.harness import flags, write_assets
 from tests.distributed.test_checkpoint import assert_equal, steps_of, tensors
+from tests.scripts import load_script
 from tests.slurm.cluster import REPO, STEPS, Cluster, Run, until, why_no_cluster
 from torchtitan.components.manifest import complete_steps
 from torchtitan.tools.errors import GATE_NOT_HELD
@@ -176,7 +177,7 @@ def dead_daemon(cluster: Cluster, folder: Path) -> Facts:
 def ghost(cluster: Cluster, folder: Path) -> Facts:
     """The only node's daemon is lost: the job starts on another one, while all its processes live on."""
     run = Run(cluster, folder, "ghost")
-    job = run.submit("--nodes=1", "--exclude=node[1-8]")
+    job = run.submit("--nodes=1", "--exclude=node[1-8],node[11-12]")
     ghosts, node = run.stop(0), cluster.job(job)["BatchHost"]
     cluster.lab("kill-slurmd", node.removeprefix("node"))
     run.until(lambda: run.said("start 2"), "the second start")
@@ -204,6 +205,31 @@ def killed_ranks(cluster: Cluster, folder: Path) -> Facts:
 
 
 @scenario
+def hopeless(cluster: Cluster, folder: Path) -> Facts:
+    """At every start the first node loses a rank, and Slurm ends the other one for it. Submitted from within a job."""
+    run = Run(cluster, folder, "hopeless")
+    python = folder / "python"
+    python.write_text(f"""#!{sys.executable}
+import os, signal, sys, time
+if "torchtitan.tools.launch" in sys.argv:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.argv[sys.argv.index("--node-rank") + 1] == "0":
+        sys.exit(76)
+    time.sleep(600)
+os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])
+""")
+    python.chmod(0o755)
+    return facts(run, run.submit("--nodes=2", "-w", "node1,node2", PYTHON=str(python), SLURM_RESTART_COUNT="7"))
+
+
+@scenario
+def chaos(cluster: Cluster, folder: Path) -> Facts:
+    """scripts/chaos.py, in small."""
+    load_script("chaos").torment(cluster, folder / "chaos", ("node11", "node12"), kills=2, seed=3, steps=400, pause=1.0)
+    return {}
+
+
+@scenario
 def cancelled(cluster: Cluster, folder: Path) -> Facts:
     """Cancelled, and submitted again: on as many nodes, and a copy of what it left on one."""
     run = Run(cluster, folder, "cancelled")
@@ -220,7 +246,7 @@ def cancelled(cluster: Cluster, folder: Path) -> Facts:
     fewer = Run(cluster, folder, "fewer")
     shutil.copytree(run.out, fewer.out)
     left = run.steps()
-    jobs = run.submit("--nodes=2", "-w", "node1,node2"), fewer.submit("--nodes=1", "-w", "node2")
+    jobs = run.submit("--nodes=1-2", "--exclude=node[3-12]"), fewer.submit("--nodes=1", "-w", "node2")
     first |= {"refused": refused, "left": left}
     return first | {"again": facts(run, jobs[0]), "fewer": facts(fewer, jobs[1])}
 
@@ -228,8 +254,9 @@ def cancelled(cluster: Cluster, folder: Path) -> Facts:
 @scenario
 def slow_node(cluster: Cluster, folder: Path) -> Facts:
     """Three nodes, one of which is held up 400 ms in every 401 while they are checked."""
-    run = Run(cluster, folder, "slow_node", training__global_batch_size=12, training__steps=2)
-    job = run.submit("--nodes=3", "-w", "node[1-3]", NODE_CHECK="exclude", NODE_CHECK_FACTOR="5")
+    run = Run(cluster, folder, "slow_node")
+    options = {"NODE_CHECK": "exclude", "NODE_CHECK_FACTOR": "5", "SPARE_NODES": "1"}
+    job = run.submit("--nodes=3", "-w", "node[1-3]", **options)
     found: list[int] = []
 
     def is_connected() -> bool:
@@ -394,6 +421,7 @@ def test_a_stage_that_fails_stops_the_chain(outcomes: dict[str, Future[Facts]]) 
     outcome = outcomes["failing_recipe"].result()
     assert outcome["states"] == ["FAILED", "CANCELLED"]
     assert outcome["jobs"][0]["ExitCode"] == f"{GATE_NOT_HELD}:0" and outcome["jobs"][0]["Restarts"] == "0"
+    assert outcome["jobs"][1]["Reason"] == "DependencyNeverSatisfied"
     assert "gate of stage gated does not hold" in outcome["log"] and "at_most = 0.1" in outcome["log"]
     assert "gate of stage gated does not hold" in outcome["second"] and "training;" not in outcome["second"]
     assert not (outcome["run"].out / "last" / "checkpoint").exists()
@@ -431,6 +459,16 @@ def test_a_dead_or_hanging_rank_ends_the_run_in_time_and_it_comes_back(outcomes:
     assert outcome["killed"] < 60 and outcome["hung"] < outcome["timeout"] + 60
 
 
+def test_what_loses_a_rank_at_every_start_is_given_up(outcomes: dict[str, Future[Facts]]) -> None:
+    outcome = outcomes["hopeless"].result()
+    assert outcome["state"] == "FAILED" and outcome["exit"] == "76:0" and outcome["restarts"] == 2, outcome["log"]
+    assert outcome["log"].count("killed (exit code 76)") == 3 and "it does not get on" in outcome["log"]
+
+
+def test_random_kills_lose_nothing(outcomes: dict[str, Future[Facts]]) -> None:
+    outcomes["chaos"].result()  # which has checks of its own
+
+
 def test_cancelled_it_stays_so_until_it_is_submitted_again(outcomes: dict[str, Future[Facts]]) -> None:
     outcome = outcomes["cancelled"].result()
     assert outcome["state"] == outcome["later"] == "CANCELLED" and outcome["restarts"] == 0
@@ -459,8 +497,8 @@ def test_a_node_that_the_check_finds_slow_is_left_out(outcomes: dict[str, Future
     assert "slow or broken: node3 (another time: sbatch --exclude=node3)" in outcome["log"]
     report = json.loads(next((outcome["run"].out / "slurm").glob("node_check-*.json")).read_text())
     assert list(report["slow"]) == ["node3"] and any("matrix product" in reason for reason in report["slow"]["node3"])
-    manifest = json.loads((outcome["run"].out / "checkpoint" / "step-2" / "manifest.json").read_text())
-    assert outcome["state"] == "COMPLETED" and manifest["world_size"] == 2
+    assert "2 of the 3 nodes can share this stage's work" in outcome["log"]
+    check_whole(outcomes, outcome)
 
 
 def test_a_full_disk_stops_a_run_and_a_read_only_one_does_not_if_so_wished(outcomes: dict[str, Future[Facts]]) -> None:

@@ -99,7 +99,7 @@ def check_config(config: JobConfig, world_size: int) -> None:
             f"checkpoint.load_step = {config.checkpoint.load_step}, but checkpoint.enable = false: nothing is loaded "
             "then. Set enable = true, or leave load_step out."
         )
-    _check_stage(config)
+    check_stage(config)
     accumulation_steps(config, world_size)
     _check_tokens(config)
 
@@ -334,7 +334,14 @@ def _check_rope(config: JobConfig) -> None:
         )
 
 
-def _check_stage(config: JobConfig) -> None:
+def check_stage(config: JobConfig) -> None:
+    """UserError for what is wrong in [stage], whatever the number of processes."""
+    for option in config.stage.sbatch:
+        if not option.startswith("-") or option == "--":
+            raise UserError(
+                f'stage.sbatch has "{option}", which sbatch would take for the script: write an option and its value '
+                'as one, e.g. "--nodes=8".'
+            )
     for i, gate in enumerate(config.stage.gates):
         where = f"stage.gates[{i}]"
         if not gate.metric:
