@@ -108,8 +108,9 @@ def attention_on_ranks(packings: int, rank: int, world_size: int) -> list[tuple[
 
 
 def chunks_on_ranks(packings: int, rank: int, world_size: int) -> list[tuple[str, int, list[float], bool, list[int]]]:
-    """For every number of chunks that the heads allow: how much out, dq, dk and dv differ from those of one chunk
-    (in their largest value), whether checkpointing changes anything, and the largest buffer of a forward and backward, in elements."""
+    """For every number of chunks that the heads allow: how much out, dq, dk and dv differ from one chunk's, against
+    their largest value; whether checkpointing changes anything; number and largest size of the buffers, in elements,
+    and that of all queries."""
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
     sent: list[int] = []
     exchange = HeadTransfer._exchange

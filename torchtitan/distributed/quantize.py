@@ -60,8 +60,8 @@ def check_quantize(args: TransformerArgs, quantize: Quantize, tp: int, tokens: i
             )
     if not any(layers.values()):
         raise UserError(
-            f'quantize.recipe_name = "{quantize.recipe_name}" would quantize no layer: the blocks\' layers are all named '
-            f"by quantize.filter_fqns = {list(quantize.filter_fqns)}, or have fewer features (on one of "
+            f'quantize.recipe_name = "{quantize.recipe_name}" would quantize no layer: those of the blocks are all '
+            f"named by quantize.filter_fqns = {list(quantize.filter_fqns)}, or have fewer features (on one of "
             f"{tp} tensor-parallel ranks) than quantize.smallest_features = {quantize.smallest_features}, or a number "
             f'of them that is no multiple of {MULTIPLE}. Change one of the two, or set recipe_name = "none".'
         )
@@ -84,7 +84,8 @@ def check_quantize(args: TransformerArgs, quantize: Quantize, tp: int, tokens: i
         raise UserError(
             f"FP8 kernels multiply multiples of {MULTIPLE} tokens, but a rank's micro-batch (training.seq_len * "
             f"local_batch_size / context_parallel_degree) has {tokens} = {tokens // MULTIPLE} * {MULTIPLE} + "
-            f'{tokens % MULTIPLE}. Choose a training.seq_len that is a multiple of {MULTIPLE}, or quantize.recipe_name = "none".'
+            f"{tokens % MULTIPLE}. Choose a training.seq_len that is a multiple of {MULTIPLE}, or quantize.recipe_name = "
+            '"none".'
         )
 
 

@@ -129,7 +129,7 @@ def plan_exchange(name: str, segments: Segments, owner: np.ndarray, cp: int, ran
         torch.from_numpy(place),
         torch.from_numpy(np.argsort(place)),
     )
-    return _local_segments(segments, pieces, rank, slot), exchange
+    return replace(_local_segments(segments, pieces, rank, slot), keys_vary=True), exchange
 
 
 def _local_segments(segments: Segments, pieces: Pieces, rank: int, slot: np.ndarray) -> Segments:
