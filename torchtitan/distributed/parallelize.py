@@ -45,7 +45,7 @@ def build_sharded_model(
         group = dims.mesh.get_group("cp")
         apply_context_parallel(model, group, p.context_parallel_exchange, p.context_parallel_head_chunks)
     if dims.size("tp") > 1:
-        apply_tensor_parallel(model, dims.parameter_mesh["tp"])
+        apply_tensor_parallel(model, dims.tp_mesh)
     if config.compile.enable:
         for block in model.layers.values():
             block.forward = torch.compile(block.forward, backend=config.compile.backend)  # type: ignore[method-assign]
