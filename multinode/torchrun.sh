@@ -30,11 +30,10 @@ while [[ $# -gt 0 && $1 != -- ]]; do
 done
 if [[ $# -gt 0 ]]; then shift; fi
 for name in nnodes node_rank host; do [[ -n ${!name} ]] || { usage >&2; exit 1; }; done
-if [[ -z $per_node ]]; then
-    gpus=0
-    if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true); fi
-    per_node=$((gpus > 0 ? gpus : 1))
-fi
+gpus=0
+if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true); fi
+if [[ -z $per_node ]]; then per_node=$((gpus > 0 ? gpus : 1)); fi
+if [[ $gpus -gt 0 ]]; then setup_allocator; fi
 setup_python
 settings=$("$PYTHON" -m torchtitan.multinode start "$nnodes" "$per_node" "$@") || {
     code=$?
