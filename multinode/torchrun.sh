@@ -35,12 +35,11 @@ for name in nnodes node_rank host; do [[ -n ${!name} ]] || { usage >&2; exit 1; 
 for name in nnodes node_rank port; do
     [[ ${!name} =~ ^[0-9]+$ ]] || fail "--${name//_/-} ${!name}: a number is wanted; nothing is elastic here"
 done
-if [[ -z $per_node ]]; then
-    gpus=0
-    if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true); fi
-    per_node=$((gpus > 0 ? gpus : 1))
-fi
+gpus=0
+if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true); fi
+if [[ -z $per_node ]]; then per_node=$((gpus > 0 ? gpus : 1)); fi
 [[ $per_node =~ ^[1-9][0-9]*$ ]] || fail "--nproc-per-node $per_node: a number is wanted"
+if [[ $gpus -gt 0 ]]; then setup_allocator; fi
 setup_python
 settings=$("$PYTHON" -m torchtitan.multinode start "$nnodes" "$per_node" "$@") || {
     code=$?

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tokenizer"
 
@@ -150,6 +151,9 @@ def _worker(
     for case, port in zip(cases, ports, strict=True):
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         outcome.append(function(case, rank, world_size))
+        # DTensor remembers how it has cut tensors, with the mesh of then; a block compiled in a later case would meet
+        # both that mesh and its own, which PyTorch (2.13) does not tell apart
+        _clear_sharding_prop_cache()
     if rank == 0:
         torch.save(outcome, results)
     os._exit(0)  # as train.py ends: gloo's threads may outlive the interpreter's

@@ -186,6 +186,15 @@ CASES: dict[str, tuple[Make, list[str]]] = {
         keys(compile__enable=True, compile__backend="induktor"),
         ["compile.backend", "induktor", "inductor"],
     ),
+    "no such recipe of FP8": (keys(quantize__recipe_name="columnwise"), ["columnwise", "rowwise", "tensorwise"]),
+    "FP8 on a CPU": (
+        keys(quantize__recipe_name="rowwise", quantize__smallest_features=16),
+        ["quantize.recipe_name", "no GPU", "emulate = true"],
+    ),
+    "head chunks of another exchange": (
+        keys(parallelism__context_parallel_head_chunks=2),
+        ["context_parallel_head_chunks = 2", '"ulysses"'],
+    ),
     "a step without checkpoints": (keys(checkpoint__load_step=3), ["load_step = 3", "enable = true"]),
     "a step that is not there": (keys(checkpoint__enable=True, checkpoint__load_step=3), ["load_step = 3", "-1"]),
     "a dump folder below a file": (below_a_file("job__dump_folder"), ["job.dump_folder", "file is a file"]),

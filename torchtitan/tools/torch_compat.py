@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -65,3 +66,10 @@ def mark_dynamic(dimensions: list[tuple[torch.Tensor, int]]) -> None:
     """Have torch.compile expect these sizes of these tensors to change, from its first call on."""
     for tensor, dimension in dimensions:
         torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
+def compilations() -> int:
+    """How often torch.compile has translated a function in this process, counting each function as often as it was
+    given something that its earlier translations are not for."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # to import it takes a second, and nothing has been compiled then
+    return dynamo.counters["frames"]["total"] if dynamo else 0
