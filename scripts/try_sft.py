@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from torchtitan.attention.segments import Segments
@@ -28,7 +29,6 @@ from torchtitan.datasets.chat import ChatEncoder
 from torchtitan.datasets.chat_template import load_chat_template
 from torchtitan.datasets.units import ASSISTANT
 from torchtitan.evaluation.loading import Loaded, load
-from torchtitan.evaluation.loss_by_position import token_losses
 
 SCRIPTS = Path(__file__).resolve().parent
 BEGIN, END = "<jupyter_start>", "<empty_output>"  # special tokens of SmolLM2 for its pretraining on notebooks
@@ -75,9 +75,9 @@ def main(args: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for the model, the conversations and the run")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--heldout", type=int, default=60, help="conversations for the loss")
-    parser.add_argument("--answers", type=int, default=20, help="answers to write")
-    parser.add_argument("--longest", type=int, default=80, help="tokens of an answer")
+    parser.add_argument("--heldout", type=int, default=40, help="conversations for the loss")
+    parser.add_argument("--answers", type=int, default=10, help="answers to write")
+    parser.add_argument("--longest", type=int, default=40, help="tokens of an answer")
     own = parser.parse_args(args)
     work = own.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -146,11 +146,11 @@ def measure(loaded: Loaded, file: Path, heldout: int, answers: int, longest: int
         ids, roles = encoder.encode_batch([made])[0]
         if len(ids) > 512:
             continue
-        labels = roles[1:] == ASSISTANT
-        losses.append(token_losses(loaded.model, torch.tensor(ids, dtype=torch.int64))[torch.from_numpy(labels)])
-        predicted = logits(loaded, ids[:-1].tolist()).argmax(-1).numpy()
-        at = np.flatnonzero((ids[1:] == end) & labels)
-        ends.append(float((predicted[at] == end).mean()))
+        trained = torch.from_numpy(roles[1:] == ASSISTANT)
+        labels = torch.tensor(ids[1:], dtype=torch.int64)[trained]
+        predictions = logits(loaded, ids[:-1].tolist())[trained]
+        losses.append(F.cross_entropy(predictions, labels, reduction="none"))
+        ends.append(float((predictions.argmax(-1) == end)[labels == end].float().mean()))
         if len(written) < answers:
             prompt = load_chat_template(Path(tokenizer.folder)).render(record["messages"][:1], answering=True)
             answer = greedy(loaded, tokenizer.encode_template(prompt)[0], end, longest)
