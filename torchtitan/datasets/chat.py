@@ -153,7 +153,7 @@ def _conversation(record: dict[str, Any], field: str) -> tuple[list[dict[str, An
     messages = []
     for number, message in enumerate(found, 1):
         role = message.get("role")
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             hint = ""
             if "from" in message:
                 hint = " These are ShareGPT's from and value: rename them, human to user and gpt to assistant."

@@ -392,13 +392,14 @@ def test_the_loss_is_on_the_responses_and_on_plain_text(mixed: tuple[Plan, list[
     assert abs(report["sources"][0]["share"] - 2 / 3) < 0.02
 
 
-def test_parquet_and_truncation(tmp_path: Path) -> None:
-    """Parquet puts every key into every message and every record; a cut conversation keeps its roles."""
+def test_parquet_the_hub_and_truncation(tmp_path: Path) -> None:
+    """Parquet and the datasets library put every key into every message; a cut conversation keeps its roles."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     tokenizer = load_tokenizer(assets(tmp_path / "assets", TEMPLATES["trimmed"]))
     records = [WITH_TOOLS | {"messages": WITH_TOOLS["messages"][:4] + CHAT[1:2]}, *conversations(20)]
+    records.append({"messages": CHAT[:1]})
     data = Data(cache_folder=str(tmp_path / "cache"))
     source = chat_source(tmp_path / "chat.jsonl", *records)
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "chat.parquet")
@@ -406,6 +407,11 @@ def test_parquet_and_truncation(tmp_path: Path) -> None:
     one, two = (resolve_source(s, tokenizer, data) for s in pair)
     for i in range(len(one)):
         assert one.document(i).tolist() == two.document(i).tolist() and one.roles(i).tolist() == two.roles(i).tolist()
+    (tmp_path / "hub").mkdir()
+    shutil.copy(tmp_path / "chat.jsonl", tmp_path / "hub")
+    hub = resolve_source(replace(source, name="h", path=f"hub:{tmp_path}/hub"), tokenizer, data)
+    assert [hub.document(i).tolist() for i in range(len(hub))] == [one.document(i).tolist() for i in range(len(one))]
+    assert hub.left_out == one.left_out == {"no_response": 1}
     data = replace(data, sources=(replace(source, long_document="truncate"),))
     plan = Plan(data, [one], seq_len=16, rows_per_step=8, steps=3, seed=1)
     for step in range(plan.steps):
