@@ -44,12 +44,12 @@ dump_folder = "{work}/out"
 flavor = "auto"
 hf_assets_path = "{work}/model"
 [training]
-seq_len = 512
+seq_len = 256
 global_batch_size = 2
 steps = {steps}
 mixed_precision_param = "float32"
 [optimizer]
-lr = 2e-4
+lr = 6e-4
 [lr_scheduler]
 warmup_steps = 4
 decay_type = "cosine"
@@ -67,6 +67,7 @@ name = "chat"
 path = "{work}/chat/train.jsonl"
 messages_field = "messages"
 long_document = "drop"
+max_length = 200
 """
 
 
@@ -134,7 +135,7 @@ def check_labels(loaded: Loaded, file: Path) -> None:
 
 @torch.no_grad()
 def measure(loaded: Loaded, file: Path, heldout: int, answers: int, longest: int) -> dict[str, Any]:
-    """Numbers of a model on the first conversations of a file that fit 512 tokens."""
+    """Numbers of a model on the first conversations of a file of at most 256 tokens."""
     encoder, tokenizer = encoder_of(loaded), loaded.tokenizer
     end = tokenizer.special[END]
     losses, ends, written = [], [], []
@@ -144,7 +145,7 @@ def measure(loaded: Loaded, file: Path, heldout: int, answers: int, longest: int
         if made is None or len(ends) >= heldout:
             continue
         ids, roles = encoder.encode_batch([made])[0]
-        if len(ids) > 512:
+        if len(ids) > 256:
             continue
         trained = torch.from_numpy(roles[1:] == ASSISTANT)
         labels = torch.tensor(ids[1:], dtype=torch.int64)[trained]
