@@ -153,6 +153,20 @@ CASES: dict[str, tuple[Make, list[str]]] = {
     "not UTF-8 either": (text("a.txt", b"caf\xe9"), ["a.txt", "UTF-8", "byte 3", "iconv"]),
     "broken JSON": (text("a.jsonl", b'{"text": "good"}\n{"text": "cut\n'), ["a.jsonl line 2", "broken JSON"]),
     "another field": (text("a.jsonl", b'{"body": "x"}\n'), ["a.jsonl line 1", "'text'", "'body'", "text_field"]),
+    "conversations without a template": (
+        keys(data__sources__0__messages_field="messages", data__sources__0__long_document="drop"),
+        ["chat template", "chat_template.jinja", "tokenizer_config.json", "instruct version"],
+    ),
+    "conversations in parts": (
+        keys(data__sources__0__messages_field="messages"),
+        ['messages_field = "messages"', 'long_document = "drop"', '"truncate"'],
+    ),
+    "conversations cut by rows": (
+        keys(
+            data__sources__0__messages_field="messages", data__sources__0__long_document="drop", data__packing="concat"
+        ),
+        ['packing = "concat"', '"best_fit"'],
+    ),
     "too little text": (
         lambda spoiled, assets: (
             text("a.jsonl", b'{"text": "red"}\n')(spoiled, assets) | {"data__sources__0__max_epochs": 1.0}

@@ -481,6 +481,17 @@ def _check_source(source: Source, where: str, config: JobConfig) -> None:
             f'{where}: upsample and upsample_to raise one source, data.strategy = "{config.data.strategy}" raises all; '
             'give one of the two (strategy = "original" leaves it to the sources).'
         )
+    if source.messages_field and source.long_document == "split":
+        raise UserError(
+            f'{where}: a conversation (messages_field = "{source.messages_field}") that is longer than a row cannot be '
+            'split, since its second part would answer what it does not see: set long_document = "drop" (left out, '
+            'and counted in the report) or "truncate" (its end is cut off).'
+        )
+    if source.messages_field and config.data.packing == "concat":
+        raise UserError(
+            f'{where}: data.packing = "concat" cuts conversations (messages_field = "{source.messages_field}") '
+            'wherever a row ends: use "best_fit", which leaves them whole.'
+        )
     if source.path.startswith("hub:") and not source.path[4:].strip("/ "):
         raise UserError(f'{where}: path = "{source.path}" names no dataset; write hub:OWNER/NAME.')
 

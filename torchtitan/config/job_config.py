@@ -394,6 +394,10 @@ class Source:
     text_field: str = "text"
     """Field of a jsonl, parquet or hub record that holds the text."""
 
+    messages_field: str = ""
+    """Or: field that holds a conversation, a list of messages with role and content (usually "messages"). The model's
+    chat template makes the text, and the loss is on the assistant's responses only."""
+
     hub_subset: str = ""
     """Configuration of a hub dataset, e.g. sample-10BT. Empty: its default."""
 
