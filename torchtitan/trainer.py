@@ -7,6 +7,7 @@ distributed/parallelize.py; every other part gets what it needs as arguments.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ from torchtitan.datasets.report import format_report
 from torchtitan.distributed.context_parallel.shard import LocalBatch, shard
 from torchtitan.distributed.fully_shard import reduce_over_replicas
 from torchtitan.distributed.node_check import check_nodes
+from torchtitan.distributed.offload import host_bytes, host_memory_warning
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import build_sharded_model
 from torchtitan.distributed.self_check import run_self_check
@@ -58,6 +60,7 @@ from torchtitan.planner.job import job_of
 from torchtitan.planner.work import Recomputed, Work, work_of
 from torchtitan.tools.device import (
     GarbageCollection,
+    available_host_memory,
     init_process_group,
     make_deterministic,
     peak_flops,
@@ -111,6 +114,7 @@ class Trainer:
             run_self_check(
                 inputs.args, config, self.dims, self.device, self.cpu_group, self.accumulation, train_micro_batch
             )
+        self._check_host_memory()
         self.model = build_sharded_model(inputs.args, config, self.dims, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.work = work_of(inputs.args)
@@ -170,6 +174,14 @@ class Trainer:
         logger.info(f"model {self.config.model.flavor}: {total / 1e6:,.1f}M parameters on {self.device.type}; {sizes}")
         for line in format_report(report).splitlines():
             logger.info(line)
+
+    def _check_host_memory(self) -> None:
+        """Warn, before anything is allocated, where offloading needs more memory than this host has."""
+        shards = math.prod(self.dims.size(name) for name in ("dp_shard", "cp", "tp"))
+        ranks = self.hosts.count(self.hosts[self.rank])
+        needed = host_bytes(self.inputs.args, self.config, shards)
+        if warning := host_memory_warning(needed, ranks, available_host_memory()):
+            logger.warning(warning)
 
     # ---- state ------------------------------------------------------------------------------------------------
 

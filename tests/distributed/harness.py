@@ -11,12 +11,15 @@ import os
 import random
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tokenizer"
 
@@ -131,6 +134,22 @@ def run_stage(args: list[str], rank: int, world_size: int) -> list[dict[str, Any
     finally:
         trainer.close()
     return numbers
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        name = function.name()
+        if name.startswith(("c10d::", "_c10d_functional::")) and "wait" not in name:
+            self.counts[name.split("::")[1].split(".")[0]] += 1
+        return function(*args, **(kwargs or {}))
 
 
 def spawn(world_size: int, function: Callable[..., Any], cases: list[Any], folder: Path) -> list[Any]:

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from tests.distributed.harness import TINY, flags, spawn, write_assets
+from tests.distributed.harness import TINY, Collectives, flags, spawn, write_assets
 from torchtitan.components.loss import train_micro_batch
 from torchtitan.config import load_config
 from torchtitan.inputs import prepare_inputs
 from torchtitan.trainer import Trainer
-
-
-class Collectives(TorchDispatchMode):
-    """Counts the collectives that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented
-        name = function.name()
-        if name.startswith(("c10d::", "_c10d_functional::")) and "wait" not in name:
-            self.counts[name.split("::")[1].split(".")[0]] += 1
-        return function(*args, **(kwargs or {}))
 
 
 def count(args: list[str], rank: int, world_size: int) -> dict[str, int]:

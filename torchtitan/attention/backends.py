@@ -106,6 +106,8 @@ class Mask:
 class AttentionCore(Protocol):
     """What the attention layer calls between its projections."""
 
+    backend: Backend
+
     def start(self, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> Any: ...
     def finish(self, q: torch.Tensor, started: Any, mask: Mask) -> torch.Tensor: ...
 

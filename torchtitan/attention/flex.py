@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from torchtitan.attention.block_mask import BlockRanges, assemble, block_ranges, expand_tables
 from torchtitan.attention.segments import Segments
-from torchtitan.tools.torch_compat import mark_dynamic
+from torchtitan.tools.torch_compat import mark_dynamic, visible_regions
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +43,12 @@ def prepare(segments: Segments) -> FlexMask:
     return FlexMask(block_ranges(segments))
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepared: FlexMask) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepared: FlexMask, visible: bool = False
+) -> torch.Tensor:
     """q [T, H, D], k and v [K, Hkv, D] on the mask's device; returns [T, H, D] in q's dtype.
+
+    visible: selective recomputation sees the compiled kernels as one operator, whose results it can keep.
 
     With gradients on the CPU FlexAttention raises NotImplementedError. Tests that take out PyTorch's check get the
     uncompiled function there, which holds all T x K scores.
@@ -58,14 +62,14 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepared: FlexMask
         key_blocks = [(tables[1], 3), (tables[3], 3), (tables[4], 2), (tables[5], 2), (tables[6], 2), (tables[7], 2)]
         mark_dynamic([(k, 2), (v, 2), *key_blocks])
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    attention = _attend if q.device.type == "cpu" and grad else compiled_attend()
+    attention = _attend if q.device.type == "cpu" and grad else compiled_attend(visible)
     return attention(q, k, v, ranges.first, ranges.last, ranges.anchor, *tables)[0].transpose(0, 1)
 
 
 @functools.cache
-def compiled_attend() -> Callable[..., torch.Tensor]:
+def compiled_attend(visible: bool = False) -> Callable[..., torch.Tensor]:
     """The compiled function, made when it is first needed: a process that uses no FlexAttention pays nothing."""
-    return torch.compile(_attend, fullgraph=True)
+    return torch.compile(_attend, fullgraph=True, options=visible_regions() if visible else None)
 
 
 def _attend(

@@ -15,8 +15,46 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from torchtitan.config.job_config import Optimizer
+
+
+class MixedAdamW(torch.optim.AdamW):
+    """AdamW whose moments are stored in another type than the parameters: each parameter's step is computed in float32,
+    and what is stored of it is rounded to the nearest."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step; its float32 copies are those of one parameter at a time."""
+        assert closure is None
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                stored = (param, state["exp_avg"], state["exp_avg_sq"])
+                wide = [x.to(torch.float32) for x in stored]
+                adamw(
+                    [wide[0]],
+                    [param.grad.to(torch.float32)],
+                    [wide[1]],
+                    [wide[2]],
+                    [],
+                    [state["step"]],
+                    foreach=group["foreach"],
+                    fused=group["fused"],
+                    amsgrad=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=False,
+                )
+                for kept, computed in zip(stored, wide, strict=True):
+                    if kept is not computed:  # float32 was not copied
+                        kept.copy_(computed)
 
 
 def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.AdamW:
@@ -29,7 +67,9 @@ def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.AdamW:
     for name, param in model.named_parameters():
         (exempt if any(fnmatch(name, pattern) for pattern in config.no_decay) else decayed).append(param)
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
+    dtype = getattr(torch, config.state_dtype) if config.state_dtype else None
+    mixed = dtype is not None and any(p.dtype != dtype for p in (*decayed, *exempt))
+    optimizer = (MixedAdamW if mixed else torch.optim.AdamW)(
         [g for g in groups if g["params"]],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
@@ -43,8 +83,8 @@ def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.AdamW:
             optimizer.state[param] = {
                 # the fused kernel wants the step beside the parameter, the others want it on the CPU
                 "step": torch.zeros((), device=param.device if config.implementation == "fused" else "cpu"),
-                "exp_avg": torch.zeros_like(param),
-                "exp_avg_sq": torch.zeros_like(param),
+                "exp_avg": torch.zeros_like(param, dtype=dtype),
+                "exp_avg_sq": torch.zeros_like(param, dtype=dtype),
             }
     return optimizer
 

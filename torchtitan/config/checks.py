@@ -29,6 +29,7 @@ _AT_LEAST: dict[str, int] = {
     "training.steps": 1,
     "training.max_norm": 0,
     "training.loss_tile_mib": 1,
+    "training.mlp_tile_tokens": 1,
     "training.z_loss": 0,
     "training.seed": 0,
     "training.gc_freq": 1,
@@ -39,6 +40,7 @@ _AT_LEAST: dict[str, int] = {
     "parallelism.data_parallel_shard_degree": -1,
     "parallelism.context_parallel_degree": 1,
     "parallelism.tensor_parallel_degree": 1,
+    "activation_checkpoint.selective_ac_matmuls": 0,
     "checkpoint.interval": 1,
     "checkpoint.keep_latest_k": 0,
     "checkpoint.save_retries": 0,
@@ -91,6 +93,7 @@ def check_config(config: JobConfig, world_size: int) -> None:
     _check_ranges(config)
     _check_precision(config)
     _check_kernel(config)
+    _check_memory(config)
     _check_schedule(config)
     _check_rope(config)
     _check_sources(config)
@@ -246,6 +249,30 @@ def _check_precision(config: JobConfig) -> None:
             'would widen what has already been rounded: memory without precision. Set dtype = "float32", or '
             'mixed_precision_param = "bfloat16".'
         )
+
+
+def _check_memory(config: JobConfig) -> None:
+    ac, optimizer = config.activation_checkpoint, config.optimizer
+    option = ac.selective_ac_option
+    if option != "op" and not (option.isascii() and option.isdigit() and int(option) > 0):
+        raise UserError(
+            f'activation_checkpoint.selective_ac_option = "{option}" is neither "op" nor the number of blocks of which '
+            'one is recomputed, such as "2".'
+        )
+    if ac.offload and ac.mode == "none":
+        raise UserError(
+            'activation_checkpoint.offload = true, but activation_checkpoint.mode = "none": no block is recomputed, so '
+            'no input of one is kept. Set mode = "full" or "selective", or leave offload out.'
+        )
+    if optimizer.state_dtype == "bfloat16":
+        for name in ("beta1", "beta2"):
+            beta = getattr(optimizer, name)
+            if 0 < 1 - beta < 2**-8:
+                raise UserError(
+                    f'optimizer.{name} = {beta} with optimizer.state_dtype = "bfloat16": a step moves a moment by at '
+                    f"most 1 - {name} = {1 - beta:.4g} of itself downwards, less than bfloat16 tells apart "
+                    f"(2^-8 = 0.0039), so that it would never fall. Use a {name} of at most 0.996, or float32."
+                )
 
 
 def _check_kernel(config: JobConfig) -> None:

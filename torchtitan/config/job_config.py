@@ -116,6 +116,9 @@ class Optimizer:
     no_decay: tuple[str, ...] = ()
     """Shell patterns of parameter names without weight decay, e.g. ["*norm*", "*bias", "tok_embeddings.*"]."""
 
+    state_dtype: Literal["float32", "bfloat16"] | None = None
+    """Type that the two moments are stored in; a step is computed in float32. Unset: training.dtype."""
+
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
     """Which of PyTorch's AdamW kernels."""
 
@@ -160,7 +163,7 @@ class Training:
     """Gradients are clipped to this global norm; 0 never clips."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the stored parameters and of the optimizer state."""
+    """Type of the stored parameters and, unless optimizer.state_dtype says otherwise, of the optimizer state."""
 
     mixed_precision_param: Literal["float32", "bfloat16"] = "bfloat16"
     """Type that parameters are cast to for forward and backward."""
@@ -170,6 +173,14 @@ class Training:
 
     loss_tile_mib: int = 1024
     """The loss is computed for as many tokens at a time as have so many MiB of logits in float32 on a rank."""
+
+    mlp_tile_tokens: int | None = None
+    """The feed-forward is computed for so many tokens at a time, each tile once more in backward, instead of keeping
+    its hidden units. Under tensor parallelism tokens of the ranks together. Unset: all at once."""
+
+    enable_cpu_offload: bool = False
+    """Parameters, gradients and the optimizer's state and work are in host memory; a block's parameters are copied to
+    the device when they are gathered."""
 
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's denominator in what is minimised (Olmo 3: 1e-5); not in the loss that
@@ -287,8 +298,20 @@ class Checkpoint:
 class ActivationCheckpoint:
     """Recomputation in backward."""
 
-    mode: Literal["none", "full"] = "none"
-    """full: keep only each block's input and recompute the block in backward."""
+    mode: Literal["none", "selective", "full"] = "none"
+    """full: keep only each block's input and recompute the block in backward. selective: see
+    selective_ac_option."""
+
+    selective_ac_option: str = "op"
+    """op: recompute every block but its attention kernels, and but for the matrix products that selective_ac_matmuls
+    names. A number n: recompute the first of every n blocks whole, and nothing of the others."""
+
+    selective_ac_matmuls: int = 2
+    """With "op": every n-th matrix product of a block is saved, too; 0: none is. Where compile.enable is on, products
+    are inside what is compiled and none is."""
+
+    offload: bool = False
+    """The inputs of recomputed blocks wait in (pinned) host memory, copied beside the computation."""
 
 
 @dataclass(frozen=True)

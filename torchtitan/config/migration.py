@@ -40,7 +40,6 @@ _EXPLANATIONS: dict[str, str] = {
     "training.context_parallel_degree": "it is called parallelism.context_parallel_degree",
     "training.warmup_steps": "it is called lr_scheduler.warmup_steps",
     "training.compile": "it is called compile.enable",
-    "training.enable_cpu_offload": "keeping parameters in CPU memory is not in this version: remove it",
     "training.gc_debug": "there is no garbage-collection debugging: remove it; training.gc_freq is offered",
     "model.name": "the architecture comes from model.flavor, or from config.json in model.hf_assets_path when flavor is"
     ' "auto"; remove it and write e.g. flavor = "llama3.1_8b"',
@@ -56,9 +55,8 @@ _EXPLANATIONS: dict[str, str] = {
     "checkpoint.interval_type": "checkpoint.interval counts steps: remove it",
     "checkpoint.model_weights_only": "a checkpoint always holds the whole state: remove it",
     "checkpoint.last_save_model_only": "a checkpoint always holds the whole state: remove it",
-    "activation_checkpoint.selective_ac_option": "only whole blocks are recomputed in this version: remove it and set"
-    ' activation_checkpoint.mode = "full"',
-    "activation_checkpoint.per_op_sac_*": "only whole blocks are recomputed in this version: remove it",
+    "activation_checkpoint.per_op_sac_*": "matrix products are not told apart by their shapes: remove it;"
+    " activation_checkpoint.selective_ac_matmuls says how many are saved",
     "optimizer.fused": 'it is optimizer.implementation = "fused"',
     "optimizer.early_step_in_backward": "the optimizer steps after the whole backward: remove it",
     "lr_scheduler.lr_min": "it is called lr_scheduler.min_lr_factor (a factor of optimizer.lr)",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from torchtitan.models.transformer import Transformer
 
@@ -15,22 +17,27 @@ def apply_fully_shard(
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     reshard_after_forward: bool,
+    cpu_offload: bool,
 ) -> None:
     """Shard parameters over the mesh's last dimension and replicate over its first if it has two.
+
+    cpu_offload: shards and their gradients are in host memory, and with them the optimizer's state and work.
 
     Used on one process too, where it only casts: one path for every layout.
     """
     # Inputs are left as they are: FSDP would round each block's float32 cos and sin to param_dtype. The stream takes
     # its dtype from the embedding's gathered weight.
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
+    shard = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for block in model.layers.values():
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        shard(block, reshard_after_forward=reshard_after_forward)
     if not model.args.tied_embeddings:
         # a tied matrix is used at both ends, so it stays with the root, gathered from first use to last
-        fully_shard(model.tok_embeddings, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        shard(model.tok_embeddings, reshard_after_forward=reshard_after_forward)
         # backward begins with these: gathering them again at once would be in vain
-        fully_shard([model.norm, model.output], mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        shard([model.norm, model.output], reshard_after_forward=False)
+    shard(model, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is already divided by the number of valid labels of the whole step, so gradients are sums.

@@ -11,7 +11,8 @@ from torchtitan.distributed.context_parallel.attention import apply_context_para
 from torchtitan.distributed.fully_shard import apply_fully_shard
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
-from torchtitan.models.transformer import Transformer, TransformerArgs
+from torchtitan.distributed.tiled_mlp import apply_tiled_mlp
+from torchtitan.models.transformer import Transformer, TransformerArgs, TransformerBlock
 from torchtitan.tools.errors import UserError
 
 
@@ -41,16 +42,24 @@ def build_sharded_model(
         apply_context_parallel(model, dims.mesh.get_group("cp"), config.parallelism.context_parallel_exchange)
     if dims.size("tp") > 1:
         apply_tensor_parallel(model, dims.parameter_mesh["tp"])
+    tiles = config.training.mlp_tile_tokens
+    if tiles is not None:
+        apply_tiled_mlp(model, tiles, dims.size("tp"))
     if config.compile.enable:
         for block in model.layers.values():
+            assert isinstance(block, TransformerBlock)
+            if tiles is not None:  # the loop over tiles stays outside
+                mlp = block.feed_forward
+                mlp.forward = torch.compile(mlp.forward, backend=config.compile.backend)  # type: ignore[method-assign]
             block.forward = torch.compile(block.forward, backend=config.compile.backend)  # type: ignore[method-assign]
-    if config.activation_checkpoint.mode == "full":
-        apply_activation_checkpoint(model)
+    if config.activation_checkpoint.mode != "none":
+        apply_activation_checkpoint(model, config.activation_checkpoint)
     apply_fully_shard(
         model,
         dims.fsdp_mesh,
         getattr(torch, config.training.mixed_precision_param),
         getattr(torch, config.training.mixed_precision_reduce),
         config.parallelism.fsdp_reshard_after_forward,
+        config.training.enable_cpu_offload,
     )
-    return model.to_empty(device=device)
+    return model.to_empty(device="cpu" if config.training.enable_cpu_offload else device)

@@ -113,9 +113,13 @@ class TransformerBlock(nn.Module):
         """x [T, dim] -> [T, dim]."""
         if self.post_norm:
             x = x + self.attention_post_norm(self.attention(x, rope, mask))
-            return x + self.ffn_post_norm(self.feed_forward(x))
+            return x + self.ffn_post_norm(self.mlp(x))
         x = x + self.attention(self.attention_norm(x), rope, mask)
-        return x + self.feed_forward(self.ffn_norm(x))
+        return x + self.mlp(self.ffn_norm(x))
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, dim] -> [T, dim]. distributed/tiled_mlp.py puts a function here that takes some tokens at a time."""
+        return self.feed_forward(x)
 
 
 class Transformer(nn.Module):

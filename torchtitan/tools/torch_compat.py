@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
@@ -65,3 +67,31 @@ def mark_dynamic(dimensions: list[tuple[torch.Tensor, int]]) -> None:
     """Have torch.compile expect these sizes of these tensors to change, from its first call on."""
     for tensor, dimension in dimensions:
         torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
+def attention_operators() -> set[Any]:
+    """The operators that PyTorch's attention kernels are behind, as a dispatch mode sees them; of those that exist."""
+    aten = torch.ops.aten
+    names = (
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_flash_attention_forward",
+        "_efficient_attention_forward",
+    )
+    found: set[Any] = {getattr(aten, name).default for name in names if hasattr(aten, name)}
+    if hasattr(torch.ops.torch_attn, "_varlen_attn"):
+        found.add(torch.ops.torch_attn._varlen_attn.default)
+    found.add(torch.ops.higher_order.flex_attention)
+    if visible_regions() is not None:
+        found.add(torch._higher_order_ops.inductor_compiled_code)
+    return found
+
+
+def visible_regions() -> dict[str, Any] | None:
+    """torch.compile's options with which a compiled region is one operator to dispatch modes; None where PyTorch is too
+    old for them, and such a region is recomputed."""
+    name = "wrap_inductor_compiled_regions"
+    known = hasattr(torch._inductor.config, name) and hasattr(torch._higher_order_ops, "inductor_compiled_code")
+    return {name: True} if known else None
