@@ -25,6 +25,7 @@ from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.datasets.report import make_report
 from torchtitan.distributed.context_parallel.ulysses import check_ulysses
 from torchtitan.distributed.parallelize import check_backend
+from torchtitan.distributed.quantize import check_quantize
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.models.architecture import as_json, complete, rope_from_manifest
 from torchtitan.models.hf_config import config_json
@@ -79,11 +80,13 @@ def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
     p = config.parallelism
     check_tensor_parallel(args, p.tensor_parallel_degree)
     if p.context_parallel_exchange == "ulysses" and p.context_parallel_degree > 1:
-        check_ulysses(args.n_heads, p.context_parallel_degree, p.tensor_parallel_degree)
+        check_ulysses(args.n_heads, p.context_parallel_degree, p.tensor_parallel_degree, p.context_parallel_head_chunks)
     if choose_backend(config.model.attention_backend, device_type()) == "varlen" and args.sliding_window is not None:
         check_window(args.sliding_window)
     if config.compile.enable:
         check_backend(config.compile.backend)
+    tokens = config.training.seq_len * config.training.local_batch_size // p.context_parallel_degree
+    check_quantize(args, config.quantize, p.tensor_parallel_degree, tokens)
     if tokenizer.vocab_size > args.vocab_size:
         says = f"{assets}/config.json" if config.model.flavor == "auto" else f'model.flavor = "{config.model.flavor}"'
         raise UserError(

@@ -48,6 +48,7 @@ from torchtitan.distributed.node_check import check_nodes
 from torchtitan.distributed.offload import host_bytes, host_memory_warning
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import build_sharded_model
+from torchtitan.distributed.quantize import describe_quantize
 from torchtitan.distributed.self_check import run_self_check
 from torchtitan.inputs import StageInputs, report_of
 from torchtitan.models.architecture import as_json
@@ -72,7 +73,7 @@ from torchtitan.tools.errors import GateError, UserError
 from torchtitan.tools.flops import forward_flops, training_flops
 from torchtitan.tools.logging import logger, step_progress
 from torchtitan.tools.profiling import profiled
-from torchtitan.tools.torch_compat import default_store, set_timeout
+from torchtitan.tools.torch_compat import compilations, default_store, set_timeout
 
 STACK_SHARE = 0.8  # of comm.train_timeout_seconds: late enough to mean something, early enough to be written
 
@@ -121,6 +122,7 @@ class Trainer:
         self.recomputed = job_of(config, inputs.args, world_size).recomputed
         self.step = self.tokens_seen = 0
         self.stop_requested = False
+        self.compiled_in_first_step = 0
         self.losses = LossWatch(t)
         self.checkpointer = Checkpointer(config.checkpoint, self.dump_folder) if config.checkpoint.enable else None
         self._load()
@@ -171,6 +173,9 @@ class Trainer:
         logger.info(f"RoPE: {describe_rope(rope)}")
         for warning in rope_warnings(rope, head_dim, length):
             logger.warning(warning)
+        quantize = self.config.quantize
+        if quantize.recipe_name != "none":
+            logger.info(describe_quantize(self.inputs.args, quantize, self.dims.size("tp")))
         logger.info(f"model {self.config.model.flavor}: {total / 1e6:,.1f}M parameters on {self.device.type}; {sizes}")
         for line in format_report(report).splitlines():
             logger.info(line)
@@ -289,6 +294,7 @@ class Trainer:
                 if self.step == first_step:
                     groups = [*self.dims.groups(), dist.group.WORLD, self.cpu_group]
                     set_timeout(config.comm.train_timeout_seconds, groups)
+                    self.compiled_in_first_step = compilations()
                 if self.step % config.metrics.log_freq == 0 or self.step in (first_step, steps):
                     self._log(numbers, window)
                     window = Window()
@@ -455,8 +461,10 @@ class Trainer:
 
     def _log(self, numbers: dict[str, Any], window: Window) -> None:
         """Collective. Rank 0 completes the numbers of the step with the rates since the last line, and writes them."""
-        memory = torch.tensor(peak_memory_gib(self.device), dtype=torch.float64)
-        dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=self.cpu_group)
+        most = torch.tensor(
+            [peak_memory_gib(self.device), compilations() - self.compiled_in_first_step], dtype=torch.float64
+        )
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.cpu_group)
         cp = self.dims.size("cp")
         work = torch.tensor([window.pairs_of_busiest * cp, window.pairs, window.kv_received, window.kv_of_all_gather])
         dist.all_reduce(work, group=self.cpu_group)
@@ -479,7 +487,8 @@ class Trainer:
             "data_wait": window.waited / seconds,
             "mfu": window.flops / ranks_a_row / seconds / peak if peak else None,
             "hfu": (window.flops + window.recomputed_flops) / ranks_a_row / seconds / peak if peak else None,
-            "memory_gib": float(memory),
+            "memory_gib": float(most[0]),
+            "recompilations": int(most[1]),
             "seconds_per_step": seconds / window.steps,
             "stragglers": slowest,
         }

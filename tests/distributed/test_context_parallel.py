@@ -19,7 +19,7 @@ from torchtitan.attention.backends import BACKENDS, Mask, dense
 from torchtitan.attention.segments import Segments
 from torchtitan.distributed.context_parallel.exchange import BLOCK, GatheredAttention, in_blocks, plan_exchange
 from torchtitan.distributed.context_parallel.layout import LAYOUTS
-from torchtitan.distributed.context_parallel.ulysses import UlyssesAttention
+from torchtitan.distributed.context_parallel.ulysses import HeadTransfer, UlyssesAttention
 
 # Of KV heads 4 divide by 2 and 4 ranks, 1 is fewer than ranks, 3 divide by neither.
 HEADS = ((4, 4), (12, 3), (4, 2), (8, 1))
@@ -42,9 +42,11 @@ def packing(rng: np.random.Generator, cp: int, number: int) -> Segments:
     return Segments.whole(ends, window, anchor)
 
 
-def make_core(exchange: str) -> Any:
+def make_core(exchange: str, chunks: int = 1) -> Any:
     backend, group = BACKENDS["sdpa"], dist.group.WORLD
-    return UlyssesAttention(backend, group) if exchange == "ulysses" else GatheredAttention(backend, exchange, group)
+    if exchange == "ulysses":
+        return UlyssesAttention(backend, group, chunks)
+    return GatheredAttention(backend, exchange, group)
 
 
 def attention(core: Any, mask: Mask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -105,12 +107,63 @@ def attention_on_ranks(packings: int, rank: int, world_size: int) -> list[tuple[
     return results
 
 
+def chunks_on_ranks(packings: int, rank: int, world_size: int) -> list[tuple[str, int, list[float], bool, list[int]]]:
+    """For every number of chunks that the heads allow: how much out, dq, dk and dv differ from one chunk's, against
+    their largest value; whether checkpointing changes anything; number and largest size of the buffers, in elements,
+    and that of all queries."""
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+    sent: list[int] = []
+    exchange = HeadTransfer._exchange
+
+    def counted(self: HeadTransfer, x: torch.Tensor, to_heads: bool) -> torch.Tensor:
+        sent.append(x.numel())
+        return exchange(self, x, to_heads)
+
+    HeadTransfer._exchange = counted  # type: ignore[method-assign]
+    results = []
+    for number, heads in itertools.product(range(packings), HEADS):
+        segments = packing(np.random.default_rng((world_size, number)), world_size, number)
+        owner = LAYOUTS["balanced"](segments, world_size)
+        local, plan = plan_exchange("ulysses", segments, owner, world_size, rank)
+        mask, t = Mask(local, BACKENDS["sdpa"].prepare(local), plan), segments.total // world_size
+        generator = torch.Generator().manual_seed(rank)
+        *leaves, grad = (torch.randn(t, heads[i], 16, generator=generator) for i in (0, 1, 1, 0))
+        leaves = [x.requires_grad_() for x in leaves]
+        share = heads[0] // world_size
+        whole: list[torch.Tensor] = []
+        for chunks in (n for n in range(1, share + 1) if share % n == 0):
+            sent.clear()
+            core = make_core("ulysses", chunks)
+            mine = with_gradients(attention(core, mask, *leaves), leaves, grad)
+            buffers = [len(sent), max(sent), heads[0] * t * 16]
+            whole = whole or mine
+            errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(mine, whole)]
+            twice = [with_gradients(two_layers(core, mask, c, *leaves), leaves, grad) for c in (False, True)]
+            same = all(torch.equal(a, b) for a, b in zip(*twice, strict=True))
+            results.append((f"packing {number}, {heads} heads", chunks, errors, same, buffers))
+    HeadTransfer._exchange = exchange  # type: ignore[method-assign]
+    dist.destroy_process_group()
+    return results
+
+
+def on_ranks(case: tuple[Any, int], rank: int, world_size: int) -> Any:
+    function, packings = case
+    return function(packings, rank, world_size)
+
+
 @pytest.mark.parametrize("world_size, packings", [(2, 12), (4, 12)])
 def test_attention_on_ranks_equals_dense(world_size: int, packings: int, tmp_path: Path) -> None:
     """Every layout and exchange, any packing and heads; under activation checkpointing the same bit for bit."""
-    (results,) = spawn(world_size, attention_on_ranks, [packings], tmp_path)
+    results, chunked = spawn(world_size, on_ranks, [(attention_on_ranks, packings), (chunks_on_ranks, 3)], tmp_path)
     assert len(results) == packings * len(EXCHANGES) * len(LAYOUTS)
     print("worst errors of out, dq, dk, dv:", np.max([errors for _, errors, _ in results], axis=0))
     for what, errors, same in results:
         assert max(errors) < 1e-5, f"{what}: out, dq, dk, dv differ by {errors}"
         assert same, f"{what}: checkpointing changes outputs or gradients"
+    assert {chunks for _, chunks, *_ in chunked} == ({1, 2, 3, 4, 6} if world_size == 2 else {1, 2, 3})
+    for what, chunks, errors, same, (sends, largest, elements) in chunked:
+        assert max(errors) < 1e-6, f"{what}, {chunks} chunks: out, dq, dk, dv differ by {errors} from one chunk's"
+        assert same, f"{what}, {chunks} chunks: checkpointing changes outputs or gradients"
+        # q, k, v, out and their gradients; in backward q, k, v and out are sent once more
+        assert sends == (8 if chunks == 1 else 12 * chunks), what
+        assert largest == elements / chunks, f"{what}: a buffer of {largest} elements, in {chunks} chunks of {elements}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,20 @@ ON_TWO: dict[str, dict[str, Any]] = {
     "tp 2": {TENSOR: 2},
     "tp 2, small tiles": {TENSOR: 2, "training__loss_tile_mib": 1},
     "tp 2, recomputation": {TENSOR: 2, "activation_checkpoint__mode": "full"},
+    "tp 2, compiled": {TENSOR: 2, "compile__enable": True, "compile__backend": "aot_eager"},
     "cp 2": {CONTEXT: 2},
     "cp 2, accumulation 1": {CONTEXT: 2, "training__local_batch_size": 8},
     "cp 2, recomputation": {CONTEXT: 2, "activation_checkpoint__mode": "full"},
     "cp 2, compiled": {CONTEXT: 2, "compile__enable": True, "compile__backend": "aot_eager"},
     "cp 2, loader processes": {CONTEXT: 2, "data__num_workers": 2},
+    "cp 2, ulysses, compiled, recomputation, in chunks": {
+        CONTEXT: 2,
+        EXCHANGE: "ulysses",
+        "parallelism__context_parallel_head_chunks": 2,
+        "compile__enable": True,
+        "compile__backend": "aot_eager",
+        "activation_checkpoint__mode": "full",
+    },
     **{
         f"cp 2, {layout}, {exchange}": {
             CONTEXT: 2,
@@ -157,19 +167,49 @@ def test_windows_and_anchors_change_the_loss(reference):
     assert reference["mistral"][0]["loss"] != pytest.approx(reference["llama"][0]["loss"], rel=1e-5)
 
 
+def fp8(recipe: str) -> dict[str, Any]:
+    return {"quantize__recipe_name": recipe, "quantize__smallest_features": 16, "quantize__emulate": True}
+
+
 def test_three_dimensions_over_five_steps(folder, assets):
-    """dp_shard 2 x cp 2 x tp 2 on eight ranks, every exchange, accumulation 2, four blocks of 128 tokens a rank."""
+    """dp_shard 2 x cp 2 x tp 2 on eight ranks, every exchange, accumulation 2, four blocks of 128 tokens a rank.
+
+    And with FP8, compiled and recomputed, on documents of another length in every step: nothing is compiled anew.
+    """
     size = {"training__seq_len": 512, "training__global_batch_size": 8, "training__steps": 5}
-    base = flags(folder, assets["llama"], **size)
-    (expected,) = spawn(1, run_stage, [base], folder)
+    recipes = ("rowwise", "tensorwise")
+    one_process = [flags(folder, assets["llama"], **size, **more) for more in ({}, *map(fp8, recipes))]
+    expected, *in_fp8 = spawn(1, run_stage, one_process, folder)
     assert len(expected) == 5
     degrees = {SHARD: 2, CONTEXT: 2, TENSOR: 2}
     exchanges = ("needed", "allgather", "ulysses")
     cases = [flags(folder, assets["llama"], **size, **degrees, **{EXCHANGE: e}) for e in exchanges]
+    speed = {"compile__enable": True, "compile__backend": "aot_eager", "activation_checkpoint__mode": "full"}
+    for recipe in recipes:
+        own = {"job__dump_folder": folder / recipe}
+        cases.append(flags(folder, assets["llama"], **size, **degrees, **speed, **fp8(recipe), **own))
+    *runs, rowwise, tensorwise = spawn(8, run_stage, cases, folder)
     wrong = []
-    for exchange, steps in zip(exchanges, spawn(8, run_stage, cases, folder), strict=True):
+    for exchange, steps in zip(exchanges, runs, strict=True):
         wrong += differences(exchange, steps, expected)
     assert not wrong, "\n".join(wrong)
+    for recipe, ranks, one in zip(recipes, (rowwise, tensorwise), in_fp8, strict=True):
+        off = worst(one, expected), worst(ranks, expected), worst(ranks, one)
+        print(f"FP8 {recipe}, loss and gradient norm: one process, ranks, ranks to one process", off)
+        for loss, norm in off:
+            assert loss < 2e-3 and norm < 2e-2, f"FP8 {recipe} is not within its stated error: {off}"
+        assert off[0][0] > 1e-6, "nothing was rounded"
+        lines = [json.loads(line) for line in (folder / recipe / "metrics.jsonl").read_text().splitlines()]
+        assert [line["recompilations"] for line in lines] == [0] * 5
+        assert len({line["cp_kv_received"] for line in lines}) > 1, "the steps are alike"
+
+
+def worst(steps: list[dict[str, Any]], expected: list[dict[str, Any]]) -> tuple[float, float]:
+    """The largest relative differences of loss and gradient norm."""
+    loss, norm = (
+        max(abs(a[key] / b[key] - 1) for a, b in zip(steps, expected, strict=True)) for key in ("loss", "grad_norm")
+    )
+    return loss, norm
 
 
 def test_the_reference_learns(reference):

@@ -16,6 +16,7 @@ import torchtitan.trainer as trainer_module
 from tests.distributed.harness import flags, run_stage, spawn, write_assets
 from torchtitan.attention.backends import Mask
 from torchtitan.attention.segments import Segments
+from torchtitan.distributed import parallelize as parallelize_module
 from torchtitan.distributed.context_parallel import exchange as exchange_module
 from torchtitan.distributed.context_parallel import shard as shard_module
 from torchtitan.tools.errors import UserError
@@ -143,6 +144,17 @@ def anchors_ignored() -> Any:
     return patch.object(shard_module, "shard", shard)
 
 
+def fp8_scale_lost() -> Any:
+    """Of the layers in FP8 one gives twice of what it should."""
+    real = parallelize_module.apply_quantize
+
+    def apply_quantize(model, *rest):
+        real(model, *rest)
+        model.layers["1"].feed_forward.w2.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+    return patch.object(parallelize_module, "apply_quantize", apply_quantize)
+
+
 PLANTED = {
     "positions not sharded": (positions_not_sharded, "parity"),
     "documents ignored": (documents_ignored, "perturbation"),
@@ -162,7 +174,8 @@ WITH_ANCHORS = {
     "anchor of the other row": (anchor_of_the_other_row, "perturbation: .* anchor .* of another"),
     "anchors ignored": (anchors_ignored, "perturbation: .* did not move"),
 }
-FAULTS = PLANTED | WITH_WINDOWS | ALL_WINDOWS | WITH_ANCHORS
+IN_FP8 = {"FP8 scale lost": (fp8_scale_lost, "parity: FP8|loss scale: .* 2")}
+FAULTS = IN_FP8 | PLANTED | WITH_WINDOWS | ALL_WINDOWS | WITH_ANCHORS
 
 
 def run_with_fault(case: tuple[str | None, list[str]], rank: int, world_size: int) -> str:
@@ -194,7 +207,23 @@ def test_planted_faults_are_caught_and_named(folder: Path):
     windows = flags(folder, write_assets(folder, "olmo3"), **options)
     all_windows = flags(folder, write_assets(folder, "mistral"), **options)
     anchors = [*args, "--data.anchor_attention", "true", "--data.positions", "continue"]
-    kinds = ((PLANTED, args), (WITH_WINDOWS, windows), (ALL_WINDOWS, all_windows), (WITH_ANCHORS, anchors))
+    fp8 = [
+        *args,
+        "--quantize.recipe_name",
+        "rowwise",
+        "--quantize.emulate",
+        "true",
+        "--quantize.smallest_features",
+        "16",
+    ]
+    cases.append((None, fp8))
+    kinds = (
+        (IN_FP8, fp8),
+        (PLANTED, args),
+        (WITH_WINDOWS, windows),
+        (ALL_WINDOWS, all_windows),
+        (WITH_ANCHORS, anchors),
+    )
     for faults, arguments in kinds:
         for fault in faults:
             # the exchange that fetches all keys has a layout to undo on every batch, `needed` perhaps none on a small
@@ -202,8 +231,9 @@ def test_planted_faults_are_caught_and_named(folder: Path):
             cases.append((fault, [*arguments, *layout, *exchange]))
     cases.append(("documents ignored", [*args, "--parallelism.self_check", "false"]))
     results = spawn(2, run_with_fault, cases, folder)
-    assert results[0] == "trained" and results[-1] == "trained", "it passes what is sound, and can be switched off"
-    for (fault, _), message in zip(cases[1:-1], results[1:-1], strict=True):
+    sound = [results[0], results[1], results[-1]]
+    assert sound == ["trained"] * 3, f"it passes what is sound, and can be switched off: {sound}"
+    for (fault, _), message in zip(cases[2:-1], results[2:-1], strict=True):
         assert fault is not None
         assert message != "trained", f"{fault}: not noticed"
 

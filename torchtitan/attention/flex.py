@@ -24,6 +24,9 @@ class FlexMask:
 
     ranges: BlockRanges
 
+    keys_vary: bool
+    """See Segments."""
+
     @functools.cached_property
     def tables(self) -> list[torch.Tensor]:
         """On the device of the ranges what block_mask.assemble takes."""
@@ -31,16 +34,16 @@ class FlexMask:
 
     def to(self, device: torch.device | str) -> FlexMask:
         """A copy on the device, not waited for and not yet expanded."""
-        return FlexMask(self.ranges.to(device))
+        return FlexMask(self.ranges.to(device), self.keys_vary)
 
     def pin_memory(self) -> FlexMask:
         """A copy in page-locked memory."""
-        return FlexMask(self.ranges.pin_memory())
+        return FlexMask(self.ranges.pin_memory(), self.keys_vary)
 
 
 def prepare(segments: Segments) -> FlexMask:
     """The mask's blocks, on the host."""
-    return FlexMask(block_ranges(segments))
+    return FlexMask(block_ranges(segments), segments.keys_vary or segments.num_keys != segments.total)
 
 
 def attend(
@@ -56,9 +59,9 @@ def attend(
     ranges, tables = prepared.ranges, prepared.tables
     # FlexAttention's shapes are [B, H, T, D]. The views are made here: inside, the template for CPUs loses them.
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    if k.shape[2] != q.shape[2]:
-        # A context-parallel rank, whose number of keys changes from batch to batch. Elsewhere K is T, a constant, and
-        # kernels for a length that is known to be a multiple of the block are faster.
+    if prepared.keys_vary:
+        # A context-parallel rank, also where by chance K is T. Elsewhere K is T, a constant, and kernels for a length
+        # that is known to be a multiple of the block are faster.
         key_blocks = [(tables[1], 3), (tables[3], 3), (tables[4], 2), (tables[5], 2), (tables[6], 2), (tables[7], 2)]
         mark_dynamic([(k, 2), (v, 2), *key_blocks])
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)

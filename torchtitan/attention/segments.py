@@ -46,6 +46,9 @@ class Segments:
     """int64[S]: one more key that all queries of the segment see (AnchorAttention, arXiv 2411.13476), at most the
     segment's first key; -1: none."""
 
+    keys_vary: bool = False
+    """Other micro-batches of this rank have other numbers of keys, so that what is compiled should not count on K."""
+
     def __post_init__(self) -> None:
         cu, lengths = self.cu_seqlens, np.diff(self.cu_seqlens)
         if len(cu) < 2 or cu[0] != 0 or (lengths <= 0).any():

@@ -39,6 +39,7 @@ _AT_LEAST: dict[str, int] = {
     "parallelism.data_parallel_replicate_degree": 1,
     "parallelism.data_parallel_shard_degree": -1,
     "parallelism.context_parallel_degree": 1,
+    "parallelism.context_parallel_head_chunks": 1,
     "parallelism.tensor_parallel_degree": 1,
     "activation_checkpoint.selective_ac_matmuls": 0,
     "checkpoint.interval": 1,
@@ -47,6 +48,7 @@ _AT_LEAST: dict[str, int] = {
     "checkpoint.retry_seconds": 0,
     "checkpoint.save_timeout_seconds": 1,
     "checkpoint.load_step": -1,
+    "quantize.smallest_features": 16,
     "comm.init_timeout_seconds": 1,
     "comm.train_timeout_seconds": 1,
     "comm.node_check_factor": 1,
@@ -94,6 +96,7 @@ def check_config(config: JobConfig, world_size: int) -> None:
     _check_precision(config)
     _check_kernel(config)
     _check_memory(config)
+    _check_head_chunks(config)
     _check_schedule(config)
     _check_rope(config)
     _check_sources(config)
@@ -285,6 +288,16 @@ def _check_kernel(config: JobConfig) -> None:
         raise UserError(
             'model.attention_backend = "varlen" cannot show queries an anchor (data.anchor_attention = true): '
             'FlashAttention\'s mask is one range of keys a query. Use "flex" on CUDA, "sdpa" anywhere, or "auto".'
+        )
+
+
+def _check_head_chunks(config: JobConfig) -> None:
+    p = config.parallelism
+    if p.context_parallel_head_chunks > 1 and p.context_parallel_exchange != "ulysses":
+        raise UserError(
+            f"parallelism.context_parallel_head_chunks = {p.context_parallel_head_chunks} is read by "
+            f'context_parallel_exchange = "ulysses" only, but that is "{p.context_parallel_exchange}", which moves '
+            "tokens, not heads: leave it out, or change the exchange."
         )
 
 

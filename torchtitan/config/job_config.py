@@ -231,6 +231,10 @@ class Parallelism:
     """How keys and values reach other ranks' queries. needed: only those that some query there sees; allgather: all;
     ulysses: each rank computes all tokens of a share of the heads instead."""
 
+    context_parallel_head_chunks: int = 1
+    """ulysses: exchange and compute the heads in so many parts, one after the other, so that a rank's buffers of all
+    tokens are of a part's heads only. Above 1 attention is computed once more, in backward."""
+
     self_check: bool = True
     """Before the first step with more than one process, prove on a small random batch that this combination of layout,
     exchange, backend and degrees gives the results of one process; refuse to start if not."""
@@ -323,6 +327,26 @@ class Compile:
 
     backend: str = "inductor"
     """Backend of torch.compile."""
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Matrix products of the blocks' linear layers in FP8, through torchao (the extra `fp8`)."""
+
+    recipe_name: Literal["none", "rowwise", "tensorwise"] = "none"
+    """none: no FP8. rowwise: a scale for each token and each output feature, so that a token's rounding depends on no
+    other token. tensorwise: one for each tensor; faster, but what one token holds changes the rounding of all."""
+
+    filter_fqns: tuple[str, ...] = ()
+    """Layers whose name contains one of these stay as they are, e.g. ["attention.wo", "layers.0."]. Embedding, norms
+    and the output head always do."""
+
+    smallest_features: int = 2048
+    """So do layers with fewer input or output features (on a tensor-parallel rank), which FP8 makes slower, and those
+    where one of the two is no multiple of 16."""
+
+    emulate: bool = False
+    """Round to FP8 but multiply in the type of the activations: for tests, on the CPU and on GPUs without FP8."""
 
 
 @dataclass(frozen=True)
@@ -610,6 +634,7 @@ class JobConfig:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)
+    quantize: Quantize = field(default_factory=Quantize)
     comm: Comm = field(default_factory=Comm)
     data: Data = field(default_factory=Data)
     rope: Rope = field(default_factory=Rope)

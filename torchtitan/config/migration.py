@@ -17,7 +17,8 @@ _NO_EXPERTS = (
     "with tensor and context parallelism"
 )
 _SOURCES = 'the data are named in the TOML file: a [[data.sources]] table with name = "..." and path = "..." for each'
-_NO_FLOAT8 = 'training in float8 is not in this version: remove it; training.mixed_precision_param = "bfloat16"'
+_FLOAT8 = 'its keys are those of [quantize]: recipe_name = "rowwise" or "tensorwise", filter_fqns, emulate'
+_NO_MX = "the MX formats are not offered: remove it; [quantize] has FP8"
 
 # Shell patterns over `table.key` or `table`; the first that matches speaks.
 _EXPLANATIONS: dict[str, str] = {
@@ -44,7 +45,7 @@ _EXPLANATIONS: dict[str, str] = {
     "model.name": "the architecture comes from model.flavor, or from config.json in model.hf_assets_path when flavor is"
     ' "auto"; remove it and write e.g. flavor = "llama3.1_8b"',
     "model.tokenizer_path": "it is called model.hf_assets_path: the folder with tokenizer.json or tokenizer.model",
-    "model.converters": "model converters are not offered: remove it",
+    "model.converters": "model converters are not offered: remove it; FP8 is quantize.recipe_name",
     "model.print_after_conversion": "model converters are not offered: remove it",
     "model.norm_type": "the norm (RMSNorm) belongs to model.flavor: remove it",
     "checkpoint.enable_checkpoint": "it is called checkpoint.enable",
@@ -74,9 +75,10 @@ _EXPLANATIONS: dict[str, str] = {
     "memory_estimation*": "memory is not estimated in this version: remove it",
     "fault_tolerance*": "there is no torchft here: remove it; a run resumes from its newest complete checkpoint",
     "validation*": "there is no validation during training in this version: remove it",
-    "float8*": _NO_FLOAT8,
-    "mx*": _NO_FLOAT8,
-    "quantize*": _NO_FLOAT8,
+    "float8*": _FLOAT8,
+    "quantize.linear.mx*": _NO_MX,
+    "quantize.linear*": _FLOAT8,
+    "mx*": _NO_MX,
 }
 
 

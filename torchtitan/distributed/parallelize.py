@@ -10,6 +10,7 @@ from torchtitan.distributed.activation_checkpoint import apply_activation_checkp
 from torchtitan.distributed.context_parallel.attention import apply_context_parallel
 from torchtitan.distributed.fully_shard import apply_fully_shard
 from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.quantize import apply_quantize
 from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
 from torchtitan.distributed.tiled_mlp import apply_tiled_mlp
 from torchtitan.models.transformer import Transformer, TransformerArgs, TransformerBlock
@@ -38,8 +39,12 @@ def build_sharded_model(
         model = Transformer(args, backend).to(getattr(torch, config.training.dtype))
     model.output.tile_bytes = config.training.loss_tile_mib << 20
     model.output.z_loss = config.training.z_loss
+    if config.quantize.recipe_name != "none":
+        apply_quantize(model, config.quantize, dims.size("tp"))
     if dims.size("cp") > 1:
-        apply_context_parallel(model, dims.mesh.get_group("cp"), config.parallelism.context_parallel_exchange)
+        p = config.parallelism
+        group = dims.mesh.get_group("cp")
+        apply_context_parallel(model, group, p.context_parallel_exchange, p.context_parallel_head_chunks)
     if dims.size("tp") > 1:
         apply_tensor_parallel(model, dims.parameter_mesh["tp"])
     tiles = config.training.mlp_tile_tokens

@@ -58,6 +58,9 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
             "norm": SequenceParallel(sequence_dim=0),
         },
     )
+    # The embedding's reduce-scatter may still be on its way in what it returns. PyTorch (2.13) loses the gradient of
+    # such a tensor where it goes into a compiled block; a copy has arrived.
+    model.tok_embeddings.register_forward_hook(lambda module, inputs, output: output.clone())
     distribute_module(model.output, mesh, _cut_by_vocabulary, _gather_tokens)
     heads = model.args.n_kv_heads // mesh.size()
     model.local_kv_heads = slice(mesh.get_local_rank() * heads, (mesh.get_local_rank() + 1) * heads)

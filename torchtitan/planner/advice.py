@@ -14,7 +14,6 @@ from typing import Any
 
 from torchtitan.config.checks import check_config, rows_per_step
 from torchtitan.config.job_config import JobConfig
-from torchtitan.config.toml_file import known_names
 from torchtitan.distributed.context_parallel.ulysses import check_ulysses
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.planner.job import Job, job_of
@@ -60,11 +59,9 @@ def with_keys(config: JobConfig, keys: Keys) -> JobConfig:
 def options(config: JobConfig, args: TransformerArgs, world_size: int) -> list[list[Keys]]:
     """For each trick the ways to set its keys, the first being as it is now; keys that are as wanted do not occur."""
     p, t, ac = config.parallelism, config.training, config.activation_checkpoint
-    names = known_names()
 
     def ways(*wanted: Keys) -> list[Keys]:
-        known = [keys for keys in wanted if all(name in names for name in keys)]
-        return [{}, *(keys for keys in (_changed(config, k) for k in known) if keys)]
+        return [{}, *(keys for keys in (_changed(config, k) for k in wanted) if keys)]
 
     tokens = t.seq_len * t.local_batch_size
     degrees = [cp for cp in _doubled(p.context_parallel_degree, world_size) if tokens % (128 * cp) == 0]

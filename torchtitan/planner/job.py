@@ -170,10 +170,9 @@ def job_of(
     """The numbers of a stage that check_config has let pass; document: None for one a row, the most work."""
     p, t, ac = config.parallelism, config.training, config.activation_checkpoint
     whole = t.seq_len if document is None or config.data.cross_document_attention else min(document, t.seq_len)
-    tile = getattr(t, "mlp_tile_tokens", None)
-    mode: str = ac.mode
-    option = getattr(ac, "selective_ac_option", "op") if mode == "selective" else ""
-    every = 0 if mode == "none" else int(option) if option not in ("", "op") else 1
+    tile = t.mlp_tile_tokens
+    option = ac.selective_ac_option if ac.mode == "selective" else ""
+    every = 0 if ac.mode == "none" else int(option) if option not in ("", "op") else 1
     return Job(
         args=args,
         device=device,
@@ -188,17 +187,17 @@ def job_of(
         layout=p.context_parallel_layout,
         exchange=p.context_parallel_exchange,
         stored=BYTES[t.dtype],
-        state=BYTES[getattr(config.optimizer, "state_dtype", None) or t.dtype],
+        state=BYTES[config.optimizer.state_dtype or t.dtype],
         computed=BYTES[t.mixed_precision_param],
         foreach=config.optimizer.implementation == "foreach",
         reshard=p.fsdp_reshard_after_forward,
         loss_tile=t.loss_tile_mib << 20,
         recomputed_blocks=-(-args.n_layers // every) / args.n_layers if every else 0,
         keeps_attention=option == "op",
-        kept_products=0 if config.compile.enable else getattr(ac, "selective_ac_matmuls", 0),
+        kept_products=0 if config.compile.enable else ac.selective_ac_matmuls,
         mlp_tile=None if tile is None else max(tile // p.tensor_parallel_degree, 1),
-        head_chunks=getattr(p, "context_parallel_head_chunks", 1),
-        offload_checkpoints=getattr(ac, "offload", False),
-        offload_parameters=getattr(t, "enable_cpu_offload", False),
-        fp8=getattr(getattr(config, "quantize", None), "recipe_name", "none") != "none",
+        head_chunks=p.context_parallel_head_chunks,
+        offload_checkpoints=ac.offload,
+        offload_parameters=t.enable_cpu_offload,
+        fp8=config.quantize.recipe_name != "none",
     )

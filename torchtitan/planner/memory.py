@@ -84,8 +84,8 @@ def shard(job: Job) -> float:
 
 
 def on_device(job: Job, size: float) -> float:
-    """0 where parameters, gradients and optimizer state live in host memory."""
-    return 0 if job.offload_parameters else size
+    """0 where parameters, gradients and optimizer state live in host memory and that is another."""
+    return 0 if job.offload_parameters and job.device == "cuda" else size
 
 
 def parameters(job: Job) -> float:
@@ -103,12 +103,13 @@ def optimizer(job: Job) -> float:
 
 
 def host(job: Job) -> Kinds:
-    """What a rank keeps in host memory."""
+    """What a rank keeps in host memory. Pinned memory is handed out in powers of two."""
     kinds: dict[str, float] = {}
     if job.offload_parameters:
         kinds |= {"parameters": parameters(job), "gradients": gradients(job), "optimizer": optimizer(job)}
     if job.offload_checkpoints:
-        kinds["checkpoints of blocks"] = stream(job, job.args.n_layers * job.recomputed_blocks)
+        layers = round(job.args.n_layers * job.recomputed_blocks)
+        kinds["checkpoints of blocks"] = layers * (1 << (int(stream(job)) - 1).bit_length())
     return kinds
 
 
@@ -268,7 +269,7 @@ def add(*parts: Kinds) -> Kinds:
 def kept_by(job: Job, layers: int) -> Kinds:
     """What `layers` blocks keep from forward to backward, some of them recomputed."""
     again = layers * job.recomputed_blocks
-    on_device = min(again, IN_FLIGHT) if job.offload_checkpoints else again
+    on_device = min(again, IN_FLIGHT) if job.offload_checkpoints and job.device == "cuda" else again
     recomputed = {"checkpoints of blocks": stream(job, on_device), "attention": again * kept_anyway(job)}
     whole = layers - again
     # on the CPU the norms have copies of the blocks' inputs

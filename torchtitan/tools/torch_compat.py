@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,10 @@ def visible_regions() -> dict[str, Any] | None:
     name = "wrap_inductor_compiled_regions"
     known = hasattr(torch._inductor.config, name) and hasattr(torch._higher_order_ops, "inductor_compiled_code")
     return {name: True} if known else None
+
+
+def compilations() -> int:
+    """How often torch.compile has translated a function in this process, counting each function as often as it was
+    given something that its earlier translations are not for."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # to import it takes a second, and nothing has been compiled then
+    return dynamo.counters["frames"]["total"] if dynamo else 0

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ def runs(num_keys: int, seed: int, window: int | None = None, anchors: bool = Fa
 
 
 MASKS = {
+    "by chance as many keys": replace(Segments.whole([0, 200, TOTAL]), keys_vary=True),
     "runs": runs(1000, seed=0),
     "fewer keys": runs(700, seed=1),
     "window": runs(2000, seed=2, window=40),

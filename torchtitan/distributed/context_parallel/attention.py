@@ -10,12 +10,15 @@ from torchtitan.models.attention import Attention
 from torchtitan.models.transformer import Transformer
 
 
-def apply_context_parallel(model: Transformer, group: dist.ProcessGroup, exchange: str) -> None:
-    """Every layer's attention fetches what its queries see from the ranks of group; its masks come from shard.py."""
+def apply_context_parallel(model: Transformer, group: dist.ProcessGroup, exchange: str, head_chunks: int) -> None:
+    """Every layer's attention fetches what its queries see from the ranks of group; its masks come from shard.py.
+
+    head_chunks: of `ulysses`, see there.
+    """
     for block in model.layers.values():
         attention = block.attention
         assert isinstance(attention, Attention)
         if exchange == "ulysses":
-            attention.core = UlyssesAttention(model.backend, group)
+            attention.core = UlyssesAttention(model.backend, group, head_chunks)
         else:
             attention.core = GatheredAttention(model.backend, exchange, group)

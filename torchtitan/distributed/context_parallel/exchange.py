@@ -129,7 +129,7 @@ def plan_exchange(name: str, segments: Segments, owner: np.ndarray, cp: int, ran
         torch.from_numpy(place),
         torch.from_numpy(np.argsort(place)),
     )
-    return _local_segments(segments, pieces, rank, slot), exchange
+    return replace(_local_segments(segments, pieces, rank, slot), keys_vary=True), exchange
 
 
 def _local_segments(segments: Segments, pieces: Pieces, rank: int, slot: np.ndarray) -> Segments:
@@ -244,6 +244,20 @@ def in_blocks(x: torch.Tensor) -> torch.Tensor:
     return x.unflatten(0, (-1, BLOCK))
 
 
+@dataclass(frozen=True, eq=False)
+class OnTheirWay:
+    """What start() hands to finish(). Not a tuple: a compiled layer looks into those, and would be compiled anew for
+    every other number of blocks."""
+
+    own: torch.Tensor
+    """[blocks, 128, 2, Hkv, D]: keys and values of this rank's tokens."""
+
+    arrived: torch.Tensor
+    """The same of the others, not to be read before Wait."""
+
+    transfer: Transfer
+
+
 class GatheredAttention:
     """Local queries on the keys and values that `allgather` or `needed` brings (models/attention.py calls it)."""
 
@@ -251,17 +265,16 @@ class GatheredAttention:
         self.backend, self.uneven, self.group = backend, name == "needed", group
 
     @torch.compiler.disable
-    def start(self, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> Any:
+    def start(self, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> OnTheirWay:
         """k and v [T, Hkv, D] of this rank's tokens."""
         kv = in_blocks(torch.stack((k, v), dim=1))  # one message for both
         transfer = Transfer(self.group, mask.exchange, self.uneven)
-        return kv, Start.apply(kv, transfer), transfer
+        return OnTheirWay(kv, Start.apply(kv, transfer), transfer)
 
     @torch.compiler.disable
-    def finish(self, q: torch.Tensor, started: Any, mask: Mask) -> torch.Tensor:
+    def finish(self, q: torch.Tensor, started: OnTheirWay, mask: Mask) -> torch.Tensor:
         """q [T, H, D] -> [T, H, D]."""
-        kv, arrived, transfer = started
-        arrived = Wait.apply(arrived, transfer)
-        available = torch.cat((kv, arrived)) if self.uneven else arrived
+        arrived = Wait.apply(started.arrived, started.transfer)
+        available = torch.cat((started.own, arrived)) if self.uneven else arrived
         buffer = Permute.apply(available, mask.exchange.place, mask.exchange.inverse).flatten(0, 1)
         return self.backend.attend(q, buffer[:, 0], buffer[:, 1], mask.prepared)

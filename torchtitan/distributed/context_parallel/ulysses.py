@@ -3,11 +3,15 @@
 Perfectly balanced whatever the documents are, at four all-to-alls a layer (keys, values, queries, outputs); the number
 of query heads bounds cp. Where there are fewer key-value heads than ranks, or cp does not divide them, they are
 repeated just as often as is needed.
+
+With chunks, the heads go that way a few at a time (the idea of Untied Ulysses, arXiv 2602.21196): a rank then never
+holds all tokens of its whole share of the heads, at the price of computing attention once more in backward.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +22,9 @@ from torchtitan.distributed.context_parallel.exchange import Permute, Start, Wai
 from torchtitan.tools.errors import UserError
 
 
-def check_ulysses(query_heads: int, cp: int, tp: int) -> None:
-    """UserError where the query heads of a tensor-parallel rank cannot be divided over the context-parallel ranks."""
+def check_ulysses(query_heads: int, cp: int, tp: int, chunks: int = 1) -> None:
+    """UserError where the query heads of a tensor-parallel rank cannot be divided over the context-parallel ranks, or
+    those of a rank into chunks."""
     heads = query_heads // tp
     if heads % cp:
         works = [str(d) for d in range(1, heads + 1) if heads % d == 0]
@@ -28,6 +33,14 @@ def check_ulysses(query_heads: int, cp: int, tp: int) -> None:
             f'parallelism.context_parallel_exchange = "ulysses" gives each rank 1/{cp} of the heads, but the model\'s '
             f"{of} cannot be divided by context_parallel_degree = {cp}: {heads} / {cp} = {heads / cp:.2f}. "
             f'Degrees of {", ".join(works)} would work, or the exchange "needed", which has no such bound.'
+        )
+    share = heads // cp
+    if share % chunks:
+        works = [str(n) for n in range(1, share + 1) if share % n == 0]
+        raise UserError(
+            f"parallelism.context_parallel_head_chunks = {chunks} does not divide the query heads of a rank: "
+            f"{query_heads} / tensor_parallel_degree {tp} / context_parallel_degree {cp} = {share}. "
+            f"{', '.join(works)} would."
         )
 
 
@@ -68,25 +81,39 @@ class HeadTransfer:
 class UlyssesAttention:
     """Attention over all tokens with this rank's share of the heads (models/attention.py calls it)."""
 
-    def __init__(self, backend: Backend, group: dist.ProcessGroup):
-        self.backend, self.group = backend, group
+    def __init__(self, backend: Backend, group: dist.ProcessGroup, chunks: int = 1):
+        self.backend, self.group, self.chunks = backend, group, chunks
 
     @torch.compiler.disable
     def start(self, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> Any:
         """k and v [T, Hkv, D] of this rank's tokens."""
-        kv_heads, cp = k.shape[1], self.group.size()
-        # Query heads are a multiple of both, so also of their least common multiple: every rank then has a whole
-        # number of KV heads, each read by equally many of its query heads.
-        repeat = math.lcm(kv_heads, cp) // kv_heads
-        return [self._launch(x.repeat_interleave(repeat, dim=1)) for x in (k, v)]
+        return [self.send_kv(x) for x in (k, v)] if self.chunks == 1 else (k, v)
 
     @torch.compiler.disable
     def finish(self, q: torch.Tensor, started: Any, mask: Mask) -> torch.Tensor:
         """q [T, H, D] -> [T, H, D]."""
+        if self.chunks == 1:
+            return self.attend([self.send(q), *started], mask)
+        return _ByChunks.apply(q, *started, self, mask)
+
+    def send(self, x: torch.Tensor) -> OnItsWay:
+        """x [T, H, D], H a multiple of cp."""
+        transfer = HeadTransfer(self.group, to_heads=True)
+        return OnItsWay(Start.apply(in_blocks(x), transfer), transfer)
+
+    def send_kv(self, x: torch.Tensor) -> OnItsWay:
+        """x [T, Hkv, D]."""
+        # Query heads are a multiple of both, so also of their least common multiple: every rank then has a whole
+        # number of KV heads, each read by equally many of its query heads.
+        repeat = math.lcm(x.shape[1], self.group.size()) // x.shape[1]
+        return self.send(x.repeat_interleave(repeat, dim=1))
+
+    def attend(self, sent: list[OnItsWay], mask: Mask) -> torch.Tensor:
+        """Queries, keys and values that have been sent -> [T, H, D] of this rank's tokens."""
         exchange = mask.exchange
         whole = []
-        for arrived, transfer in (self._launch(q), *started):
-            x = transfer.arrange(Wait.apply(arrived, transfer), to_heads=True)
+        for one in sent:
+            x = one.transfer.arrange(Wait.apply(one.arrived, one.transfer), to_heads=True)
             whole.append(Permute.apply(x, exchange.place, exchange.inverse).flatten(0, 1))
         q, k, v = whole
         out = in_blocks(self.backend.attend(q, k, v, mask.prepared))
@@ -94,6 +121,79 @@ class UlyssesAttention:
         arrived = Start.apply(Permute.apply(out, exchange.inverse, exchange.place), transfer)
         return transfer.arrange(Wait.apply(arrived, transfer), to_heads=False).flatten(0, 1)
 
-    def _launch(self, x: torch.Tensor) -> Any:
-        transfer = HeadTransfer(self.group, to_heads=True)
-        return Start.apply(in_blocks(x), transfer), transfer
+
+@dataclass(frozen=True, eq=False)
+class OnItsWay:
+    """A tensor that has been sent."""
+
+    arrived: torch.Tensor
+    """Not to be read before Wait."""
+
+    transfer: HeadTransfer
+
+
+def head_chunks(query_heads: int, kv_heads: int, chunks: int) -> list[tuple[slice, list[int]]]:
+    """The query heads of each chunk, and the KV heads that they read, one for each run of equally many query heads.
+
+    A KV head is in several chunks if there are more chunks than KV heads, or if a chunk ends among its query heads;
+    then it may also be there twice.
+    """
+    size, readers = query_heads // chunks, query_heads // kv_heads
+    run = math.gcd(size, readers)
+    return [
+        (slice(first, first + size), [head // readers for head in range(first, first + size, run)])
+        for first in range(0, query_heads, size)
+    ]
+
+
+class _ByChunks(torch.autograd.Function):
+    """UlyssesAttention chunk by chunk. Nothing of a chunk is kept for backward, which sends and computes it again.
+
+    The next chunk is on its way while one is computed: all tokens of two chunks are held at a time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, core: UlyssesAttention, mask: Mask
+    ) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.core, ctx.mask = core, mask
+        chunks = head_chunks(q.shape[1], k.shape[1], core.chunks)
+        out = torch.empty_like(q)
+        following = _send_chunk(core, q, k, v, *chunks[0])
+        for number, (heads, _) in enumerate(chunks):
+            _, sent = following
+            if number + 1 < len(chunks):
+                following = _send_chunk(core, q, k, v, *chunks[number + 1])
+            out[:, heads] = core.attend(sent, mask)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        q, k, v = ctx.saved_tensors
+        core, mask = ctx.core, ctx.mask
+        chunks = head_chunks(q.shape[1], k.shape[1], core.chunks)
+        dq = torch.empty_like(q)
+        # a KV head may be in several chunks: a sum, not in 16 bits
+        dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
+        with torch.enable_grad():
+            following = _send_chunk(core, q, k, v, *chunks[0])
+            for number, (heads, kv_heads) in enumerate(chunks):
+                leaves, sent = following
+                if number + 1 < len(chunks):
+                    following = _send_chunk(core, q, k, v, *chunks[number + 1])
+                dq[:, heads], *parts = torch.autograd.grad(core.attend(sent, mask), leaves, grad[:, heads])
+                for total, part in zip((dk, dv), parts, strict=True):
+                    for head, of_head in zip(kv_heads, part.unbind(1), strict=True):
+                        total[:, head] += of_head
+                del leaves, sent, parts, part
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def _send_chunk(
+    core: UlyssesAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: slice, kv_heads: list[int]
+) -> tuple[list[torch.Tensor], list[OnItsWay]]:
+    """A chunk's queries, keys and values, as leaves where gradients are enabled, and the same on their way."""
+    parts = [q[:, heads], *(torch.stack([x[:, head] for head in kv_heads], dim=1) for x in (k, v))]
+    leaves = [x.detach().requires_grad_(torch.is_grad_enabled()) for x in parts]
+    return leaves, [core.send(leaves[0]), *(core.send_kv(x) for x in leaves[1:])]
