@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from torchtitan.config import load_config
+from torchtitan.config.manager import config_file
 from torchtitan.tools.errors import UserError
 
 
@@ -30,7 +31,9 @@ def main(args: list[str]) -> int:
     parser.add_argument("--world-size", "--world_size", type=int, required=True, help="processes, over all nodes")
     parser.add_argument("--gpu", default="h100", help="which GPU, or cpu (default: h100)")
     parser.add_argument("--document-length", "--document_length", type=int, help="of all documents; default: one a row")
-    parser.add_argument("--host-memory-gib", "--host_memory_gib", type=float, help="of a machine; offload must fit it")
+    parser.add_argument(
+        "--host-memory-gib", "--host_memory_gib", type=float, default=1900, help="of a machine, for offload (1900)"
+    )
     parser.add_argument("--gpus-per-node", "--gpus_per_node", type=int, default=8)
     parser.add_argument("--fit", type=Path, help="write the cheapest change that fits as this TOML file")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
@@ -79,7 +82,7 @@ def estimate(own: argparse.Namespace, overrides: list[str]) -> int:
         if own.json:
             print(json.dumps(plan, indent=1))
         return 0
-    lacks_host = own.host_memory_gib is not None and plan["host_gib"] > own.host_memory_gib
+    lacks_host = plan["host_gib"] > own.host_memory_gib
     if lacks_host and not own.json:
         print(f"WARNING: {plan['host_gib']:.0f} GiB of host memory are needed, of {own.host_memory_gib:g}")
     if plan["fits"] and not lacks_host:
@@ -101,15 +104,18 @@ def estimate(own: argparse.Namespace, overrides: list[str]) -> int:
         if not own.json:
             least = min(candidates, key=lambda c: c.gib)
             print(
-                f"no combination of these fits {gpu.name} ({gpu.memory_gib:g} GiB); the least is {least.gib:.1f} GiB. "
-                "More ranks, with a higher parallelism.context_parallel_degree, or a shorter training.seq_len would."
+                f"no combination of these fits {gpu.name} ({gpu.memory_gib:g} GiB) and the host "
+                f"({own.host_memory_gib:g} GiB); the least on the GPU is {least.gib:.1f} GiB. More ranks, with a higher "
+                "parallelism.context_parallel_degree, or a shorter training.seq_len would."
             )
         return 2
     if own.fit is not None:
-        from torchtitan.config.manager import config_file
-
-        base = os.path.relpath(config_file(overrides) or "", own.fit.resolve().parent)
-        own.fit.write_text(fit_toml(base, best))
+        file = config_file(overrides)
+        if file is None:
+            raise UserError("--fit writes a stage that extends the file of --job.config_file, and none is given.")
+        base = load_config(["--job.config_file", file])
+        relative = os.path.relpath(file, own.fit.resolve().parent)
+        own.fit.write_text(fit_toml(base, best, relative))
         print(f"wrote {own.fit}", file=sys.stderr)
     return 0
 

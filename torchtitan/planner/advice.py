@@ -165,17 +165,14 @@ def host_gib(job: Job, ranks: int) -> float:
     return sum(host(job).values()) * ranks / 2**30
 
 
-def cheapest(candidates: list[Change], gpu: Gpu, ranks_a_host: int, host_memory_gib: float | None) -> Change | None:
-    """The cheapest that fits the GPU, and the host where its memory is known; None where none does."""
-    fitting = [
-        c
-        for c in candidates
-        if c.fits(gpu) and (host_memory_gib is None or host_gib(c.job, ranks_a_host) <= host_memory_gib)
-    ]
+def cheapest(candidates: list[Change], gpu: Gpu, ranks_a_host: int, host_memory_gib: float) -> Change | None:
+    """The cheapest that fits the GPU and the host; None where none does."""
+    fitting = [c for c in candidates if c.fits(gpu) and host_gib(c.job, ranks_a_host) <= host_memory_gib]
     return min(fitting, key=lambda c: c.cost, default=None)
 
 
 def single_tricks(candidates: list[Change], config: JobConfig, args: TransformerArgs, world_size: int) -> list[Change]:
-    """Each trick by itself, cheapest first."""
+    """Each trick by itself that lowers the peak, cheapest first."""
     single = [keys for ways in options(config, args, world_size) for keys in ways if keys]
-    return sorted((c for c in candidates if c.keys in single), key=lambda c: c.cost)
+    before = candidates[0].gib
+    return sorted((c for c in candidates if c.keys in single and c.gib < 0.99 * before), key=lambda c: c.cost)

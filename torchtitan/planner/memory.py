@@ -2,8 +2,8 @@
 
 A formula a function, each for one rank, in bytes. They follow what the code allocates: parameters, gradients and
 moments cut over FSDP's ranks; what FSDP2 gathers and reduces; what autograd keeps of a block (the inputs of its matrix
-products, of its norms and of attention); the loss head's tiles; the keys and values of other ranks. tests/unit/planner
-and tests/distributed/test_planner.py hold them against what a training step really allocates, on the CPU.
+products, of its norms and of attention); the loss head's tiles; the keys and values of other ranks. A test holds them
+against what a training step really allocates on the CPU (tests/distributed/test_planner.py).
 """
 
 from __future__ import annotations
@@ -328,6 +328,8 @@ def moments(job: Job) -> list[Moment]:
     block = add(worst_of_block(job), tied)
     if job.recomputed_blocks < 1:
         block = add(block, {kind: -value for kind, value in block_kept(job).items()})
+    else:  # nor is what selective checkpointing has kept of it computed anew
+        block = add(block, {"attention": -kept_anyway(job)})
     block = add(
         block,
         {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torchtitan.config import JobConfig, as_tables
 from torchtitan.planner.advice import Change, Keys, host_gib
 from torchtitan.planner.job import Job
 from torchtitan.planner.memory import CONTEXT_GIB, FRAGMENTATION, host, moments, peak, peak_gib, shard
@@ -101,7 +102,7 @@ def _literal(value: Any) -> str:
 
 def advice_as_text(single: list[Change], best: Change | None, gpu: Gpu) -> str:
     """What each trick does by itself, cheapest first, and the cheapest combination that fits."""
-    lines = ["each change by itself, cheapest first: GiB, step time a token"]
+    lines = ["each change that helps by itself, cheapest first: GiB, step time a token"]
     for change in single:
         fits = "  fits" if change.fits(gpu) else ""
         lines.append(f"  {change.gib:8.1f}  {change.slower:+7.1%}  {keys_as_text(change.keys)}{fits}")
@@ -113,13 +114,12 @@ def advice_as_text(single: list[Change], best: Change | None, gpu: Gpu) -> str:
     return "\n".join(lines)
 
 
-def fit_toml(config_file: str, best: Change) -> str:
-    """A stage that extends the file with the changed keys only."""
-    lines = [f"# {best.gib:.1f} GiB a rank by scripts/estimate.py", f'extends = "{config_file}"']
-    tables: dict[str, list[str]] = {}
-    for name, value in best.keys.items():
-        table, _, key = name.partition(".")
-        tables.setdefault(table, []).append(f"{key} = {_literal(value)}")
-    for table, keys in tables.items():
-        lines += ["", f"[{table}]", *keys]
+def fit_toml(config: JobConfig, best: Change, file: str) -> str:
+    """A stage that extends `file`, whose configuration is `config`, with all that the change has otherwise."""
+    before, after = as_tables(config), as_tables(best.config)
+    lines = [f"# {best.gib:.1f} GiB a rank by scripts/estimate.py", f'extends = "{file}"']
+    for table, keys in after.items():
+        changed = [f"{key} = {_literal(value)}" for key, value in keys.items() if before[table].get(key) != value]
+        if changed:
+            lines += ["", f"[{table}]", *changed]
     return "\n".join(lines) + "\n"

@@ -77,8 +77,9 @@ def recomputed(
             done = [0 if (i + 1) % kept_products == 0 else size for i, size in enumerate(products)]
             layers = args.n_layers * blocks * args.dim
             projections, inner, outer = (layers * sum(done[part]) for part in (slice(4), slice(4, 6), slice(6, 7)))
-    if tiled_mlp:
-        inner, outer = work.inner, work.outer
+    if tiled_mlp:  # in backward, and before that where a norm behind them has their block compute them too
+        times = 1 + blocks * args.post_norm
+        inner, outer = work.inner * times, work.outer * times
     if chunked_heads:
         width = work.width
     return Recomputed(projections + inner + outer, width)
