@@ -105,8 +105,8 @@ def estimate(own: argparse.Namespace, overrides: list[str]) -> int:
             least = min(candidates, key=lambda c: c.gib)
             print(
                 f"no combination of these fits {gpu.name} ({gpu.memory_gib:g} GiB) and the host "
-                f"({own.host_memory_gib:g} GiB); the least on the GPU is {least.gib:.1f} GiB. More ranks, with a higher "
-                "parallelism.context_parallel_degree, or a shorter training.seq_len would."
+                f"({own.host_memory_gib:g} GiB); the least on the GPU is {least.gib:.1f} GiB. More ranks, with "
+                "a higher parallelism.context_parallel_degree, or a shorter training.seq_len would."
             )
         return 2
     if own.fit is not None:

@@ -1,8 +1,8 @@
 """Which keys to change so that a stage fits a GPU: every combination of a few is tried, the cheapest that fits wins.
 
-The cost of a change is the step time that it adds by planner/speed.py, a token, and a small price for every key, so
-that of two that cost the same the smaller change is taken, and for rounding the optimizer's state, which changes what
-is learned.
+The cost of a change is the step time that it adds a token, by planner/speed.py (what it saves counts for nothing: this
+is about memory), and a small price for every key, so that the smaller change is taken of two that cost about the same,
+and for rounding the optimizer's state, which changes what is learned.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torchtitan.planner.speed import step_of
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.gpus import Gpu
 
-PRICE_OF_A_KEY = 0.002
+PRICE_OF_A_KEY = 0.005
 PRICE_OF_ROUNDED_STATE = 0.02
 """Shares of the step time that a change counts for beside the time that it costs."""
 
@@ -155,7 +155,7 @@ def _maker(
             return None
         slower = step_of(job, gpu).middle / job.step_tokens / time_before - 1
         rounded = PRICE_OF_ROUNDED_STATE * ("optimizer.state_dtype" in keys)
-        return Change(keys, changed, job, peak_gib(job), slower, slower + PRICE_OF_A_KEY * len(keys) + rounded)
+        return Change(keys, changed, job, peak_gib(job), slower, max(slower, 0) + PRICE_OF_A_KEY * len(keys) + rounded)
 
     return make
 
