@@ -4,7 +4,8 @@
     python scripts/benchmark_cpu.py --layers 8 --steps 5  # a quicker look
 
 Both sides train the same weights on the same packed rows in float32 with fused AdamW; their losses are compared, so it
-is the same work. Each side is a process of its own (peak memory is its own) and the two take turns step by step, so
+is the same work. Then this trainer's loss in one tile takes turns with one in many (--loss-tile-mib), in one process
+on one model. Each side is a process of its own (peak memory is its own) and the two take turns step by step, so
 that whatever else the machine does weighs on both. The figure to quote is the ratio.
 """
 
@@ -36,7 +37,7 @@ def batches(vocab_size: int):
 
 
 def ours(layers: int):
-    """A function that makes one training step and returns its loss."""
+    """A function that makes one training step, with so many MiB of logits at a time, and returns its loss."""
     import torch
 
     from torchtitan.attention.segments import Segments
@@ -58,7 +59,8 @@ def ours(layers: int):
     rows = batches(args.vocab_size)
     ends = torch.tensor((0, *LENGTHS)).cumsum(0)
 
-    def step() -> float:
+    def step(loss_tile_mib: int = 1024) -> float:  # a row's logits are 768 MiB
+        model.output.tile_bytes = loss_tile_mib << 20
         tokens, labels, positions = next(rows)
         mask = Segments.whole(ends)
         loss, _ = model(tokens, positions, mask, labels=labels, divisor=float((labels >= 0).sum()))
@@ -118,11 +120,12 @@ def theirs(layers: int):
 
 
 def serve(side: str, layers: int) -> None:
-    """A child: one step for every line read, answered with its seconds, loss and the process's peak memory."""
+    """A child: one step for every line read, answered with its seconds, loss and the process's peak memory. A line that
+    is a number is the loss tile's size."""
     step = {"ours": ours, "theirs": theirs}[side](layers)
-    for _ in sys.stdin:
+    for line in sys.stdin:
         start = time.perf_counter()
-        loss = step()
+        loss = step(int(line)) if line.strip().isdigit() else step()
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps({"seconds": seconds, "loss": loss, "peak_gib": peak}), flush=True)
@@ -132,6 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=30, help="of SmolLM2-135M's 30")
     parser.add_argument("--steps", type=int, default=4, help="timed steps a side, after one to warm up")
+    parser.add_argument("--loss-tile-mib", type=int, default=64, help="of the tiled loss; one tile is the row")
     parser.add_argument("--serve", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -152,9 +156,16 @@ def main() -> None:
                 raise SystemExit(f"the side '{side}' died with exit code {process.wait()}; its error is above")
             results[side].append(json.loads(line))
         print(f"step {n}: " + ", ".join(f"{s} {r[-1]['seconds']:.1f} s" for s, r in results.items()), flush=True)
-    for process in sides.values():
-        process.stdin.close()
-        process.wait()
+    sides["theirs"].stdin.close()
+    sides["theirs"].wait()
+    tiles: dict[str, list[float]] = {"1024": [], str(args.loss_tile_mib): []}
+    for _ in range(args.steps):
+        for tile, seconds in tiles.items():
+            sides["ours"].stdin.write(f"{tile}\n")
+            sides["ours"].stdin.flush()
+            seconds.append(json.loads(sides["ours"].stdout.readline())["seconds"])
+    sides["ours"].stdin.close()
+    sides["ours"].wait()
 
     tokens = sum(LENGTHS)
     print(f"\nSmolLM2-135M with {args.layers} layers, {len(LENGTHS)} documents in {tokens} tokens, float32, CPU")
@@ -166,6 +177,8 @@ def main() -> None:
             f"{name:24} {rates[side]:8.0f} tokens/s   peak {peak:6.2f} GiB   first loss {results[side][0]['loss']:.5f}"
         )
     print(f"{'ratio':24} {rates['ours'] / rates['theirs']:8.2f}x")
+    one, many = (statistics.median(seconds) for seconds in tiles.values())
+    print(f"loss in tiles of {args.loss_tile_mib} MiB against one tile: {many / one - 1:+.1%} of the step's time")
     difference = max(abs(a["loss"] - b["loss"]) for a, b in zip(*results.values(), strict=True))
     print(f"largest difference of the losses over {args.steps + 1} steps: {difference:.1e}")
 

@@ -18,6 +18,7 @@ from torchtitan.components.stage import Start, check_start, find_start, hugging_
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.config import JobConfig
 from torchtitan.config.checks import check_config, dp_degree, rows_per_step
+from torchtitan.config.job_config import Model
 from torchtitan.datasets.corpus import resolve_source
 from torchtitan.datasets.plan import Plan, changed_inputs
 from torchtitan.datasets.positions import sentence_end_ids
@@ -33,7 +34,8 @@ from torchtitan.models.registry import FLAVORS
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_config import build_rope
 from torchtitan.models.rope_scaling import LongRopeScaling
-from torchtitan.models.transformer import TransformerArgs, parameter_counts
+from torchtitan.models.transformer import TransformerArgs
+from torchtitan.planner.work import work_of
 from torchtitan.tools.device import device_type
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.flops import training_flops
@@ -133,26 +135,28 @@ def make_plan(config: JobConfig, world_size: int, tokenizer: Tokenizer, args: Tr
 
 def report_of(plan: Plan, config: JobConfig, world_size: int, args: TransformerArgs) -> dict[str, Any]:
     """What the plan will read (plan.json), with the work of the model's ranks."""
-    matmul_parameters = parameter_counts(args)[1]
-    attention_width = args.n_layers * args.n_heads * args.head_dim
+    work = work_of(args)
     return make_report(
         plan,
         dp_degree(config, world_size),
         config.training.local_batch_size,
-        flops_per_token=training_flops(matmul_parameters, 1, attention_width, 0),
-        flops_per_pair=training_flops(matmul_parameters, 0, attention_width, 1),
+        flops_per_token=training_flops(work.parameters, 1, work.width, 0),
+        flops_per_pair=training_flops(work.parameters, 0, work.width, 1),
     )
+
+
+def architecture(model: Model) -> TransformerArgs:
+    """The architecture that [model] names: a flavor, or a folder's config.json."""
+    if model.flavor == "auto":
+        return read_config(Path(model.hf_assets_path))
+    if model.flavor not in FLAVORS:
+        raise UserError(f'model.flavor = "{model.flavor}" is not known; there are auto, {", ".join(FLAVORS)}.')
+    return FLAVORS[model.flavor]
 
 
 def model_args(config: JobConfig, rope_before: RopeArgs | None = None) -> TransformerArgs:
     """The architecture that [model] names, with what [rope] changes; rope_before: that of its weights."""
-    flavor = config.model.flavor
-    if flavor == "auto":
-        args = read_config(Path(config.model.hf_assets_path))
-    elif flavor in FLAVORS:
-        args = FLAVORS[flavor]
-    else:
-        raise UserError(f'model.flavor = "{flavor}" is not known; there are auto, {", ".join(FLAVORS)}.')
+    args = architecture(config.model)
     length = config.data.target_seq_len or config.training.seq_len
     rope = build_rope(config.rope, args.rope, args.head_dim, args.n_kv_heads, length, rope_before)
     longrope = rope.scaling if isinstance(rope.scaling, LongRopeScaling) else None

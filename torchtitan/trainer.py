@@ -57,6 +57,8 @@ from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_config import describe_rope, rope_warnings
 from torchtitan.models.rope_scaling import GeneScaling
 from torchtitan.models.transformer import init_weights, parameter_counts
+from torchtitan.planner.job import job_of
+from torchtitan.planner.work import Recomputed, Work, work_of
 from torchtitan.tools.device import (
     GarbageCollection,
     available_host_memory,
@@ -68,7 +70,7 @@ from torchtitan.tools.device import (
     record_collectives,
 )
 from torchtitan.tools.errors import GateError, UserError
-from torchtitan.tools.flops import training_flops
+from torchtitan.tools.flops import forward_flops, training_flops
 from torchtitan.tools.logging import logger, step_progress
 from torchtitan.tools.profiling import profiled
 from torchtitan.tools.torch_compat import compilations, default_store, set_timeout
@@ -116,8 +118,8 @@ class Trainer:
         self._check_host_memory()
         self.model = build_sharded_model(inputs.args, config, self.dims, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.matmul_parameters = parameter_counts(inputs.args)[1]
-        self.attention_width = inputs.args.n_layers * inputs.args.n_heads * inputs.args.head_dim
+        self.work = work_of(inputs.args)
+        self.recomputed = job_of(config, inputs.args, world_size).recomputed
         self.step = self.tokens_seen = 0
         self.stop_requested = False
         self.compiled_in_first_step = 0
@@ -393,7 +395,7 @@ class Trainer:
             # padding has no loss and no label: it adds nothing to source 0
             by_source.index_add_(0, batch.source.clamp(min=0), counted)
             by_position.index_add_(0, position_bucket(batch.index), counted)
-            window.add(batch, self.matmul_parameters, self.attention_width)
+            window.add(batch, self.work, self.recomputed)
         self.pace.probe()
         norm = clip_gradients(self.model.parameters(), self.config.training.max_norm, self.cpu_group)
         sums = torch.cat((by_source, by_position)) * counts_here
@@ -487,6 +489,7 @@ class Trainer:
             "cp_kv_received": float(work[2] / work[3]) if gathered else None,
             "data_wait": window.waited / seconds,
             "mfu": window.flops / ranks_a_row / seconds / peak if peak else None,
+            "hfu": (window.flops + window.recomputed_flops) / ranks_a_row / seconds / peak if peak else None,
             "memory_gib": float(most[0]),
             "recompilations": int(most[1]),
             "seconds_per_step": seconds / window.steps,
@@ -515,14 +518,15 @@ class Window:
         self.start = time.perf_counter()
         self.steps = self.tokens = 0
         """Of the global batches; padding is no token."""
-        self.flops = self.waited = 0.0
+        self.flops = self.recomputed_flops = self.waited = 0.0
         """Of this rank's micro-batches, like which all have about as much; seconds that it waited for its loader."""
         self.pairs = self.pairs_of_busiest = self.kv_received = self.kv_of_all_gather = 0.0
         """Of this rank's micro-batches, see LocalBatch."""
 
-    def add(self, batch: LocalBatch, matmul_parameters: int, attention_width: int) -> None:
+    def add(self, batch: LocalBatch, work: Work, recomputed: Recomputed) -> None:
         """Count the work of a micro-batch; padding is none."""
-        self.flops += training_flops(matmul_parameters, batch.unpadded, attention_width, batch.pairs)
+        self.flops += training_flops(work.parameters, batch.unpadded, work.width, batch.pairs)
+        self.recomputed_flops += forward_flops(recomputed.parameters, batch.unpadded, recomputed.width, batch.pairs)
         self.pairs += batch.pairs
         self.pairs_of_busiest += batch.pairs_of_busiest
         self.kv_received += batch.kv_received

@@ -19,6 +19,7 @@ FLOORS = {  # a room may import its own floor and those below
     "distributed": 4,
     "components": 5,
     "evaluation": 5,
+    "planner": 5,
     "inputs.py": 6,
     "trainer.py": 7,
     "train.py": 8,

@@ -15,23 +15,7 @@ import torch
 import torch.distributed as dist
 
 from torchtitan.tools.errors import UserError
-
-# Dense bf16 TFLOP/s from the vendors' data sheets, by a substring of torch.cuda.get_device_name(); first match wins.
-PEAK_TFLOPS = (
-    ("H100 NVL", 835.0),
-    ("H100 PCIe", 756.0),
-    ("H100", 989.0),
-    ("H200", 989.0),
-    ("H800", 989.0),
-    ("GH200", 989.0),
-    ("GB200", 2500.0),
-    ("B200", 2250.0),
-    ("B300", 2250.0),
-    ("A100", 312.0),
-    ("A800", 312.0),
-    ("L40S", 362.0),
-    ("MI300X", 1307.0),
-)
+from torchtitan.tools.gpus import gpu_of_device
 
 
 def device_type() -> str:
@@ -87,12 +71,12 @@ def init_process_group(device: torch.device, rank: int, world_size: int, timeout
 
 
 def peak_flops(device: torch.device, tflops: float | None) -> float | None:
-    """Peak FLOP/s of one device: the TOML's figure, else the data sheet's, else None (then MFU is not reported)."""
+    """Peak bf16 FLOP/s of one device: the TOML's, else the data sheet's, else None (then MFU is not reported)."""
     if tflops is not None:
         return tflops * 1e12
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((t * 1e12 for known, t in PEAK_TFLOPS if known in name), None)
+        gpu = gpu_of_device(torch.cuda.get_device_name(device))
+        return gpu.bf16_tflops * 1e12 if gpu else None
     return None
 
 

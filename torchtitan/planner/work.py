@@ -1,0 +1,85 @@
+"""What a model multiplies: parameters and attention, once in forward, twice in backward, and again where recomputed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torchtitan.models.transformer import TransformerArgs
+
+
+@dataclass(frozen=True)
+class Work:
+    """Parameters that multiply a token's activations, and units of width that multiply a pair's; over all layers."""
+
+    projections: float
+    """wq, wk, wv and wo."""
+
+    inner: float
+    """w1 and w3 of the feed-forward."""
+
+    outer: float
+    """Its w2."""
+
+    output: float
+    width: float
+    """layers * heads * head_dim: see tools/flops.py."""
+
+    @property
+    def parameters(self) -> float:
+        return self.projections + self.inner + self.outer + self.output
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """What backward computes a second time of it, in the same units."""
+
+    parameters: float = 0
+    width: float = 0
+
+
+def work_of(args: TransformerArgs) -> Work:
+    """Of the whole model. Norms and biases multiply or add element by element and are not counted."""
+    heads, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+    layers, dim, ffn = args.n_layers, args.dim, args.ffn_dim
+    return Work(
+        projections=layers * dim * 2 * (heads + kv),
+        inner=layers * 2 * dim * ffn,
+        outer=layers * dim * ffn,
+        output=args.vocab_size * dim,
+        width=layers * heads,
+    )
+
+
+def recomputed(
+    args: TransformerArgs,
+    blocks: float,
+    keeps_attention: bool = False,
+    kept_products: int = 0,
+    tiled_mlp: bool = False,
+    chunked_heads: bool = False,
+) -> Recomputed:
+    """blocks: the share of blocks that are recomputed. keeps_attention: but for their attention, and for every n-th of
+    their matrix products (kept_products; 0: for none). tiled_mlp, chunked_heads: feed-forward and attention recompute
+    themselves, in every block.
+
+    The last product of a block is not recomputed where nothing that backward reads comes after it: PyTorch ends the
+    recomputation with the last tensor that is read, which is w2's input unless a norm follows.
+    """
+    work = work_of(args)
+    projections, width = work.projections * blocks, work.width * blocks
+    inner, outer = work.inner * blocks, work.outer * blocks * args.post_norm
+    if keeps_attention:
+        width = 0
+        if kept_products:
+            heads, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
+            products = [kv, kv, heads, heads, args.ffn_dim, args.ffn_dim]  # widths beside dim, in order of execution
+            products += [args.ffn_dim] * args.post_norm
+            done = [0 if (i + 1) % kept_products == 0 else size for i, size in enumerate(products)]
+            layers = args.n_layers * blocks * args.dim
+            projections, inner, outer = (layers * sum(done[part]) for part in (slice(4), slice(4, 6), slice(6, 7)))
+    if tiled_mlp:  # in backward, and before that where a norm behind them has their block compute them too
+        times = 1 + blocks * args.post_norm
+        inner, outer = work.inner * times, work.outer * times
+    if chunked_heads:
+        width = work.width
+    return Recomputed(projections + inner + outer, width)
