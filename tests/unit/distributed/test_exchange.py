@@ -346,7 +346,7 @@ MEMORY = """
 import re, sys, torch
 from torchtitan.attention.backends import BACKENDS, Mask
 from torchtitan.attention.segments import Segments
-from torchtitan.distributed.context_parallel.exchange import GatheredAttention, plan_exchange
+from torchtitan.distributed.context_parallel.exchange import GatheredAttention, OnTheirWay, plan_exchange
 from torchtitan.distributed.context_parallel.layout import LAYOUTS
 
 class Arrived:
@@ -366,7 +366,7 @@ mask = Mask(local, BACKENDS["sdpa"].prepare(local), plan)
 q = torch.randn(local.total, 2, 32, requires_grad=True)
 kv, arrived = (torch.randn(n // 128, 128, 2, 1, 32, requires_grad=True) for n in (q.shape[0], local.num_keys - len(q)))
 core = GatheredAttention(BACKENDS["sdpa"], "needed", None)
-core.finish(q, (kv, arrived, Arrived()), mask).sum().backward()
+core.finish(q, OnTheirWay(kv, arrived, Arrived()), mask).sum().backward()
 assert q.grad.any() and kv.grad.any() and arrived.grad.any()
 print(peak() - before)
 """
@@ -375,7 +375,7 @@ print(peak() - before)
 @pytest.mark.timeout(300)
 def test_memory_is_linear_on_a_rank_of_eight_at_128k() -> None:
     """A bool [T / cp, T] mask alone would be 2 GiB; buffer, attention and backward stay far below it."""
-    run = subprocess.run([sys.executable, "-c", MEMORY, str(2**17)], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", MEMORY, str(2**17)], stdout=subprocess.PIPE, text=True, check=True)
     print(f"peak memory grew by {int(run.stdout) / 2**20:.0f} MiB")
     buffer = 2**17 * 2 * 32 * 4  # of keys and values: less than that would not have been measured
     assert buffer < int(run.stdout) < 400 * 2**20
