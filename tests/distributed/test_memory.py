@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
-from tests.distributed.harness import TINY, Collectives, flags, spawn, write_assets
+from tests.distributed.harness import TINY, Collectives, flags, run_stage, spawn, write_assets
 from torchtitan.components.loss import train_micro_batch
 from torchtitan.config import load_config
 from torchtitan.config.job_config import JobConfig
@@ -27,10 +26,11 @@ from torchtitan.trainer import Trainer
 Z_LOSS = 0.01
 # 1 MiB are 64 rows of float32 logits of 4,096 words, 128 of half the words: tiles of 128 tokens, the least.
 TILES = {"training.loss_tile_mib": 1, "training.mlp_tile_tokens": 50}  # the last tile of the feed-forward is shorter
-FULL = {"activation_checkpoint.mode": "full"}
-SELECTIVE = {"activation_checkpoint.mode": "selective"}
-OFFLOAD = {"activation_checkpoint.offload": True}
-MATMULS, OPTION = "activation_checkpoint.selective_ac_matmuls", "activation_checkpoint.selective_ac_option"
+AC = "activation_checkpoint"
+FULL = {f"{AC}.mode": "full"}
+SELECTIVE = {f"{AC}.mode": "selective"}
+OFFLOAD = {f"{AC}.offload": True}
+MATMULS, OPTION = f"{AC}.selective_ac_matmuls", f"{AC}.selective_ac_option"
 COMPILED = {"compile.enable": True, "compile.backend": "aot_eager"}
 HOST = {"training.enable_cpu_offload": True}
 MODES: dict[str, dict[str, Any]] = {
@@ -99,17 +99,68 @@ def one_step(
     return {"loss": float(losses), "gradients": gradients, "collectives": dict(seen.counts)}
 
 
-def test_losses_and_gradients_are_those_of_the_plain_path(tmp_path: Path):
-    """On one process, and on dp_shard 2 x cp 2 x tp 2; z-loss in all of it."""
-    size = {"training__local_batch_size": 4, "training__global_batch_size": 16, "training__z_loss": Z_LOSS}
-    base = flags(tmp_path, write_assets(tmp_path), **size, parallelism__self_check=False)
+def either(case: tuple[str, list[str]], rank: int, world_size: int) -> Any:
+    """Both tests' work, so that they share their processes."""
+    what, args = case
+    return {"modes": run, "stage": run_stage}[what](args, rank, world_size)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Everything that is run, on one process and on dp_shard 2 x cp 2 x tp 2."""
+    folder = tmp_path_factory.mktemp("memory")
+    assets = write_assets(folder)
+    size = {"training__local_batch_size": 4, "training__global_batch_size": 16, "parallelism__self_check": False}
+
+    def stage(out: str, **options: Any) -> tuple[str, list[str]]:
+        saves = {"checkpoint__enable": True, "checkpoint__interval": 2, "job__dump_folder": folder / out}
+        return "stage", flags(folder, assets, **size, **saves, **options)
+
+    narrow = {"optimizer__state_dtype": "bfloat16", "training__enable_cpu_offload": True}
+    recomputed = {f"{AC}__mode": "full", f"{AC}__offload": True}
+    half = {"training__steps": 2}  # warmup lasts as long: the rate of these steps does not depend on training.steps
+    modes = flags(folder, assets, **size, training__z_loss=Z_LOSS)
+    first = {
+        "modes": ("modes", modes),
+        "whole": stage("whole", **narrow),
+        "plain": stage("plain"),
+        "first half": stage("halves", **narrow, **half),
+        "first half, plain": stage("mixed", **half),
+        "second half, narrower": stage("mixed", **narrow),
+    }
     degrees = [f"--parallelism.{n}_degree=2" for n in ("data_parallel_shard", "context_parallel", "tensor_parallel")]
-    (alone,) = spawn(1, run, [base], tmp_path)
-    (together,) = spawn(8, run, [base + degrees], tmp_path)
+    then = {
+        "modes": ("modes", modes + degrees),
+        "second half": ("stage", stage("halves", **narrow, **recomputed)[1] + degrees),
+    }
+    return {
+        "one": dict(zip(first, spawn(1, either, list(first.values()), folder), strict=True)),
+        "eight": dict(zip(then, spawn(8, either, list(then.values()), folder), strict=True)),
+    }
+
+
+def test_moments_in_bfloat16_and_the_host_survive_a_checkpoint(results: dict[str, Any]):
+    """Two steps on one process and two on eight are four on one; moments saved in float32 can be read as bfloat16."""
+    one, eight = results["one"], results["eight"]
+    resumed = one["first half"] + eight["second half"]
+    for ours, theirs in zip(resumed, one["whole"], strict=True):
+        for key in ("step", "loss", "grad_norm", "lr"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
+    mixed = one["first half, plain"] + one["second half, narrower"]
+    for narrow in (one["whole"], mixed):
+        assert len(narrow) == len(one["plain"])
+        for ours, theirs in zip(narrow, one["plain"], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)  # rounding of moments moves little
+    assert one["whole"][-1]["loss"] != one["plain"][-1]["loss"], "and something"
+
+
+def test_losses_and_gradients_are_those_of_the_plain_path(results: dict[str, Any]):
+    """z-loss in all of it."""
+    alone, together = results["one"]["modes"], results["eight"]["modes"]
     plain = alone["plain"]
     wrong = []
-    for where, results in (("one process", alone), ("dp 2 x cp 2 x tp 2", together)):
-        for mode, result in results.items():
+    for where, modes in (("one process", alone), ("dp 2 x cp 2 x tp 2", together)):
+        for mode, result in modes.items():
             errors = {
                 name: float((gradient - plain["gradients"][name]).norm() / plain["gradients"][name].norm())
                 for name, gradient in result["gradients"].items()

@@ -61,14 +61,17 @@ def test_gpu_equals_cpu(model: str, folder: Path, assets: Path):
         {"training__mixed_precision_param": "bfloat16"},
         {"compile__enable": True},
         {"activation_checkpoint__mode": "full"},
+        {"activation_checkpoint__mode": "selective", "activation_checkpoint__offload": True},
+        {"compile__enable": True, "activation_checkpoint__mode": "selective", "training__mlp_tile_tokens": 100},
+        {"training__enable_cpu_offload": True, "optimizer__state_dtype": "bfloat16"},
         {"training__deterministic": True},
         {"profiling__enable_profiling": True, "profiling__enable_memory_snapshot": True, "profiling__profile_freq": 2},
     ],
-    ids=lambda options: next(iter(options)),
+    ids="-".join,
 )
 def test_options(options: dict[str, Any], folder: Path, assets: Path):
-    plain = train(folder, assets, "gpu-plain-" + next(iter(options)))
-    changed = train(folder, assets, "gpu-" + next(iter(options)), **options)
+    plain = train(folder, assets, "gpu-plain-" + "-".join(options))
+    changed = train(folder, assets, "gpu-" + "-".join(options), **options)
     for a, b in zip(changed, plain, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
 

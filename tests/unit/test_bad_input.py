@@ -186,6 +186,21 @@ CASES: dict[str, tuple[Make, list[str]]] = {
         keys(compile__enable=True, compile__backend="induktor"),
         ["compile.backend", "induktor", "inductor"],
     ),
+    "a tile of no tokens": (keys(training__mlp_tile_tokens=0), ["training.mlp_tile_tokens = 0", "at least 1"]),
+    "a tile of fewer": (keys(training__mlp_tile_tokens=-5), ["training.mlp_tile_tokens = -5", "at least 1"]),
+    "a loss tile of nothing": (keys(training__loss_tile_mib=0), ["training.loss_tile_mib = 0", "at least 1"]),
+    "an unknown way of recomputing": (
+        keys(activation_checkpoint__mode="selective", activation_checkpoint__selective_ac_option="0"),
+        ["selective_ac_option", '"0"', '"op"', '"2"'],
+    ),
+    "offload of what is not kept": (
+        keys(activation_checkpoint__offload=True),
+        ["activation_checkpoint.offload = true", 'mode = "none"', '"full"'],
+    ),
+    "a moment that bfloat16 would hold still": (
+        keys(optimizer__state_dtype="bfloat16", optimizer__beta2=0.999),
+        ["optimizer.beta2 = 0.999", "state_dtype", "0.996"],
+    ),
     "a step without checkpoints": (keys(checkpoint__load_step=3), ["load_step = 3", "enable = true"]),
     "a step that is not there": (keys(checkpoint__enable=True, checkpoint__load_step=3), ["load_step = 3", "-1"]),
     "a dump folder below a file": (below_a_file("job__dump_folder"), ["job.dump_folder", "file is a file"]),

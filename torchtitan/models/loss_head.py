@@ -103,10 +103,11 @@ class _TiledLoss(torch.autograd.Function):
             share = valid.to(wide) / divisor
             gradient = logits.mul_((share * (1 + 2 * z_loss * lse) / total)[:, None])  # of the logits
             gradient.scatter_add_(1, words, -(share * here)[:, None])
+            del logits
             gradient = gradient.to(x.dtype)
             torch.mm(gradient, weight, out=grad_x[tokens])
             grad_weight += gradient.t() @ x[tokens]
-            del gradient, logits
+            del gradient
         if differentiate:
             ctx.save_for_backward(grad_x, grad_weight)
         ctx.mark_non_differentiable(losses)
@@ -115,4 +116,6 @@ class _TiledLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad.to(grad_x.dtype), (grad_weight * grad).to(grad_x.dtype), *[None] * 6
+        scaled = torch.empty(grad_weight.shape, dtype=grad_x.dtype, device=grad_x.device)
+        torch.mul(grad_weight, grad, out=scaled)  # without a second one of the matrix's size in float32
+        return grad_x * grad.to(grad_x.dtype), scaled, *[None] * 6

@@ -48,6 +48,46 @@ def test_equals_pytorchs_own_adamw(implementation: str):
     assert state["layer.weight.step"] == 3 and state["layer.weight.exp_avg_sq"].any()
 
 
+@pytest.mark.parametrize("implementation", ["fused", "for-loop"])
+def test_moments_in_bfloat16_follow_those_in_float32(implementation: str):
+    """Rounded once a step to 8 bits, while what is computed of them and the parameters are float32: the moments stay
+    within their accumulated rounding of the exact ones, and each step within that of the exact step."""
+    models = two_layers(), two_layers()
+    optimizers = [
+        build_optimizer(model, Optimizer(lr=0.1, state_dtype=dtype, implementation=implementation))
+        for model, dtype in zip(models, ("bfloat16", "float32"), strict=True)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        gradients = [torch.randn(p.shape, generator=generator) for p in models[0].parameters()]
+        for model, optimizer in zip(models, optimizers, strict=True):
+            for p, gradient in zip(model.parameters(), gradients, strict=True):
+                p.grad = gradient.clone()
+            optimizer.step()
+    narrow, wide = (optimizer_state(m, o) for m, o in zip(models, optimizers, strict=True))
+    for name, value in wide.items():
+        stored = narrow[name]
+        if name.endswith("step"):
+            assert stored == 30
+            continue
+        assert stored.dtype == torch.bfloat16
+        # each of up to 1 / (1 - beta) remembered steps rounds by 2^-9 of what was there
+        remembered = 10 if name.endswith("exp_avg") else 20
+        assert ((stored.float() - value).abs() <= remembered * 2**-9 * value.abs().max()).all(), name
+        assert not torch.equal(stored.float(), value)
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        assert p.dtype == torch.float32
+        assert 0 < (p - q).abs().max() < 30 * 0.1 * 0.05  # of 30 steps of 0.1 at most
+
+
+def test_moments_of_the_parameters_type_are_pytorchs_own():
+    """The fused kernel works on whole groups; only mixed types need steps parameter by parameter."""
+    assert type(build_optimizer(two_layers(), Optimizer(state_dtype="float32"))) is torch.optim.AdamW
+    assert type(build_optimizer(two_layers().bfloat16(), Optimizer(state_dtype="bfloat16"))) is torch.optim.AdamW
+    mixed = build_optimizer(two_layers().bfloat16(), Optimizer(state_dtype="float32"))
+    assert {value.dtype for state in mixed.state.values() for value in state.values()} == {torch.float32}
+
+
 def test_no_decay_patterns():
     """With a gradient of zero, decay is all that moves a parameter."""
     model = two_layers()

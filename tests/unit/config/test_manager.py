@@ -56,6 +56,8 @@ def other_value(hint: Any, default: Any) -> Any:
             get_args(of)[:1] if get_origin(of) is Literal else (0.5, 2.0) if of is float else ("*norm*", "layers.0.*")
         )
     kind = hint if isinstance(hint, type) else next(a for a in arguments if a is not type(None))
+    if get_origin(kind) is Literal:
+        return get_args(kind)[0]
     if kind is str:
         return 'x "y" \\ ü'
     return not default if kind is bool else (default or 0) + (3 if kind is int else 1 / 3)

@@ -1,0 +1,265 @@
+"""Peak memory of training on the CPU, in one process: the tiled loss, activations by mode, and growth with length.
+
+    python scripts/benchmark_memory.py            # all of it; a few minutes
+    python scripts/benchmark_memory.py loss       # or one of loss, activations, length
+
+Bytes of live tensors are counted operator by operator. What a kernel uses inside itself is not seen so; a process of
+its own does the same work uncounted, and the growth of its peak resident set stands beside the count. The plain loss at
+32K tokens, whose logits in float32 alone are 16 GiB, is counted on tensors without memory (FakeTensorMode).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+MIB = 2**20
+WORDS = 131072
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that operators have returned and that are still alive: now and at most, after each operator.
+
+    Storages are counted with the size that they have at that time: FSDP gives memory back by resizing to zero.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, weakref.ref[Any]] = {}
+        self.peak = 0
+
+    def now(self) -> int:
+        """Bytes that are alive."""
+        total = 0
+        for key, reference in list(self.storages.items()):
+            storage = reference()
+            if storage is None:
+                del self.storages[key]
+            else:
+                total += storage.nbytes()
+        return total
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for leaf in tree_leaves(result):
+            # of what was there before this began, views and results in place are not counted
+            if isinstance(leaf, torch.Tensor) and id(storage := leaf.untyped_storage()) not in given:
+                self.storages[id(storage)] = weakref.ref(storage)
+        self.peak = max(self.peak, self.now())
+        return result
+
+
+def peak_resident() -> int:
+    """Bytes of the process's largest resident set since reset_resident()."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+
+
+def reset_resident() -> None:
+    """From now on peak_resident() is of what comes (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+# ---- what is measured: functions that prepare their inputs and return the work ------------------------------------
+
+
+def loss(tokens: int, dim: int, tiled: bool) -> Callable[[], Any]:
+    """Forward and backward of the output head and its loss, in bfloat16; the weight and the hidden states are there."""
+    from torchtitan.models.loss_head import OutputHead
+
+    with torch.device("meta"):
+        head = OutputHead(dim, WORDS)
+    head.weight = torch.nn.Parameter(torch.full((WORDS, dim), 0.01, dtype=torch.bfloat16))
+    x = torch.full((tokens, dim), 0.01, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.zeros(tokens, dtype=torch.int64)
+
+    def work() -> None:
+        result = head(x, labels, 1.0)[0] if tiled else F.cross_entropy(F.linear(x, head.weight).float(), labels)
+        result.backward()
+
+    return work
+
+
+def model_step(tokens: int, layers: int, dim: int, options: dict[str, Any], backward: bool) -> Callable[[], Any]:
+    """Forward, and backward if asked for, of a model in bfloat16 over documents of 1,024 tokens, behind FSDP2."""
+    from torchtitan.attention.segments import Segments
+    from torchtitan.config.job_config import ActivationCheckpoint, JobConfig, Training
+    from torchtitan.distributed.parallel_dims import ParallelDims
+    from torchtitan.distributed.parallelize import build_sharded_model
+    from torchtitan.models.transformer import TransformerArgs, init_weights
+    from torchtitan.tools.device import init_process_group
+
+    if not torch.distributed.is_initialized():
+        init_process_group(torch.device("cpu"), 0, 1, 60)
+    heads = dim // 32
+    args = TransformerArgs(dim, layers, heads, heads // 2, 32, 7 * dim // 2, vocab_size=512)
+    config = JobConfig(
+        training=Training(loss_tile_mib=1, mlp_tile_tokens=options.get("mlp_tile_tokens")),
+        activation_checkpoint=ActivationCheckpoint(
+            mode=options.get("mode", "none"), selective_ac_matmuls=options.get("selective_ac_matmuls", 2)
+        ),
+    )
+    model = build_sharded_model(args, config, ParallelDims.build("cpu", 1, 1, 1, 1), torch.device("cpu"))
+    init_weights(model, 0)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)  # as in every micro-batch but the first
+    inputs = torch.arange(tokens) % args.vocab_size
+    positions = torch.arange(tokens) % 1024
+    mask = Segments.whole(torch.arange(0, tokens + 1, 1024).numpy())
+
+    def work() -> Any:
+        total, _ = model(inputs, positions, mask, labels=inputs, divisor=float(tokens))
+        if backward:
+            total.backward()
+        return total
+
+    return work
+
+
+WORKS: dict[str, Callable[..., Callable[[], Any]]] = {"loss": loss, "model": model_step}
+
+
+def count(name: str, *arguments: Any, fake: bool = False) -> tuple[int, int]:
+    """(peak bytes above those at the beginning, bytes that the result keeps alive); fake: without memory."""
+    if fake:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode() if fake else nullcontext():
+        work = WORKS[name](*arguments)
+        gc.collect()
+        with LiveBytes() as seen:
+            result = work()
+            gc.collect()
+            kept = seen.now()
+            del result
+    return seen.peak, kept
+
+
+def resident(name: str, *arguments: Any) -> int:
+    """Growth of the resident set of a process of its own during the same work."""
+    command = [sys.executable, __file__, "--resident", json.dumps([name, *arguments])]
+    # glibc then returns blocks from 64 KiB on to the system at once, and does not keep them for later
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if run.returncode:
+        raise SystemExit(f"{name}{arguments} ended with {run.returncode}:\n{run.stderr}")
+    return int(run.stdout.split()[-1])
+
+
+def serve(name: str, *arguments: Any) -> None:
+    """A child: prepare, warm up on little, and print how much the peak grew."""
+    torch.set_num_threads(1)
+    warm = (256, *arguments[1:]) if name == "loss" else (1024, *arguments[1:])
+    WORKS[name](*warm)()
+    work = WORKS[name](*arguments)
+    gc.collect()
+    reset_resident()
+    before = peak_resident()
+    work()
+    print(peak_resident() - before)
+
+
+def row(*cells: Any) -> None:
+    print("| " + " | ".join(f"{c:,.1f}" if isinstance(c, float) else str(c) for c in cells) + " |", flush=True)
+
+
+def losses() -> None:
+    """At most a tenth of the plain loss's extra memory."""
+    print(f"\nExtra memory of the output head and loss, forward and backward, {WORDS:,} words, bfloat16, MiB:\n")
+    row("dim, tokens", "loss", "counted", "how", "resident set")
+    row("---", "---", "---:", "---", "---:")
+    for dim, tokens, tiled, allocated in (
+        (64, 2048, False, True),
+        (64, 2048, True, True),
+        (64, 32768, False, False),
+        (64, 32768, True, True),
+        (4096, 32768, False, False),
+        (4096, 32768, True, False),
+    ):
+        peak, _ = count("loss", tokens, dim, tiled, fake=not allocated)
+        rss = resident("loss", tokens, dim, tiled) / MIB if allocated else "-"
+        how = "allocated" if allocated else "fake tensors"
+        row(f"{dim:,}, {tokens:,}", "tiled" if tiled else "plain", peak / MIB, how, rss)
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "none, tiled feed-forward": {"mlp_tile_tokens": 512},
+    "selective, matmuls 2": {"mode": "selective"},
+    "selective, matmuls 0": {"mode": "selective", "selective_ac_matmuls": 0},
+    "selective, matmuls 0, tiled feed-forward": {
+        "mode": "selective",
+        "selective_ac_matmuls": 0,
+        "mlp_tile_tokens": 512,
+    },
+    "full": {"mode": "full"},
+    "full, tiled feed-forward": {"mode": "full", "mlp_tile_tokens": 512},
+}
+
+
+def activations() -> None:
+    """Of full recomputation at most 2 bytes x dim x 1.1 a token and layer."""
+    dim, tokens = 256, 4096
+    print(
+        f"\nBytes a token in bfloat16, dim {dim}, feed-forward {7 * dim // 2}, {tokens:,} tokens; kept after forward,"
+    )
+    print(
+        "a layer (difference of 6 and 2 layers), in units of 2 dim; and the peak of forward and backward, 2 layers:\n"
+    )
+    row("mode", "kept a layer", "/ (2 dim)", "peak")
+    row("---", "---:", "---:", "---:")
+    for mode, options in MODES.items():
+        few, many = (count("model", tokens, layers, dim, options, False)[1] for layers in (2, 6))
+        kept = (many - few) / 4 / tokens
+        peak = count("model", tokens, 2, dim, options, True)[0] / tokens
+        row(mode, kept, f"{kept / 2 / dim:.3f}", peak)
+
+
+def lengths() -> None:
+    """Linear: what a further token takes is the same from 8K to 32K and from there to 128K, within 5%."""
+    dim, layers, options = 128, 2, {"mode": "full", "mlp_tile_tokens": 256}
+    print(f"\nPeak of forward and backward by length: dim {dim}, {layers} layers, full recomputation, tiled loss and")
+    print("feed-forward, documents of 1,024 tokens:\n")
+    row("tokens", "counted MiB", "bytes a token", "a further token", "resident set MiB")
+    row("---:", "---:", "---:", "---:", "---:")
+    before = None
+    for tokens in (8192, 32768, 131072):
+        peak, _ = count("model", tokens, layers, dim, options, True)
+        further = (peak - before[1]) / (tokens - before[0]) if before else "-"
+        before = tokens, peak
+        grown = resident("model", tokens, layers, dim, options, True) / MIB
+        row(f"{tokens:,}", peak / MIB, peak / tokens, further, grown)
+
+
+PARTS = {"loss": losses, "activations": activations, "length": lengths}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all of them")
+    parser.add_argument("--resident", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.resident:
+        return serve(*json.loads(args.resident))
+    for part in args.parts or PARTS:
+        if part not in PARTS:
+            parser.error(f"there is no part {part}: {', '.join(PARTS)}")
+        PARTS[part]()
+
+
+if __name__ == "__main__":
+    main()
