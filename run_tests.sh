@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Lint, types and tests, in an environment that is made if need be. Arguments go to pytest: ./run_tests.sh tests/unit -x
+# Two test files at a time (TEST_PROCESSES=1: one).
 set -euo pipefail
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$REPO/scripts/setup.sh"
@@ -12,4 +13,4 @@ echo "== ruff format"
 echo "== mypy"
 "$PYTHON" -m mypy
 echo "== pytest"
-"$PYTHON" -m pytest "$@"
+"$PYTHON" -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -47,7 +47,7 @@ if $plain; then exec "$PYTHON" -m torchtitan.train "$@"; fi
 
 "$PYTHON" -m torchtitan.config "$NGPU" "$@"
 $has_file || "$PYTHON" scripts/build_demo_corpus.py
-if [[ $gpus -gt 0 ]]; then export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}; fi
+if [[ $gpus -gt 0 ]]; then setup_allocator; fi
 if [[ -z ${OMP_NUM_THREADS:-} ]]; then
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
     export OMP_NUM_THREADS=$((cores > NGPU ? cores / NGPU : 1))

@@ -10,6 +10,9 @@ SBATCH_OPTIONS=()
 # ---- how often a job may be started again (time limits, preemptions, dead nodes) before a person should look
 MAX_RESTARTS=${MAX_RESTARTS:-100}
 
+# ---- nodes of the allocation that may stay idle: those that the check below leaves out, and what degrees cannot use
+SPARE_NODES=${SPARE_NODES:-0}
+
 # ---- Python: that of the login node's PATH when the job was submitted, unless named here
 # source /shared/envs/torch/bin/activate
 # module load cuda/12.8
@@ -18,7 +21,9 @@ MAX_RESTARTS=${MAX_RESTARTS:-100}
 # NGPU=8
 
 # ---- the first node's name as all nodes know it: its Slurm name. Where that does not resolve, or is of a slow network:
-# MASTER_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)-ib0
+# if [[ -n ${SLURM_JOB_NODELIST:-} ]]; then
+#     MASTER_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)-ib0
+# fi
 
 # ---- containers (pyxis and enroot; the repository and the data must be mounted at their own paths)
 SRUN_OPTIONS=()
@@ -35,3 +40,4 @@ SRUN_OPTIONS=()
 
 # ---- a check of the nodes before every start. report: slow and broken ones are named in the log; exclude: and left out
 # NODE_CHECK=report
+# NODE_CHECK_FACTOR=1.5   # slower than so many times the median node is slow

@@ -8,7 +8,9 @@
 # take as long as their checkpoint needs. Nothing is started again by itself: repeat the command, and it resumes.
 set -euo pipefail
 REPO=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
+set +u # a site's file may use what is not set
 source "$REPO/multinode/env.sh"
+set -u
 source "$REPO/scripts/setup.sh"
 usage() { sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 fail() { echo "error: $*" >&2; exit 1; }
@@ -30,11 +32,14 @@ while [[ $# -gt 0 && $1 != -- ]]; do
 done
 if [[ $# -gt 0 ]]; then shift; fi
 for name in nnodes node_rank host; do [[ -n ${!name} ]] || { usage >&2; exit 1; }; done
-if [[ -z $per_node ]]; then
-    gpus=0
-    if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true); fi
-    per_node=$((gpus > 0 ? gpus : 1))
-fi
+for name in nnodes node_rank port; do
+    [[ ${!name} =~ ^[0-9]+$ ]] || fail "--${name//_/-} ${!name}: a number is wanted; nothing is elastic here"
+done
+gpus=0
+if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true); fi
+if [[ -z $per_node ]]; then per_node=$((gpus > 0 ? gpus : 1)); fi
+[[ $per_node =~ ^[1-9][0-9]*$ ]] || fail "--nproc-per-node $per_node: a number is wanted"
+if [[ $gpus -gt 0 ]]; then setup_allocator; fi
 setup_python
 settings=$("$PYTHON" -m torchtitan.multinode start "$nnodes" "$per_node" "$@") || {
     code=$?

@@ -22,6 +22,7 @@ import numpy as np
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.job_config import Data, Source
 from torchtitan.datasets.source_files import source_path
+from torchtitan.datasets.units import ASSISTANT
 from torchtitan.tools.errors import UserError
 
 VOCABULARY = 256
@@ -50,7 +51,7 @@ def main(args: list[str]) -> int:
         config = load_config(others)
         for folder, source in folders_of(config).items():
             documents = make_documents(source, config.data, config.training.seq_len, own.tokens, own.seed)
-            write(folder, documents)
+            write(folder, documents, with_roles=bool(source.messages_field))
             sizes = [len(document) for document in documents]
             print(f"{source.name}: {len(sizes)} documents of {min(sizes):,} to {max(sizes):,} tokens in {folder}")
     except UserError as error:
@@ -115,16 +116,21 @@ def draw_lengths(low: int, high: int, tokens: int, random: np.random.Generator) 
     return lengths
 
 
-def write(folder: Path, documents: list[np.ndarray]) -> None:
-    """One document a row, as datasets' save_to_disk writes it."""
+def write(folder: Path, documents: list[np.ndarray], with_roles: bool) -> None:
+    """One document a row, as datasets' save_to_disk writes it. In conversations the assistant says all but the first
+    quarter."""
     from datasets import Dataset, Features, Sequence, Value, disable_progress_bars
 
     disable_progress_bars()
     columns = Features({"input_ids": Sequence(Value("uint8"))})
+    rows = {"input_ids": documents}
+    if with_roles:
+        columns["roles"] = Sequence(Value("int8"))
+        rows["roles"] = [np.where(np.arange(len(d)) < len(d) // 4, 0, ASSISTANT).astype(np.int8) for d in documents]
     try:
         folder.mkdir(parents=True)
         (folder / MARK).write_text("Random tokens, written by scripts/build_stand_in.py. Not for training.\n")
-        Dataset.from_dict({"input_ids": documents}, columns).save_to_disk(folder)
+        Dataset.from_dict(rows, columns).save_to_disk(folder)
     except OSError as error:
         raise UserError(f"The stand-in {folder} cannot be written: {error}.") from error
 

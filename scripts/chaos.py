@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.distributed.harness import flags, write_assets
 from tests.distributed.test_checkpoint import assert_equal, steps_of, tensors
-from tests.slurm.test_slurm import Cluster, Run, until, why_no_cluster
+from tests.slurm.cluster import Cluster, Run, until, why_no_cluster
 from torchtitan.components.checkpoint import find_damage
 
 WAYS = ("node", "slurmd", "rank", "rank", "warning", "requeue", "cancel")
@@ -35,14 +35,14 @@ WAYS = ("node", "slurmd", "rank", "rank", "warning", "requeue", "cancel")
 class Chaos:
     """One run, the job that it is at the moment, and what was done to it."""
 
-    def __init__(self, cluster: Cluster, run: Run, seed: int):
-        self.cluster, self.run, self.random = cluster, run, random.Random(seed)
+    def __init__(self, cluster: Cluster, run: Run, nodes: tuple[str, str], seed: int):
+        self.cluster, self.run, self.nodes, self.random = cluster, run, nodes, random.Random(seed)
         self.done: Counter[str] = Counter()
         self.job = self.submit()
         self.checked: set[int] = set()
 
     def submit(self) -> str:
-        return self.run.submit("--nodes=2", "-w", "node1,node2", MAX_RESTARTS="1000")
+        return self.run.submit("--nodes=2", "-w", ",".join(self.nodes), MAX_RESTARTS="1000")
 
     def restarts(self) -> int:
         return int(self.cluster.job(self.job)["Restarts"])
@@ -58,7 +58,8 @@ class Chaos:
     def kill(self) -> str:
         """One kill, and the wait until the job has started anew for it; what it was."""
         way, rank, before = self.random.choice(WAYS), self.random.randrange(2), self.restarts()
-        name = f"{way} {rank + 1}" if way in ("node", "slurmd", "rank") else way
+        node = self.nodes[rank].removeprefix("node")
+        name = f"{way} {node}" if way in ("node", "slurmd") else f"{way} {rank}" if way == "rank" else way
         self.done[way] += 1
         if way == "cancel":
             self.cluster.ask("scancel", self.job)
@@ -67,9 +68,9 @@ class Chaos:
             self.job = self.submit()
             return name
         if way == "node":
-            self.cluster.lab("kill-node", str(rank + 1))
+            self.cluster.lab("kill-node", node)
         elif way == "slurmd":
-            self.cluster.lab("kill-slurmd", str(rank + 1))
+            self.cluster.lab("kill-slurmd", node)
         elif way == "rank":
             self.run.signal(rank, signal.SIGKILL)
         elif way == "warning":
@@ -78,7 +79,7 @@ class Chaos:
             self.cluster.run("scontrol", "requeue", self.job)
         until(lambda: self.restarts() > before or self.over(), f"the restart after {name}")
         if way in ("node", "slurmd"):
-            self.cluster.lab("start-node", str(rank + 1))
+            self.cluster.lab("start-node", node)
         return name
 
     def over(self) -> bool:
@@ -98,43 +99,52 @@ def main(folder: Path, kills: int = 20, seed: int = 0, steps: int = 2000, pause:
     if reason := why_no_cluster():
         sys.exit(f"error: {reason}")
     folder.mkdir(parents=True)
-    write_assets(folder)
-    flags(folder, folder / "assets-llama")
     cluster = Cluster(folder / "lab")
     cluster.environment |= {"SLURM_LAB_NODES": "2"}
-    overrides = {"training__steps": steps, "checkpoint__interval": 3, "lr_scheduler__decay_ratio": 0.0}
     cluster.lab("up")
-    began = time.monotonic()
     try:
-        run = Run(cluster, folder, "run", comm__train_timeout_seconds=60, **overrides)
-        chaos = Chaos(cluster, run, seed)
-        starts = 0
-        for number in range(1, kills + 1):
-            until(lambda starts=starts: run.said("training; see", starts + 1), "a start")
-            if chaos.random.random() < 0.8:  # else while it is starting
-                log = run.out / "metrics.jsonl"
-                size = log.stat().st_mtime if log.exists() else 0
-                until(lambda size=size, log=log: log.exists() and log.stat().st_mtime > size, "a step", 0.05)
-            time.sleep(chaos.random.random() * pause)
-            step = (run.steps() or [0])[-1]
-            starts = run.log.read_text().count("training; see")
-            name = chaos.kill()
-            chaos.check_checkpoints()
-            print(f"{time.monotonic() - began:6.0f} s  kill {number}: {name}, at step {step}", flush=True)
-            assert not chaos.over() or number == kills, run.log.read_text()[-2000:]
-        # enough: end a few steps after the newest checkpoint, by a submission with fewer steps
-        cluster.run("scancel", chaos.job)
-        cluster.ended(chaos.job)
-        until(lambda: not run.trainers(0) and not run.trainers(1), "the trainers to end")
-        last = run.steps()[-1] + 5
-        overrides["training__steps"] = last
-        final = Run(cluster, folder, "run", **overrides)
-        job = final.submit("--nodes=2", "-w", "node1,node2")
-        assert cluster.ended(job) == "COMPLETED", final.log.read_text()[-2000:]
+        torment(cluster, folder / "run", ("node1", "node2"), kills, seed, steps, pause)
     finally:
         with contextlib.suppress(Exception):
             cluster.run("scancel", "--user=root")
         cluster.lab("down")
+
+
+def torment(
+    cluster: Cluster, folder: Path, nodes: tuple[str, str], kills: int, seed: int, steps: int, pause: float
+) -> None:
+    """The run, its kills and the checks, on two nodes of a cluster that is up."""
+    folder.mkdir(parents=True)
+    write_assets(folder)
+    flags(folder, folder / "assets-llama")
+    overrides = {"training__steps": steps, "checkpoint__interval": 3, "lr_scheduler__decay_ratio": 0.0}
+    began = time.monotonic()
+    run = Run(cluster, folder, "run", comm__train_timeout_seconds=60, **overrides)
+    chaos = Chaos(cluster, run, nodes, seed)
+    starts = 0
+    for number in range(1, kills + 1):
+        until(lambda starts=starts: run.said("training; see", starts + 1), "a start")
+        if chaos.random.random() < 0.8:  # else while it is starting
+            log = run.out / "metrics.jsonl"
+            size = log.stat().st_mtime if log.exists() else 0
+            until(lambda size=size, log=log: log.exists() and log.stat().st_mtime > size, "a step", 0.05)
+        time.sleep(chaos.random.random() * pause)
+        step = (run.steps() or [0])[-1]
+        starts = run.log.read_text().count("training; see")
+        name = chaos.kill()
+        chaos.check_checkpoints()
+        print(f"{time.monotonic() - began:6.0f} s  kill {number}: {name}, at step {step}", flush=True)
+        assert not chaos.over() or number == kills, run.log.read_text()[-2000:]
+    # enough: end a few steps after the newest checkpoint, by a submission with fewer steps
+    run.until(run.steps, "the first checkpoint")
+    cluster.run("scancel", chaos.job)
+    cluster.ended(chaos.job)
+    until(lambda: not run.trainers(0) and not run.trainers(1), "the trainers to end")
+    last = run.steps()[-1] + 5
+    overrides["training__steps"] = last
+    final = Run(cluster, folder, "run", **overrides)
+    job = final.submit("--nodes=2", "-w", ",".join(nodes))
+    assert cluster.ended(job) == "COMPLETED", final.log.read_text()[-2000:]
     print(f"{sum(chaos.done.values())} kills ({dict(chaos.done)}) over {last} steps; comparing with a run without any")
     whole = Run(cluster, folder, "whole", **overrides, parallelism__data_parallel_replicate_degree=2)
     command = [sys.executable, "-m", "torchtitan.tools.launch", "--nproc", "2", "--", *whole.arguments]

@@ -82,6 +82,14 @@ setup_install() {
     setup_say "done in $((SECONDS - began)) s; from now on .venv is used"
 }
 
+# Segments of GPU memory that grow, so that buffers of ever other sizes do not leave holes; unless the user has said
+# something about the allocator, under its name since PyTorch 2.9 or under an older one, which still counts.
+setup_allocator() {
+    if [[ -z ${PYTORCH_ALLOC_CONF:-}${PYTORCH_CUDA_ALLOC_CONF:-}${PYTORCH_HIP_ALLOC_CONF:-} ]]; then
+        export PYTORCH_ALLOC_CONF=expandable_segments:True
+    fi
+}
+
 setup_python() {
     if ! setup_find "$@"; then
         # One installation at a time: run_train.sh and run_tests.sh may be started together on a fresh clone.

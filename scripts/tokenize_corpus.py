@@ -44,6 +44,9 @@ class Single:
     text_field: str = "text"
     """Field of a jsonl, parquet or hub record that holds the text."""
 
+    messages_field: str = ""
+    """Or: field that holds a conversation, for the chat template of the tokenizer's folder."""
+
     hub_subset: str = ""
     """Configuration of a hub dataset."""
 
@@ -97,6 +100,7 @@ def sources_of(arguments: Arguments) -> tuple[list[Source], Data, str]:
             name=one.out_name,
             path=one.path,
             text_field=one.text_field,
+            messages_field=one.messages_field,
             hub_subset=one.hub_subset,
             hub_split=one.hub_split,
             hub_revision=one.hub_revision,

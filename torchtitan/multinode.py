@@ -3,14 +3,20 @@
     python -m torchtitan.multinode stages <arguments of torchtitan.train>                 the stages of a recipe
     python -m torchtitan.multinode start NODES PER_NODE <arguments of torchtitan.train>   may this stage start?
     python -m torchtitan.multinode newest <arguments of torchtitan.train>                 its newest checkpoint's step
+    python -m torchtitan.multinode verdict CODE ASKED NODE_CODES NODES PER_NODE <...>     how did a start of it end?
 
-`stages` prints shell code, a line a stage, the first one first: stage NAME DUMP_FOLDER HAS_ENDED -- ARGUMENTS...
+`stages` prints shell code, a line a stage, the first one first:
+    stage NAME DUMP_FOLDER HAS_ENDED SBATCH_OPTIONS... -- ARGUMENTS...
+`verdict` prints the exit code for the job and a word: ended, failed, saved, asked (to stop, before it could save) or
+lost.
 `start` prints the dump folder and the arguments to train with as shell code, and ends with 0; with ENDED or
 GATE_NOT_HELD for a stage that has ended already, with FAILED and the reason for one that cannot work.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shlex
 import sys
 from pathlib import Path
@@ -19,13 +25,16 @@ from torchtitan.chain import ended
 from torchtitan.components.manifest import complete_steps
 from torchtitan.config import load_config
 from torchtitan.config.chain import chain, without_flags
-from torchtitan.config.checks import check_config
+from torchtitan.config.checks import check_config, check_stage
 from torchtitan.config.manager import config_file, flag_name
 from torchtitan.config.toml_file import load_tables
-from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, GateError, UserError
+from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, LOST_A_RANK, STOPPED, GateError, UserError
 
 ENDED = 10
 """Exit code of `start`: the stage has ended, and well."""
+
+TERMINATED = 128 + 15
+"""Exit code of a node whose trainers had nothing to save when SIGTERM came."""
 
 DEGREES = ("data_parallel_replicate_degree", "data_parallel_shard_degree")
 
@@ -34,6 +43,7 @@ def stages(args: list[str]) -> int:
     """Print the stages of a recipe; UserError for what no number of processes could mend."""
     for stage in chain(args):
         config = stage.config
+        check_stage(config)
         if not config.checkpoint.enable:
             raise UserError(f"stage {config.stage.name}: Slurm's jobs need checkpoints (checkpoint.enable = true).")
         try:
@@ -41,7 +51,7 @@ def stages(args: list[str]) -> int:
         except GateError:
             done = "no"  # its job says so, and stops those after it
         dump_folder = str(Path(config.job.dump_folder).absolute())
-        print(shlex.join(["stage", config.stage.name, dump_folder, done, "--", *stage.arguments]))
+        print(shlex.join(["stage", config.stage.name, dump_folder, done, *config.stage.sbatch, "--", *stage.arguments]))
     return 0
 
 
@@ -78,6 +88,30 @@ def replicas(args: list[str], nodes: int, per_node: int) -> list[str]:
     return ["--parallelism.data_parallel_replicate_degree", str(nodes)]
 
 
+def verdict(code: int, node_codes: list[int], asked: bool, stage: int) -> tuple[int, str]:
+    """The job's exit code and how this start ended, from what each node noted rather than from srun's code.
+
+    stage: what `start` now says of it. A failure of one node explains what became of the others, not the other way
+    round: Slurm ends those with SIGTERM, which alone would be a wish to stop.
+    """
+    if code == 0 and stage == ENDED:
+        return 0, "ended"
+    if stage == GATE_NOT_HELD:
+        return GATE_NOT_HELD, "failed"
+    code = code or LOST_A_RANK  # srun says 0 of a node that was lost, too
+    failed = [c for c in node_codes if 0 < c < 128 and c not in (STOPPED, LOST_A_RANK)]
+    if failed:
+        return failed[0], "failed"
+    if STOPPED in node_codes or code == STOPPED:
+        return STOPPED, "saved" if node_codes else "asked"
+    lost = any(c == LOST_A_RANK or (c >= 128 and c != TERMINATED) for c in node_codes)
+    if asked or (TERMINATED in node_codes and not lost):
+        return STOPPED, "asked"
+    if LOST_A_RANK in node_codes:
+        code = LOST_A_RANK  # and not what Slurm made of the others
+    return code, "lost" if code == LOST_A_RANK or code >= 128 else "failed"
+
+
 def main(argv: list[str]) -> int:
     """See above; exit code 1 and one paragraph for what the user has wrong."""
     verb, args = argv[0], without_flags(argv[1:], "stage.run_chain")
@@ -87,6 +121,11 @@ def main(argv: list[str]) -> int:
         if verb == "newest":
             config = load_config(args)
             print(*complete_steps(Path(config.job.dump_folder) / config.checkpoint.folder)[-1:])
+            return 0
+        if verb == "verdict":
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                stage = main(["start", *args[3:]])
+            print(*verdict(int(args[0]), [int(c) for c in args[2].split()], bool(args[1]), stage))
             return 0
         return start(int(args[0]), int(args[1]), args[2:])
     except UserError as error:

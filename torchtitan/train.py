@@ -81,6 +81,10 @@ def main(args: list[str]) -> int:
         if type(e).__name__ in ("DistBackendError", "DistNetworkError"):  # NCCL's, or the store's
             traceback.print_exc()
             return LOST_A_RANK
+        if type(e).__name__ == "DistStoreError":
+            waited = config.comm.init_timeout_seconds
+            why = f"Not all ranks have come within comm.init_timeout_seconds = {waited}: {str(e).splitlines()[0]}"
+            return _give_up(why, rank, LOST_A_RANK)
         if not any(words in str(e) for words in LOST_CONNECTION):
             raise
         why = f"Another rank has ended, and says why, or it hangs or is out of reach: {str(e).splitlines()[0]}"

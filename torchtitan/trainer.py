@@ -375,7 +375,10 @@ class Trainer:
             return None
         self.step += 1
         if valid == 0:
-            raise UserError(f"No token of step {self.step} has a label: every segment of its rows is one token long.")
+            raise UserError(
+                f"No token of step {self.step} has a label: every segment of its rows is one token long, or of a "
+                "conversation that was cut off before the first response."
+            )
 
         names = self.inputs.plan.names
         token_losses_of = []

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tokenizer"
@@ -169,6 +170,9 @@ def _worker(
     for case, port in zip(cases, ports, strict=True):
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         outcome.append(function(case, rank, world_size))
+        # DTensor remembers how it has cut tensors, with the mesh of then; a block compiled in a later case would meet
+        # both that mesh and its own, which PyTorch (2.13) does not tell apart
+        _clear_sharding_prop_cache()
     if rank == 0:
         torch.save(outcome, results)
     os._exit(0)  # as train.py ends: gloo's threads may outlive the interpreter's
@@ -179,7 +183,10 @@ def _free_ports(count: int) -> list[int]:
     range_file = Path("/proc/sys/net/ipv4/ip_local_port_range")
     first = int(range_file.read_text().split()[0]) if range_file.exists() else 32768
     ports: list[int] = []
-    below = range(max(first - 12000, 1024), first)
+    # and those of tests that run beside these neither
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    below = range(max(first - 12000, 1024) + worker, first, workers)
     for port in random.sample(below, len(below)):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))

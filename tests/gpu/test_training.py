@@ -1,4 +1,4 @@
-"""On a real GPU: the tiny stage against the CPU, its options, checkpoints, the loader's pinned memory."""
+"""On a real GPU: the tiny stage against the CPU, its options, compilation, FP8, checkpoints, pinned memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed.harness import flags, write_assets
 from torchtitan.components.manifest import complete_steps, find_damage
@@ -74,6 +75,46 @@ def test_options(options: dict[str, Any], folder: Path, assets: Path):
     changed = train(folder, assets, "gpu-" + "-".join(options), **options)
     for a, b in zip(changed, plain, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"activation_checkpoint__mode": "full"},
+        {"model__attention_backend": "varlen"},
+        {"quantize__recipe_name": "rowwise", "quantize__smallest_features": 16},
+    ],
+    ids=["plain", "recomputed", "varlen", "fp8"],
+)
+def test_nothing_is_compiled_anew_for_other_documents(options: dict[str, Any], folder: Path, assets: Path):
+    """Blocks by inductor, attention by flex or varlen; rows of documents of other lengths in every step."""
+    if "quantize__recipe_name" in options and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("FP8 needs compute capability 8.9")
+    name = "compiled-" + "-".join(map(str, options.values()))
+    options |= {"training__mixed_precision_param": "bfloat16", "training__seq_len": 512}
+    plain = train(folder, assets, f"{name}-not", **options)
+    compiled = train(folder, assets, name, **options, compile__enable=True)
+    assert [line["recompilations"] for line in compiled] == [0] * 4
+    for a, b in zip(compiled, plain, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "tensorwise"])
+def test_fp8_of_the_gpu_is_fp8_as_emulated(recipe: str, folder: Path, assets: Path):
+    """Both are within the stated error of no FP8 (docs/training.md), and nearer to each other in the first step."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("FP8 needs compute capability 8.9")
+    options: dict[str, Any] = {"training__mixed_precision_param": "bfloat16"}
+    fp8 = options | {"quantize__recipe_name": recipe, "quantize__smallest_features": 16}
+    plain = train(folder, assets, "bf16", **options)
+    real = train(folder, assets, f"real-{recipe}", **fp8)
+    emulated = train(folder, assets, f"emulated-{recipe}", **fp8, quantize__emulate=True)
+    for steps in (real, emulated):
+        for a, b in zip(steps, plain, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=4e-3)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=4e-2)
+    assert real[0]["loss"] == pytest.approx(emulated[0]["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])

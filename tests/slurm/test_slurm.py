@@ -1,4 +1,4 @@
-"""A real Slurm cluster of ten nodes on this machine (lab.sh), on which jobs of multinode/ are interrupted in every way.
+"""A real Slurm cluster of twelve nodes on this machine (lab.sh), and jobs of multinode/, interrupted in every way.
 
 The scenarios run side by side, as most of their time is waiting for Slurm; a test looks at what became of one. A run
 is held in the middle of a step by SIGSTOP to one of its ranks until what should interrupt it has arrived, so that
@@ -25,163 +25,15 @@ import pytest
 
 from tests.distributed.harness import flags, write_assets
 from tests.distributed.test_checkpoint import assert_equal, steps_of, tensors
+from tests.scripts import load_script
+from tests.slurm.cluster import REPO, STEPS, Cluster, Run, until, why_no_cluster
 from torchtitan.components.manifest import complete_steps
 from torchtitan.tools.errors import GATE_NOT_HELD
 
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(not os.environ.get("SLURM_LAB"), reason="5 minutes; only with SLURM_LAB=1"),
 ]
-
-REPO = Path(__file__).parents[2]
-LAB = Path(__file__).parent / "lab.sh"
-STEPS = 16
-PATIENCE = 600.0  # seconds until a test gives up on something that takes 30 on an idle machine
-
-
-def why_no_cluster() -> str | None:
-    if not sys.platform.startswith("linux") or os.geteuid() != 0:
-        return "a Slurm cluster of namespaces needs root on Linux"
-    if not all(shutil.which(tool) for tool in ("unshare", "nsenter", "ip", "flock")) and not shutil.which("apt-get"):
-        return "needs unshare, nsenter, ip and flock"
-    trial = (
-        "ip link add veth7 type veth peer name veth8 && ip link add br7 type bridge" if shutil.which("ip") else "true"
-    )
-    command = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "sh", "-c", trial]
-    if subprocess.run(command, capture_output=True).returncode:
-        return "this machine does not let root make namespaces with veth and bridge"
-    slurm = ("slurmctld", "slurmd", "sbatch", "munged")
-    if not all(shutil.which(tool) for tool in slurm) and not shutil.which("apt-get"):
-        return "Slurm is not installed, and there is no apt-get"
-    return None
-
-
-class Cluster:
-    """The lab, and what the tests ask of it."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.environment = {
-            **os.environ,
-            "SLURM_LAB_DIR": str(folder),
-            "SLURM_LAB_NODES": "10",
-            "SLURM_LAB_CPUS": "16",
-            "SLURM_LAB_GPUS": "2",
-            "SLURM_LAB_GRACE": "300",
-            "SLURM_LAB_TIMEOUT": "240",
-            "PATH": f"{folder}/bin:{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-        }
-        for name in ("NGPU", "PYTHON", "MASTER_HOST", "TORCHTITAN_REPO", "PYTHONPATH"):
-            self.environment.pop(name, None)
-
-    def lab(self, *verb: str) -> None:
-        done = subprocess.run(
-            [str(LAB), *verb], env=self.environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
-        )
-        if done.returncode and "apt-get install failed" in done.stderr:
-            pytest.skip(f"Slurm cannot be installed here: {done.stderr[-300:]}")
-        assert done.returncode == 0, done.stderr
-
-    def run(self, *command: Any, cwd: Path | str = "/", **environment: str) -> subprocess.CompletedProcess[str]:
-        environment = {**self.environment, **environment}
-        return subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, cwd=cwd)
-
-    def ask(self, *command: Any) -> str:
-        done = self.run(*command)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
-        return done.stdout.strip()
-
-    def sbatch(self, *options: Any, **environment: str) -> str:
-        done = self.run("sbatch", "--parsable", *options, **environment)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip().partition(";")[0]
-
-    def job(self, job: str) -> dict[str, str]:
-        return dict(re.findall(r"(\w+)=(\S*)", self.ask("scontrol", "-o", "show", "job", job)))
-
-    def ended(self, job: str) -> str:
-        """Wait for its end; its state."""
-        final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL")
-        return until(lambda: (s := self.job(job)["JobState"]) in final and s, f"job {job} to end")
-
-
-def until(condition: Callable[[], Any], what: str, pause: float = 0.3) -> Any:
-    deadline = time.monotonic() + PATIENCE
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {PATIENCE:.0f} s for {what}"
-        time.sleep(pause)
-    return value
-
-
-class Run:
-    """One stage of 16 steps with a checkpoint each, into a folder of its own."""
-
-    def __init__(self, cluster: Cluster, folder: Path, name: str, **overrides: Any):
-        self.cluster, self.out, self.name = cluster, folder / name, name
-        settings: dict[str, Any] = {
-            "checkpoint__enable": "true",
-            "checkpoint__interval": 1,
-            "checkpoint__keep_latest_k": 0,
-            "parallelism__self_check": "false",
-            "training__steps": STEPS,
-            "data__num_workers": 1,
-            "comm__train_timeout_seconds": 1200,
-            "job__dump_folder": self.out,
-        }
-        self.arguments = flags(folder, folder / "assets-llama", **settings | overrides)
-
-    def submit(self, *options: str, script: Path = REPO / "multinode" / "train.sbatch", **environment: str) -> str:
-        self.log = self.out.parent / f"{self.name}.log"
-        options = ("--output", str(self.log), "--job-name", self.name, *options)
-        return self.cluster.sbatch(*options, script, *self.arguments, **environment)
-
-    def said(self, words: str, times: int = 1) -> bool:
-        return self.log.exists() and self.log.read_text().count(words) >= times
-
-    def wait_for_step(self, step: int) -> None:
-        until(lambda: (self.steps() or [0])[-1] >= step, f"step {step} of {self.name}", 0.02)
-
-    def steps(self) -> list[int]:
-        return complete_steps(self.out / "checkpoint")
-
-    def trainers(self, rank: int) -> list[int]:
-        """The process of a rank, seen from outside its namespaces; not those of its data loader."""
-        found: dict[int, int] = {}
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                words = (process / "cmdline").read_bytes().split(b"\0")
-                words += (process / "environ").read_bytes().split(b"\0")
-                if {b"torchtitan.train", str(self.out).encode(), f"RANK={rank}".encode()} <= set(words):
-                    parent = re.search(r"PPid:\s*(\d+)", (process / "status").read_text())
-                    found[int(process.name)] = int(parent[1]) if parent else 0
-        return [pid for pid, parent in found.items() if parent not in found]
-
-    def signal(self, rank: int, number: signal.Signals) -> None:
-        for pid in self.trainers(rank):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    @contextlib.contextmanager
-    def held(self, rank: int = 1, after: int = 3) -> Iterator[None]:
-        """In the middle of a step: a rank stands still, and the others wait for it."""
-        self.wait_for_step(after)
-        self.signal(rank, signal.SIGSTOP)
-        assert self.steps()[-1] < STEPS, "it was over before it could be held"
-        yield
-        self.signal(rank, signal.SIGCONT)
-
-    def resumed_from(self) -> list[int]:
-        logs = sorted((self.out / "slurm").glob("*-node0.log"), key=lambda p: int(p.name.partition("-")[0]))
-        return [int(step) for log in logs for step in re.findall(r"resumed from .*step-(\d+)", log.read_text())]
-
-    def losses(self) -> list[float]:
-        logged = steps_of(self.out)
-        assert list(logged) == list(range(1, len(logged) + 1))
-        return [numbers["loss"] for numbers in logged.values()]
-
 
 Facts = dict[str, Any]
 SCENARIOS: dict[str, Callable[[Cluster, Path], Facts]] = {}
@@ -270,8 +122,8 @@ def time_limit(cluster: Cluster, folder: Path) -> Facts:
     job = run.submit("--nodes=2", "-w", "node1,node2", "--time=60")
     with run.held():  # the limit is now so near that Slurm's warning, 300 s before it, is due
         cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=4")
-        until(lambda: run.said("USR1: the trainers are asked"), "the warning of the time limit")
-    until(lambda: cluster.job(job)["Restarts"] != "0", "the requeue")
+        run.until(lambda: run.said("USR1: the trainers are asked"), "the warning of the time limit")
+    run.until(lambda: cluster.job(job)["Restarts"] != "0", "the requeue")
     cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     return facts(run, job)
 
@@ -289,9 +141,9 @@ def preempted(cluster: Cluster, folder: Path) -> Facts:
         job = run.submit("--partition=low", *where, script=script, TORCHTITAN_REPO=str(REPO))
         with run.held():
             high = cluster.sbatch("--partition=high", *where, "--output=/dev/null", "--wrap", "sleep 1")
-            until(lambda: cluster.job(job).get("PreemptTime", "None") != "None", "the preemption")
+            run.until(lambda: cluster.job(job).get("PreemptTime", "None") != "None", "the preemption")
             if name == "preempted":
-                until(lambda: run.said("USR1: the trainers are asked"), "the warning of the preemption")
+                run.until(lambda: run.said("USR1: the trainers are asked"), "the warning of the preemption")
         assert cluster.ended(high) == "COMPLETED"
         return facts(run, job)
 
@@ -304,7 +156,7 @@ def dead_node(cluster: Cluster, folder: Path) -> Facts:
     job = run.submit("--nodes=2", "-w", "node3,node4")
     with run.held():
         cluster.lab("kill-node", "4")
-        until(lambda: cluster.job(job)["Restarts"] != "0", "the requeue after a node's power loss")
+        run.until(lambda: cluster.job(job)["Restarts"] != "0", "the requeue after a node's power loss")
     cluster.lab("start-node", "4")
     return facts(run, job)
 
@@ -315,7 +167,7 @@ def dead_daemon(cluster: Cluster, folder: Path) -> Facts:
     job = run.submit("--nodes=2", "-w", "node5,node6")
     with run.held():
         cluster.lab("kill-slurmd", "6")
-        until(lambda: cluster.job(job)["Restarts"] != "0", "the requeue after a node's slurmd was lost")
+        run.until(lambda: cluster.job(job)["Restarts"] != "0", "the requeue after a node's slurmd was lost")
     until(lambda: not run.trainers(1), "the rank without a slurmd to end")
     cluster.lab("start-node", "6")
     return facts(run, job)
@@ -325,13 +177,10 @@ def dead_daemon(cluster: Cluster, folder: Path) -> Facts:
 def ghost(cluster: Cluster, folder: Path) -> Facts:
     """The only node's daemon is lost: the job starts on another one, while all its processes live on."""
     run = Run(cluster, folder, "ghost")
-    job = run.submit("--nodes=1", "--exclude=node[1-8]")
-    run.wait_for_step(3)
-    run.signal(0, signal.SIGSTOP)
-    ghosts, node = run.trainers(0), cluster.job(job)["BatchHost"]
-    assert run.steps()[-1] < STEPS and ghosts
+    job = run.submit("--nodes=1", "--exclude=node[1-8],node[11-12]")
+    ghosts, node = run.stop(0), cluster.job(job)["BatchHost"]
     cluster.lab("kill-slurmd", node.removeprefix("node"))
-    until(lambda: run.said("start 2"), "the second start")
+    run.until(lambda: run.said("start 2"), "the second start")
     until(lambda: not set(ghosts) & set(run.trainers(0)), "the ghosts to end")
     result = facts(run, job, nodes=(node, cluster.job(job)["BatchHost"]))
     cluster.lab("start-node", node.removeprefix("node"))
@@ -344,16 +193,40 @@ def killed_ranks(cluster: Cluster, folder: Path) -> Facts:
     timeout = 20
     run = Run(cluster, folder, "killed_ranks", comm__train_timeout_seconds=timeout)
     job = run.submit("--nodes=2", "-w", "node1,node2")
-    run.wait_for_step(3)
+    run.stop()
     run.signal(1, signal.SIGKILL)
     killed_at, at = time.monotonic(), run.steps()[-1]
-    until(lambda: run.said("killed (exit code"), "the end of a run with a dead rank", 0.05)
+    run.until(lambda: run.said("killed (exit code"), "the end of a run with a dead rank", 0.05)
     noticed = time.monotonic() - killed_at
-    run.wait_for_step(at + 4)
-    run.signal(1, signal.SIGSTOP)
+    run.stop(after=at + 1)
     stopped_at = time.monotonic()
-    until(lambda: run.said("killed (exit code", 2), "the end of a run with a hanging rank", 0.05)
+    run.until(lambda: run.said("killed (exit code", 2), "the end of a run with a hanging rank", 0.05)
     return facts(run, job, killed=noticed, hung=time.monotonic() - stopped_at, timeout=timeout)
+
+
+@scenario
+def hopeless(cluster: Cluster, folder: Path) -> Facts:
+    """At every start the first node loses a rank, and Slurm ends the other one for it. Submitted from within a job."""
+    run = Run(cluster, folder, "hopeless")
+    python = folder / "python"
+    python.write_text(f"""#!{sys.executable}
+import os, signal, sys, time
+if "torchtitan.tools.launch" in sys.argv:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.argv[sys.argv.index("--node-rank") + 1] == "0":
+        sys.exit(76)
+    time.sleep(600)
+os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])
+""")
+    python.chmod(0o755)
+    return facts(run, run.submit("--nodes=2", "-w", "node1,node2", PYTHON=str(python), SLURM_RESTART_COUNT="7"))
+
+
+@scenario
+def chaos(cluster: Cluster, folder: Path) -> Facts:
+    """scripts/chaos.py, in small."""
+    load_script("chaos").torment(cluster, folder / "chaos", ("node11", "node12"), kills=2, seed=3, steps=400, pause=1.0)
+    return {}
 
 
 @scenario
@@ -373,9 +246,73 @@ def cancelled(cluster: Cluster, folder: Path) -> Facts:
     fewer = Run(cluster, folder, "fewer")
     shutil.copytree(run.out, fewer.out)
     left = run.steps()
-    jobs = run.submit("--nodes=2", "-w", "node1,node2"), fewer.submit("--nodes=1", "-w", "node2")
+    jobs = run.submit("--nodes=1-2", "--exclude=node[3-12]"), fewer.submit("--nodes=1", "-w", "node2")
     first |= {"refused": refused, "left": left}
     return first | {"again": facts(run, jobs[0]), "fewer": facts(fewer, jobs[1])}
+
+
+@scenario
+def slow_node(cluster: Cluster, folder: Path) -> Facts:
+    """Three nodes, one of which is held up 400 ms in every 401 while they are checked."""
+    run = Run(cluster, folder, "slow_node")
+    options = {"NODE_CHECK": "exclude", "NODE_CHECK_FACTOR": "5", "SPARE_NODES": "1"}
+    job = run.submit("--nodes=3", "-w", "node[1-3]", **options)
+    found: list[int] = []
+
+    def is_connected() -> bool:
+        found[:] = run.trainers(2, "torchtitan.distributed.node_check")
+        with contextlib.suppress(OSError, IndexError):
+            files = list(Path(f"/proc/{found[0]}/fd").iterdir())
+            return any(os.readlink(file).startswith("socket:") for file in files)
+        return False
+
+    run.until(is_connected, "the check of the third node", 0.02)
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(found[0], signal.SIGSTOP)
+            time.sleep(0.4)
+            os.kill(found[0], signal.SIGCONT)
+            time.sleep(0.001)
+    return facts(run, job)
+
+
+@scenario
+def bad_disk(cluster: Cluster, folder: Path) -> Facts:
+    """Checkpoints on a small disk of one node: it fills up, and the run stops; it is read-only, and the run goes on."""
+    run = Run(cluster, folder, "bad_disk", checkpoint__keep_latest_k=2, checkpoint__retry_seconds=1)
+    checkpoints = run.out / "checkpoint"
+    checkpoints.mkdir(parents=True)
+    cluster.on_node(5, "mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", checkpoints)
+    job = run.submit("--nodes=1", "-w", "node5")
+    run.until(lambda: run.trainers_said(f"checkpoint: {checkpoints}/step-3"), "the third checkpoint", 0.02)
+    cluster.on_node(5, "sh", "-c", f"cat /dev/zero >{checkpoints}/ballast || true")
+    full = facts(run, job)
+    listed = """import json, sys; from pathlib import Path
+from torchtitan.components.manifest import complete_steps, find_damage
+folder = Path(sys.argv[1])
+print(json.dumps([[s, find_damage(folder / f"step-{s}")] for s in complete_steps(folder)]))"""
+
+    def whole() -> list[list[Any]]:
+        command = ["srun", "-w", "node5", sys.executable, "-c", listed, checkpoints]
+        return json.loads(cluster.run(*command, PYTHONPATH=str(REPO)).stdout)
+
+    full["whole"] = whole()
+    cluster.on_node(5, "rm", checkpoints / "ballast")
+    run.arguments += ["--checkpoint.on_failed_save", "go_on", "--checkpoint.save_retries", "1"]
+    job = run.submit("--nodes=1", "-w", "node5")
+    newest = full["whole"][-1][0]
+    run.until(
+        lambda: run.trainers_said(f"checkpoint: {checkpoints}/step-{newest + 1}"),
+        "the first checkpoint after the full disk",
+        0.02,
+    )
+    cluster.on_node(5, "sh", "-c", f"until mount -o remount,ro {checkpoints} 2>&-; do :; done")  # busy while written to
+    run.until(lambda: run.trainers_said("Training goes on"), "a save on a read-only disk", 0.02)
+    cluster.on_node(5, "mount", "-o", "remount,rw,size=64m", checkpoints)
+    result = facts(run, job)
+    copied = folder / "bad_disk_copy"
+    cluster.on_node(5, "cp", "-r", checkpoints, copied)
+    return result | {"full": full, "whole": whole(), "copied": copied}
 
 
 @scenario
@@ -484,6 +421,7 @@ def test_a_stage_that_fails_stops_the_chain(outcomes: dict[str, Future[Facts]]) 
     outcome = outcomes["failing_recipe"].result()
     assert outcome["states"] == ["FAILED", "CANCELLED"]
     assert outcome["jobs"][0]["ExitCode"] == f"{GATE_NOT_HELD}:0" and outcome["jobs"][0]["Restarts"] == "0"
+    assert outcome["jobs"][1]["Reason"] == "DependencyNeverSatisfied"
     assert "gate of stage gated does not hold" in outcome["log"] and "at_most = 0.1" in outcome["log"]
     assert "gate of stage gated does not hold" in outcome["second"] and "training;" not in outcome["second"]
     assert not (outcome["run"].out / "last" / "checkpoint").exists()
@@ -521,6 +459,16 @@ def test_a_dead_or_hanging_rank_ends_the_run_in_time_and_it_comes_back(outcomes:
     assert outcome["killed"] < 60 and outcome["hung"] < outcome["timeout"] + 60
 
 
+def test_what_loses_a_rank_at_every_start_is_given_up(outcomes: dict[str, Future[Facts]]) -> None:
+    outcome = outcomes["hopeless"].result()
+    assert outcome["state"] == "FAILED" and outcome["exit"] == "76:0" and outcome["restarts"] == 2, outcome["log"]
+    assert outcome["log"].count("killed (exit code 76)") == 3 and "it does not get on" in outcome["log"]
+
+
+def test_random_kills_lose_nothing(outcomes: dict[str, Future[Facts]]) -> None:
+    outcomes["chaos"].result()  # which has checks of its own
+
+
 def test_cancelled_it_stays_so_until_it_is_submitted_again(outcomes: dict[str, Future[Facts]]) -> None:
     outcome = outcomes["cancelled"].result()
     assert outcome["state"] == outcome["later"] == "CANCELLED" and outcome["restarts"] == 0
@@ -542,6 +490,26 @@ def test_on_one_node_instead_of_two_the_rows_and_losses_are_the_same(outcomes: d
     worlds = [json.loads((fewer.out / "checkpoint" / f"step-{s}" / "manifest.json").read_text()) for s in (1, STEPS)]
     assert [w["world_size"] for w in worlds] == [2, 1]
     assert worlds[0]["plan"] == worlds[1]["plan"]
+
+
+def test_a_node_that_the_check_finds_slow_is_left_out(outcomes: dict[str, Future[Facts]]) -> None:
+    outcome = outcomes["slow_node"].result()
+    assert "slow or broken: node3 (another time: sbatch --exclude=node3)" in outcome["log"]
+    report = json.loads(next((outcome["run"].out / "slurm").glob("node_check-*.json")).read_text())
+    assert list(report["slow"]) == ["node3"] and any("matrix product" in reason for reason in report["slow"]["node3"])
+    assert "2 of the 3 nodes can share this stage's work" in outcome["log"]
+    check_whole(outcomes, outcome)
+
+
+def test_a_full_disk_stops_a_run_and_a_read_only_one_does_not_if_so_wished(outcomes: dict[str, Future[Facts]]) -> None:
+    outcome = outcomes["bad_disk"].result()
+    full = outcome["full"]
+    assert full["state"] == "FAILED" and full["restarts"] == 0 and "[Errno 28]" in full["log"]
+    assert full["whole"] and all(damage is None for _, damage in full["whole"] + outcome["whole"])
+    assert outcome["state"] == "COMPLETED" and outcome["whole"][-1][0] == STEPS
+    alone = outcomes["one_machine"].result()["run"].out / "stage"
+    assert outcome["run"].losses() == [numbers["loss"] for numbers in steps_of(alone).values()]
+    assert_equal(*(tensors(path / f"step-{STEPS}") for path in (outcome["copied"], alone / "checkpoint")))
 
 
 def test_a_stage_that_has_ended_is_not_trained_again(outcomes: dict[str, Future[Facts]]) -> None:

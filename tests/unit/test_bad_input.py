@@ -153,6 +153,20 @@ CASES: dict[str, tuple[Make, list[str]]] = {
     "not UTF-8 either": (text("a.txt", b"caf\xe9"), ["a.txt", "UTF-8", "byte 3", "iconv"]),
     "broken JSON": (text("a.jsonl", b'{"text": "good"}\n{"text": "cut\n'), ["a.jsonl line 2", "broken JSON"]),
     "another field": (text("a.jsonl", b'{"body": "x"}\n'), ["a.jsonl line 1", "'text'", "'body'", "text_field"]),
+    "conversations without a template": (
+        keys(data__sources__0__messages_field="messages", data__sources__0__long_document="drop"),
+        ["chat template", "chat_template.jinja", "tokenizer_config.json", "instruct version"],
+    ),
+    "conversations in parts": (
+        keys(data__sources__0__messages_field="messages"),
+        ['messages_field = "messages"', 'long_document = "drop"', '"truncate"'],
+    ),
+    "conversations cut by rows": (
+        keys(
+            data__sources__0__messages_field="messages", data__sources__0__long_document="drop", data__packing="concat"
+        ),
+        ['packing = "concat"', '"best_fit"'],
+    ),
     "too little text": (
         lambda spoiled, assets: (
             text("a.jsonl", b'{"text": "red"}\n')(spoiled, assets) | {"data__sources__0__max_epochs": 1.0}
@@ -185,6 +199,15 @@ CASES: dict[str, tuple[Make, list[str]]] = {
     "no such backend": (
         keys(compile__enable=True, compile__backend="induktor"),
         ["compile.backend", "induktor", "inductor"],
+    ),
+    "no such recipe of FP8": (keys(quantize__recipe_name="columnwise"), ["columnwise", "rowwise", "tensorwise"]),
+    "FP8 on a CPU": (
+        keys(quantize__recipe_name="rowwise", quantize__smallest_features=16),
+        ["quantize.recipe_name", "no GPU", "emulate = true"],
+    ),
+    "head chunks of another exchange": (
+        keys(parallelism__context_parallel_head_chunks=2),
+        ["context_parallel_head_chunks = 2", '"ulysses"'],
     ),
     "a tile of no tokens": (keys(training__mlp_tile_tokens=0), ["training.mlp_tile_tokens = 0", "at least 1"]),
     "a tile of fewer": (keys(training__mlp_tile_tokens=-5), ["training.mlp_tile_tokens = -5", "at least 1"]),

@@ -12,8 +12,8 @@ import pytest
 
 from torchtitan import train
 from torchtitan.components.manifest import FORMAT
-from torchtitan.multinode import ENDED, main, replicas
-from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, LOST_A_RANK, GateError, UserError
+from torchtitan.multinode import ENDED, main, replicas, verdict
+from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, LOST_A_RANK, STOPPED, GateError, UserError
 
 REPO = Path(__file__).parents[2]
 SOURCES = '[[data.sources]]\nname = "text"\npath = "text.jsonl"\n'
@@ -24,7 +24,9 @@ def recipe(tmp_path: Path) -> Path:
     """Two stages of 7 steps that write below tmp_path; the last one's file."""
     out = f'[job]\ndump_folder = "{tmp_path}/out/'
     (tmp_path / "a.toml").write_text(f'{out}a"\n[training]\nsteps = 7\n[lr_scheduler]\nwarmup_steps = 0\n{SOURCES}')
-    (tmp_path / "b.toml").write_text(f'extends = "a.toml"\n{out}b"\n[stage]\nafter = "a.toml"\n')
+    (tmp_path / "b.toml").write_text(
+        f'extends = "a.toml"\n{out}b"\n[stage]\nafter = "a.toml"\nsbatch = ["--nodes=8"]\n'
+    )
     return tmp_path / "b.toml"
 
 
@@ -92,6 +94,26 @@ def test_the_exit_code_says_whose_fault_it_is(monkeypatch: pytest.MonkeyPatch, e
     assert train.main([]) == code
 
 
+@pytest.mark.parametrize(
+    ("code", "nodes", "asked", "stage", "expected"),
+    [
+        (0, [0, 0], False, ENDED, (0, "ended")),
+        (0, [0], False, 0, (LOST_A_RANK, "lost")),  # srun says 0 of a node that was lost
+        (0, [0, 0], True, GATE_NOT_HELD, (GATE_NOT_HELD, "failed")),
+        (143, [1, 143], False, 0, (1, "failed")),  # Slurm ended the other node for it
+        (143, [LOST_A_RANK, 143], False, 0, (LOST_A_RANK, "lost")),
+        (143, [LOST_A_RANK, 143], True, 0, (STOPPED, "asked")),
+        (143, [143, 143], False, 0, (STOPPED, "asked")),  # preemption without a warning
+        (143, [STOPPED, 143], False, 0, (STOPPED, "saved")),
+        (137, [137], False, 0, (137, "lost")),
+        (STOPPED, [], True, 0, (STOPPED, "asked")),  # before training began
+        (2, [], False, 0, (2, "failed")),  # srun itself
+    ],
+)
+def test_the_verdict_on_a_start(code, nodes, asked, stage, expected) -> None:
+    assert verdict(code, nodes, asked, stage) == expected
+
+
 def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [str(REPO / "multinode" / "submit.sh"), "--dry-run", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd="/")
@@ -107,6 +129,7 @@ def test_submit_chains_what_has_not_ended(recipe: Path) -> None:
         script = command.index(str(REPO / "multinode" / "train.sbatch"))
         assert "--nodes=2" in command[:script] and "two words" in command[script:]
         assert f"--output={recipe.parent}/out/{name}/slurm/%j.log" in command
+    assert "--nodes=8" not in both[0] and both[1].index("--nodes=8") < both[1].index("--nodes=2")
     end(recipe.parent / "out" / "a")
     (last,) = dry_run(*arguments).stdout.splitlines()
     assert "--job-name=b" in last and "--dependency" not in last
@@ -129,5 +152,8 @@ def test_what_cannot_be_submitted(recipe: Path, tmp_path: Path) -> None:
     for tool in ("dirname", "readlink", "bash", "sed"):
         (empty / tool).symlink_to(f"/bin/{tool}" if Path(f"/bin/{tool}").exists() else f"/usr/bin/{tool}")
     submit = [str(REPO / "multinode" / "submit.sh"), "--job.config_file", str(recipe)]
+    (tmp_path / "a.toml").write_text(f'[stage]\nsbatch = ["--nodes", "8"]\n{SOURCES}')
+    loose = dry_run("--job.config_file", str(tmp_path / "a.toml"))
+    assert loose.returncode == 1 and 'stage.sbatch has "8"' in loose.stderr
     outside = subprocess.run(submit, capture_output=True, text=True, env={"PATH": str(empty)})
     assert outside.returncode == 1 and "there is no sbatch" in outside.stderr

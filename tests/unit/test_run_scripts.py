@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-TOOLS = "bash env dirname mkdir rm tail grep awk nproc getconf flock cat cp touch sleep"
+TOOLS = "bash env dirname readlink mkdir rm tail grep awk nproc getconf flock cat cp touch sleep"
 
 PYTHON = r"""#!/bin/bash
 here=$(cd "$(dirname "$0")" && pwd)
 note() { echo "$*" >>"$CALLS"; }
 case "$*" in
     *check_environment.py*) echo "lacks something"; [[ -e $here/whole ]] ;;
+    "-m torchtitan.multinode start "*) echo "DUMP_FOLDER=out ARGUMENTS=()" ;;
     "-m torchtitan.config "*) exit "${CONFIG_CHECK:-0}" ;;
     -V) echo "Python 3.x" ;;
     "-c "*) [[ -z ${OLD_PYTHON:-} ]] ;;
@@ -58,10 +59,12 @@ class Clone:
         (self.bin / "whole").touch()
         return self
 
-    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str, script: str = "run_train.sh", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         self.calls.write_text("")
         return subprocess.run(
-            [str(self.root / "run_train.sh"), *arguments],
+            [str(self.root / script), *arguments],
             cwd=self.elsewhere,
             env={"PATH": str(self.bin), "CALLS": str(self.calls), **environment},
             capture_output=True,
@@ -99,6 +102,27 @@ def test_with_a_gpu_torch_is_not_pinned(clone: Clone) -> None:
     assert "--nproc 3 " in clone.lines()[-1] and "ALLOC=expandable_segments:True" in clone.lines()[-1]
     clone.run("--job.config_file", "my.toml", CUDA_VISIBLE_DEVICES="1,2")
     assert "--nproc 2 " in clone.lines()[-1]
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_what_the_user_says_about_the_allocator_stays(clone: Clone, name: str) -> None:
+    clone.script("nvidia-smi", "#!/bin/bash\necho 'GPU 0: a'\n")
+    clone.whole().run("--job.config_file", "my.toml", **{name: "max_split_size_mb:64"})
+    said = "max_split_size_mb:64" if name == "PYTORCH_ALLOC_CONF" else ""
+    assert f"ALLOC={said} PATH" in clone.lines()[-1]
+    (clone.bin / "nvidia-smi").unlink()
+    clone.run("--job.config_file", "my.toml")
+    assert "ALLOC= PATH" in clone.lines()[-1], "nothing is said where there is no GPU"
+
+
+def test_the_allocator_on_several_plain_hosts(clone: Clone) -> None:
+    """multinode/torchrun.sh, on a host of two."""
+    shutil.copytree(REPOSITORY / "multinode", clone.root / "multinode")
+    clone.script("nvidia-smi", "#!/bin/bash\necho 'GPU 0: a'; echo 'GPU 1: b'\n")
+    host = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "host0", "--", "--job.config_file", "my.toml"]
+    clone.whole().run(*host, script="multinode/torchrun.sh")
+    assert "launch --nproc 2 --nnodes 2 " in clone.lines()[-1]
+    assert "ALLOC=expandable_segments:True " in clone.lines()[-1]
 
 
 @pytest.mark.parametrize("moment", ["torch", "/"])

@@ -183,7 +183,7 @@ def flat_mixture(sources: Any) -> dict[str, str]:
     """Source -> its share of the tokens and what else it says."""
     total = sum(source["weight"] for source in sources) or 1.0
     quiet = ("name", "weight", "path", "text_field", "hub_split", "hub_revision")
-    usual = {"separator": "", "hub_subset": "", "long_document": "split", "min_length": 0}
+    usual = {"separator": "", "messages_field": "", "hub_subset": "", "long_document": "split", "min_length": 0}
     return {
         source["name"]: f"{source['weight'] / total:.1%}"
         + "".join(f", {k} {v}" for k, v in source.items() if k not in quiet and v != usual.get(k))

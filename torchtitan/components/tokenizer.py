@@ -2,7 +2,8 @@
 
 Two file kinds: Hugging Face `tokenizer.json` (the `tokenizers` library) and Llama-3 style `tokenizer.model` (lines of
 base64 bytes and a rank, through `tiktoken`). No text is ever turned into a special token, so data cannot inject the
-end of a document: BOS and EOS are added by datasets/documents.py, by id.
+end of a document: BOS and EOS are added by datasets/documents.py, by id. What a chat template made is the one
+exception, and datasets/chat.py sees to it that only the template spells special tokens there.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from torchtitan.tools.errors import UserError
 
@@ -47,7 +51,8 @@ class Tokenizer:
     """Text to ids and back; made by load_tokenizer.
 
     vocab_size counts the ids, special ones included: every id is below it. bos_id and eos_id are None where the folder
-    names no such token. fingerprint is the SHA-256 of the tokenizer file's bytes and of the two ids.
+    names no such token. fingerprint is the SHA-256 of the tokenizer file's bytes and of the two ids. special: spelling
+    -> id of the tokens that are marked as special.
     """
 
     folder: str
@@ -57,6 +62,8 @@ class Tokenizer:
     fingerprint: str
     _encode_batch: Callable[[list[str]], list[list[int]]]
     _decode: Callable[[list[int]], str]
+    special: dict[str, int] = field(default_factory=dict)
+    _encode_template: Callable[[str], tuple[list[int], list[int]]] | None = None
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without BOS and EOS; the spelling of a special token is ordinary text."""
@@ -65,6 +72,12 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """encode of each text; on several cores where the library offers that."""
         return self._encode_batch(texts)
+
+    def encode_template(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of what a chat template made, in which the spelling of a special token is that token, and the index of
+        the character in which each of them begins. Nothing is added at the ends."""
+        assert self._encode_template is not None
+        return self._encode_template(text)
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
@@ -118,8 +131,22 @@ def _load_hugging_face(folder: Path) -> Tokenizer:
     def decode(token_ids: list[int]) -> str:
         return str(library.decode(token_ids, skip_special_tokens=False))
 
+    @cache  # only chat data need it
+    def for_templates() -> tokenizers.Tokenizer:
+        # A post-processor moves the offsets of tokens that begin with a space, and what it adds is not wanted here.
+        made = tokenizers.Tokenizer.from_str(json.dumps(description | {"post_processor": None}))
+        made.no_truncation()
+        made.no_padding()
+        return made
+
+    def encode_template(text: str) -> tuple[list[int], list[int]]:
+        encoding = for_templates().encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
+    special = {t["content"]: int(t["id"]) for t in description.get("added_tokens", []) if t.get("special")}
     fingerprint = _fingerprint(content, bos, eos)
-    return Tokenizer(str(folder), max(ids.values()) + 1, bos, eos, fingerprint, encode_batch, decode)
+    size = max(ids.values()) + 1
+    return Tokenizer(str(folder), size, bos, eos, fingerprint, encode_batch, decode, special, encode_template)
 
 
 def _load_tiktoken(folder: Path) -> Tokenizer:
@@ -144,8 +171,23 @@ def _load_tiktoken(folder: Path) -> Tokenizer:
     def decode(token_ids: list[int]) -> str:
         return str(library.decode(token_ids, errors="replace"))
 
+    spelled = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+
+    def encode_template(text: str) -> tuple[list[int], list[int]]:
+        made: list[int] = []
+        lengths: list[int] = []  # of each token in bytes; a special token's spelling is one
+        for part in spelled.split(text):
+            part_ids = [special[part]] if part in special else encode_batch([part])[0]
+            made += part_ids
+            lengths += [len(library.decode_single_token_bytes(i)) for i in part_ids]
+        # a token may begin within a character of several bytes: all bytes of one are that character
+        is_first = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
+        character = np.cumsum(is_first) - 1
+        return made, character[np.cumsum([0, *lengths])[:-1]].tolist() if made else []
+
     size = len(ranks) + LLAMA3_SPECIAL_TOKENS
-    return Tokenizer(str(folder), size, bos, eos, _fingerprint(content, bos, eos), encode_batch, decode)
+    fingerprint = _fingerprint(content, bos, eos)
+    return Tokenizer(str(folder), size, bos, eos, fingerprint, encode_batch, decode, special, encode_template)
 
 
 def _read_ranks(path: Path, content: bytes) -> dict[bytes, int]:

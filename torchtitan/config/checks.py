@@ -95,8 +95,8 @@ def check_config(config: JobConfig, world_size: int) -> None:
     _check_ranges(config)
     _check_precision(config)
     _check_kernel(config)
-    _check_memory(config)
     _check_head_chunks(config)
+    _check_memory(config)
     _check_schedule(config)
     _check_rope(config)
     _check_sources(config)
@@ -105,7 +105,7 @@ def check_config(config: JobConfig, world_size: int) -> None:
             f"checkpoint.load_step = {config.checkpoint.load_step}, but checkpoint.enable = false: nothing is loaded "
             "then. Set enable = true, or leave load_step out."
         )
-    _check_stage(config)
+    check_stage(config)
     accumulation_steps(config, world_size)
     _check_tokens(config)
 
@@ -374,7 +374,14 @@ def _check_rope(config: JobConfig) -> None:
         )
 
 
-def _check_stage(config: JobConfig) -> None:
+def check_stage(config: JobConfig) -> None:
+    """UserError for what is wrong in [stage], whatever the number of processes."""
+    for option in config.stage.sbatch:
+        if not option.startswith("-") or option == "--":
+            raise UserError(
+                f'stage.sbatch has "{option}", which sbatch would take for the script: write an option and its value '
+                'as one, e.g. "--nodes=8".'
+            )
     for i, gate in enumerate(config.stage.gates):
         where = f"stage.gates[{i}]"
         if not gate.metric:
@@ -473,6 +480,17 @@ def _check_source(source: Source, where: str, config: JobConfig) -> None:
         raise UserError(
             f'{where}: upsample and upsample_to raise one source, data.strategy = "{config.data.strategy}" raises all; '
             'give one of the two (strategy = "original" leaves it to the sources).'
+        )
+    if source.messages_field and source.long_document == "split":
+        raise UserError(
+            f'{where}: a conversation (messages_field = "{source.messages_field}") that is longer than a row cannot be '
+            'split, since its second part would answer what it does not see: set long_document = "drop" (left out, '
+            'and counted in the report) or "truncate" (its end is cut off).'
+        )
+    if source.messages_field and config.data.packing == "concat":
+        raise UserError(
+            f'{where}: data.packing = "concat" cuts conversations (messages_field = "{source.messages_field}") '
+            'wherever a row ends: use "best_fit", which leaves them whole.'
         )
     if source.path.startswith("hub:") and not source.path[4:].strip("/ "):
         raise UserError(f'{where}: path = "{source.path}" names no dataset; write hub:OWNER/NAME.')

@@ -394,6 +394,10 @@ class Source:
     text_field: str = "text"
     """Field of a jsonl, parquet or hub record that holds the text."""
 
+    messages_field: str = ""
+    """Or: field that holds a conversation, a list of messages with role and content (usually "messages"). The model's
+    chat template makes the text, and the loss is on the assistant's responses only."""
+
     hub_subset: str = ""
     """Configuration of a hub dataset, e.g. sample-10BT. Empty: its default."""
 
@@ -614,6 +618,10 @@ class Stage:
     run_chain: bool = False
     """Run the stages before this one that have not ended, in order, and then this one (run_train.sh). Other overrides
     hold for all of them; job.dump_folder gets a folder for each."""
+
+    sbatch: tuple[str, ...] = ()
+    """Options of sbatch for this stage's job (multinode/submit.sh), such as ["--nodes=16", "--time=48:00:00"]: after
+    those of multinode/env.sh, before those of the command line. The later one of two holds."""
 
     gates: tuple[Gate, ...] = ()
     """What must hold at the end of the stage, each a [[stage.gates]] table."""

@@ -1,4 +1,4 @@
-"""A tokenized source on disk: memory-mapped Arrow with a column `input_ids`, one document a row.
+"""A tokenized source on disk: memory-mapped Arrow with a column `input_ids`, one document a row, and perhaps `roles`.
 
 Opening reads Arrow's metadata and offsets, never the tokens: all lengths are there at once and a document is a view
 into the mapped file. A folder of ours (with corpus.json) is checked against what it says of itself; a folder that
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchtitan.config.job_config import Data, Source
+from torchtitan.datasets.chat_template import load_chat_template
 from torchtitan.datasets.hub import is_hub
 from torchtitan.datasets.source_files import hash_file, source_path
 from torchtitan.datasets.tokenize import tokenize_source
@@ -32,16 +33,27 @@ class Corpus:
     """Documents of a source; made by open_corpus.
 
     folder: str. lengths: int64[n], tokens of every document. tokens: their sum. fingerprint: hex, of the content.
-    max_token_id: largest id in the corpus, None where the folder does not say.
+    max_token_id: largest id in the corpus, None where the folder does not say. has_roles: whether its tokens have
+    roles (units.ROLES), so that the assistant's alone are trained on. left_out: conversations that were left out of it,
+    by reason.
     """
 
     def __init__(
-        self, folder: str, shards: list[tuple[np.ndarray, np.ndarray]], fingerprint: str, max_token_id: int | None
+        self,
+        folder: str,
+        shards: list[tuple[np.ndarray, np.ndarray]],
+        fingerprint: str,
+        max_token_id: int | None,
+        roles: list[np.ndarray] | None = None,
+        left_out: dict[str, int] | None = None,
     ) -> None:
         self.folder = folder
         self.fingerprint = fingerprint
         self.max_token_id = max_token_id
+        self.has_roles = roles is not None
+        self.left_out = left_out or {}
         self._values = [values for _, values in shards]
+        self._roles = roles or []
         self._offsets = [offsets for offsets, _ in shards]
         self._first = np.cumsum([0] + [len(offsets) - 1 for offsets in self._offsets])
         self.lengths = np.concatenate([np.diff(offsets) for offsets in self._offsets]).astype(np.int64)
@@ -53,11 +65,20 @@ class Corpus:
 
     def document(self, index: int) -> np.ndarray:
         """Tokens of a document, int32[lengths[index]]; a read-only view into the file where that is int32 too."""
+        part, tokens = self._place(index)
+        return self._values[part][tokens].astype(np.int32, copy=False)
+
+    def roles(self, index: int) -> np.ndarray:
+        """The role of each of its tokens, int8[lengths[index]]; only where has_roles."""
+        part, tokens = self._place(index)
+        return self._roles[part][tokens]
+
+    def _place(self, index: int) -> tuple[int, slice]:
+        """The shard that a document is in, and where."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)} in {self.folder}")
         part = int(np.searchsorted(self._first, index, side="right")) - 1
-        start, stop = self._offsets[part][index - self._first[part] :][:2]
-        return self._values[part][start:stop].astype(np.int32, copy=False)
+        return part, slice(*self._offsets[part][index - self._first[part] :][:2])
 
 
 def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
@@ -74,7 +95,30 @@ def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
                 f"data.{key} = {asked}, but {path} of data source {source.name!r} was tokenized with {key} = {has}: "
                 f"set data.{key} = {has}, or tokenize the text again."
             )
-    return open_corpus(path, tokenizer.fingerprint)
+    corpus = open_corpus(path, tokenizer.fingerprint)
+    _check_chat(source, path, about, corpus, tokenizer)
+    return corpus
+
+
+def _check_chat(source: Source, path: Path, about: dict[str, Any], corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """Whether a tokenized folder is what messages_field says, and of the template that the model has now."""
+    if source.messages_field and not corpus.has_roles:
+        raise UserError(
+            f"Data source {source.name!r} has messages_field = {source.messages_field!r}, but {path} was tokenized as "
+            "text: it has no column roles. Name the conversations as the source, or leave messages_field out to train "
+            "on every token."
+        )
+    made_by = about.get("chat_template")
+    if made_by and not source.messages_field:
+        raise UserError(
+            f"{path} of data source {source.name!r} holds conversations: set messages_field = "
+            f'"{about["messages_field"]}", so that they are treated as such.'
+        )
+    if made_by and made_by != (now := load_chat_template(Path(tokenizer.folder))).fingerprint:
+        raise UserError(
+            f"{path} was made with another chat template ({made_by}) than {now.path} has ({now.fingerprint}): name the "
+            "conversations as the source to have them tokenized again, or put the template back."
+        )
 
 
 def is_tokenized(path: Path) -> bool:
@@ -102,14 +146,19 @@ def open_corpus(
     if about is not None:
         _check(path, about, tokenizer_fingerprint, check_text)
     names = [str(entry["filename"]) for entry in _read_json(path / STATE_FILE).get("_data_files", [])]
-    shards = [part for name in names for part in _map_shard(path / name)]
+    mapped = [part for name in names for part in _map_shard(path / name)]
+    shards = [(offsets, values) for offsets, values, _ in mapped]
+    roles = [part for _, _, part in mapped if part is not None]
+    if len(roles) not in (0, len(mapped)):
+        raise UserError(f"Some Arrow files of {path} have a column roles and some have none. Make the folder again.")
     if not shards or not any(len(offsets) > 1 for offsets, _ in shards):
         raise UserError(
             f"The corpus {path} is empty: {STATE_FILE} names {len(names)} Arrow files, and they hold no document. "
             "Delete the folder and make it again."
         )
     if about is not None:
-        corpus = Corpus(str(path), shards, about["fingerprint"], about["max_token_id"])
+        left_out = about.get("left_out")
+        corpus = Corpus(str(path), shards, about["fingerprint"], about["max_token_id"], roles or None, left_out)
         if (len(corpus), corpus.tokens) != (about["documents"], about["tokens"]):
             raise UserError(
                 f"The corpus {path} holds {len(corpus)} documents and {corpus.tokens} tokens, its {CORPUS_FILE} says "
@@ -121,7 +170,9 @@ def open_corpus(
         identity.update(np.diff(offsets).tobytes())  # a plan made for other lengths would read beyond documents
         for begin in np.linspace(0, max(0, len(values) - 1024), 16).astype(int):  # a sample: all would take minutes
             identity.update(values[begin : begin + 1024].tobytes())
-    return Corpus(str(path), shards, identity.hexdigest()[:16], None)
+    for values in roles:
+        identity.update(values.tobytes())
+    return Corpus(str(path), shards, identity.hexdigest()[:16], None, roles or None)
 
 
 def _check(path: Path, about: dict[str, Any], tokenizer_fingerprint: str | None, check_text: bool) -> None:
@@ -155,8 +206,8 @@ def _check(path: Path, about: dict[str, Any], tokenizer_fingerprint: str | None,
         )
 
 
-def _map_shard(file: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(offsets int64[rows + 1], values) of every record batch; the values are views into the mapped file."""
+def _map_shard(file: Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+    """(offsets int64[rows + 1], tokens, roles or None) of every record batch; these are views into the mapped file."""
     import pyarrow as pa
 
     if not file.is_file():
@@ -166,9 +217,10 @@ def _map_shard(file: Path) -> list[tuple[np.ndarray, np.ndarray]]:
             if "input_ids" not in reader.schema.names:
                 there = ", ".join(reader.schema.names)
                 raise UserError(f"{file} has no column input_ids (it has {there}): it is not a tokenized corpus.")
-            batches = [batch.column("input_ids") for batch in reader]
+            batches = list(reader)
         parts = []
-        for column in batches:
+        for batch in batches:
+            column = batch.column("input_ids")
             if len(column) == 0:
                 continue
             if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
@@ -179,7 +231,13 @@ def _map_shard(file: Path) -> list[tuple[np.ndarray, np.ndarray]]:
             values = column.values.to_numpy(zero_copy_only=True)
             if not (offsets[0] >= 0 and (np.diff(offsets) >= 0).all() and offsets[-1] <= len(values)):
                 raise UserError(f"{file} is a damaged Arrow file: its offsets are out of order.")
-            parts.append((offsets, values))
+            roles = None
+            if "roles" in batch.schema.names:
+                beside = batch.column("roles")
+                roles = beside.values.to_numpy(zero_copy_only=True)
+                if beside.type.value_type != pa.int8() or not beside.offsets.equals(column.offsets):
+                    raise UserError(f"{file}: the column roles must hold an int8 for each of the input_ids.")
+            parts.append((offsets, values, roles))
         return parts
     except (pa.ArrowException, OSError, EOFError) as error:
         raise UserError(f"{file} is a damaged Arrow file ({error}): delete the corpus and tokenize again.") from error

@@ -1,15 +1,23 @@
-"""A document's tokens: its text encoded, or ids as they come, between BOS and EOS as data.add_bos and add_eos say."""
+"""A document's tokens: its text encoded, or ids as they come, between BOS and EOS as data.add_bos and add_eos say.
+
+Or a conversation's, between which the chat template decides: chat.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchtitan.config.job_config import Data
-from torchtitan.datasets.units import FORMAT
+from torchtitan.config.job_config import Data, Source
+from torchtitan.datasets import chat
+from torchtitan.datasets.chat import ChatEncoder
+from torchtitan.datasets.chat_template import load_chat_template
+from torchtitan.datasets.text import Fields, as_text
+from torchtitan.datasets.units import FORMAT, Counts
 from torchtitan.tools.errors import UserError
 
 if TYPE_CHECKING:  # components stand above datasets
@@ -23,27 +31,42 @@ class Encoder:
     """Text to documents; made by make_encoder. bos, eos: the ids put at the ends, [] for none."""
 
     tokenizer: Tokenizer
+    fields: Fields
     bos: list[int]
     eos: list[int]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The documents, int32[n] each; an empty one, without ends, for text that is blank."""
-        there = [text for text in texts if text and not text.isspace()]
+    def read(self, record: dict[str, Any]) -> str | None:
+        """The text of a record, None where it is blank; ValueError says why it is none."""
+        text = as_text(record[self.fields.name], self.fields.name)
+        return text if text and not text.isspace() else None
+
+    def encode_batch(self, texts: Sequence[str | None]) -> list[np.ndarray]:
+        """The documents, int32[n] each; an empty one, without ends, for None."""
+        there = [text for text in texts if text is not None]
         ids = iter(self.tokenizer.encode_batch(there) if there else [])
-        return [self._between_ends(next(ids)) if text and not text.isspace() else EMPTY for text in texts]
+        return [EMPTY if text is None else self._between_ends(next(ids)) for text in texts]
+
+    def closing(self) -> Counts:
+        """Nothing is to be kept beside the counts of a unit."""
+        return {}
 
     def _between_ends(self, ids: list[int]) -> np.ndarray:
         return np.array(self.bos + ids + self.eos, np.int32) if ids else EMPTY
 
-    def add_ends(self, ids: np.ndarray) -> np.ndarray:
-        """Ids int32[n], n > 0, of a document that somebody else tokenized, with the ends that they lack."""
-        bos = self.bos if ids[0] not in self.bos else []
-        eos = self.eos if ids[-1] not in self.eos else []
-        return np.concatenate([np.array(bos, np.int32), ids, np.array(eos, np.int32)])
+    def add_ends(self, document: np.ndarray) -> np.ndarray:
+        """A document that somebody else tokenized, int32[n] or, with roles, [2, n], with the ends that it lacks."""
+        if document.ndim == 2:  # a conversation, which ends as its template says
+            return document
+        bos = self.bos if document[0] not in self.bos else []
+        eos = self.eos if document[-1] not in self.eos else []
+        return np.concatenate([np.array(bos, np.int32), document, np.array(eos, np.int32)])
 
 
-def make_encoder(tokenizer: Tokenizer, data: Data) -> Encoder:
-    """The encoder of a stage; UserError if data.add_bos or add_eos asks for a token that the tokenizer lacks."""
+def make_encoder(source: Source, tokenizer: Tokenizer, data: Data) -> Encoder | ChatEncoder:
+    """The encoder of a source; UserError if data.add_bos or add_eos asks for a token that the tokenizer lacks, or if
+    there is no template for chat data."""
+    if source.messages_field:
+        return ChatEncoder(tokenizer, load_chat_template(Path(tokenizer.folder)), source.messages_field)
     for wanted, token, name in ((data.add_bos, tokenizer.bos_id, "bos"), (data.add_eos, tokenizer.eos_id, "eos")):
         if wanted and token is None:
             raise UserError(
@@ -53,21 +76,26 @@ def make_encoder(tokenizer: Tokenizer, data: Data) -> Encoder:
             )
     bos = [tokenizer.bos_id] if data.add_bos and tokenizer.bos_id is not None else []
     eos = [tokenizer.eos_id] if data.add_eos and tokenizer.eos_id is not None else []
-    return Encoder(tokenizer, bos, eos)
+    return Encoder(tokenizer, Fields("text_field", source.text_field), bos, eos)
 
 
-def policy_key(tokenizer: Tokenizer, data: Data) -> list[Any]:
+def policy_key(source: Source, tokenizer: Tokenizer, data: Data) -> list[Any]:
     """What the tokens depend on beside the content, for the key of a corpus."""
+    if source.messages_field:
+        template = load_chat_template(Path(tokenizer.folder))
+        return [FORMAT, tokenizer.fingerprint, "chat", chat.FORMAT, template.fingerprint, source.messages_field]
     return [FORMAT, tokenizer.fingerprint, data.add_bos, data.add_eos]
 
 
-def policy_about(tokenizer: Tokenizer, data: Data) -> dict[str, Any]:
+def policy_about(source: Source, tokenizer: Tokenizer, data: Data) -> dict[str, Any]:
     """The same in words, for corpus.json."""
-    return {
+    about = {
         "format": FORMAT,
         "tokenizer": tokenizer.fingerprint,
         "tokenizer_folder": tokenizer.folder,
         "vocab_size": tokenizer.vocab_size,
-        "add_bos": data.add_bos,
-        "add_eos": data.add_eos,
     }
+    if source.messages_field:
+        template = load_chat_template(Path(tokenizer.folder))
+        return about | {"messages_field": source.messages_field, "chat_template": template.fingerprint}
+    return about | {"add_bos": data.add_bos, "add_eos": data.add_eos, "text_field": source.text_field}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.config.job_config import Data, Source
+from torchtitan.datasets.chat import ChatEncoder
 from torchtitan.datasets.documents import Encoder, make_encoder, policy_about, policy_key
 from torchtitan.datasets.hub_stream import UNIT_CHARACTERS, HubDataset, Stream, gated_message, one_line, open_dataset
 from torchtitan.datasets.source_files import check_unchanged, files_below, hash_files
@@ -63,12 +64,11 @@ def stream_source(source: Source, tokenizer: Tokenizer, data: Data, cache: Path,
     UserError for a dataset, subset, split or field that is not there or not allowed, and for a hub that cannot be
     reached, unless the finished corpus of an earlier download is in the cache.
     """
-    encoder = make_encoder(tokenizer, data)
+    encoder = make_encoder(source, tokenizer, data)
     if source.max_documents is not None and source.max_documents < 1:
         raise UserError(f"data.sources.max_documents = {source.max_documents} of {source.name!r} must be 1 or more.")
     wanted = _parse(source, data, cache)
-    about: dict[str, Any] = policy_about(tokenizer, data) | {
-        "text_field": source.text_field,
+    about: dict[str, Any] = policy_about(source, tokenizer, data) | {
         "max_documents": source.max_documents,
         "path": source.path,
     }
@@ -78,7 +78,7 @@ def stream_source(source: Source, tokenizer: Tokenizer, data: Data, cache: Path,
         return _made_before(source, cache, wanted, about, str(error))
     files = [(os.path.relpath(file.path, wanted.name), file.sha256) for file in wanted.files]
     content: list[Any] = files or [wanted.name, commit]
-    key = [*policy_key(tokenizer, data), "hub", content, wanted.subset, wanted.split, source.text_field]
+    key = [*policy_key(source, tokenizer, data), "hub", content, wanted.subset, wanted.split, encoder.fields.name]
     name = folder_name(source.name, [*key, source.max_documents])
     if is_made(cache, name):
         return cache / name
@@ -214,7 +214,7 @@ def _stream_units(
     source: Source,
     wanted: HubDataset,
     commit: str,
-    encoder: Encoder,
+    encoder: Encoder | ChatEncoder,
     done: dict[int, Counts],
     threads: int,
 ) -> int:
@@ -223,8 +223,8 @@ def _stream_units(
     last = done.get(index - 1)
     if last and last["ended"]:
         return index
-    dataset = open_dataset(wanted, commit, source.text_field)
-    stream = Stream(dataset, wanted.name, source.text_field, encoder, threads, source.max_documents)
+    dataset = open_dataset(wanted, commit, encoder.fields)
+    stream = Stream(dataset, wanted.name, encoder, threads, source.max_documents)
     if last:
         stream.resume(last)
     logger.info("%s: streaming %s%s", source.name, source.path, f" at commit {commit}" if commit else "")
@@ -235,7 +235,7 @@ def _stream_units(
     def closing() -> Counts:
         for file in wanted.files:
             check_unchanged(file)
-        return stream.position()
+        return stream.position() | encoder.closing()
 
     with progress:
         while not stream.ended:

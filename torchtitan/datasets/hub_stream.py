@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from torchtitan.datasets.chat import ChatEncoder
 from torchtitan.datasets.documents import Encoder
 from torchtitan.datasets.source_files import SourceFile
-from torchtitan.datasets.text import as_text
+from torchtitan.datasets.text import Fields
 from torchtitan.datasets.units import Counts
 from torchtitan.datasets.workers import Progress
 from torchtitan.tools.errors import UserError
@@ -39,8 +40,8 @@ class HubDataset:
         return {"name": self.name, "subset": self.subset, "split": self.split, "revision": self.revision}
 
 
-def open_dataset(wanted: HubDataset, commit: str, text_field: str) -> Any:
-    """The datasets library's IterableDataset of the text alone; UserError if it cannot be had."""
+def open_dataset(wanted: HubDataset, commit: str, fields: Fields) -> Any:
+    """The datasets library's IterableDataset of the wanted fields alone; UserError if it cannot be had."""
     import datasets
 
     try:
@@ -57,9 +58,9 @@ def open_dataset(wanted: HubDataset, commit: str, text_field: str) -> Any:
         ) from error
     if columns is None:  # some files do not say; the first record will
         return dataset
-    if text_field not in columns:
-        raise UserError(_no_field(wanted.name, text_field, columns))
-    return dataset.select_columns([text_field])
+    if fields.name not in columns:
+        raise UserError(_no_field(wanted.name, fields, columns))
+    return dataset.select_columns([fields.name, *(name for name in fields.beside if name in columns)])
 
 
 def is_gated(error: BaseException | None) -> bool:
@@ -86,9 +87,9 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
-def _no_field(name: str, text_field: str, columns: Any) -> str:
+def _no_field(name: str, fields: Fields, columns: Any) -> str:
     return (
-        f"The dataset {name} has no column {text_field!r} (the source's text_field); it has "
+        f"The dataset {name} has no column {fields.name!r} (the source's {fields.key}); it has "
         f"{', '.join(map(repr, columns)) or 'none'}."
     )
 
@@ -100,11 +101,12 @@ class Stream:
     """
 
     def __init__(
-        self, dataset: Any, name: str, text_field: str, encoder: Encoder, threads: int, max_documents: int | None
+        self, dataset: Any, name: str, encoder: Encoder | ChatEncoder, threads: int, max_documents: int | None
     ) -> None:
         self.ended = False
-        self._dataset, self._name, self._text_field = dataset, name, text_field
-        self._encoder, self._threads, self._max_documents = encoder, threads, max_documents
+        self._dataset, self._name = dataset, name
+        self._encoder: Any = encoder
+        self._threads, self._max_documents = threads, max_documents
         self._records: Iterator[dict[str, Any]] | None = None
         self._read = self._kept = 0
 
@@ -142,7 +144,7 @@ class Stream:
 
         def encoded() -> list[np.ndarray]:
             documents = waiting.popleft().result()
-            progress.advance(0, len(documents), sum(map(len, documents)))
+            progress.advance(0, len(documents), sum(document.shape[-1] for document in documents))
             return documents
 
         with ThreadPoolExecutor(self._threads) as pool:  # the tokenizers leave the interpreter lock alone
@@ -153,20 +155,25 @@ class Stream:
             while waiting:
                 yield from encoded()
 
-    def _batches(self) -> Iterator[list[str]]:
-        batch: list[str] = []
+    def _batches(self) -> Iterator[list[Any]]:
+        batch: list[Any] = []
         held = total = 0
-        while total < UNIT_CHARACTERS and (text := self._next()) is not None:
-            batch.append(text)
-            held += len(text)
-            total += len(text)
+        while total < UNIT_CHARACTERS and (record := self._next()) is not None:
+            try:
+                one = self._encoder.read(record)
+            except ValueError as error:
+                raise UserError(f"{self._name}, record {self._read}: {error}") from error
+            self._kept += one is not None
+            batch.append(one)
+            held += len(one or "")
+            total += len(one or "")
             if held >= BATCH_CHARACTERS:
                 yield batch
                 batch, held = [], 0
         yield batch
 
-    def _next(self) -> str | None:
-        """The next text, None at the end."""
+    def _next(self) -> dict[str, Any] | None:
+        """The next record, None at the end."""
         if self.ended or self._kept == self._max_documents:
             self.ended = True
             return None
@@ -184,12 +191,7 @@ class Stream:
         if record is None:
             self.ended = True
             return None
-        if self._text_field not in record:
-            raise UserError(_no_field(self._name, self._text_field, record))
-        try:
-            text = as_text(record[self._text_field], self._text_field)
-        except ValueError as error:
-            raise UserError(f"{self._name}, record {self._read + 1}: {error}") from error
+        if self._encoder.fields.name not in record:
+            raise UserError(_no_field(self._name, self._encoder.fields, record))
         self._read += 1
-        self._kept += bool(text and not text.isspace())
-        return text
+        return record

@@ -38,7 +38,8 @@ class PackedBatch:
 
     labels: torch.Tensor
     """int64[T]: the next token of the same document; -100 at its end, also where a row's end cuts it (its next token is
-    trained on nowhere: the piece that begins there has nothing before it), and for padding."""
+    trained on nowhere: the piece that begins there has nothing before it), for padding, and in conversations where the
+    next token is not the assistant's."""
 
     positions: torch.Tensor
     """int64[T]: what RoPE is given (data.positions). They say nothing about where documents or segments end."""
@@ -140,6 +141,7 @@ def pack(plan: Plan, step: int, slots: list[int]) -> PackedBatch:
     """The rows of the slots laid end to end, each padded to seq_len."""
     total = len(slots) * plan.seq_len
     tokens = np.zeros(total, np.int64)
+    trained = np.zeros(total, bool)  # padding is not
     positions = np.empty(total, np.int64)
     long = np.ones(total, bool)
     documents, segments, sources, anchors = [], [], [], []
@@ -147,6 +149,7 @@ def pack(plan: Plan, step: int, slots: list[int]) -> PackedBatch:
         row = plan.row(step, slot)
         read = plan.tokens(row)
         tokens[begin : begin + len(read)] = read
+        trained[begin : begin + len(read)] = plan.trained(row)
         padding = cut_padding(plan.seq_len - len(read))
         documents += [row.lengths, padding]
         sources += [row.sources, np.full(len(padding), PADDING_SOURCE, np.int16)]
@@ -161,10 +164,8 @@ def pack(plan: Plan, step: int, slots: list[int]) -> PackedBatch:
     cu_documents = np.cumsum(np.concatenate([np.zeros(1, np.int64), *documents]))
     cu_seqlens = np.cumsum(np.concatenate([np.zeros(1, np.int64), *segments]))
     source = np.concatenate(sources)
-    labels = np.append(tokens[1:], IGNORED_LABEL)
+    labels = np.append(np.where(trained, tokens, IGNORED_LABEL)[1:], IGNORED_LABEL)
     labels[cu_documents[1:] - 1] = IGNORED_LABEL
-    for document in np.flatnonzero(source == PADDING_SOURCE):
-        labels[cu_documents[document] : cu_documents[document + 1]] = IGNORED_LABEL
     return PackedBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),

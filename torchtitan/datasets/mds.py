@@ -2,8 +2,9 @@
 
 A folder has index.json, which lists shard files and their columns. A shard holds, little-endian: uint32 n, uint32
 offsets[n + 1] from the file's beginning, then anything up to the first offset, then n samples. A sample is the uint32
-sizes of those columns that have no fixed size, followed by the bytes of all columns. Only two columns are looked at:
-`input_ids`, and `indices` [k, 2], which says that a row is packed and where its documents begin and end.
+sizes of those columns that have no fixed size, followed by the bytes of all columns. Three columns are looked at:
+`input_ids`; `indices` [k, 2], which says that a row is packed and where its documents begin and end; and `mask`, which
+is 1 for the tokens of a conversation that are trained on.
 The library itself is not used: it pins old versions of what we need and cannot be imported beside PyTorch for CPUs.
 """
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
-import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from torchtitan.datasets.units import ASSISTANT
 from torchtitan.tools.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 INDEX_FILE = "index.json"
 COMPRESSIONS = ("bz2", "gz", "zstd")
+COLUMNS = ("input_ids", "indices", "mask")
 _INTEGERS = {8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 32: "uint32", 33: "int32", 64: "uint64", 65: "int64"}
 """Types that an array without a type in its encoding names by a byte, and that token ids may have."""
 
@@ -43,6 +43,11 @@ class MdsShard:
     size: int
     samples: int
     columns: tuple[tuple[str, str, int | None], ...]
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether it says which tokens are trained on."""
+        return any(name == "mask" for name, _, _ in self.columns)
 
 
 def find_mds(path: Path) -> list[Path]:
@@ -76,8 +81,6 @@ def read_index(path: Path) -> list[MdsShard]:
         raise UserError(
             f"{path} is damaged, or not the index of MDS shards: {type(error).__name__} {error}. Download it again."
         ) from error
-    if any(name == "mask" for shard in shards for name, _, _ in shard.columns):
-        logger.warning("%s: the column mask is not used; the loss will be taken over every token", path)
     return shards
 
 
@@ -107,7 +110,7 @@ def _shard(index: Path, about: dict[str, Any]) -> MdsShard:
             f"{path} has no column input_ids (it has {', '.join(encodings) or 'none'}): MDS folders are read if they "
             "hold token ids."
         )
-    for name in ("input_ids", "indices"):
+    for name in COLUMNS:
         if name in encodings:
             _parse_encoding(path, name, encodings[name])
     return MdsShard(str(path), compression, raw["bytes"], about["samples"], columns)
@@ -128,6 +131,7 @@ def _parse_encoding(path: str | Path, name: str, encoding: str) -> tuple[str, tu
 def read_shard(shard: MdsShard) -> Iterator[tuple[np.ndarray, bool]]:
     """The documents of a shard in order, int32[n] each, and whether it is whole: taken from a packed row as it is.
 
+    Where there are masks a document is int32[2, n], with the tokens' roles in its second row: assistant or other.
     UserError naming the file, and where it can the row, for whatever does not fit.
     """
     data = _read(shard)
@@ -149,12 +153,20 @@ def read_shard(shard: MdsShard) -> Iterator[tuple[np.ndarray, bool]]:
             raise UserError(f"{where}: input_ids has the shape {ids.shape}; it must have one dimension.")
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= 1 << 31):
             raise UserError(f"{where}: input_ids holds {ids.min()} to {ids.max()}, which are no token ids.")
-        ids = ids.astype(np.int32)
+        document = ids.astype(np.int32)
+        if "mask" in columns:
+            mask = columns["mask"]
+            if mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():
+                raise UserError(
+                    f"{where}: mask must be 0 or 1 for each of its {len(ids)} tokens; it has the shape {mask.shape} "
+                    f"and holds {np.array2string(mask.ravel(), threshold=8)}."
+                )
+            document = np.stack([document, np.where(mask, np.int32(ASSISTANT), np.int32(0))])
         if "indices" not in columns:
-            yield ids, False
+            yield document, False
             continue
         for start, stop in _spans(columns["indices"], len(ids), where):
-            yield ids[start:stop], True
+            yield document[..., start:stop], True
 
 
 def _read(shard: MdsShard) -> np.ndarray:
@@ -200,7 +212,7 @@ def _columns(shard: MdsShard, sample: np.ndarray, where: str) -> dict[str, np.nd
     result = {}
     at = varying
     for (name, encoding, _), size in zip(shard.columns, sizes):
-        if name in ("input_ids", "indices"):
+        if name in COLUMNS:
             try:
                 result[name] = _array(sample[at : at + size].tobytes(), *_parse_encoding(shard.path, name, encoding))
             except (ValueError, IndexError, KeyError) as error:

@@ -21,13 +21,24 @@ from torchtitan.config.job_config import Data, Source
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.mixture import Stream, build_streams, check_epochs, normalize
 from torchtitan.datasets.row_table import RowTable, build_table, load_table, lock_table, save_table
+from torchtitan.datasets.units import ASSISTANT
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """Version of the function (seed, step, slot) -> row; raised whenever the same inputs give other rows."""
 
-NOT_ROWS = ("name", "path", "weight", "text_field", "hub_subset", "hub_split", "hub_revision", "max_epochs")
+NOT_ROWS = (
+    "name",
+    "path",
+    "weight",
+    "text_field",
+    "messages_field",
+    "hub_subset",
+    "hub_split",
+    "hub_revision",
+    "max_epochs",
+)
 """Keys of a source that the rows do not depend on, beyond its share and its documents."""
 
 
@@ -179,6 +190,18 @@ class Plan:
                 separator = self.separators[source][:beyond]
                 parts.append(separator[max(0, beyond - int(length)) :])
         return np.concatenate(parts)
+
+    def trained(self, row: Row) -> np.ndarray:
+        """bool[sum of the row's lengths]: which of its tokens the loss may be on: of conversations the assistant's."""
+        parts = np.ones(int(row.lengths.sum()), bool)
+        for stop, source, document, start, length in zip(
+            np.cumsum(row.lengths), row.sources, row.documents, row.starts, row.lengths
+        ):
+            if self.corpora[source].has_roles:
+                roles = self.corpora[source].roles(int(document))[start : start + length]
+                parts[stop - length : stop] = False  # a separator has no role
+                parts[stop - length : stop - length + len(roles)] = roles == ASSISTANT
+        return parts
 
     def describe(self, step: int, slot: int) -> str:
         """One line for error messages: sources, documents and the tokens of each."""

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from torchtitan.datasets.chat import LEFT_OUT
 from torchtitan.datasets.dealing import deal, imbalance, undealt
 from torchtitan.datasets.mixture import piece_limit
 from torchtitan.datasets.plan import Plan
+from torchtitan.datasets.units import ASSISTANT, ROLES
 
 UNIGRAM_SAMPLE = 4_000_000
 """Tokens that the unigram model is counted on."""
@@ -38,6 +40,7 @@ def make_report(
     rows = plan.steps * plan.rows_per_step
     tokens = int(table.length.sum(dtype=np.int64))
     whole_rows = rows * (plan.seq_len * (plan.seq_len + 1) // 2)
+    sources = [_source_report(plan, source, tokens) for source in range(len(plan.names))]
     return {
         "fingerprint": plan.fingerprint,
         "inputs": plan.inputs,
@@ -45,12 +48,13 @@ def make_report(
         "steps": plan.steps,
         "rows": rows,
         "tokens": tokens,
+        "trained_tokens": sum(source["trained_tokens"] for source in sources),
         "padding_tokens": rows * plan.seq_len - tokens,
         "padding": 1 - tokens / (rows * plan.seq_len),
         "attention_work": float(table.work.sum(dtype=np.float64)) / whole_rows,
         "imbalance": _imbalance(plan, dp_degree, local_batch_size, flops_per_token, flops_per_pair),
         "unigram_nats": unigram_nats(plan),
-        "sources": [_source_report(plan, source, tokens) for source in range(len(plan.names))],
+        "sources": sources,
     }
 
 
@@ -78,9 +82,11 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
         "tokens": corpus.tokens,
         "longest_document": int(corpus.lengths.max()),
         "left_out": asdict(left_out),
+        "conversations_left_out": corpus.left_out,
         "share_asked": sum(s.share for s in streams),
         "share": tokens / all_tokens,
         "tokens_read": tokens,
+        **_roles_report(plan, source, document, start, length),
         "parts_read": len(length),
         "documents_split": int((in_parts > limit).sum()),
         "documents_split_that_fit": int((in_parts <= limit).sum()),
@@ -94,6 +100,24 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
         "documents_by_length_from": _histogram(corpus.lengths),
         "parts_by_length_from": _histogram(length),
     }
+
+
+def _roles_report(
+    plan: Plan, source: int, document: np.ndarray, start: np.ndarray, length: np.ndarray
+) -> dict[str, Any]:
+    """Tokens that are read by role, where a source has roles, and those that the loss is on: a part's first is on no
+    label. Parts of documents: int32[P] each."""
+    corpus = plan.corpora[source]
+    if not corpus.has_roles:
+        return {"trained_tokens": int(length.sum(dtype=np.int64)) - len(length)}
+    counts = np.zeros(len(ROLES), np.int64)
+    trained = 0
+    parts, times = np.unique(np.stack([document, start, length]), axis=1, return_counts=True)
+    for (index, first, tokens), read in zip(parts.T.tolist(), times.tolist()):
+        roles = corpus.roles(index)[first : first + tokens]
+        counts += read * np.bincount(roles, minlength=len(ROLES))
+        trained += read * int((roles[1:] == ASSISTANT).sum())
+    return {"trained_tokens": trained, "tokens_by_role": dict(zip(ROLES, counts.tolist()))}
 
 
 def _worst_window(plan: Plan, mine: np.ndarray, share: float) -> float:
@@ -146,11 +170,12 @@ def _imbalance(
 def unigram_nats(plan: Plan) -> float:
     """Cross-entropy in nats of the unigram model of the planned data: what a model that ignores context reaches.
 
-    The entropy of the tokens' frequencies in rows spread over the plan.
+    The entropy of the frequencies, in rows spread over the plan, of the tokens that the loss is on.
     """
     rows = plan.steps * plan.rows_per_step
     picked = np.linspace(0, rows - 1, min(rows, math.ceil(UNIGRAM_SAMPLE / plan.seq_len))).astype(np.int64)
-    tokens = [plan.tokens(plan.row(*divmod(int(index), plan.rows_per_step))) for index in picked]
+    picked_rows = [plan.row(*divmod(int(index), plan.rows_per_step)) for index in picked]
+    tokens = [plan.tokens(row)[plan.trained(row)] for row in picked_rows]
     counts = np.unique(np.concatenate(tokens), return_counts=True)[1]
     shares = counts / counts.sum()
     return float(-(shares * np.log(shares)).sum())
@@ -213,6 +238,12 @@ def format_report(report: dict[str, Any]) -> str:
             )
         if inputs["strategy"] == "per_source_upsampling" and s["tokens_read"] and s["long_share"] == 0:
             lines.append(f"warning: source {s['name']} has no document of more than {threshold:,} tokens to raise")
+        if "tokens_by_role" in s:
+            roles = ", ".join(f"{role} {n:,}" for role, n in s["tokens_by_role"].items())
+            share = s["trained_tokens"] / max(1, s["tokens_read"])
+            lines.append(f"{s['name']}: the loss is on {s['trained_tokens']:,} tokens ({share:.1%}); by role: {roles}")
+        for reason, count in s["conversations_left_out"].items():
+            lines.append(f"left out of {s['name']}: {count:,} conversations {LEFT_OUT[reason]}")
         reasons = {
             "below_min_length": "shorter than min_length",
             "above_max_length": "longer than max_length",

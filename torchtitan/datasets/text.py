@@ -1,4 +1,4 @@
-"""Text files -> documents: .jsonl and .parquet (a field of each record) and .txt (a file is a document).
+"""Text files -> documents: .jsonl and .parquet (some fields of each record) and .txt (a file is a document).
 
 A file is cut into spans, each of which one worker reads without looking at the rest. What cannot be read is a
 UserError that names the file and, where there are lines, the line.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torchtitan.config.job_config import Data, Source
 from torchtitan.datasets.source_files import files_below, matching_files, source_path
@@ -21,6 +21,18 @@ from torchtitan.tools.errors import UserError
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".jsonl", ".parquet", ".txt")
+
+Document = TypeVar("Document")
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What is read of a record: the field `name`, which the source's key `key` names, and those of `beside` that are
+    there."""
+
+    key: str
+    name: str
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,26 +90,35 @@ def spans_of(path: str, target: int) -> Iterator[Span]:
 
 def read_documents(span: Span, text_field: str) -> Iterator[str]:
     """The texts of a span in order, empty ones too."""
+    return read_records(span, Fields("text_field", text_field), lambda r: as_text(r[text_field], text_field))
+
+
+def read_records(span: Span, wanted: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
+    """What `read` makes of each record of a span, in order; a ValueError of it becomes a UserError that says where."""
     if span.path.endswith(".jsonl"):
-        return _read_jsonl(span, text_field)
+        return _read_jsonl(span, wanted, read)
     if span.path.endswith(".parquet"):
-        return _read_parquet(span, text_field)
-    return _read_txt(span)
+        return _read_parquet(span, wanted, read)
+    return _read_txt(span, wanted, read)
 
 
-def _read_txt(span: Span) -> Iterator[str]:
+def _read_txt(span: Span, wanted: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
     with open(span.path, "rb") as file:
         content = file.read()
     try:
-        yield content.decode("utf-8-sig")  # -sig: a byte order mark is not text
+        text = content.decode("utf-8-sig")  # -sig: a byte order mark is not text
     except UnicodeDecodeError as error:
         raise UserError(
             f"{span.path} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}. Convert it "
             "(e.g. iconv -f latin1 -t utf-8) or take it out of the source."
         ) from error
+    try:
+        yield read({wanted.name: text})
+    except ValueError as error:
+        raise UserError(f"{span.path}: {error}") from error
 
 
-def _read_jsonl(span: Span, text_field: str) -> Iterator[str]:
+def _read_jsonl(span: Span, wanted: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
     with open(span.path, "rb") as file:
         if span.start:  # the line that begins before the span belongs to the span before
             file.seek(span.start - 1)
@@ -105,16 +126,18 @@ def _read_jsonl(span: Span, text_field: str) -> Iterator[str]:
         while (start := file.tell()) < span.stop:
             line = file.readline()
             try:
-                text = _parse_line(line, text_field, first=start == 0)
+                record = _parse_line(line, wanted, first=start == 0)
+                if record is None:
+                    continue
+                document = read(record)
             except ValueError as error:
                 number = _line_number(span.path, start)
                 raise UserError(f"{span.path} line {number}: {error}") from error
-            if text is not None:
-                yield text
+            yield document
 
 
-def _parse_line(line: bytes, text_field: str, first: bool) -> str | None:
-    """Text of a line, None for a blank line; ValueError says what is wrong with it."""
+def _parse_line(line: bytes, wanted: Fields, first: bool) -> dict[str, Any] | None:
+    """Record of a line, None for a blank line; ValueError says what is wrong with it."""
     try:
         decoded = line.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
@@ -133,13 +156,13 @@ def _parse_line(line: bytes, text_field: str, first: bool) -> str | None:
             "a line; mend the line or take it out."
         ) from error
     if not isinstance(record, dict):
-        raise ValueError(f"the record is a JSON {type(record).__name__}, not an object with a field {text_field!r}.")
-    if text_field not in record:
+        raise ValueError(f"the record is a JSON {type(record).__name__}, not an object with a field {wanted.name!r}.")
+    if wanted.name not in record:
         there = ", ".join(map(repr, record)) or "none"
         raise ValueError(
-            f"no field {text_field!r}; the record has {there}. Set the source's text_field to the right one."
+            f"no field {wanted.name!r}; the record has {there}. Set the source's {wanted.key} to the right one."
         )
-    return as_text(record[text_field], text_field)
+    return record
 
 
 def as_text(value: Any, text_field: str) -> str:
@@ -172,23 +195,25 @@ def _open_parquet(path: str) -> Any:
         raise UserError(f"{path} is not a Parquet file that can be read: {error}.") from error
 
 
-def _read_parquet(span: Span, text_field: str) -> Iterator[str]:
+def _read_parquet(span: Span, wanted: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
     import pyarrow as pa
 
     file = _open_parquet(span.path)
     names = file.schema_arrow.names
-    if text_field not in names:
+    if wanted.name not in names:
         raise UserError(
-            f"{span.path} has no column {text_field!r} (the source's text_field); it has {', '.join(map(repr, names))}."
+            f"{span.path} has no column {wanted.name!r} (the source's {wanted.key}); it has "
+            f"{', '.join(map(repr, names))}."
         )
+    columns = [wanted.name, *(name for name in wanted.beside if name in names)]
     row = sum(file.metadata.row_group(i).num_rows for i in range(span.start))
     try:
-        for batch in file.iter_batches(64, row_groups=list(range(span.start, span.stop)), columns=[text_field]):
-            for value in batch.column(0):
+        for batch in file.iter_batches(64, row_groups=list(range(span.start, span.stop)), columns=columns):
+            for index in range(len(batch)):
                 row += 1
-                yield as_text(value.as_py(), text_field)
+                yield read({name: batch.column(name)[index].as_py() for name in columns})
     except UnicodeDecodeError as error:
-        raise UserError(f"{span.path} row {row}: {text_field!r} is not UTF-8 at byte {error.start}.") from error
+        raise UserError(f"{span.path} row {row}: {wanted.name!r} is not UTF-8 at byte {error.start}.") from error
     except ValueError as error:
         if isinstance(error, pa.ArrowException):
             raise UserError(f"{span.path} is damaged near row {row}: {error}.") from error

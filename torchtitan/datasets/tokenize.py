@@ -1,9 +1,10 @@
 """A source -> a tokenized corpus on disk, once: the cache that every rank, job and stage shares.
 
-The result is a Hugging Face dataset folder (load_from_disk reads it) with one column `input_ids`, a document a row,
-and corpus.json beside it that says what it was made of. Its name carries a key over the content, the tokenizer and
-the BOS/EOS policy, so another input is another folder. Here the work on files is laid out and done: text is encoded,
-token ids in MDS shards are taken over. units.py says how it gets to the disk; datasets of the hub are in hub.py.
+The result is a Hugging Face dataset folder (load_from_disk reads it) with a column `input_ids`, a document a row, for
+conversations another one, `roles`, and corpus.json beside it that says what it was made of. Its name carries a key over
+the content, the tokenizer and the BOS/EOS policy or chat template, so another input is another folder. Here the work on
+files is laid out and done: text is encoded, token ids in MDS shards are taken over. units.py says how it gets to the
+disk; datasets of the hub are in hub.py.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchtitan.config.job_config import Data, Source
+from torchtitan.datasets.chat import ChatEncoder
 from torchtitan.datasets.documents import Encoder, make_encoder, policy_about, policy_key
 from torchtitan.datasets.hub import is_hub, stream_source
 from torchtitan.datasets.mds import MdsShard, find_mds, read_index, read_shard
 from torchtitan.datasets.source_files import ChangedError, check_unchanged, hash_files, source_path
-from torchtitan.datasets.text import Span, find_text_files, read_documents, spans_of
+from torchtitan.datasets.text import Span, find_text_files, read_records, spans_of
 from torchtitan.datasets.units import (
     Counts,
     Place,
@@ -94,14 +96,21 @@ def tokenize_shard(
 def _tokenize_files(
     cache: Path, source: Source, tokenizer: Tokenizer, data: Data, index: int, count: int, num_proc: int
 ) -> Path | None:
-    encoder = make_encoder(tokenizer, data)
+    encoder = make_encoder(source, tokenizer, data)
     indexes = find_mds(source_path(source, data).absolute())
+    if indexes and isinstance(encoder, ChatEncoder):
+        raise UserError(
+            f"Data source {source.name!r} has messages_field = {source.messages_field!r}, but its path {source.path!r} "
+            "is a folder of MDS shards, which hold tokens: leave messages_field out. Their column mask is used."
+        )
     mds_shards = [shard for path in indexes for shard in read_index(path)]
     paths = [*indexes, *(Path(shard.path) for shard in mds_shards)] if indexes else find_text_files(source, data)
     files = hash_files(paths, cache)
-    what = "mds" if indexes else source.text_field
+    what = "mds" if indexes else encoder.fields.name
+    if mds_shards and any(shard.has_mask for shard in mds_shards):
+        what = "mds with masks"
     content = [(Path(file.path).suffix, file.sha256) for file in files]
-    name = folder_name(source.name, [[*policy_key(tokenizer, data), what], content])
+    name = folder_name(source.name, [[*policy_key(source, tokenizer, data), what], content])
     if is_made(cache, name):
         return cache / name
 
@@ -110,8 +119,7 @@ def _tokenize_files(
     units = into_units(parts, target)
     sizes = [sum(part.size for part in unit) for unit in units]
     place = Place(cache, name, cut_of([[part.size for part in unit] for unit in units]))
-    about = policy_about(tokenizer, data) | {
-        "text_field": source.text_field,
+    about = policy_about(source, tokenizer, data) | {
         "path": source.path,
         "fingerprint": name.rpartition("-")[2],
         "files": [asdict(file) for file in files],
@@ -120,7 +128,7 @@ def _tokenize_files(
 
     def documents(unit: list[Any]) -> Iterator[np.ndarray]:
         for part in unit:
-            yield from _documents_of(part, source.text_field, encoder)
+            yield from _documents_of(part, encoder)
             check_unchanged(known[part.path])  # before the unit counts as done: the key stands for this content
 
     # A shard's lock is held while its units are made, so that of two processes with the same shard, like the ranks of
@@ -134,7 +142,8 @@ def _tokenize_files(
         what = f"{len(mds_shards)} MDS shards" if indexes else f"{len(files)} files of text"
         logger.info("%s: tokenizing %s, %.1f MB", source.name, what, sum(file.size for file in files) / 1e6)
         try:
-            _make_units(place, range(index, len(units), count), sizes, done, lambda i: documents(units[i]), num_proc)
+            mine = range(index, len(units), count)
+            _make_units(place, mine, sizes, done, lambda i: documents(units[i]), encoder.closing, num_proc)
         except ChangedError:
             raise  # what is done is of the content that was hashed, and good if only the file's time has changed
         except UserError:
@@ -166,12 +175,13 @@ def _make_units(
     sizes: Sequence[int],
     done: dict[int, Counts],
     documents: Callable[[int], Iterator[np.ndarray]],
+    closing: Callable[[], Counts],
     num_proc: int,
 ) -> None:
     """Make those of the units `mine` that are not done. sizes: of all units, for the progress."""
 
     def work(unit: int) -> Counts:
-        return unit_counts(place, unit) or write_unit(place, unit, documents(unit))  # perhaps done by now
+        return unit_counts(place, unit) or write_unit(place, unit, documents(unit), closing)  # perhaps done by now
 
     todo = [unit for unit in mine if unit not in done]
     total, left = sum(sizes[unit] for unit in mine), sum(sizes[unit] for unit in todo)
@@ -180,14 +190,16 @@ def _make_units(
         progress.advance(1, sizes[unit], counts["tokens"])
 
 
-def _documents_of(part: Span | MdsShard, text_field: str, encoder: Encoder) -> Iterator[np.ndarray]:
-    """The documents of a part of a file, int32[n] each."""
+def _documents_of(part: Span | MdsShard, encoder: Encoder | ChatEncoder) -> Iterator[np.ndarray]:
+    """The documents of a part of a file, int32[n] each, or int32[2, n] with the tokens' roles."""
     if isinstance(part, MdsShard):
-        for ids, whole in read_shard(part):
-            yield ids if whole or not len(ids) else encoder.add_ends(ids)
+        assert isinstance(encoder, Encoder)
+        for document, whole in read_shard(part):
+            yield document if whole or not document.size else encoder.add_ends(document)
     else:
-        for text in read_documents(part, text_field):
-            yield encoder.encode_batch([text])[0]
+        read: Callable[[dict[str, Any]], Any] = encoder.read
+        for one in read_records(part, encoder.fields, read):
+            yield encoder.encode_batch([one])[0]
 
 
 def into_units(parts: Sequence[Any], target: int) -> list[list[Any]]:

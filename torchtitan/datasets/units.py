@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,14 @@ FORMAT = 1
 RECORD_BATCH_TOKENS = 4 << 20  # held by a worker at a time
 
 Counts = dict[str, Any]
-"""Of a unit: documents, tokens, empty, max_token_id, bytes (of its .arrow file), and what its writer adds."""
+"""Of a unit: documents, tokens, empty, max_token_id, bytes (of its .arrow file), tokens_by_role where they have roles,
+and what its writer adds."""
+
+ROLES = ("other", "system", "user", "tool", "assistant")
+"""What a token of a conversation belongs to, by its number in the column `roles`; other: what is around the messages.
+The loss is on the assistant's alone."""
+
+ASSISTANT = ROLES.index("assistant")
 
 
 @dataclass(frozen=True)
@@ -120,43 +128,59 @@ def begin(place: Place) -> dict[int, Counts] | None:
 def write_unit(
     place: Place, index: int, documents: Iterable[np.ndarray], closing: Callable[[], Counts] = dict
 ) -> Counts:
-    """Write unit `index` of the documents' tokens (int32[n] each; empty ones are only counted) and return its counts.
+    """Write unit `index` of the documents' tokens and return its counts.
 
-    closing is called when the documents are at an end; what it returns is kept with the counts.
+    A document is int32[n], or int32[2, n] with the tokens' roles in its second row; all of a corpus are alike. Empty
+    ones are only counted. closing is called when the documents are at an end; what it returns is kept with the counts.
     """
     import pyarrow as pa
 
-    schema = features().arrow_schema
     counts: Counts = {"documents": 0, "tokens": 0, "empty": 0, "max_token_id": -1}
+    by_role = np.zeros(len(ROLES), np.int64)
     lengths: list[int] = []
-    parts: list[np.ndarray] = []
+    parts: list[np.ndarray] = []  # int32[1 or 2, n] each
+    writer = None
 
     def flush() -> None:
-        if lengths:
-            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-            column = pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(parts)))
-            writer.write_batch(pa.record_batch([column], schema=schema))
-            lengths.clear()
-            parts.clear()
+        nonlocal writer
+        if not lengths:
+            return
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        tokens, *roles = np.concatenate(parts, axis=1)
+        values = [pa.array(tokens), *(pa.array(row.astype(np.int8)) for row in roles)]
+        schema = features(with_roles=bool(roles)).arrow_schema
+        if writer is None:
+            writer = pa.ipc.new_stream(sink, schema)
+        columns = [pa.ListArray.from_arrays(offsets, column) for column in values]
+        writer.write_batch(pa.record_batch(columns, schema=schema))
+        lengths.clear()
+        parts.clear()
 
     with _written_aside(unit_file(place, index)) as path:
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        with pa.OSFile(str(path), "wb") as sink:
             held = 0
-            for tokens in documents:
-                if not len(tokens):
+            for document in map(np.atleast_2d, documents):
+                length = document.shape[1]
+                if not length:
                     counts["empty"] += 1
                     continue
-                if held + len(tokens) > RECORD_BATCH_TOKENS:
+                if held + length > RECORD_BATCH_TOKENS:
                     flush()
                     held = 0
-                held += len(tokens)
-                lengths.append(len(tokens))
-                parts.append(tokens)
+                held += length
+                lengths.append(length)
+                parts.append(document)
                 counts["documents"] += 1
-                counts["tokens"] += len(tokens)
-                counts["max_token_id"] = max(counts["max_token_id"], int(tokens.max()))
+                counts["tokens"] += length
+                counts["max_token_id"] = max(counts["max_token_id"], int(document[0].max()))
+                if len(document) > 1:
+                    by_role += np.bincount(document[1], minlength=len(ROLES))
             flush()
+            if writer is not None:
+                writer.close()
         counts["bytes"] = os.path.getsize(path)
+    if by_role.any():
+        counts["tokens_by_role"] = by_role.tolist()
     counts |= closing()
     with _written_aside(unit_file(place, index).with_suffix(".json")) as path:
         path.write_text(json.dumps(counts))
@@ -198,11 +222,13 @@ def finish(place: Place, units: int, about: dict[str, Any]) -> list[int]:
         if missing := [index for index in range(units) if index not in done]:
             return missing
         kept = [index for index in range(units) if done[index]["documents"]]
+        left_out: Counter[str] = sum((Counter(done[i].get("left_out", {})) for i in range(units)), Counter())
         if not kept:
             shutil.rmtree(place.aside, ignore_errors=True)
+            why = ", ".join(f"{reason} {count}" for reason, count in left_out.items()) or "empty or blank"
             raise UserError(
                 f"Data source {place.source!r} holds no document with text: all that its path {about['path']!r} names "
-                "is empty or blank."
+                f"is left out ({why})."
             )
         names = [f"data-{number:05d}-of-{len(kept):05d}.arrow" for number in range(len(kept))]
         about = about | {
@@ -212,6 +238,10 @@ def finish(place: Place, units: int, about: dict[str, Any]) -> list[int]:
             "max_token_id": max(done[i]["max_token_id"] for i in kept),
             "shards": [{"name": name, "size": done[i]["bytes"]} for name, i in zip(names, kept)],
         }
+        by_role = np.array([done[i].get("tokens_by_role", [0] * len(ROLES)) for i in kept]).sum(axis=0)
+        with_roles = bool(by_role.any())
+        if with_roles:
+            about |= {"tokens_by_role": dict(zip(ROLES, by_role.tolist())), "left_out": dict(left_out)}
         with _written_aside(place.aside / CORPUS_FILE) as path:
             path.write_text(json.dumps(about, indent=1))
         whole = place.aside / "whole"  # a folder of its own: nothing that a late worker writes gets into the corpus
@@ -219,7 +249,7 @@ def finish(place: Place, units: int, about: dict[str, Any]) -> list[int]:
         for name, index in zip(names, kept):
             if unit_file(place, index).exists():  # else a run before this one has moved it
                 os.replace(unit_file(place, index), whole / name)
-        _write_dataset_files(place.aside, whole, names)
+        _write_dataset_files(place.aside, whole, names, with_roles)
         shutil.copyfile(place.aside / CORPUS_FILE, whole / CORPUS_FILE)
         for path in [*whole.iterdir(), whole]:
             sync(path)
@@ -229,14 +259,15 @@ def finish(place: Place, units: int, about: dict[str, Any]) -> list[int]:
     return []
 
 
-def _write_dataset_files(aside: Path, whole: Path, shards: list[str]) -> None:
+def _write_dataset_files(aside: Path, whole: Path, shards: list[str], with_roles: bool) -> None:
     """dataset_info.json and state.json as the datasets library writes them, with our shards in place of its own."""
     import datasets
 
     empty = aside / "empty"
     quiet = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    datasets.Dataset.from_dict({"input_ids": []}, features=features()).save_to_disk(str(empty))
+    columns = features(with_roles)
+    datasets.Dataset.from_dict({name: [] for name in columns}, features=columns).save_to_disk(str(empty))
     if not quiet:
         datasets.enable_progress_bars()
     state = json.loads((empty / "state.json").read_text())
@@ -245,12 +276,13 @@ def _write_dataset_files(aside: Path, whole: Path, shards: list[str]) -> None:
     shutil.copyfile(empty / "dataset_info.json", whole / "dataset_info.json")
 
 
-def features() -> Any:
+def features(with_roles: bool = False) -> Any:
     """The columns of a corpus, for the datasets library."""
     import pyarrow as pa
     from datasets import Features
 
-    return Features.from_arrow_schema(pa.schema([("input_ids", pa.list_(pa.int32()))]))
+    columns = [("input_ids", pa.list_(pa.int32())), ("roles", pa.list_(pa.int8()))]
+    return Features.from_arrow_schema(pa.schema(columns[: 1 + with_roles]))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -52,7 +53,12 @@ class ParallelDims:
         """Whether this rank's loss and token counts enter a sum over the world: its tp copies hold the same ones."""
         return self.mesh["tp"].get_local_rank() == 0
 
-    @property
+    @cached_property  # one object, however many models are built: torch.compile takes two equal meshes for two
+    def tp_mesh(self) -> DeviceMesh:
+        """Ranks that share each matrix."""
+        return self.parameter_mesh["tp"]
+
+    @cached_property
     def fsdp_mesh(self) -> DeviceMesh:
         """1-D for FSDP, 2-D (replicate, shard) for HSDP."""
         replicated = self.size("dp_replicate") > 1

@@ -46,7 +46,7 @@ def build_sharded_model(
         group = dims.mesh.get_group("cp")
         apply_context_parallel(model, group, p.context_parallel_exchange, p.context_parallel_head_chunks)
     if dims.size("tp") > 1:
-        apply_tensor_parallel(model, dims.parameter_mesh["tp"])
+        apply_tensor_parallel(model, dims.tp_mesh)
     tiles = config.training.mlp_tile_tokens
     if tiles is not None:
         apply_tiled_mlp(model, tiles, dims.size("tp"))

@@ -84,8 +84,8 @@ def check_quantize(args: TransformerArgs, quantize: Quantize, tp: int, tokens: i
         raise UserError(
             f"FP8 kernels multiply multiples of {MULTIPLE} tokens, but a rank's micro-batch (training.seq_len * "
             f"local_batch_size / context_parallel_degree) has {tokens} = {tokens // MULTIPLE} * {MULTIPLE} + "
-            f"{tokens % MULTIPLE}. Choose a training.seq_len that is a multiple of {MULTIPLE}, or "
-            'quantize.recipe_name = "none".'
+            f"{tokens % MULTIPLE}. Choose a training.seq_len that is a multiple of {MULTIPLE}, or no FP8 "
+            '(quantize.recipe_name = "none").'
         )
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.config
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
@@ -70,6 +69,13 @@ def mark_dynamic(dimensions: list[tuple[torch.Tensor, int]]) -> None:
         torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
 
+def compilations() -> int:
+    """How often torch.compile has translated a function in this process, counting each function as often as it was
+    given something that its earlier translations are not for."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # to import it takes a second, and nothing has been compiled then
+    return dynamo.counters["frames"]["total"] if dynamo else 0
+
+
 def attention_operators() -> set[Any]:
     """The operators that PyTorch's attention kernels are behind, as a dispatch mode sees them; of those that exist."""
     aten = torch.ops.aten
@@ -93,13 +99,9 @@ def attention_operators() -> set[Any]:
 def visible_regions() -> dict[str, Any] | None:
     """torch.compile's options with which a compiled region is one operator to dispatch modes; None where PyTorch is too
     old for them, and such a region is recomputed."""
+    import torch._higher_order_ops  # here: of many processes only one that recomputes pays for them
+    import torch._inductor.config
+
     name = "wrap_inductor_compiled_regions"
     known = hasattr(torch._inductor.config, name) and hasattr(torch._higher_order_ops, "inductor_compiled_code")
     return {name: True} if known else None
-
-
-def compilations() -> int:
-    """How often torch.compile has translated a function in this process, counting each function as often as it was
-    given something that its earlier translations are not for."""
-    dynamo = sys.modules.get("torch._dynamo.utils")  # to import it takes a second, and nothing has been compiled then
-    return dynamo.counters["frames"]["total"] if dynamo else 0

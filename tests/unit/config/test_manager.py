@@ -222,7 +222,7 @@ def test_a_slip_in_any_name_is_put_right(name: str) -> None:
         ("model.tokenizer_path", "model.hf_assets_path"),
         ("checkpoint.enable_checkpoint", "checkpoint.enable"),
         ("experimental.pipeline_parallel_degree", "pipeline parallelism is not offered"),
-        ("float8.enable_fsdp_float8_all_gather", "float8"),
+        ("float8.enable_fsdp_float8_all_gather", "[quantize]"),
     ],
 )
 def test_keys_of_torchtitan_are_explained_in_files_and_on_the_command_line(

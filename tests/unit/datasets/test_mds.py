@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from torchtitan.datasets import tokenize
 from torchtitan.datasets.corpus import open_corpus, resolve_source
 from torchtitan.datasets.mds import find_mds, read_index, read_shard
 from torchtitan.datasets.tokenize import tokenize_source
+from torchtitan.datasets.units import ASSISTANT
 from torchtitan.tools.errors import UserError
 
 FIXTURES = Path(__file__).parent / "data"  # make_mds.py in there wrote them
@@ -119,16 +119,51 @@ def test_gz_and_a_raw_shard_beside_its_compressed_one(tmp_path: Path) -> None:
     assert [ids.tolist() for shard in shards for ids, _ in read_shard(shard)] == unpacked(False, False)
 
 
-def test_a_loss_mask_is_not_passed_over_in_silence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(logging.getLogger("torchtitan"), "propagate", True)
-    shutil.copytree(FIXTURES / "mds_unpacked", tmp_path / "m")
-    index = tmp_path / "m" / "index.json"
-    index.write_text(index.read_text().replace('"domain"', '"mask"'))
-    assert len(read_index(index)) == 2
-    (warning,) = caplog.messages
-    assert str(index) in warning and "mask" in warning
+def write_masked(folder: Path, ids: list[int], indices: list[list[int]] | None, mask: list[int]) -> None:
+    """A folder of one row, by hand: as MDSWriter writes arrays whose encoding names neither type nor shape."""
+
+    def array(values: Any, dtype: str, code: int) -> bytes:
+        made = np.array(values, dtype)
+        shape = np.array(made.shape, "<u4").tobytes()
+        return bytes([code, made.ndim << 2 | 2]) + shape + made.tobytes()
+
+    columns = {"input_ids": array(ids, "<i4", 33), "mask": array(mask, "<u1", 8)}
+    if indices is not None:
+        columns["indices"] = array(indices, "<u4", 32)
+    names = sorted(columns)
+    sample = np.array([len(columns[n]) for n in names], "<u4").tobytes() + b"".join(columns[n] for n in names)
+    content = np.array([1, 12, 12 + len(sample)], "<u4").tobytes() + sample
+    folder.mkdir()
+    (folder / "shard.00000.mds").write_bytes(content)
+    shard = {"column_names": names, "column_encodings": ["ndarray"] * len(names), "column_sizes": [None] * len(names)}
+    shard |= {"format": "mds", "version": 2, "samples": 1, "compression": None, "zip_data": None}
+    shard |= {"raw_data": {"basename": "shard.00000.mds", "bytes": len(content), "hashes": {}}}
+    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": [shard]}))
+
+
+def test_a_loss_mask_becomes_roles(tmp_path: Path, tokenizer: Tokenizer, data: Data) -> None:
+    """As ProLong's instruction data have it: packed conversations, 1 where the loss is; no ends are added to them."""
+    ids, mask = list(range(10, 19)), [0, 0, 1, 1, 0, 0, 1, 0, 1]
+    write_masked(tmp_path / "packed", ids, [[0, 4], [4, 9]], mask)
+    write_masked(tmp_path / "whole", ids, None, mask)
+    for name, spans in (("packed", [(0, 4), (4, 9)]), ("whole", [(0, 9)])):
+        corpus = resolve_source(Source(name=name, path=str(tmp_path / name)), tokenizer, data)
+        assert corpus.has_roles
+        for index, (start, stop) in enumerate(spans):
+            assert corpus.document(index).tolist() == ids[start:stop]
+            assert (corpus.roles(index) == ASSISTANT).astype(int).tolist() == mask[start:stop]
+    write_masked(tmp_path / "short", ids, None, mask[1:])
+    with pytest.raises(UserError, match=r"shard.00000.mds row 0: mask must be 0 or 1 for each of its 9 tokens"):
+        resolve_source(Source(name="short", path=str(tmp_path / "short")), tokenizer, data)
+    with pytest.raises(UserError, match=r"'packed' has messages_field = 'messages', but .* MDS shards"):
+        source = Source(name="packed", path=str(tmp_path / "packed"), messages_field="messages")
+        resolve_source(source, replace(tokenizer, folder=str(chat_assets(tmp_path / "assets"))), data)
+
+
+def chat_assets(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    return folder
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:

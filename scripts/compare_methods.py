@@ -1,0 +1,349 @@
+"""Ways to extend a context, side by side: a small model is trained at 1K and extended to 4K by each, on a CPU.
+
+    python scripts/compare_methods.py WORK                       # untouched, ABF, PI, YaRN
+    python scripts/compare_methods.py WORK --methods all         # also NTK, GeNE, PoSE, LongRecipe, and 1K for longer
+
+The documents reward copying from afar. They are made of real words: sentences out of Python's own documentation, and
+between them facts, `KEY VALUE VALUE VALUE .`, each of which stands at several places of a document with the same
+values: those of the first place cannot be known, those of the others can only be copied. A stage of 128 tokens, in
+which copying is learned soonest, comes before the one of 1K. Every extension goes on from the same 1K checkpoint with
+the same number of tokens. Measured on other documents: whether all values of a fact are the likeliest tokens, by the
+length of the document, where the fact is stated at its beginning and recalled at its end alone; and the loss by
+position. All stages are trained by run_train.sh's own code. Leaves results.json, table.md and plot.png in WORK; what is
+there already is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from torchtitan.attention.segments import Segments
+from torchtitan.evaluation.loading import Loaded, load
+from torchtitan.evaluation.loss_by_position import loss_by_position, rope_for
+
+FIRST, SHORT, LONG = 128, 1024, 4096
+FILLER, KEYS, VALUES = 256, 100, 300  # words of each kind
+IN_FACT = 3  # values
+PLACES = 4
+"""Of a fact in a document, or more where there would be more facts than keys."""
+
+FACT_SHARE = 0.9
+"""Of a document's words."""
+
+UNKNOWN, STOP = "<unknown>", "."
+LENGTHS = (256, 512, 1024, 1536, 2048, 3072, 4096)
+EDGES = (0, 256, 512, 768, 1024, 1536, 2048, 2560, 3072, 3584, 4096)
+
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": SHORT,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """length: of the rows it is trained on. rope, data: keys of these tables."""
+
+    title: str
+    length: int
+    rope: str = ""
+    data: str = ""
+
+
+TO_LONG = f"factor = {LONG / SHORT}"
+ORIGINAL = f"original_max_position_embeddings = {SHORT}"
+ABF = "theta = 2e5"
+METHODS = {
+    "untouched": Method("untouched", SHORT),  # the 1K stage itself
+    "abf": Method("ABF, base 2e5", LONG, ABF),
+    "pi": Method("PI", LONG, f'type = "linear"\n{TO_LONG}'),
+    "yarn": Method("YaRN", LONG, f'type = "yarn"\n{TO_LONG}\n{ORIGINAL}'),
+    "ntk": Method("NTK-aware", LONG, f'type = "ntk"\n{TO_LONG}'),
+    "gene": Method("GeNE", LONG, f'type = "gene"\n{TO_LONG}\n{ORIGINAL}'),
+    "pose": Method(
+        "PoSE with PI", SHORT, f'type = "linear"\n{TO_LONG}', f'positions = "pose"\ntarget_seq_len = {LONG}'
+    ),
+    "longrecipe": Method("LongRecipe with ABF", SHORT, ABF, f'positions = "longrecipe"\ntarget_seq_len = {LONG}'),
+    "short": Method("1K for longer", SHORT),
+}
+PROOF = ("untouched", "abf", "pi", "yarn")
+
+STAGE = """{head}
+[job]
+dump_folder = "{work}/{name}"
+[stage]
+after = "{after}"
+[model]
+flavor = "auto"
+hf_assets_path = "{work}/assets"
+[rope]
+{rope}
+[training]
+seq_len = {length}
+local_batch_size = {rows}
+global_batch_tokens = {batch}
+steps = {steps}
+mixed_precision_param = "float32"
+[optimizer]
+lr = {lr}
+[lr_scheduler]
+warmup_steps = {warmup}
+decay_type = "cosine"
+min_lr_factor = 0.1
+[metrics]
+log_freq = 50
+enable_tensorboard = false
+[checkpoint]
+enable = true
+interval = 1000000
+[data]
+cache_folder = "{work}/cache"
+folder = "{work}"
+add_bos = false
+add_eos = false
+{data}
+[[data.sources]]
+name = "facts"
+path = "{length}.jsonl"
+"""
+
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Words:
+    """Real words; sentences are of filler words alone."""
+
+    filler: list[str]
+    keys: list[str]
+    values: list[str]
+    sentences: list[list[str]]
+
+    @property
+    def all(self) -> list[str]:
+        """The vocabulary."""
+        return [UNKNOWN, STOP, *self.filler, *self.keys, *self.values]
+
+
+def find_words() -> Words:
+    """The most frequent words of Python's documentation, which is installed with it, and its sentences in the first of
+    these; keys and values are the words that come next."""
+    from pydoc_data.topics import topics
+
+    found = [re.findall("[a-z]+", part.lower()) for text in topics.values() for part in re.split(r"[.!?:]\s", text)]
+    counts = Counter(word for sentence in found for word in sentence if len(word) > 1)
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    filler, keys, values = ranked[:FILLER], ranked[FILLER:][:KEYS], ranked[FILLER + KEYS :][:VALUES]
+    sentences = [[word for word in sentence if word in set(filler)] for sentence in found]
+    return Words(filler, keys, values, [[*s, STOP] for s in sentences if 4 <= len(s) <= 30])
+
+
+def make_document(words: Words, length: int, random: np.random.Generator, needle: bool = False) -> list[str]:
+    """`length` words. With needle one fact is stated at the beginning and recalled at the end, and nowhere else; the
+    document ends with its values."""
+    size = IN_FACT + 2
+    facts = max(1, min(round(length * FACT_SHARE / size / PLACES), KEYS))
+    places = max(2, round(length * FACT_SHARE / size / facts))
+    keys = random.permutation(words.keys)[:facts]
+    values = random.permutation(words.values)[: facts * IN_FACT].reshape(facts, IN_FACT)
+    parts = [(when, [k, *v, STOP]) for k, v in zip(keys, values) for when in random.random(places)]
+    left = length - size * len(parts)
+    if needle:
+        parts = parts[places:]
+        left = length - size * len(parts) - 2 * size + 1
+    while left > 0:
+        sentence = words.sentences[random.integers(len(words.sentences))]
+        parts.append((random.random(), sentence[:left]))
+        left -= len(sentence)
+    parts.sort(key=lambda part: part[0])
+    if needle:
+        fact = [keys[0], *values[0]]
+        parts = [(0.0, [*fact, STOP]), *parts, (1.0, fact)]
+    return [str(word) for _, part in parts for word in part]
+
+
+def write_corpus(words: Words, file: Path, length: int, tokens: int) -> None:
+    """Documents of `length` words, a word a token."""
+    random = np.random.default_rng([0, length])
+    documents = (" ".join(make_document(words, length, random)) for _ in range(-(-tokens // length)))
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+
+
+def write_assets(words: Words, folder: Path) -> None:
+    """A tokenizer of whole words, and the model's config.json."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words.all)}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps(MODEL | {"vocab_size": len(words.all)}))
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def recalled(loaded: Loaded, tokens: list[int], count: int) -> bool:
+    """Whether each of the last `count` tokens of a document is the likeliest, given those before it."""
+    model, length = loaded.model, len(tokens) - 1
+    output, model.output = model.output, nn.Identity()  # type: ignore[assignment]
+    try:
+        read = torch.tensor(tokens[:-1]), torch.arange(length), Segments.whole(np.array([0, length]))
+        hidden = model(*read, rope=rope_for(model.args.rope, length))
+    finally:
+        model.output = output
+    return output(hidden[-count:]).argmax(-1).tolist() == tokens[-count:]
+
+
+def measure(loaded: Loaded, words: Words, documents: int, needles: int) -> dict[str, Any]:
+    """Recall by length, and loss by position, on documents that were not trained on."""
+    encode = loaded.tokenizer.encode
+    recall = []
+    for length in LENGTHS:
+        random = np.random.default_rng([1, length])
+        made = [encode(" ".join(make_document(words, length, random, needle=True))) for _ in range(needles)]
+        recall.append(float(np.mean([recalled(loaded, tokens, IN_FACT) for tokens in made])))
+    random = np.random.default_rng([2, LONG])
+    texts = [torch.tensor(encode(" ".join(make_document(words, LONG, random)))) for _ in range(documents)]
+    buckets = loss_by_position(loaded.model, texts, EDGES)
+    return {"recall": recall, "nll": list(buckets.nll), "count": list(buckets.count)}
+
+
+def mean_loss(result: dict[str, Any], begin: int, end: int) -> float:
+    """Over the positions [begin, end), both of EDGES."""
+    inside = [i for i, edge in enumerate(EDGES[:-1]) if begin <= edge < end]
+    sums = sum(result["nll"][i] * result["count"][i] for i in inside)
+    return float(sums / sum(result["count"][i] for i in inside))
+
+
+def markdown(results: dict[str, dict[str, Any]]) -> str:
+    """A method a line: recall by length, loss by position, and the loss up to 1K against the untouched model's."""
+    shown = [length for length in LENGTHS if length >= SHORT]
+    spans = [(0, SHORT), *pairwise((SHORT, 2 * SHORT, LONG))]
+    titles = [f"recall at {n:,}" for n in shown] + [f"loss {a:,}-{b:,}" for a, b in spans] + ["short loss"]
+    lines = [f"| method | rows | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
+    for name, result in results.items():
+        cells = [f"{result['recall'][LENGTHS.index(n)]:.0%}" for n in shown]
+        cells += [f"{mean_loss(result, *span):.3f}" for span in spans]
+        change = mean_loss(result, 0, SHORT) / mean_loss(results["untouched"], 0, SHORT) - 1
+        method = METHODS[name]
+        lines.append(f"| {method.title} | {method.length:,} | {' | '.join(cells)} | {change:+.1%} |")
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Recall by length and loss by position, a line a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    for name, result in results.items():
+        style = "--" if name in ("untouched", "short") else "-"
+        left.plot(LENGTHS, result["recall"], style, marker=".", label=METHODS[name].title)
+        right.plot([(a + b) / 2 for a, b in pairwise(EDGES)], result["nll"], style, marker=".")
+    for axes in (left, right):
+        axes.axvline(SHORT, color="grey", linestyle=":", linewidth=1)
+        axes.grid(alpha=0.25)
+    left.set(xlabel="tokens between a fact and its recall", ylabel="recalled exactly", ylim=(-0.03, 1.03))
+    right.set(xlabel="position in the document", ylabel="loss (nats a token)")
+    left.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"Trained at {SHORT:,} tokens, extended to {LONG:,}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+def write_stages(work: Path, own: argparse.Namespace) -> None:
+    """The TOML files of all stages."""
+    stages = [("first", Method("", FIRST), "", own.first_steps, own.lr)]
+    stages.append(("1k", Method("", SHORT), "first.toml", own.steps, own.lr / 2))
+    stages += [(name, METHODS[name], "1k.toml", own.extension_steps, own.lr / 4) for name in METHODS]
+    for name, method, after, steps, lr in stages:
+        batch = max(own.batch, method.length)
+        rows = max(1, batch // method.length // own.processes)
+        values = {"work": work, "name": name, "after": after, "length": method.length, "rope": method.rope}
+        values |= {"data": method.data, "steps": steps, "lr": lr, "warmup": steps // 10, "batch": batch, "rows": rows}
+        (work / f"{name}.toml").write_text(STAGE.format(**values, head=f"# {name}: of scripts/compare_methods.py"))
+
+
+def train(work: Path, name: str, steps: int, processes: int) -> Path:
+    """The last checkpoint of a stage, trained unless it is there."""
+    last = work / name / "checkpoint" / f"step-{steps}"
+    if not last.exists():
+        command = [sys.executable, "-m", "torchtitan.tools.launch", "--nproc", str(processes), "--"]
+        subprocess.run([*command, "--job.config_file", str(work / f"{name}.toml")], check=True)
+    return last
+
+
+def main(args: list[str]) -> int:
+    """Exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder for documents, stages and results")
+    parser.add_argument("--methods", nargs="+", default=list(PROOF), choices=[*METHODS, "all"])
+    parser.add_argument("--first-steps", type=int, default=1500, help=f"of rows of {FIRST}")
+    parser.add_argument("--steps", type=int, default=600, help=f"of rows of {SHORT}")
+    parser.add_argument("--extension-steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=8192, help="tokens a step")
+    parser.add_argument("--lr", type=float, default=6e-3, help="of the first stage; half at 1K, a quarter beyond")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--documents", type=int, default=16, help="for the loss by position")
+    parser.add_argument("--needles", type=int, default=40, help="of each length")
+    own = parser.parse_args(args)
+    began = time.monotonic()
+    work = own.work.resolve()
+    words = find_words()
+    write_assets(words, work / "assets")
+    write_stages(work, own)
+    for length, steps in ((FIRST, own.first_steps), (SHORT, own.steps), (LONG, own.extension_steps)):
+        if not (work / f"{length}.jsonl").exists():
+            write_corpus(words, work / f"{length}.jsonl", length, steps * max(own.batch, length))
+    train(work, "first", own.first_steps, own.processes)
+    start = train(work, "1k", own.steps, own.processes)
+    results = {}
+    names = list(METHODS) if "all" in own.methods else list(dict.fromkeys(["untouched", *own.methods]))
+    for name in names:
+        file = work / f"{name}.json"
+        if not file.exists():
+            last = start if name == "untouched" else train(work, name, own.extension_steps, own.processes)
+            made = measure(load(last, "float32"), words, own.documents, own.needles)
+            file.write_text(json.dumps(made))
+        results[name] = json.loads(file.read_text())
+    (work / "results.json").write_text(json.dumps(results, indent=1))
+    (work / "table.md").write_text(markdown(results) + "\n")
+    draw(results, work / "plot.png")
+    print(markdown(results))
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes; see {work}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
