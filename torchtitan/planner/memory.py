@@ -300,10 +300,9 @@ def last_norm(job: Job) -> float:
 
 
 def head_backward(job: Job) -> float:
-    """Both gradients, and their products with the loss's own gradient: the matrix's in float32 and then narrower."""
-    w, words = job.computed, job.args.vocab_size / job.tp
-    narrow = w if w < WIDE else 0
-    return last_norm(job) + gathered_stream(job, 2) + words * job.args.dim * (2 * WIDE + narrow)
+    """Both gradients, and their products with the loss's own gradient in the type of the computation."""
+    matrix = job.args.vocab_size / job.tp * job.args.dim
+    return last_norm(job) + gathered_stream(job, 2) + matrix * (WIDE + job.computed)
 
 
 # ---- the moments of a step -------------------------------------------------------------------------------------------
