@@ -16,7 +16,6 @@ import json
 import os
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,44 +23,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from torchtitan.tools.live_memory import LiveBytes
 
 MIB = 2**20
 WORDS = 131072
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that operators have returned and that are still alive: now and at most, after each operator.
-
-    Storages are counted with the size that they have at that time: FSDP gives memory back by resizing to zero.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, weakref.ref[Any]] = {}
-        self.peak = 0
-
-    def now(self) -> int:
-        """Bytes that are alive."""
-        total = 0
-        for key, reference in list(self.storages.items()):
-            storage = reference()
-            if storage is None:
-                del self.storages[key]
-            else:
-                total += storage.nbytes()
-        return total
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for leaf in tree_leaves(result):
-            # of what was there before this began, views and results in place are not counted
-            if isinstance(leaf, torch.Tensor) and id(storage := leaf.untyped_storage()) not in given:
-                self.storages[id(storage)] = weakref.ref(storage)
-        self.peak = max(self.peak, self.now())
-        return result
 
 
 def peak_resident() -> int:
@@ -141,7 +107,7 @@ def count(name: str, *arguments: Any, fake: bool = False) -> tuple[int, int]:
     with FakeTensorMode() if fake else nullcontext():
         work = WORKS[name](*arguments)
         gc.collect()
-        with LiveBytes() as seen:
+        with LiveBytes(only_new=True) as seen:
             result = work()
             gc.collect()
             kept = seen.now()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.harness import ASSETS, flags, spawn, write_text
-from tests.live_memory import LiveBytes
+from torchtitan.tools.live_memory import LiveBytes
 
 LONG = {"seq_len": 2048, "loss_tile_mib": 2, "global_batch_size": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -1,6 +1,6 @@
 """Bytes of the tensors that live in a process, counted operator by operator.
 
-Counted: the storages of all tensors that an operator has taken or returned and that are still alive, each once, by its
+Counted: storages of tensors that an operator has returned, or taken, and that are still alive, each once, by its
 present size (FSDP resizes its own), after every operator. Not counted: what a kernel allocates and frees inside itself,
 fragmentation, Python, and what other threads allocate out of sight.
 """
@@ -17,31 +17,27 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
-    """Between enter and exit: `peak`, in bytes."""
+    """Between enter and exit: `peak`, in bytes. only_new: without the storages that were there before it began."""
 
-    def __init__(self) -> None:
+    def __init__(self, only_new: bool = False) -> None:
         super().__init__()
+        self.only_new = only_new
         self.live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for x in tree_iter((args, kwargs, result)):
-            if isinstance(x, torch.Tensor):
-                self._see(x.to_local() if isinstance(x, DTensor) else x)
-        self.peak = max(self.peak, self._now())
+        taken = _storages((args, kwargs))
+        returned = _storages(result)
+        # a view, or a result in place, has the storage of what was taken
+        self.live |= (
+            {key: ref for key, ref in returned.items() if key not in taken} if self.only_new else taken | returned
+        )
+        self.peak = max(self.peak, self.now())
         return result
 
-    def _see(self, x: torch.Tensor) -> None:
-        if x.device.type == "meta":
-            return
-        storage = x.untyped_storage()
-        key = storage._cdata  # of its own for as long as it lives
-        known = self.live.get(key)
-        if known is None or known() is None:
-            self.live[key] = weakref.ref(storage)
-
-    def _now(self) -> int:
+    def now(self) -> int:
+        """Bytes that are alive."""
         found = [(key, ref, ref()) for key, ref in self.live.items()]
         self.live = {key: ref for key, ref, storage in found if storage is not None}
         return sum(storage.nbytes() for _, _, storage in found if storage is not None)
@@ -49,3 +45,10 @@ class LiveBytes(TorchDispatchMode):
     def reset(self) -> None:
         """Forget the peak so far."""
         self.peak = 0
+
+
+def _storages(tree: Any) -> dict[int, weakref.ref[torch.UntypedStorage]]:
+    """Those of the tensors in a tree; the keys are theirs for as long as they live."""
+    tensors = (x.to_local() if isinstance(x, DTensor) else x for x in tree_iter(tree) if isinstance(x, torch.Tensor))
+    storages = (x.untyped_storage() for x in tensors if x.device.type != "meta")
+    return {storage._cdata: weakref.ref(storage) for storage in storages}
