@@ -106,7 +106,10 @@ class _TiledLoss(torch.autograd.Function):
             del logits
             gradient = gradient.to(x.dtype)
             torch.mm(gradient, weight, out=grad_x[tokens])
-            grad_weight += gradient.t() @ x[tokens]
+            if gradient.dtype == wide:  # without a second matrix of its size to write and read
+                grad_weight.addmm_(gradient.t(), x[tokens])
+            else:
+                grad_weight += gradient.t() @ x[tokens]
             del gradient
         if differentiate:
             ctx.save_for_backward(grad_x, grad_weight)

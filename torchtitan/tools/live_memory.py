@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+
+from torchtitan.tools.torch_compat import TorchDispatchMode, storage_key, tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
@@ -51,4 +51,4 @@ def _storages(tree: Any) -> dict[int, weakref.ref[torch.UntypedStorage]]:
     """Those of the tensors in a tree; the keys are theirs for as long as they live."""
     tensors = (x.to_local() if isinstance(x, DTensor) else x for x in tree_iter(tree) if isinstance(x, torch.Tensor))
     storages = (x.untyped_storage() for x in tensors if x.device.type != "meta")
-    return {storage._cdata: weakref.ref(storage) for storage in storages}
+    return {storage_key(storage): weakref.ref(storage) for storage in storages}

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # sees every operator
+from torch.utils._pytree import tree_iter as tree_iter  # the leaves of nested arguments
 
 
 def set_timeout(seconds: int, groups: list[dist.ProcessGroup]) -> None:
@@ -21,6 +23,18 @@ def set_timeout(seconds: int, groups: list[dist.ProcessGroup]) -> None:
 def default_store() -> dist.Store:
     """The key-value store that the ranks met in; public only to those who make it themselves."""
     return _get_default_store()
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """Of its own for as long as it lives, whatever Python object stands for it."""
+    return storage._cdata
+
+
+def fake_process_group(world_size: int) -> None:
+    """Make this process rank 0 of so many that are not there; collectives return at once, with anything."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
 
 
 def record_memory_history(enabled: bool) -> None:
