@@ -34,12 +34,21 @@ class OutputHead(nn.Module):
         reported losses are without it."""
 
     def forward(
-        self, x: torch.Tensor, labels: torch.Tensor | None = None, divisor: float | torch.Tensor = 1.0
+        self,
+        x: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        divisor: float | torch.Tensor = 1.0,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """x [T, dim] -> logits [T, vocab_size]; with labels int64 [T] -> (the scalar to differentiate: the sum of the
-        token losses over divisor; the losses float32 [T] in nats, 0 where ignored, not differentiable)."""
+        """x [T, dim] -> logits [T, vocab_size], or of the tokens rows int64 [R] alone, [R, vocab_size]; with labels
+        int64 [T] -> (the scalar to differentiate: the sum of the token losses over divisor; the losses float32 [T] in
+        nats, 0 where ignored, not differentiable)."""
         weight: torch.Tensor = self.weight
         if labels is None:
+            if isinstance(x, DTensor) and rows is not None:
+                x = DTensor.from_local(x.to_local()[rows], x.device_mesh, x.placements)
+            elif rows is not None:
+                x = x[rows]
             logits = F.linear(x, weight)
             return logits.redistribute(placements=[Replicate()]).to_local() if isinstance(logits, DTensor) else logits
         group, first = None, 0

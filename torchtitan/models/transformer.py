@@ -151,10 +151,12 @@ class Transformer(nn.Module):
         rope: RopeArgs | None = None,
         labels: torch.Tensor | None = None,
         divisor: float = 1.0,
+        rows: torch.Tensor | None = None,
     ) -> Any:
         """tokens int64 [T], positions int64 [T], what they see -> logits [T, vocab_size].
 
         labels, divisor: given, the result is that of OutputHead: the loss to differentiate, and those of the tokens.
+        rows: int64 [R], the tokens whose logits are wanted, [R, vocab_size]; those of a long row would not fit.
 
         mask: Segments without a window, to which that of the model's sliding layers is added; or a Mask that has it.
         long: see rope_tables. rope: instead of the model's own (GeNE draws one a micro-batch; a search tries many).
@@ -174,7 +176,9 @@ class Transformer(nn.Module):
             slides = bool(args.layer_types) and args.layer_types[i] == "sliding_attention"
             x = layer(x, sliding_tables, sliding) if slides else layer(x, tables, full)
         x = self.norm(x)
-        return self.output(x) if labels is None else self.output(x, labels, divisor)
+        if labels is not None:
+            return self.output(x, labels, divisor)
+        return self.output(x) if rows is None else self.output(x, rows=rows)
 
     def _mask_of(self, segments: Segments) -> Mask:
         """The masks of all layers where every key is here."""

@@ -1,0 +1,172 @@
+"""Forward passes of evaluation on a model in any layout: documents in, numbers that are the same on every rank out.
+
+Documents go through the model as one stream, each seeing itself alone, as in training: with context parallelism every
+rank computes its share of the tokens, and what comes out is summed over the ranks of a row. Logits exist for the tokens
+that are asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from torchtitan.datasets.loader import IGNORED_LABEL, PADDING_SOURCE, PackedBatch
+from torchtitan.distributed.context_parallel.shard import LocalBatch, shard
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.models.rope import RopeArgs
+from torchtitan.models.transformer import Transformer
+
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who takes part. The default is one process on the CPU."""
+
+    device: torch.device = torch.device("cpu")
+    backend: str = "sdpa"
+    layout: str = "balanced"
+    exchange: str = "needed"
+    cp: int = 1
+    cp_rank: int = 0
+    cp_group: Any = None
+    tp: int = 1
+    dp: int = 1
+    dp_rank: int = 0
+    group: Any = None
+    """Of all ranks, for small things on the CPU; None: one process."""
+
+    @staticmethod
+    def of(
+        dims: ParallelDims, device: torch.device, backend: str, layout: str, exchange: str, group: Any = None
+    ) -> Ranks:
+        """Those of a mesh; group: of all its ranks, gloo."""
+        cp = dims.size("cp")
+        return Ranks(
+            device=device,
+            backend=backend,
+            layout=layout,
+            exchange=exchange,
+            cp=cp,
+            cp_rank=dims.cp_rank,
+            cp_group=dims.mesh.get_group("cp") if cp > 1 else None,
+            tp=dims.size("tp"),
+            dp=dims.dp_degree,
+            dp_rank=dims.dp_rank,
+            group=group,
+        )
+
+    def sum_over_row(self, x: torch.Tensor) -> torch.Tensor:
+        """In place, over the context-parallel ranks."""
+        if self.cp_group is not None:
+            dist.all_reduce(x, group=self.cp_group)
+        return x
+
+    def largest(self, number: int) -> int:
+        """Over all ranks."""
+        if self.group is None:
+            return number
+        x = torch.tensor(number)
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+        return int(x)
+
+    def gather(self, value: Any) -> list[Any]:
+        """One value of each data-parallel rank, in their order; collective."""
+        if self.group is None:
+            return [value]
+        found: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(found, (self.dp_rank, value), group=self.group)
+        by_rank = dict(found)
+        return [by_rank[r] for r in range(self.dp)]
+
+
+def lay_out(
+    model: Transformer, ranks: Ranks, documents: Sequence[torch.Tensor], labels: Sequence[torch.Tensor] | None = None
+) -> LocalBatch:
+    """This rank's tokens of some documents, int64 [T] each. In `source` stands which document a token is of, -1 for
+    padding, which makes the stream as long as the layout needs; in `index`, how many tokens of it come before."""
+    lengths = [len(document) for document in documents]
+    step = math.lcm(BLOCK, ranks.tp) * ranks.cp if ranks.cp > 1 else ranks.tp
+    padding = -sum(lengths) % step
+    ends = np.cumsum([0, *lengths, *([padding] if padding else [])])
+    tokens = torch.cat([*(d.cpu() for d in documents), torch.zeros(padding, dtype=torch.int64)])
+    wanted = torch.full_like(tokens, IGNORED_LABEL)
+    if labels is not None:
+        wanted[: sum(lengths)] = torch.cat([x.cpu() for x in labels])
+    cu = torch.tensor(ends, dtype=torch.int32)
+    sources = [*range(len(documents)), *([PADDING_SOURCE] if padding else [])]
+    batch = PackedBatch(
+        tokens=tokens,
+        labels=wanted,
+        positions=torch.cat([torch.arange(n) for n in np.diff(ends).tolist()]),
+        cu_seqlens=cu,
+        cu_documents=cu,
+        source=torch.tensor(sources, dtype=torch.int16),
+    )
+    args = model.args
+    window = (args.sliding_window, args.sliding_share)
+    local = shard(batch, ranks.backend, ranks.layout, ranks.exchange, ranks.cp, ranks.cp_rank, *window)
+    return replace(local, source=local.source.long())
+
+
+@torch.no_grad()
+def document_losses(
+    model: Transformer, ranks: Ranks, tokens: torch.Tensor, rope: RopeArgs | None = None, window: int | None = None
+) -> torch.Tensor:
+    """tokens int64 [T], one document -> float32 [T - 1] on the CPU: -log p(token p + 1), as token_losses() gives it.
+
+    window: context begins anew at its multiples. rope: see Transformer.forward.
+    """
+    inputs, labels = tokens[:-1], tokens[1:]
+    window = window or len(inputs)
+    pieces = inputs.split(window)
+    local = lay_out(model, ranks, pieces, labels.split(window))
+    device = ranks.device
+    on = local.to(device)
+    _, losses = model(on.tokens, on.positions, on.mask, rope=rope, labels=on.labels)
+    result = torch.zeros(len(inputs), dtype=losses.dtype, device=losses.device)
+    own = local.source >= 0
+    place = (local.source * window + local.index)[own]
+    result[place.to(device)] = losses[own.to(device)]
+    return ranks.sum_over_row(result).cpu()
+
+
+@torch.no_grad()
+def answer_scores(
+    model: Transformer,
+    ranks: Ranks,
+    prompts: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
+    rope: RopeArgs | None = None,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Teacher forcing: prompts int64 [P], targets int64 [A] -> of each (log-probabilities of the target's tokens,
+    float32 [A]; whether each is the likeliest, bool [A]), on the CPU."""
+    local = lay_out(model, ranks, [torch.cat((p, t[:-1])) for p, t in zip(prompts, targets, strict=True)])
+    first = torch.tensor([len(p) - 1 for p in prompts])  # the token behind which the answer begins
+    starts = torch.tensor([0, *(len(t) for t in targets)]).cumsum(0)
+    behind = local.index - first[local.source]  # of padding it means nothing
+    rows = torch.nonzero((local.source >= 0) & (behind >= 0))[:, 0]
+    place = (starts[local.source] + behind)[rows]
+    logits = logits_of(model, ranks, local, rows, rope)
+    wanted = torch.cat([t.cpu() for t in targets])[place].to(logits.device)
+    result = torch.zeros(2, int(starts[-1]), device=logits.device)
+    result[0, place] = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+    result[1, place] = (logits.argmax(-1) == wanted).float()
+    both = ranks.sum_over_row(result).cpu().split([len(t) for t in targets], dim=1)
+    return [(scores[0], scores[1] > 0.5) for scores in both]
+
+
+def logits_of(
+    model: Transformer, ranks: Ranks, local: LocalBatch, rows: torch.Tensor, rope: RopeArgs | None = None
+) -> torch.Tensor:
+    """float32 [R, vocab_size] of this rank's tokens rows int64 [R], of which there may be none."""
+    on = local.to(ranks.device)
+    some = rows if len(rows) else torch.zeros(1, dtype=torch.int64)  # all ranks compute something
+    logits = model(on.tokens, on.positions, on.mask, rope=rope, rows=some.to(on.tokens.device))
+    return logits[: len(rows)].float()

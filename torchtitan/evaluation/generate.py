@@ -1,0 +1,271 @@
+"""Text that a model writes: prompts through the training path once, then a token at a time on cached keys and values.
+
+With context parallelism each rank keeps the keys and values of its own tokens, wherever the layout put them, and never
+more: a new token's query sees each rank's part, and the parts are merged by their log-sum-exp (FlashAttention, arXiv
+2205.14135). New tokens' keys go to the ranks in turn. Everything else of a new token is computed on all ranks of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from torchtitan.attention.backends import AttentionCore, Mask
+from torchtitan.attention.segments import Segments
+from torchtitan.datasets.loader import PADDING_SOURCE
+from torchtitan.distributed.context_parallel.shard import LocalBatch
+from torchtitan.evaluation.forward import Ranks, lay_out, logits_of
+from torchtitan.evaluation.loss_by_position import rope_for
+from torchtitan.models.rope import RopeArgs
+from torchtitan.models.transformer import Transformer
+
+BATCH_TOKENS = 65536
+BATCH_PROMPTS = 16
+"""Prompts that are read together have at most so many tokens, and are so many, or it is one."""
+
+
+class Places:
+    """Of each prompt, which tokens this rank has the keys of; the same in all layers."""
+
+    def __init__(self, local: LocalBatch, lengths: list[int], new_tokens: int, ranks: Ranks):
+        self.ranks, self.new_tokens = ranks, new_tokens
+        self.rows = [torch.nonzero(local.source == b)[:, 0].to(ranks.device) for b in range(len(lengths))]
+        self.capacity = [len(rows) + -(-new_tokens // ranks.cp) for rows in self.rows]
+        self.filled = [len(rows) for rows in self.rows]
+        self.index = []
+        """int64 [capacity] each: how many tokens come before."""
+        for rows, capacity in zip(self.rows, self.capacity, strict=True):
+            index = torch.zeros(capacity, dtype=torch.int64, device=ranks.device)
+            index[: len(rows)] = local.index.to(ranks.device)[rows]
+            self.index.append(index)
+        self.position = lengths.copy()
+        """Tokens so far; the next one's index."""
+        self.step = 0
+
+    @property
+    def mine(self) -> bool:
+        """Whether the next token's keys stay here."""
+        return self.step % self.ranks.cp == self.ranks.cp_rank
+
+    def begin(self) -> None:
+        """A new token of every prompt comes."""
+        if self.mine:
+            for b, position in enumerate(self.position):
+                self.index[b][self.filled[b]] = position
+                self.filled[b] += 1
+
+    def end(self) -> None:
+        self.position = [n + 1 for n in self.position]
+        self.step += 1
+
+
+class CachedAttention:
+    """What a layer's attention calls during generation, in place of `core`."""
+
+    def __init__(self, core: AttentionCore, places: Places):
+        self.core, self.places = core, places
+        self.backend = core.backend
+        self.cache: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Keys and values [capacity, Hkv, D] of each prompt."""
+
+    @torch.compiler.disable
+    def start(self, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> Any:
+        """k and v [T, Hkv, D]: of this rank's tokens of the prompts, then of a new token of each prompt."""
+        places = self.places
+        if not self.cache:
+            for rows, capacity in zip(places.rows, places.capacity, strict=True):
+                pair = (k.new_empty(capacity, *k.shape[1:]), v.new_empty(capacity, *v.shape[1:]))
+                for cached, x in zip(pair, (k, v), strict=True):
+                    torch.index_select(x, 0, rows, out=cached[: len(rows)])
+                self.cache.append(pair)
+            return self.core.start(k, v, mask)
+        if places.mine:
+            for b, (keys, values) in enumerate(self.cache):
+                keys[places.filled[b] - 1], values[places.filled[b] - 1] = k[b], v[b]
+        return None
+
+    @torch.compiler.disable
+    def finish(self, q: torch.Tensor, started: Any, mask: Mask) -> torch.Tensor:
+        """q [T, H, D] -> [T, H, D]."""
+        if started is not None:
+            return self.core.finish(q, started, mask)
+        parts = [self._attend(q[b], b, mask.segments.window) for b in range(len(self.cache))]
+        out, lse = (torch.stack(x) for x in zip(*parts, strict=True))
+        if self.places.ranks.cp_group is not None:
+            out = merge(out, lse, self.places.ranks.cp_group)
+        padding = q.new_zeros(len(q) - len(out), *q.shape[1:])
+        return torch.cat((out.to(q.dtype), padding))
+
+    def _attend(self, q: torch.Tensor, b: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [H, D] of prompt b's new token on this rank's keys -> output [H, D] and log-sum-exp [H], float32."""
+        n = self.places.filled[b]
+        keys, values = (x[:n].float().transpose(0, 1) for x in self.cache[b])  # [Hkv, n, D]
+        grouped = q.float().unflatten(0, (len(keys), -1))
+        scores = grouped @ keys.transpose(1, 2) / q.shape[-1] ** 0.5  # [Hkv, H / Hkv, n]
+        if window is not None:
+            seen = self.places.index[b][:n] > self.places.position[b] - window
+            scores = scores.masked_fill(~seen, float("-inf"))
+        lse = scores.logsumexp(-1) if n else scores.new_full(scores.shape[:2], float("-inf"))
+        # where a rank has no key that is seen, its share is nothing, and not 0/0
+        weights = (scores - lse.nan_to_num(neginf=0.0)[..., None]).exp()
+        return (weights @ values).flatten(0, 1), lse.flatten()
+
+
+def merge(out: torch.Tensor, lse: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Outputs [B, H, D] and log-sum-exps [B, H] over each rank's keys -> the output over all keys, on every rank."""
+    top = lse.clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    share = (lse - top).exp()[..., None]
+    both = torch.cat((out * share, share), dim=-1)
+    dist.all_reduce(both, group=group)
+    return both[..., :-1] / both[..., -1:]
+
+
+@contextmanager
+def caching(model: Transformer, places: Places) -> Iterator[None]:
+    """Attention with a cache, for the prompts that come first and the tokens after them."""
+    layers: list[Any] = [block.attention for block in model.layers.values()]
+    cores = [attention.core for attention in layers]
+    for attention in layers:
+        attention.core = CachedAttention(attention.core, places)
+    try:
+        yield
+    finally:
+        for attention, core in zip(layers, cores, strict=True):
+            attention.core = core
+
+
+def batches_of(prompts: Sequence[torch.Tensor], new_tokens: int) -> list[list[int]]:
+    """Indices of prompts of about the same length, the longest first."""
+    batches: list[list[int]] = []
+    tokens = 0
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        size = len(prompts[i]) + new_tokens
+        if not batches or tokens + size > BATCH_TOKENS or len(batches[-1]) == BATCH_PROMPTS:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(i)
+        tokens += size
+    return batches
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    ranks: Ranks,
+    prompts: Sequence[torch.Tensor],
+    max_new_tokens: int,
+    stop_ids: frozenset[int] = frozenset(),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    rope: RopeArgs | None = None,
+) -> list[list[int]]:
+    """What the model writes behind each prompt (int64 [P], P >= 1): up to max_new_tokens tokens, the stopping one left
+    out. Collective over all ranks: those of a row are given the same prompts, others may be given others, or none.
+
+    temperature: 0 takes the likeliest token; else tokens are drawn, from the fewest that have top_p of the probability
+    (nucleus sampling, arXiv 1904.09751). A draw is a function of (seed, number of the prompt, number of the token).
+    rope: instead of the model's own. It is used as for prompts of a prompt's length and max_new_tokens together.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens = {max_new_tokens}")
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("a prompt without a token")
+    written: list[list[int]] = [[] for _ in prompts]
+    rope = rope or model.args.rope
+    groups: list[tuple[RopeArgs, list[int]]] = []
+    by_rope: dict[RopeArgs, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        by_rope.setdefault(rope_for(rope, len(prompt) + max_new_tokens), []).append(i)
+    for used, members in by_rope.items():
+        groups += [
+            (used, [members[j] for j in batch]) for batch in batches_of([prompts[i] for i in members], max_new_tokens)
+        ]
+    for g in range(ranks.largest(len(groups))):
+        used, batch = groups[g] if g < len(groups) else (rope, [])
+        # with nothing left to write a rank still takes part
+        some = [prompts[i] for i in batch] or [torch.zeros(1, dtype=torch.int64)]
+        draws = [(seed, i) for i in batch] or [(seed, 0)]
+        found = _write(model, ranks, some, max_new_tokens, stop_ids, temperature, top_p, draws, used, bool(batch))
+        for i, tokens in zip(batch, found):
+            written[i] = tokens
+    return written
+
+
+def _write(
+    model: Transformer,
+    ranks: Ranks,
+    prompts: list[torch.Tensor],
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+    temperature: float,
+    top_p: float,
+    draws: list[tuple[int, int]],
+    rope: RopeArgs,
+    needed: bool,
+) -> list[list[int]]:
+    """generate() for prompts that go through the model together."""
+    local = lay_out(model, ranks, prompts)
+    lengths = [len(prompt) for prompt in prompts]
+    places = Places(local, lengths, max_new_tokens, ranks)
+    ends = torch.tensor(lengths) - 1
+    rows = torch.nonzero((local.source != PADDING_SOURCE) & (local.index == ends[local.source]))[:, 0]
+    tokens: list[list[int]] = [[] for _ in prompts]
+    open_ = [needed] * len(prompts)
+    with caching(model, places):
+        found = logits_of(model, ranks, local, rows, rope)
+        logits = found.new_zeros(len(prompts), model.args.vocab_size)
+        logits[local.source[rows].to(found.device)] = found
+        ranks.sum_over_row(logits)
+        for n in range(max_new_tokens):
+            chosen = choose(logits, temperature, top_p, [(*draw, n) for draw in draws])
+            for b, token in enumerate(chosen):
+                open_[b] = open_[b] and token not in stop_ids
+                if open_[b]:
+                    tokens[b].append(token)
+            if n + 1 == max_new_tokens or not ranks.largest(int(any(open_))):
+                break
+            places.begin()
+            logits = _next_logits(model, ranks, chosen, places.position, rope)
+            places.end()
+    return tokens
+
+
+def _next_logits(
+    model: Transformer, ranks: Ranks, tokens: list[int], positions: list[int], rope: RopeArgs
+) -> torch.Tensor:
+    """float32 [B, vocab_size] behind one new token of each prompt."""
+    padding = -len(tokens) % ranks.tp
+    args, device = model.args, ranks.device
+    segments = Segments.whole(np.arange(len(tokens) + padding + 1))
+    full, windowed = Mask(segments, None), None
+    if args.sliding_window is not None:
+        windowed = Mask(Segments.whole(segments.cu_seqlens, args.sliding_window), None)
+    mask = full if windowed is None else windowed
+    if windowed is not None and args.sliding_share < 1:
+        mask = Mask(segments, None, sliding=windowed)
+    inputs, where = (torch.tensor([*x, *[0] * padding], device=device) for x in (tokens, positions))
+    rows = torch.arange(len(tokens), device=device)
+    return model(inputs, where, mask, rope=rope, rows=rows).float()
+
+
+def choose(logits: torch.Tensor, temperature: float, top_p: float, draws: Sequence[tuple[int, ...]]) -> list[int]:
+    """logits [B, vocab_size] -> a token each; draws: what each one's randomness is a function of."""
+    if temperature == 0:
+        return logits.argmax(-1).tolist()
+    chosen = []
+    for row, draw in zip(logits.cpu(), draws, strict=True):
+        probabilities, order = (row / temperature).softmax(-1).sort(descending=True)
+        before = probabilities.cumsum(-1) - probabilities
+        share = probabilities.masked_fill(before >= top_p, 0)
+        u = np.random.default_rng(draw).random()
+        total = share.double().cumsum(-1)
+        at = int(torch.searchsorted(total, torch.tensor(u * float(total[-1]), dtype=torch.float64), right=True))
+        chosen.append(int(order[min(at, int((share > 0).sum()) - 1)]))
+    return chosen
