@@ -50,6 +50,8 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import build_sharded_model
 from torchtitan.distributed.quantize import describe_quantize
 from torchtitan.distributed.self_check import run_self_check
+from torchtitan.evaluation.forward import Ranks
+from torchtitan.evaluation.stage import StageEvaluation, is_asked_for
 from torchtitan.inputs import StageInputs, report_of
 from torchtitan.models.architecture import as_json
 from torchtitan.models.huggingface import load_weights
@@ -116,6 +118,7 @@ class Trainer:
                 inputs.args, config, self.dims, self.device, self.cpu_group, self.accumulation, train_micro_batch
             )
         self._check_host_memory()
+        self.evaluation = self._prepared_evaluation()
         self.model = build_sharded_model(inputs.args, config, self.dims, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.work = work_of(inputs.args)
@@ -187,6 +190,16 @@ class Trainer:
         needed = host_bytes(self.inputs.args, self.config, shards)
         if warning := host_memory_warning(needed, ranks, available_host_memory()):
             logger.warning(warning)
+
+    def _prepared_evaluation(self) -> StageEvaluation | None:
+        """What [evaluation] asks for, its texts read; None if nothing."""
+        config, p = self.config, self.config.parallelism
+        if not is_asked_for(config):
+            return None
+        backend = choose_backend(config.model.attention_backend, self.device.type)
+        layout, exchange = p.context_parallel_layout, p.context_parallel_exchange
+        ranks = Ranks.of(self.dims, self.device, backend, layout, exchange, self.cpu_group)
+        return StageEvaluation(config, self.inputs.tokenizer, self.inputs.args, ranks, self.rank)
 
     # ---- state ------------------------------------------------------------------------------------------------
 
@@ -276,6 +289,7 @@ class Trainer:
             step_progress(steps, self.step, self.rank) as progress,
             profiled(traces, snapshots, prof.profile_freq, self.rank) as step_ended,
         ):
+            self._evaluate()
             window, recent, skipped = Window(), deque[float](maxlen=20), len(self.losses.skipped)
             while self.step < steps:
                 if self.step >= first_step:  # compilation and the like take their time
@@ -305,6 +319,7 @@ class Trainer:
                     if due and self.save(last=self.step == steps):
                         saved_at = self.step
                     self.stop_requested |= self.checkpointer.must_stop()
+                window.start += self._evaluate()
                 self.garbage_collection.run(self.step)
                 step_ended(self.step)
             if self.step < steps:
@@ -319,6 +334,18 @@ class Trainer:
             self._end_stage()
         mean = f"; mean loss of the last {len(recent)} steps {sum(recent) / len(recent):.3f}" if recent else ""
         logger.info(f"ended at step {self.step} after {duration(time.perf_counter() - start)}{mean}")
+
+    def _evaluate(self) -> float:
+        """Collective. The evaluation that is due after self.step, if one is; the seconds that it took."""
+        start = time.perf_counter()
+        if self.evaluation is None or not self.evaluation.due(self.step):
+            return 0.0
+        self.heartbeat.beat(self.step, "evaluating")
+        self.stacks.rest()
+        tensorboard = self.metrics.tensorboard if self.metrics else None
+        self.evaluation.run(self.model, self.step, self.tokens_seen, tensorboard)
+        self.pace.rest()
+        return time.perf_counter() - start
 
     def _end_stage(self) -> None:
         """Collective. UserError where a gate does not hold; else the export."""

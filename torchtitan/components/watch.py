@@ -110,6 +110,10 @@ class Pace:
         """Just after the last collective of a step."""
         self.released_at = time.perf_counter()
 
+    def rest(self) -> None:
+        """What was done since release() was no part of a step."""
+        self.released_at = None
+
     def probe(self) -> None:
         """Time the product; the device has nothing else to do."""
         began = time.perf_counter()
@@ -184,7 +188,7 @@ class Heartbeat:
         self.failed = False
 
     def beat(self, step: int, state: str) -> None:
-        """state: training, saving, ended or stopped. While training, not more often than every `seconds`."""
+        """state: training, saving, evaluating, ended or stopped; while training not more often than every `seconds`."""
         if not self.writes or state == "training" and time.monotonic() - self.written < self.seconds:
             return
         content = {"step": step, "time": time.time(), "state": state, **self.about}

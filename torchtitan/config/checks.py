@@ -105,9 +105,39 @@ def check_config(config: JobConfig, world_size: int) -> None:
             f"checkpoint.load_step = {config.checkpoint.load_step}, but checkpoint.enable = false: nothing is loaded "
             "then. Set enable = true, or leave load_step out."
         )
+    check_evaluation(config)
     check_stage(config)
     accumulation_steps(config, world_size)
     _check_tokens(config)
+
+
+def check_evaluation(config: JobConfig) -> None:
+    """UserError for what cannot be asked."""
+    e = config.evaluation
+    length = e.length or config.data.target_seq_len or config.training.seq_len
+    numbers = {"freq": (e.freq, 0), "length": (length, 2), "max_documents": (e.max_documents, 1)}
+    numbers |= {"needles": (e.needles, 1), "seed": (e.seed, 0)}
+    numbers |= {f"needle_lengths[{i}]": (n, 1) for i, n in enumerate(e.needle_lengths)}
+    for key, (value, least) in numbers.items():
+        if value < least:
+            raise UserError(f"evaluation.{key} = {value} must be at least {least}.")
+    for i, depth in enumerate(e.needle_depths):
+        if not 0 <= depth <= 1:
+            raise UserError(
+                f"evaluation.needle_depths[{i}] = {depth} is a share of the text: 0 is its beginning, 1 its end."
+            )
+    if e.needle_lengths and not e.needle_depths:
+        raise UserError("evaluation.needle_lengths without needle_depths: name one at least, such as 0.5.")
+    for i, window in enumerate(e.windows):
+        if not 1 <= window < length:
+            raise UserError(
+                f"evaluation.windows[{i}] = {window} must be at least 1 and below evaluation.length = {length}."
+            )
+    if (e.freq or e.windows) and not (e.texts or e.needle_lengths):
+        raise UserError(
+            "evaluation.freq or windows is set, but there is nothing to evaluate: name held-out text in "
+            "evaluation.texts, or needle_lengths."
+        )
 
 
 def _check_tokens(config: JobConfig) -> None:

@@ -579,6 +579,48 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What the model is asked beside training, in the stage's own layout: before the first step, every freq steps and
+    after the last one. Nothing unless texts or needle_lengths says what. See docs/evaluation.md."""
+
+    freq: int = 0
+    """Every so many steps. 0: only before the first step and after the last."""
+
+    texts: tuple[str, ...] = ()
+    """Held-out text for the loss by position, a name in the results each: .txt, .jsonl and .parquet files, folders of
+    such and tokenized folders; relative to data.folder."""
+
+    text_field: str = "text"
+    """Field of a JSON object or column of a Parquet file that holds the text."""
+
+    length: int | None = None
+    """Tokens that are read of each document; shorter documents are left out. Unset: data.target_seq_len or
+    training.seq_len."""
+
+    max_documents: int = 16
+    """Documents of each of texts."""
+
+    windows: tuple[int, ...] = ()
+    """Also the loss of the same tokens with the context beginning anew every so many tokens: what the full context
+    gains over that."""
+
+    needle_lengths: tuple[int, ...] = ()
+    """Lengths, in tokens, of texts with a number to find in them. Text is from texts, else Python's own reference."""
+
+    needle_depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Shares of the text before the needle."""
+
+    needles: int = 2
+    """Questions for each length and depth."""
+
+    generate: bool = False
+    """Also have the model write its answers. Otherwise the likelihood of the right answer is measured, in one pass."""
+
+    seed: int = 0
+    """Of the needles."""
+
+
+@dataclass(frozen=True)
 class Gate:
     """A condition on metrics.jsonl without which a stage does not count as ended well, and its chain stops."""
 
@@ -646,4 +688,5 @@ class JobConfig:
     comm: Comm = field(default_factory=Comm)
     data: Data = field(default_factory=Data)
     rope: Rope = field(default_factory=Rope)
+    evaluation: Evaluation = field(default_factory=Evaluation)
     stage: Stage = field(default_factory=Stage)

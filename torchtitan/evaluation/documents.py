@@ -24,10 +24,13 @@ def long_documents(
     text_field: str = "text",
     add_bos: bool = False,
     pieces: int = 1,
+    called: str = "--text",
 ) -> list[torch.Tensor]:
     """The first `tokens` tokens, int64, of the first `most` documents that have so many; UserError if there is none.
 
     pieces: of each document so many pieces at most, one after the other, instead of the first alone.
+
+    called: what the user calls it.
 
     paths: .txt, .jsonl and .parquet files, folders of such, and tokenized folders (whose BOS stays as it is).
     """
@@ -44,7 +47,7 @@ def long_documents(
                 return found[:most]
     if not found:
         raise UserError(
-            f"None of the {seen} documents of --text has {tokens:,} tokens; the longest has {longest:,}. Give longer "
+            f"None of the {seen} documents of {called} has {tokens:,} tokens; the longest has {longest:,}. Give longer "
             "text, or a smaller length."
         )
     return found

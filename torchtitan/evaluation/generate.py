@@ -140,18 +140,25 @@ def caching(model: Transformer, places: Places) -> Iterator[None]:
             attention.core = core
 
 
-def batches_of(prompts: Sequence[torch.Tensor], new_tokens: int) -> list[list[int]]:
-    """Indices of prompts of about the same length, the longest first."""
-    batches: list[list[int]] = []
-    tokens = 0
-    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-        size = len(prompts[i]) + new_tokens
-        if not batches or tokens + size > BATCH_TOKENS or len(batches[-1]) == BATCH_PROMPTS:
-            batches.append([])
-            tokens = 0
-        batches[-1].append(i)
-        tokens += size
-    return batches
+def groups_of(
+    prompts: Sequence[torch.Tensor], new_tokens: Sequence[int], rope: RopeArgs
+) -> list[tuple[RopeArgs, list[int]]]:
+    """Which prompts are read together, by their indices: those of about a length, the longest first, that with their
+    new tokens are read under the same RoPE (which can depend on the length)."""
+    by_rope: dict[RopeArgs, list[int]] = {}
+    sizes = [len(prompt) + new for prompt, new in zip(prompts, new_tokens, strict=True)]
+    for i in sorted(range(len(prompts)), key=lambda i: -sizes[i]):
+        by_rope.setdefault(rope_for(rope, sizes[i]), []).append(i)
+    groups: list[tuple[RopeArgs, list[int]]] = []
+    for used, members in by_rope.items():
+        tokens = BATCH_TOKENS
+        for i in members:
+            tokens += sizes[i]
+            if tokens > BATCH_TOKENS or len(groups[-1][1]) == BATCH_PROMPTS:
+                groups.append((used, []))
+                tokens = sizes[i]
+            groups[-1][1].append(i)
+    return groups
 
 
 @torch.no_grad()
@@ -179,14 +186,7 @@ def generate(
         raise ValueError("a prompt without a token")
     written: list[list[int]] = [[] for _ in prompts]
     rope = rope or model.args.rope
-    groups: list[tuple[RopeArgs, list[int]]] = []
-    by_rope: dict[RopeArgs, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        by_rope.setdefault(rope_for(rope, len(prompt) + max_new_tokens), []).append(i)
-    for used, members in by_rope.items():
-        groups += [
-            (used, [members[j] for j in batch]) for batch in batches_of([prompts[i] for i in members], max_new_tokens)
-        ]
+    groups = groups_of(prompts, [max_new_tokens] * len(prompts), rope)
     for g in range(ranks.largest(len(groups))):
         used, batch = groups[g] if g < len(groups) else (rope, [])
         # with nothing left to write a rank still takes part

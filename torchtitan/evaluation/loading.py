@@ -70,7 +70,7 @@ def _load_checkpoint(
     if damage:
         raise UserError(f"--model {folder} is damaged: {damage}")
     manifest = read_manifest(folder)
-    tokenizer = load_tokenizer(tokenizer_folder or _tokenizer_of(folder))
+    tokenizer = load_tokenizer(tokenizer_folder or tokenizer_of(folder))
     if tokenizer.fingerprint != manifest["tokenizer"]:
         raise UserError(
             f"{folder} was trained with the tokenizer {manifest['tokenizer'][:12]}, but {tokenizer.folder} gives "
@@ -83,7 +83,7 @@ def _load_checkpoint(
     return Loaded(model, tokenizer)
 
 
-def _tokenizer_of(checkpoint: Path) -> Path:
+def tokenizer_of(checkpoint: Path) -> Path:
     """What the config.toml beside the checkpoints names; a relative path is looked up from here, as the run did."""
     config = checkpoint.resolve().parent.parent / "config.toml"
     if not config.is_file():

@@ -56,3 +56,59 @@ def draw_positions(results: list[dict[str, Any]], path: Path, title: str = "") -
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def needle_figure(grid: dict[str, Any], title: str = "") -> Any:
+    """A task's scores by length (across) and depth (down), red to green: what was written, else exact likelihood.
+
+    grid: as runner.as_grid gives it. A cell's number is its mean in percent.
+    """
+    writes = any(cell is not None for row in grid["score"] for cell in row)
+    values = np.array(grid["score" if writes else "exact"], dtype=float).T * 100  # [depths, lengths]
+    depths = grid["depths"] or ["all"]
+    size = (max(4.0, 1.5 + 0.7 * len(grid["lengths"])), max(2.5, 1.6 + 0.45 * len(depths)))
+    figure, axes = plt.subplots(figsize=size)
+    axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+    axes.set_xticks(range(len(grid["lengths"])), [_short(n) for n in grid["lengths"]])
+    axes.set_yticks(range(len(depths)), [d if isinstance(d, str) else f"{d:.0%}" for d in depths])
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8)
+    axes.set_xlabel("length (tokens)")
+    axes.set_ylabel("depth of the needle")
+    axes.set_title(f"{title}\n{'found in what was written' if writes else 'answer is the likeliest'}, %", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def position_figure(result: dict[str, Any]) -> Any:
+    """Perplexity by position, a line a text, dashed with the context cut to a window; result: of stage.evaluate."""
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+
+    def draw(edges: list[int], nll: list[float | None], **style: Any) -> Any:
+        middles = [(a + b) / 2 for a, b in pairwise(edges)]
+        return axes.plot(middles, np.exp(np.array(nll, dtype=float)), marker=".", **style)[0]
+
+    for name, one in result["perplexity"].items():
+        color = draw(one["edges"], one["nll"], label=name).get_color()
+        for gain in one["gains_of_context"]:
+            label = f"{name}, reset every {gain['window']:,}"
+            draw(gain["edges"], gain["nll_cut"], label=label, color=color, linestyle="--", linewidth=1)
+    axes.set_yscale("log")
+    axes.set_xlabel("position in the document (tokens)")
+    axes.set_ylabel("perplexity")
+    axes.set_title(result["label"], fontsize=10)
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """As PNG, and let go of."""
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _short(length: int) -> str:
+    return f"{length // 1024}K" if length % 1024 == 0 else f"{length:,}"

@@ -11,7 +11,7 @@ import torch
 
 from torchtitan.attention.segments import Segments
 from torchtitan.evaluation.forward import Ranks, answer_scores, document_losses
-from torchtitan.evaluation.generate import batches_of, choose, generate
+from torchtitan.evaluation.generate import choose, generate, groups_of
 from torchtitan.evaluation.loss_by_position import token_losses
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_scaling import DynamicNTKScaling, YarnScaling
@@ -151,7 +151,11 @@ def test_sampling_has_the_probabilities_of_the_nucleus():
 
 def test_prompts_of_about_a_length_go_together():
     prompts = [torch.zeros(n, dtype=torch.int64) for n in (10, 40000, 30000, 20, 70000)]
-    assert batches_of(prompts, 10) == [[4], [1], [2, 3, 0]]
+    assert [members for _, members in groups_of(prompts, [10] * 5, BASE.rope)] == [[4], [1], [2, 3, 0]]
+    many = groups_of([prompts[0]] * 20, [10] * 20, BASE.rope)
+    assert [len(members) for _, members in many] == [16, 4]
+    dynamic = groups_of(prompts, [10] * 5, MODELS["dynamic"].rope)
+    assert len(dynamic) == 5 and {rope.scaling.length for rope, _ in dynamic} == {20, 30, 30010, 40010, 70010}
 
 
 def test_what_cannot_be_generated_from():
