@@ -24,7 +24,7 @@ from typing import Any
 
 from torchtitan.components.manifest import MANIFEST, complete_steps, find_damage, read_manifest
 from torchtitan.config import JobConfig, load_config
-from torchtitan.config.checks import check_evaluation, resolve_shard_degree
+from torchtitan.config.checks import check_evaluation, check_ranges, resolve_shard_degree
 from torchtitan.config.job_config import Rope
 from torchtitan.config.manager import config_file
 from torchtitan.tools.errors import UserError
@@ -77,6 +77,7 @@ def what_is_asked(own: argparse.Namespace, overrides: list[str]) -> tuple[JobCon
         raise UserError("--step is of a stage's own checkpoints: --model names one by its folder (.../step-1000).")
     if not (config.evaluation.texts or config.evaluation.needle_lengths):
         raise UserError("Nothing to ask: name held-out text in evaluation.texts, or evaluation.needle_lengths.")
+    check_ranges(config)
     check_evaluation(config)
     resolve_shard_degree(config, int(os.environ.get("WORLD_SIZE", own.processes)))
     folder = own.model

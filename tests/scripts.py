@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -18,3 +21,10 @@ def load_script(name: str) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def run_script(name: str, *args: Any) -> subprocess.CompletedProcess[str]:
+    """scripts/NAME.py in a process of its own, on one thread; what it said."""
+    command = [sys.executable, SCRIPTS / f"{name}.py", *map(str, args)]
+    env = os.environ | {"PYTHONPATH": str(SCRIPTS.parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=env, capture_output=True, text=True)

@@ -49,9 +49,9 @@ def needle_items(
         ends = ()
     items = []
     for length in lengths:
-        for d, depth in enumerate(depths):
+        for depth in depths:
             for n in range(count):
-                rng = np.random.default_rng([seed, length, d, n])
+                rng = np.random.default_rng([seed, length, round(depth * 1e6), n])
                 around = _from(text, int(rng.integers(len(text))), length)
                 prompt = needle_prompt(tokenizer, around, length, rng, bos_id, depth, ends)
                 target = prompt.tokens[prompt.answer :]

@@ -54,7 +54,10 @@ def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> P
     e = config.evaluation
     length = e.length or config.data.target_seq_len or config.training.seq_len
     longest = max([length] * bool(e.texts) + list(e.needle_lengths), default=0)
-    for warning in rope_warnings(args.rope, args.head_dim, longest):
+    warnings, reach = rope_warnings(args.rope, args.head_dim, longest), args.rope.max_position_embeddings
+    if reach is not None and reach < longest:
+        warnings.append(f"the model's positions were trained up to {reach:,} (max_position_embeddings).")
+    for warning in warnings:
         logger.warning(f"evaluation at {longest:,} tokens: {warning}")
     folder, bos = Path(config.data.folder), config.data.add_bos and tokenizer.bos_id is not None
     texts = {}

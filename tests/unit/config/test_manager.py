@@ -52,9 +52,9 @@ def other_value(hint: Any, default: Any) -> Any:
         )
     if get_origin(hint) is tuple:
         of = arguments[0]
-        return (
-            get_args(of)[:1] if get_origin(of) is Literal else (0.5, 2.0) if of is float else ("*norm*", "layers.0.*")
-        )
+        if get_origin(of) is Literal:
+            return get_args(of)[:1]
+        return {float: (0.5, 2.0), int: (3, 70), str: ("*norm*", "layers.0.*")}[of]
     kind = hint if isinstance(hint, type) else next(a for a in arguments if a is not type(None))
     if get_origin(kind) is Literal:
         return get_args(kind)[0]

@@ -1,0 +1,173 @@
+"""Needles, grids of results, the pictures, and scripts/evaluate.py from mistakes to a table."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.distributed.harness import ASSETS, TINY
+from tests.scripts import load_script, run_script
+from torchtitan.components.tokenizer import load_tokenizer
+from torchtitan.datasets.positions import sentence_end_ids
+from torchtitan.evaluation import needle, plots
+from torchtitan.evaluation.items import Item
+from torchtitan.evaluation.runner import Outcome, as_grid
+from torchtitan.models.huggingface import hf_name, read_config
+from torchtitan.models.transformer import Transformer, init_weights
+from torchtitan.tools.errors import UserError
+
+TOKENIZER = load_tokenizer(ASSETS)
+TEXT = torch.tensor(TOKENIZER.encode(" ".join(f"The river {i} is near the stone. A bird sees it." for i in range(200))))
+script = load_script("evaluate")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate") / "model"
+    shutil.copytree(ASSETS, folder)
+    (folder / "config.json").write_text(json.dumps(TINY | {"max_position_embeddings": 256}))
+    transformer = Transformer(read_config(folder))
+    init_weights(transformer, seed=7)
+    save_file({hf_name(n): p.detach() for n, p in transformer.named_parameters()}, folder / "model.safetensors")
+    (folder.parent / "text.jsonl").write_text(json.dumps({"text": TOKENIZER.decode(TEXT.tolist())}) + "\n")
+    return folder
+
+
+def test_needles_stand_where_they_should_and_can_be_found_by_reading():
+    items = needle.needle_items(TOKENIZER, TEXT, [200, 500], [0.0, 0.3, 1.0], 3, bos_id=TOKENIZER.bos_id)
+    assert len(items) == 18
+    ends = set(sentence_end_ids(TOKENIZER))
+    for item in items:
+        assert len(item.prompt) + len(item.target) == item.length
+        text = TOKENIZER.decode(item.prompt.tolist())
+        name = text.rsplit("The number of the ", 1)[1].removesuffix(" is")
+        sentence = f"Remember this: the number of the {name} is {item.answers[0]}."
+        assert text.count(sentence) == 1 and text.count(item.answers[0]) == 1
+        assert TOKENIZER.decode(item.target.tolist()) == f" {item.answers[0]}."
+        assert TOKENIZER.bos_id is None or item.prompt[0] == TOKENIZER.bos_id
+        before, question = text.index(sentence), text.index("\n\nWhat is the number")
+        share = before / (question - len(sentence))
+        assert item.depth is not None and share == pytest.approx(item.depth, abs=0.15)
+        tokens = TOKENIZER.encode(text[:before])
+        assert item.depth == 0 or tokens[-1] in ends
+        # the oracle: who copies what stands behind the name scores 1, who knows nothing 0
+        assert needle.score(f"{item.answers[0]}, I think", item.answers) == 1
+        assert needle.score("1234", item.answers) == 0 and needle.score("", item.answers) == 0
+    same, others = (
+        needle.needle_items(TOKENIZER, TEXT, [500], [0.3], 3, seed=seed, bos_id=TOKENIZER.bos_id) for seed in (0, 1)
+    )
+    asked = [item.answers for item in items if (item.length, item.depth) == (500, 0.3)]
+    assert [item.answers for item in same] == asked
+    assert not {item.answers for item in others} & set(asked)
+
+
+def test_text_is_repeated_for_a_length_beyond_it():
+    (item,) = needle.needle_items(TOKENIZER, TEXT[:90], [700], [0.5], 1)
+    assert len(item.prompt) + len(item.target) == 700
+    with pytest.raises(UserError, match="the length is 10"):
+        needle.needle_items(TOKENIZER, TEXT, [10], [0.5], 1)
+
+
+def test_the_default_text_is_there():
+    assert len(needle.default_text()) > 300_000
+
+
+def item(length: int, depth: float | None) -> Item:
+    return Item("t", length, torch.zeros(1), torch.zeros(1), ("1",), 4, depth)
+
+
+def test_grids_are_means_of_their_cells():
+    items = [item(8, 0.0), item(8, 1.0), item(16, 1.0), item(8, 1.0)]
+    outcomes = [
+        Outcome(True, -1.0, 1.0, "a"),
+        Outcome(True, -1.0, 0.0, "b", cut=True),
+        Outcome(False, -2.0, 0.5, "c"),
+        Outcome(False, -3.0, 1.0, "d", cut=True),
+    ]
+    grid = as_grid(items, outcomes)
+    assert grid == {
+        "lengths": [8, 16],
+        "depths": [0.0, 1.0],
+        "score": [[1.0, 0.5], [None, 0.5]],
+        "exact": [[1.0, 0.5], [None, 0.0]],
+        "logprob": [[-1.0, -2.0], [None, -2.0]],
+        "count": [[1, 2], [None, 1]],
+        "cut": [[0, 2], [None, 0]],
+    }
+    silent = as_grid([item(8, None)], [Outcome(True, -1.0)])
+    assert silent["depths"] is None and silent["score"] == [[None]] and silent["exact"] == [[1.0]]
+
+
+def test_the_heatmap_shows_lengths_across_and_depths_down():
+    grid = as_grid([item(1024, 0.0), item(2048, 1.0)], [Outcome(True, 0.0), Outcome(False, 0.0)])
+    figure = plots.needle_figure(grid, "title")
+    (image,) = figure.axes[0].images
+    np.testing.assert_array_equal(np.ma.filled(image.get_array(), -1), [[100, -1], [-1, 0]])
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["1K", "2K"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["0%", "100%"]
+
+
+def evaluate(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str]:
+    code = script.main([str(arg) for arg in args])
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        ([], "Nothing to evaluate"),
+        (["--model", "MODEL"], "Nothing to ask"),
+        (["--model", "MODEL", "--evaluation.needle_lengths", "128", "--processes", "0"], "--processes = 0"),
+        (["--model", "/", "--evaluation.needle_lengths", "128"], "has neither config.json nor manifest.json"),
+        (["--model", "MODEL", "--evaluation.needle_lengths", "0"], "needle_lengths[0] = 0 must be at least 1"),
+        (
+            ["--model", "MODEL", "--evaluation.needle_lengths", "128", "--evaluation.needle_depths", "1.5"],
+            "needle_depths[0] = 1.5 is a share",
+        ),
+        (["--model", "MODEL", "--evaluation.texts", "x", "--evaluation.max_documents", "0"], "must be at least 1"),
+        (
+            ["--model", "MODEL", "--evaluation.texts", "x", "--evaluation.length", "64", "--evaluation.windows", "64"],
+            "windows[0] = 64 must be at least 1 and below evaluation.length = 64",
+        ),
+        (["--model", "MODEL", "--evaluation.texts", "nowhere.txt"], "nowhere.txt, which is not there"),
+        (["--model", "MODEL", "--evaluation.needle_lengths", "20"], "the length is 20"),
+        (["--model", "MODEL", "--evaluation.needle_lengths", "128", "--out", "x.txt"], "should end with .json"),
+        (
+            ["--model", "MODEL", "--evaluation.needle_lengths", "128", "--parallelism.context_parallel_degree", "3"],
+            "context_parallel_degree 3",
+        ),
+    ],
+)
+def test_mistakes_are_named(args: list[str], says: str, model: Path, capsys: pytest.CaptureFixture[str]):
+    code, error = evaluate(capsys, *(str(model) if arg == "MODEL" else arg for arg in args))
+    assert code == 1 and says in error and error.count("\n") == 1
+
+
+def test_two_processes_give_the_table_of_one(model: Path, tmp_path: Path):
+    """From the command line: a Hugging Face folder, beyond what its RoPE covers, which is warned of."""
+    found = {}
+    for name, extra in (("one", []), ("two", ["--processes", "2", "--parallelism.context_parallel_degree", "2"])):
+        out = tmp_path / f"{name}.json"
+        done = run_script(
+            "evaluate",
+            *("--model", model, "--out", out, "--training.mixed_precision_param", "float32", *extra),
+            *("--evaluation.texts", model.parent / "text.jsonl", "--evaluation.length", "300"),
+            *("--evaluation.needle_lengths", "150", "300", "--evaluation.generate", "--evaluation.windows", "50"),
+        )
+        assert done.returncode == 0, done.stderr
+        assert "needle, found in what was written, of 20" in done.stdout and "were cut" in done.stdout
+        assert "evaluation at 300 tokens" in done.stderr  # RoPE reaches 256
+        found[name] = json.loads(out.read_text())
+        assert (tmp_path / f"{name}_needle.png").exists() and (tmp_path / f"{name}_positions.png").exists()
+    one, two = found["one"], found["two"]
+    assert one["tasks"]["needle"]["exact"] == two["tasks"]["needle"]["exact"]
+    np.testing.assert_allclose(one["tasks"]["needle"]["logprob"], two["tasks"]["needle"]["logprob"], rtol=1e-5)
+    np.testing.assert_allclose(one["perplexity"]["text"]["nll"], two["perplexity"]["text"]["nll"], rtol=1e-5)
+    assert two["world_size"] == 2 and one["label"] == "model"
