@@ -96,24 +96,36 @@ def fetch_book(file: Path) -> Path:
     """Persuasion as a text file, from its SKIPPED-th character on."""
     if file.exists():
         return file
-    if shutil.which("apt-get") is None:
-        raise UserError(f"There is no apt-get to download Debian's {BOOK_PACKAGE} with; name a text with --text FILE.")
-    apt = subprocess.run(["apt-get", "download", "-q", BOOK_PACKAGE], cwd=file.parent, capture_output=True, text=True)
-    packages = sorted(file.parent.glob(f"{BOOK_PACKAGE}_*.deb"))
-    if apt.returncode or not packages:
-        reason = (apt.stderr.strip().splitlines() or ["no file came"])[-1]
-        raise UserError(
-            f"apt-get download {BOOK_PACKAGE} failed: {reason}. Is this machine online, and has apt-get update been "
-            "run? Or name a text with --text FILE."
-        )
-    database = read_member(packages[-1], "janeaustenr/data/Rdata.rdb")
-    books = [lines for lines in character_vectors(database) if lines[0].strip() == TITLE]
-    if not books:
-        raise UserError(f"{packages[-1]} holds no book that begins with the line {TITLE!r}; name a text with --text.")
-    # lines of a paragraph are joined; empty lines part paragraphs
-    text = "\n".join(books[0]).replace("\n\n", "\0").replace("\n", " ").replace("\0", "\n\n")
-    file.write_text(text[SKIPPED:], encoding="utf-8")
+    try:
+        found = dict(books(file.parent))
+        if TITLE not in found:
+            raise UserError(f"{BOOK_PACKAGE} holds no book that begins with the line {TITLE!r}.")
+    except UserError as error:
+        raise UserError(f"{error} Or name a text with --text FILE.") from error
+    file.write_text(found[TITLE][SKIPPED:], encoding="utf-8")
     return file
+
+
+def books(folder: Path) -> list[tuple[str, str]]:
+    """Jane Austen's novels, title (their first line) and text; the package is downloaded unless folder has it."""
+    package = next(iter(sorted(folder.glob(f"{BOOK_PACKAGE}_*.deb"))), None)
+    if package is None:
+        if shutil.which("apt-get") is None:
+            raise UserError(f"There is no apt-get to download Debian's {BOOK_PACKAGE} with.")
+        apt = subprocess.run(["apt-get", "download", "-q", BOOK_PACKAGE], cwd=folder, capture_output=True, text=True)
+        package = next(iter(sorted(folder.glob(f"{BOOK_PACKAGE}_*.deb"))), None)
+        if apt.returncode or package is None:
+            reason = (apt.stderr.strip().splitlines() or ["no file came"])[-1]
+            raise UserError(
+                f"apt-get download {BOOK_PACKAGE} failed: {reason}. Is this machine online, and has apt-get update "
+                "been run?"
+            )
+    database = read_member(package, "janeaustenr/data/Rdata.rdb")
+    # lines of a paragraph are joined; empty lines part paragraphs
+    return [
+        (lines[0].strip(), "\n".join(lines).replace("\n\n", "\0").replace("\n", " ").replace("\0", "\n\n"))
+        for lines in character_vectors(database)
+    ]
 
 
 def read_member(package: Path, ending: str) -> bytes:
