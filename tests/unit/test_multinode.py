@@ -193,7 +193,8 @@ def test_an_evaluation_that_asks_nothing_is_refused(recipe: Path, capsys: pytest
 
 
 def test_an_evaluation_is_in_the_layout_of_training(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["--evaluation.needle_lengths", "64", "--step", "7", "--job.config_file", str(recipe), "--label", "two words"]
+    own = ["--step", "7", "--label", "two words"]
+    args = ["--evaluation.needle_lengths", "64", *own, "--job.config_file", str(recipe)]
     assert main(["evaluation", "2", "4", *args]) == 0
     folder, words = capsys.readouterr().out.splitlines()
     assert folder == f"DUMP_FOLDER={recipe.parent}/out/b"
