@@ -9,9 +9,9 @@
 # when that has failed, the jobs after it are cancelled (--kill-on-invalid-dep). --dry-run prints the commands. Paths are
 # relative to where you stand. The jobs' numbers are printed, the first stage's first.
 #
-# --evaluate puts a job with evaluate.sbatch behind each stage, also behind one that has ended and whose newest checkpoint
-# has no evaluation/step-N.json; the next stage does not wait for it. It has the stage's options of sbatch, then those said
-# here, which win: --evaluate="--nodes=1 --time=1:00:00". Its number is printed behind the stage's.
+# --evaluate puts a job with evaluate.sbatch behind each stage, also behind one that has ended and whose newest
+# checkpoint has no evaluation/step-N.json; the next stage does not wait for it. It has the stage's options of sbatch,
+# then those said here, which win: --evaluate="--nodes=1 --time=1:00:00". Its number is printed behind the stage's.
 set -euo pipefail
 REPO=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 set +u # a site's file may use what is not set
