@@ -103,9 +103,9 @@ def recipe(cluster: Cluster, folder: Path) -> Facts:
 def evaluated_recipe(cluster: Cluster, folder: Path) -> Facts:
     """The two-stage recipe with an evaluation behind each stage, then of the first alone, whose results are lost."""
     run = Run(cluster, folder, "evaluated_recipe", training__steps=2)
-    asked = ("--evaluation.texts", folder / "text.jsonl", "--evaluation.length", 100, "--evaluation.needle_lengths", 120)
     submit = [REPO / "multinode" / "submit.sh", "--evaluate=--time=20", "--job.config_file", folder / "two.toml"]
-    submit += [*run.arguments[2:], *asked, "--evaluation.max_documents", 3, "--evaluation.needles", 1]
+    submit += [*run.arguments[2:], "--evaluation.texts", folder / "text.jsonl", "--evaluation.length", 100]
+    submit += ["--evaluation.max_documents", 3, "--evaluation.needle_lengths", 120, "--evaluation.needles", 1]
 
     def jobs() -> list[dict[str, str]]:
         done = cluster.run(*submit, "--", "--nodes=2", "-w", "node1,node2")
