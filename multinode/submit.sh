@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # Submit a recipe to Slurm: a job for each stage that has not ended, each after the one before.
 #
-#   multinode/submit.sh [--dry-run] --job.config_file LAST_STAGE.toml [--x.y z ...] [-- SBATCH OPTIONS]
+#   multinode/submit.sh [--dry-run] [--evaluate] --job.config_file LAST_STAGE.toml [--x.y z ...] [-- SBATCH OPTIONS]
 #   multinode/submit.sh --job.config_file train_configs/prolong_8b/512k.toml -- --nodes=4 --gpus-per-node=8 --time=24:00:00
 #
 # Overrides hold for every stage; job.dump_folder gets a folder for each. SBATCH OPTIONS hold for every stage too, and win
 # over those of env.sh and of the stage's TOML (stage.sbatch). A stage starts when the one before has ended well (afterok);
 # when that has failed, the jobs after it are cancelled (--kill-on-invalid-dep). --dry-run prints the commands. Paths are
 # relative to where you stand. The jobs' numbers are printed, the first stage's first.
+#
+# --evaluate puts a job with evaluate.sbatch behind each stage, also behind one that has ended and whose newest
+# checkpoint has no evaluation/step-N.json; the next stage does not wait for it. It has the stage's options of sbatch,
+# then those said here, which win: --evaluate="--nodes=1 --time=1:00:00". Its number is printed behind the stage's.
 set -euo pipefail
 REPO=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 set +u # a site's file may use what is not set
@@ -15,12 +19,14 @@ source "$REPO/multinode/env.sh"
 set -u
 source "$REPO/scripts/setup.sh"
 
-dry=false arguments=()
-usage() { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+dry=false evaluate=false evaluation_options=() arguments=()
+usage() { sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 if [[ $# -eq 0 ]]; then usage >&2; exit 1; fi
 while [[ $# -gt 0 && $1 != -- ]]; do
     case $1 in
         --dry-run) dry=true ;;
+        --evaluate) evaluate=true ;;
+        --evaluate=*) evaluate=true && read -ra evaluation_options <<<"${1#*=}" ;;
         -h | --help) usage; exit ;;
         *) arguments+=("$1") ;;
     esac
@@ -36,39 +42,61 @@ fi
 if [[ -z ${PYTHON:-} ]]; then
     setup_find || { echo "error: no Python here has what is needed: activate one, or see multinode/env.sh" >&2; exit 1; }
 fi
+if $evaluate; then arguments=(--evaluate "${arguments[@]}"); fi
 stages=$(PYTHONPATH=$REPO "$PYTHON" -m torchtitan.multinode stages "${arguments[@]}")
 
 export TORCHTITAN_REPO=$REPO
 previous="" submitted=()
-stage() { # NAME DUMP_FOLDER HAS_ENDED SBATCH_OPTIONS... -- ARGUMENTS...
-    local name=$1 folder=$2 ended=$3 command
-    local options=(${SBATCH_OPTIONS[@]+"${SBATCH_OPTIONS[@]}"})
-    shift 3
-    while [[ $1 != -- ]]; do options+=("$1"); shift; done
-    shift
-    options+=(${said[@]+"${said[@]}"})
-    if [[ $ended == yes ]]; then
-        echo "stage $name has ended ($folder)" >&2
-        return
-    fi
+submit() { # WHAT JOB_NAME DUMP_FOLDER AFTER SCRIPT SBATCH_OPTIONS... -- ARGUMENTS...: its number in `job`
+    local what=$1 name=$2 folder=$3 after=$4 script=$5 command
+    shift 5
     command=(sbatch --parsable --job-name="$name" --output="${folder//%/%%}/slurm/%j.log" --open-mode=append
-        ${options[@]+"${options[@]}"})
-    if [[ -n $previous ]]; then command+=(--dependency="afterok:$previous" --kill-on-invalid-dep=yes); fi
-    command+=("$REPO/multinode/train.sbatch" "$@")
+        ${SBATCH_OPTIONS[@]+"${SBATCH_OPTIONS[@]}"})
+    while [[ $1 != -- ]]; do command+=("$1"); shift; done
+    shift
+    if [[ -n $after ]]; then command+=(--dependency="afterok:$after" --kill-on-invalid-dep=yes); fi
+    command+=("$REPO/multinode/$script" "$@")
     if $dry; then
         printf '%q ' "${command[@]}" && echo
-        previous="JOB_OF_$name"
+        job="JOB_OF_$name"
         return
     fi
     mkdir -p "$folder/slurm"
-    if ! previous=$("${command[@]}"); then
-        echo "error: stage $name was not submitted${submitted[*]:+; those before it are cancelled: ${submitted[*]}}" >&2
+    if ! job=$("${command[@]}"); then
+        echo "error: $what was not submitted${submitted[*]:+; those before it are cancelled: ${submitted[*]}}" >&2
         if [[ ${#submitted[@]} -gt 0 ]]; then scancel "${submitted[@]}"; fi
         exit 1
     fi
-    previous=${previous%%;*}
-    submitted+=("$previous")
-    echo "stage $name: job $previous, log $folder/slurm/$previous.log" >&2
-    echo "$previous"
+    job=${job%%;*}
+    submitted+=("$job")
+    echo "$what: job $job, log $folder/slurm/$job.log" >&2
+    echo "$job"
+}
+options() { # SBATCH_OPTIONS... -- ARGUMENTS...: those of the stage in `own`, the rest in `rest`
+    own=()
+    while [[ $1 != -- ]]; do own+=("$1"); shift; done
+    own+=(${said[@]+"${said[@]}"})
+    rest=("$@")
+}
+stage() { # NAME DUMP_FOLDER HAS_ENDED SBATCH_OPTIONS... -- ARGUMENTS...
+    local own rest
+    options "${@:4}"
+    job=""
+    if [[ $3 == yes ]]; then
+        echo "stage $1 has ended ($2)" >&2
+        return
+    fi
+    submit "stage $1" "$1" "$2" "$previous" train.sbatch ${own[@]+"${own[@]}"} "${rest[@]}"
+    previous=$job
+}
+evaluation() { # NAME DUMP_FOLDER IS_EVALUATED SBATCH_OPTIONS... -- ARGUMENTS...: of the stage before it
+    local own rest
+    options "${@:4}"
+    if [[ $3 == yes ]]; then
+        echo "stage $1 is evaluated ($2/evaluation)" >&2
+        return
+    fi
+    own+=(${evaluation_options[@]+"${evaluation_options[@]}"})
+    submit "evaluation of stage $1" "$1-evaluation" "$2" "$job" evaluate.sbatch ${own[@]+"${own[@]}"} "${rest[@]}"
 }
 eval "$stages"

@@ -24,7 +24,7 @@ from typing import Any
 
 from torchtitan.components.manifest import MANIFEST, complete_steps, find_damage, read_manifest
 from torchtitan.config import JobConfig, load_config
-from torchtitan.config.checks import check_evaluation, check_ranges, resolve_shard_degree
+from torchtitan.config.checks import check_asked, check_evaluation, check_ranges, resolve_shard_degree
 from torchtitan.config.job_config import Rope
 from torchtitan.config.manager import config_file
 from torchtitan.tools.errors import UserError
@@ -75,8 +75,7 @@ def what_is_asked(own: argparse.Namespace, overrides: list[str]) -> tuple[JobCon
         raise UserError("Nothing to evaluate: give --model FOLDER, or --job.config_file STAGE.toml.")
     if own.model is not None and own.step is not None:
         raise UserError("--step is of a stage's own checkpoints: --model names one by its folder (.../step-1000).")
-    if not (config.evaluation.texts or config.evaluation.needle_lengths):
-        raise UserError("Nothing to ask: name held-out text in evaluation.texts, or evaluation.needle_lengths.")
+    check_asked(config)
     check_ranges(config)
     check_evaluation(config)
     resolve_shard_degree(config, int(os.environ.get("WORLD_SIZE", own.processes)))

@@ -1,16 +1,20 @@
 """What the scripts under multinode/ ask about a configuration. Imports no PyTorch: a login node may lack it.
 
-    python -m torchtitan.multinode stages <arguments of torchtitan.train>                 the stages of a recipe
+    python -m torchtitan.multinode stages [--evaluate] <arguments of torchtitan.train>    the stages of a recipe
     python -m torchtitan.multinode start NODES PER_NODE <arguments of torchtitan.train>   may this stage start?
     python -m torchtitan.multinode newest <arguments of torchtitan.train>                 its newest checkpoint's step
     python -m torchtitan.multinode verdict CODE ASKED NODE_CODES NODES PER_NODE <...>     how did a start of it end?
+    python -m torchtitan.multinode evaluation NODES PER_NODE <arguments of scripts/evaluate.py>     can it be evaluated?
 
 `stages` prints shell code, a line a stage, the first one first:
     stage NAME DUMP_FOLDER HAS_ENDED SBATCH_OPTIONS... -- ARGUMENTS...
+and with --evaluate, after each of them,
+    evaluation NAME DUMP_FOLDER HAS_ENDED_AND_IS_EVALUATED SBATCH_OPTIONS... -- ARGUMENTS...
 `verdict` prints the exit code for the job and a word: ended, failed, saved, asked (to stop, before it could save) or
 lost.
 `start` prints the dump folder and the arguments to train with as shell code, and ends with 0; with ENDED or
-GATE_NOT_HELD for a stage that has ended already, with FAILED and the reason for one that cannot work.
+GATE_NOT_HELD for a stage that has ended already, with FAILED and the reason for one that cannot work. `evaluation`
+prints the same.
 """
 
 from __future__ import annotations
@@ -23,9 +27,9 @@ from pathlib import Path
 
 from torchtitan.chain import ended
 from torchtitan.components.manifest import complete_steps
-from torchtitan.config import load_config
+from torchtitan.config import JobConfig, load_config
 from torchtitan.config.chain import chain, without_flags
-from torchtitan.config.checks import check_config, check_stage
+from torchtitan.config.checks import check_asked, check_config, check_evaluation, check_stage, resolve_shard_degree
 from torchtitan.config.manager import config_file, flag_name
 from torchtitan.config.toml_file import load_tables
 from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, LOST_A_RANK, STOPPED, GateError, UserError
@@ -39,7 +43,11 @@ TERMINATED = 128 + 15
 DEGREES = ("data_parallel_replicate_degree", "data_parallel_shard_degree")
 
 
-def stages(args: list[str]) -> int:
+EVALUATE_FLAGS = ("model", "step", "tokenizer", "processes", "label", "out")
+"""Those of scripts/evaluate.py that are no keys of a stage."""
+
+
+def stages(args: list[str], evaluates: bool = False) -> int:
     """Print the stages of a recipe; UserError for what no number of processes could mend."""
     for stage in chain(args):
         config = stage.config
@@ -51,8 +59,27 @@ def stages(args: list[str]) -> int:
         except GateError:
             done = "no"  # its job says so, and stops those after it
         dump_folder = str(Path(config.job.dump_folder).absolute())
-        print(shlex.join(["stage", config.stage.name, dump_folder, done, *config.stage.sbatch, "--", *stage.arguments]))
+        said = [*config.stage.sbatch, "--", *stage.arguments]
+        if not evaluates:
+            print(shlex.join(["stage", config.stage.name, dump_folder, done, *said]))
+            continue
+        try:
+            check_asked(config)
+            check_evaluation(config)
+        except UserError as error:
+            raise UserError(f"--evaluate, stage {config.stage.name}: {error}") from None
+        at_end = [] if any(flag_name(arg) == "evaluation.at_end" for arg in args) else ["--evaluation.at_end", "false"]
+        print(shlex.join(["stage", config.stage.name, dump_folder, done, *said, *at_end]))
+        known = "yes" if done == "yes" and is_evaluated(config) else "no"
+        print(shlex.join(["evaluation", config.stage.name, dump_folder, known, *said]))
     return 0
+
+
+def is_evaluated(config: JobConfig) -> bool:
+    """Whether the newest checkpoint has its results, where scripts/evaluate.py leaves them."""
+    folder = Path(config.job.dump_folder)
+    steps = complete_steps(folder / config.checkpoint.folder)
+    return bool(steps) and (folder / "evaluation" / f"step-{steps[-1]}.json").is_file()
 
 
 def start(nodes: int, per_node: int, args: list[str]) -> int:
@@ -64,6 +91,19 @@ def start(nodes: int, per_node: int, args: list[str]) -> int:
         return ENDED
     print(f"DUMP_FOLDER={shlex.quote(str(Path(config.job.dump_folder).absolute()))}")
     print(f"ARGUMENTS=({shlex.join(args)})")
+    return 0
+
+
+def evaluation(nodes: int, per_node: int, args: list[str]) -> int:
+    """Print how to evaluate on nodes * per_node processes, in the layout of training, or say why it cannot be."""
+    said = without_flags(args, *EVALUATE_FLAGS)
+    more = replicas(said, nodes, per_node)
+    config = load_config(said + more)
+    check_asked(config)
+    check_evaluation(config)
+    resolve_shard_degree(config, nodes * per_node)
+    print(f"DUMP_FOLDER={shlex.quote(str(Path(config.job.dump_folder).absolute()))}")
+    print(f"ARGUMENTS=({shlex.join(args + more)})")
     return 0
 
 
@@ -117,7 +157,8 @@ def main(argv: list[str]) -> int:
     verb, args = argv[0], without_flags(argv[1:], "stage.run_chain")
     try:
         if verb == "stages":
-            return stages(args)
+            evaluates = args[:1] == ["--evaluate"]
+            return stages(args[evaluates:], evaluates)
         if verb == "newest":
             config = load_config(args)
             print(*complete_steps(Path(config.job.dump_folder) / config.checkpoint.folder)[-1:])
@@ -127,6 +168,8 @@ def main(argv: list[str]) -> int:
                 stage = main(["start", *args[3:]])
             print(*verdict(int(args[0]), [int(c) for c in args[2].split()], bool(args[1]), stage))
             return 0
+        if verb == "evaluation":
+            return evaluation(int(args[0]), int(args[1]), args[2:])
         return start(int(args[0]), int(args[1]), args[2:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -100,6 +100,28 @@ def recipe(cluster: Cluster, folder: Path) -> Facts:
 
 
 @scenario
+def evaluated_recipe(cluster: Cluster, folder: Path) -> Facts:
+    """The two-stage recipe with an evaluation behind each stage, then of the first alone, whose results are lost."""
+    run = Run(cluster, folder, "evaluated_recipe", training__steps=2)
+    submit = [REPO / "multinode" / "submit.sh", "--evaluate=--time=20", "--job.config_file", folder / "two.toml"]
+    submit += [*run.arguments[2:], "--evaluation.texts", folder / "text.jsonl", "--evaluation.length", 100]
+    submit += ["--evaluation.max_documents", 3, "--evaluation.needle_lengths", 120, "--evaluation.needles", 1]
+
+    def jobs() -> list[dict[str, str]]:
+        done = cluster.run(*submit, "--", "--nodes=2", "-w", "node1,node2")
+        assert done.returncode == 0, done.stderr
+        numbers = done.stdout.split()
+        assert [cluster.ended(job) for job in numbers] == ["COMPLETED"] * len(numbers), done.stderr
+        return [cluster.job(job) for job in numbers]
+
+    first = jobs()
+    lost = run.out / "stage" / "evaluation" / "step-2.json"
+    was = json.loads(lost.read_text())
+    lost.unlink()
+    return {"run": run, "jobs": first, "again": jobs(), "was": was}
+
+
+@scenario
 def failing_recipe(cluster: Cluster, folder: Path) -> Facts:
     """A first stage whose gate cannot hold."""
     run = Run(cluster, folder, "failing_recipe", training__steps=2)
@@ -415,6 +437,23 @@ def test_a_recipe_runs_in_order_with_the_losses_of_one_machine(outcomes: dict[st
     commands = outcome["dry"].splitlines()
     assert len(commands) == 2 and "--dependency" not in commands[0]
     assert "--dependency=afterok:JOB_OF_stage --kill-on-invalid-dep=yes" in commands[1]
+
+
+def test_each_stage_is_evaluated_behind_it(outcomes: dict[str, Future[Facts]]) -> None:
+    outcome = outcomes["evaluated_recipe"].result()
+    assert [job["JobName"] for job in outcome["jobs"]] == ["stage", "stage-evaluation", "two", "two-evaluation"]
+    for trained, evaluated in zip(outcome["jobs"][::2], outcome["jobs"][1::2]):
+        assert trained["EndTime"] <= evaluated["StartTime"] and evaluated["NumNodes"] == "2"
+        folder = outcome["run"].out / trained["JobName"]
+        found = json.loads((folder / "evaluation" / "step-2.json").read_text())
+        assert found["label"] == f"{trained['JobName']}, step 2" and found["world_size"] == 2
+        text, needle = found["perplexity"]["text"], found["tasks"]["needle"]
+        assert text["count"] == [300] and 0 < text["mean_nll"] < 20 and needle["lengths"] == [120]
+        log = (folder / "slurm" / f"{trained['JobId']}-node0.log").read_text()
+        assert "evaluation after step 0" in log and "evaluation after step 2" not in log  # which has a job of its own
+    assert [job["JobName"] for job in outcome["again"]] == ["stage-evaluation"]
+    again = json.loads((outcome["run"].out / "stage" / "evaluation" / "step-2.json").read_text())
+    assert again["perplexity"] == outcome["was"]["perplexity"] and again["tasks"] == outcome["was"]["tasks"]
 
 
 def test_a_stage_that_fails_stops_the_chain(outcomes: dict[str, Future[Facts]]) -> None:

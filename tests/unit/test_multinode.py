@@ -138,13 +138,81 @@ def test_submit_chains_what_has_not_ended(recipe: Path) -> None:
     assert len(dry_run(*arguments).stdout.splitlines()) == 2
 
 
+def test_an_evaluation_follows_each_stage_and_holds_up_none(recipe: Path) -> None:
+    arguments = ["--job.config_file", str(recipe), "--evaluation.needle_lengths", "64", "--", "--nodes=2"]
+    commands = [shlex.split(line) for line in dry_run("--evaluate=--nodes=1 --time=9", *arguments).stdout.splitlines()]
+    scripts = {f"--job-name={name}": f"{kind}.sbatch" for name, kind in NAMES_AND_KINDS}
+    assert [command[2] for command in commands] == list(scripts)
+    after = [[word for word in command if word.startswith(("--dependency", "--kill"))] for command in commands]
+    killed = "--kill-on-invalid-dep=yes"
+    waits_for_a = ["--dependency=afterok:JOB_OF_a", killed]
+    assert after == [[], waits_for_a, waits_for_a, ["--dependency=afterok:JOB_OF_b", killed]]
+    for command, folder in zip(commands, "aabb"):
+        at = command.index(str(REPO / "multinode" / scripts[command[2]]))
+        trains = command[2] in ("--job-name=a", "--job-name=b")
+        assert f"--output={recipe.parent}/out/{folder}/slurm/%j.log" in command[:at]
+        assert ("--time=9" in command[:at]) != trains
+        assert command[at:][-2:] == ["--evaluation.at_end", "false"] if trains else "--evaluation.at_end" not in command
+        given = [word for word in command[:at] if word.startswith("--nodes")]
+        assert given == ["--nodes=8"] * (folder == "b") + ["--nodes=2"] + ["--nodes=1"] * (not trains)
+
+
+NAMES_AND_KINDS = [("a", "train"), ("a-evaluation", "evaluate"), ("b", "train"), ("b-evaluation", "evaluate")]
+
+
+def test_only_what_is_missing_is_evaluated(recipe: Path) -> None:
+    arguments = ["--evaluate", "--job.config_file", str(recipe), "--evaluation.needle_lengths", "64"]
+
+    def submitted() -> dict[str, str]:
+        """Jobs and what they wait for."""
+        commands = [shlex.split(line) for line in dry_run(*arguments).stdout.splitlines()]
+        after = (next((w for w in c if w.startswith("--dependency")), "").rpartition("_")[2] for c in commands)
+        return {c[2].removeprefix("--job-name="): a for c, a in zip(commands, after, strict=True)}
+
+    out = recipe.parent / "out"
+    assert submitted() == {"a": "", "a-evaluation": "a", "b": "a", "b-evaluation": "b"}
+    end(out / "a")
+    (out / "a" / "evaluation").mkdir()
+    (out / "a" / "evaluation" / "step-0.json").write_text("{}")  # of another checkpoint
+    assert submitted() == {"a-evaluation": "", "b": "", "b-evaluation": "b"}
+    (out / "a" / "evaluation" / "step-7.json").write_text("{}")
+    assert submitted() == {"b": "", "b-evaluation": "b"}
+    end(out / "b")
+    assert submitted() == {"b-evaluation": ""}
+    (out / "a" / "evaluation" / "step-7.json").unlink()
+    assert submitted() == {"a-evaluation": "", "b-evaluation": ""}
+
+
+def test_an_evaluation_that_asks_nothing_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = dry_run("--evaluate", "--job.config_file", str(recipe))
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "stage a: Nothing to ask" in done.stderr
+    assert "evaluation.texts" in done.stderr and "evaluation.needle_lengths" in done.stderr
+    assert main(["evaluation", "2", "4", "--job.config_file", str(recipe)]) == 1
+    assert "evaluation.needle_lengths" in capsys.readouterr().err
+
+
+def test_an_evaluation_is_in_the_layout_of_training(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["--step", "7", "--label", "two words"]
+    args = ["--evaluation.needle_lengths", "64", *own, "--job.config_file", str(recipe)]
+    assert main(["evaluation", "2", "4", *args]) == 0
+    folder, words = capsys.readouterr().out.splitlines()
+    assert folder == f"DUMP_FOLDER={recipe.parent}/out/b"
+    words = shlex.split(words.removeprefix("ARGUMENTS=(").removesuffix(")"))
+    assert words == [*args, "--parallelism.data_parallel_replicate_degree", "2"]
+    model = ["--model", "m", "--out", "m.json", "--evaluation.needle_lengths", "64"]
+    assert main(["evaluation", "1", "3", *model]) == 0
+    assert main(["evaluation", "1", "3", *model, "--parallelism.context_parallel_degree", "2"]) == 1
+    assert "= 2 does not divide 3 processes" in capsys.readouterr().err
+
+
 def test_what_cannot_be_submitted(recipe: Path, tmp_path: Path) -> None:
     missing = dry_run("--job.config_file", str(tmp_path / "gone.toml"))
     assert missing.returncode == 1 and "gone.toml does not exist" in missing.stderr
     (tmp_path / "a.toml").unlink()
     missing = dry_run("--job.config_file", str(recipe))
     assert missing.returncode == 1 and "a.toml" in missing.stderr and "Traceback" not in missing.stderr
-    for script in ("train.sbatch", "tokenize.sbatch"):
+    for script in ("train.sbatch", "tokenize.sbatch", "evaluate.sbatch"):
         bare = subprocess.run([str(REPO / "multinode" / script)], capture_output=True, text=True, env={"PATH": "/bin"})
         assert bare.returncode == 1 and "sbatch" in bare.stderr
     empty = tmp_path / "bin"  # a machine without Slurm

@@ -116,6 +116,12 @@ def check_config(config: JobConfig, world_size: int) -> None:
     _check_tokens(config)
 
 
+def check_asked(config: JobConfig) -> None:
+    """UserError if [evaluation] asks nothing: for those who were told to evaluate."""
+    if not (config.evaluation.texts or config.evaluation.needle_lengths):
+        raise UserError("Nothing to ask: name held-out text in evaluation.texts, or evaluation.needle_lengths.")
+
+
 def check_evaluation(config: JobConfig) -> None:
     """UserError for what cannot be asked."""
     e = config.evaluation

@@ -586,6 +586,9 @@ class Evaluation:
     freq: int = 0
     """Every so many steps. 0: only before the first step and after the last."""
 
+    at_end: bool = True
+    """Also after the last step. multinode/submit.sh --evaluate turns it off, as a job of its own does that then."""
+
     texts: tuple[str, ...] = ()
     """Held-out text for the loss by position, a name in the results each: .txt, .jsonl and .parquet files, folders of
     such and tokenized folders; relative to data.folder."""

@@ -104,6 +104,67 @@ def position_figure(result: dict[str, Any]) -> Any:
     return figure
 
 
+def comparison_figure(
+    results: list[dict[str, Any]],
+    labels: list[str],
+    texts: list[str],
+    tasks: list[str],
+    trained_length: int | None = None,
+) -> Any:
+    """Loss by position on the left, scores by length on the right, or one of them; a colour a result.
+
+    results: of stage.evaluate. A dotted upright line marks the trained length.
+    """
+    figure, panels = plt.subplots(1, bool(texts) + bool(tasks), figsize=(11, 4.5), squeeze=False)
+    if texts:
+        _draw_losses(panels[0][0], results, labels, texts)
+    if tasks:
+        _draw_scores(panels[0][-1], results, labels, tasks)
+    for axes in panels[0]:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: _short(round(value)))
+        if trained_length:
+            axes.axvline(trained_length, color="grey", linestyle=":", linewidth=1)
+        axes.grid(alpha=0.25, which="both")
+        axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def _draw_losses(axes: Any, results: list[dict[str, Any]], labels: list[str], texts: list[str]) -> None:
+    """A line style a text."""
+    for i, (result, label) in enumerate(zip(results, labels, strict=True)):
+        for j, text in enumerate(texts):
+            if one := result["perplexity"].get(text):
+                middles = [(a + b) / 2 for a, b in pairwise(one["edges"])]
+                style: dict[str, Any] = {"color": f"C{i % 10}", "linestyle": ("-", "--", "-.", ":")[j % 4]}
+                name = f"{label}, {text}" if len(texts) > 1 else label
+                axes.plot(middles, np.array(one["nll"], dtype=float), marker=".", label=name, **style)
+    axes.set(xlabel="position in the document (tokens)", ylabel="loss (nats a token)")
+
+
+def _draw_scores(axes: Any, results: list[dict[str, Any]], labels: list[str], tasks: list[str]) -> None:
+    """Each task pale, and bold their mean, at lengths that all of them have. What was written, where every result has
+    that, else exact likelihood."""
+    grids = [[result["tasks"][task] for task in tasks if task in result["tasks"]] for result in results]
+    writes = all(any(c is not None for row in grid["score"] for c in row) for found in grids for grid in found)
+    for i, (label, found) in enumerate(zip(labels, grids, strict=True)):
+        by_length: dict[int, list[float]] = {}
+        for grid in found:
+            rows = [[c for c in row if c is not None] for row in grid["score" if writes else "exact"]]
+            points = {n: 100 * sum(row) / len(row) for n, row in zip(grid["lengths"], rows, strict=True) if row}
+            for n, value in points.items():
+                by_length.setdefault(n, []).append(value)
+            if len(tasks) > 1:
+                axes.plot(list(points), list(points.values()), color=f"C{i % 10}", linewidth=1, alpha=0.25)
+        lengths = sorted(n for n, values in by_length.items() if len(values) == len(tasks))
+        mean = [sum(by_length[n]) / len(tasks) for n in lengths]
+        axes.plot(lengths, mean, color=f"C{i % 10}", linewidth=2, marker=".", label=label)
+    several = f"mean of {len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
+    said = "found in what was written" if writes else "answer is the likeliest"
+    axes.set(xlabel="length (tokens)", ylabel=f"{several}: {said}, %", ylim=(-3, 103))
+
+
 def save(figure: Any, path: Path) -> None:
     """As PNG, and let go of."""
     figure.savefig(path, dpi=130)

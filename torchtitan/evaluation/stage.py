@@ -139,8 +139,10 @@ class StageEvaluation:
 
     def due(self, step: int) -> bool:
         """Whether there is to be one after this step, and none has been left by an earlier run. Collective."""
-        freq, steps = self.config.evaluation.freq, self.config.training.steps
-        if step not in (0, steps) and (freq == 0 or step % freq):
+        e, steps = self.config.evaluation, self.config.training.steps
+        if step == steps and not e.at_end:
+            return False
+        if step not in (0, steps) and (e.freq == 0 or step % e.freq):
             return False
         here = self.rank == 0 and not self.file(step).exists()
         return bool(self.ranks.largest(int(here)))

@@ -199,7 +199,7 @@ def main(argv: list[str]) -> int:
         prog="python -m torchtitan.tools.launch", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--nproc", type=int, required=True, help="number of processes")
-    parser.add_argument("--module", default="torchtitan.train", help="the module that each of them runs")
+    parser.add_argument("--module", default="torchtitan.train", help="what each of them runs: a module, or a file.py")
     parser.add_argument("--nnodes", type=int, default=1, help="number of machines")
     parser.add_argument("--node-rank", type=int, default=0, help="which of them this is, from 0")
     parser.add_argument("--master", help="HOST:PORT, the same on all: the name of machine 0 and a port free there")
@@ -213,7 +213,8 @@ def main(argv: list[str]) -> int:
         parser.error("--nnodes > 1 needs --master HOST:PORT, the same on all machines")
     nodes = Nodes(options.nnodes, options.node_rank, _host_and_port(parser, options.master))
     owner = Owner(Path(options.owner[0]), options.owner[1]) if options.owner else None
-    command = [sys.executable, "-m", options.module, *argv[split + 1 :]]
+    program = [options.module] if options.module.endswith(".py") else ["-m", options.module]
+    command = [sys.executable, *program, *argv[split + 1 :]]
     return launch(command, options.nproc, nodes=nodes, owner=owner)
 
 

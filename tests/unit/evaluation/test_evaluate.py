@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from safetensors.torch import save_file
 from tests.distributed.harness import ASSETS, TINY
 from tests.scripts import load_script, run_script
 from torchtitan.components.tokenizer import load_tokenizer
+from torchtitan.config.job_config import Evaluation, JobConfig, Training
 from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.evaluation import needle, plots
 from torchtitan.evaluation.items import Item
 from torchtitan.evaluation.runner import Outcome, as_grid
+from torchtitan.evaluation.stage import StageEvaluation
 from torchtitan.models.huggingface import hf_name, read_config
 from torchtitan.models.transformer import Transformer, init_weights
 from torchtitan.tools.errors import UserError
@@ -112,6 +115,14 @@ def test_the_heatmap_shows_lengths_across_and_depths_down():
     np.testing.assert_array_equal(np.ma.filled(image.get_array(), -1), [[100, -1], [-1, 0]])
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["1K", "2K"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["0%", "100%"]
+
+
+@pytest.mark.parametrize("at_end, due", [(True, [0, 2, 4, 5]), (False, [0, 2, 4])])
+def test_the_evaluation_after_the_last_step_may_be_left_to_another_job(at_end: bool, due: list[int], tmp_path: Path):
+    config = JobConfig(evaluation=Evaluation(freq=2, at_end=at_end), training=Training(steps=5))
+    ranks, none = SimpleNamespace(largest=int), tmp_path / "none"
+    one = SimpleNamespace(config=config, rank=0, ranks=ranks, file=lambda step: none)
+    assert [step for step in range(6) if StageEvaluation.due(one, step)] == due  # type: ignore[arg-type]
 
 
 def evaluate(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str]:

@@ -1,0 +1,282 @@
+"""Results of evaluations side by side: what an extension costs at short context, and what it gains at long.
+
+    python scripts/compare.py before.json after.json
+    python scripts/compare.py outputs/64k/evaluation/step-500.json outputs/512k/evaluation/step-*.json \\
+        --labels 64K 512K --plot compared.png
+
+Each file is one of scripts/evaluate.py or a stage's evaluation/step-N.json (docs/evaluation.md); differences are to the
+first one's. Losses are in nats a token. What not all have (other texts, ranges of positions, tasks, lengths, depths) is
+left out of a difference and named at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torchtitan.tools.errors import UserError
+
+SIGNIFICANT = 0.01
+"""Nats: a larger difference of losses is marked, as significant in Fu et al. (arXiv 2402.10171)."""
+
+MARK = "*"
+WAYS = {"exact": "answer is the likeliest", "score": "found in what was written"}
+PICTURES = (".png", ".pdf", ".svg")
+Result = dict[str, Any]
+Range = tuple[int, int]
+Apart = list[tuple[str, str]]
+"""What is not the same in all results: (in which way, what)."""
+
+
+def main(args: list[str]) -> int:
+    """0; 1 and one line for a mistake."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files, the one to compare with first")
+    parser.add_argument("--labels", nargs="+", help="names of the results, instead of those in the files")
+    parser.add_argument("--short", type=int, help="tokens that count as short context; the first one's trained length")
+    parser.add_argument("--plot", type=Path, help="picture to draw: loss by position, and scores by length")
+    own = parser.parse_args(args)
+    try:
+        if len(own.results) < 2:
+            raise UserError(f"Two results at least are compared: {own.results[0]} is one.")
+        if own.labels and len(own.labels) != len(own.results):
+            raise UserError(f"--labels has {len(own.labels)} names for {len(own.results)} results.")
+        if own.short is not None and own.short < 1:
+            raise UserError(f"--short = {own.short} must be at least 1.")
+        if own.plot and own.plot.suffix not in PICTURES:
+            raise UserError(f"--plot {own.plot} should end with {', '.join(PICTURES)}.")
+        results = [read(path) for path in own.results]
+        labels = own.labels or [result["label"] for result in results]
+        if len(set(labels)) < len(labels):
+            labels = [str(path) for path in own.results]
+        print(compare(results, labels, own.short))
+        if own.plot:
+            from torchtitan.evaluation import plots  # matplotlib takes a second
+
+            texts, tasks = (shared(result[part] for result in results) for part in ("perplexity", "tasks"))
+            figure = plots.comparison_figure(results, labels, texts, tasks, own.short or trained_length(results[0]))
+            own.plot.parent.mkdir(parents=True, exist_ok=True)
+            plots.save(figure, own.plot)
+            print(f"\n{own.plot}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def read(path: Path) -> Result:
+    """A results' file; UserError that names it if it is none."""
+    try:
+        result: Result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    try:
+        str(result["label"])
+        for one in result["perplexity"].values():
+            if not len(one["edges"]) - 1 == len(one["nll"]) == len(one["count"]):
+                raise ValueError
+        for grid in result["tasks"].values():
+            for key in (*WAYS, "count"):
+                if [len(row) for row in grid[key]] != [len(grid["depths"] or [None])] * len(grid["lengths"]):
+                    raise ValueError
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise UserError(f"{path} is no result of scripts/evaluate.py or of a stage (docs/evaluation.md).") from None
+    return result
+
+
+def shared(parts: Iterable[dict[str, Any]]) -> list[str]:
+    """Names that the first one and another one have, in its order."""
+    first, *others = parts
+    return [name for name in first if any(name in other for other in others)]
+
+
+def trained_length(result: Result) -> int | None:
+    """Tokens that the model was trained for; None if that is not known."""
+    length: int | None = (result.get("rope") or {}).get("max_position_embeddings")
+    return length
+
+
+def compare(results: Sequence[Result], labels: Sequence[str], short: int | None = None) -> str:
+    """For people; UserError if the first result has nothing in common with any other."""
+    lines: list[str] = []
+    apart: Apart = []
+    compared = 0
+    for name in shared(result["perplexity"] for result in results):
+        found, missing = losses(name, results, labels, short or trained_length(results[0]))
+        lines += found
+        apart += missing
+        compared += bool(found)
+    for way in WAYS:
+        found, missing = scores(way, results, labels)
+        lines += found
+        apart += missing
+        compared += bool(found)
+    if not compared:
+        raise UserError(f"Nothing in common: {'; '.join(f'{n} has {has(r)}' for n, r in zip(labels, results))}.")
+    for part, called in (("perplexity", "text"), ("tasks", "task")):
+        for name in dict.fromkeys(name for result in results for name in result[part]):
+            apart += only_in(f"{called} {name}", labels, [name in result[part] for result in results])
+    if len({result.get("dtype") for result in results}) > 1:
+        apart.append(("dtype", ", ".join(f"{r.get('dtype')} ({n})" for n, r in zip(labels, results))))
+    if apart:
+        ways: dict[str, dict[str, None]] = {}
+        for way, what in apart:
+            ways.setdefault(way, {})[what] = None
+        lines += ["", "not the same in all:", *(f"  {way}: {'; '.join(whats)}" for way, whats in ways.items())]
+    return "\n".join(lines[1:])
+
+
+def has(result: Result) -> str:
+    """What a result is about."""
+    parts = [f"the loss on {name} by {len(one['nll'])} ranges" for name, one in result["perplexity"].items()]
+    parts += [f"{name} at {', '.join(f'{n:,}' for n in grid['lengths'])}" for name, grid in result["tasks"].items()]
+    return ", ".join(parts) or "nothing"
+
+
+def only_in(what: str, labels: Sequence[str], there: Sequence[bool]) -> Apart:
+    """Nothing if all have it."""
+    if all(there):
+        return []
+    return [(f"only in {', '.join(label for label, is_there in zip(labels, there) if is_there)}", what)]
+
+
+def losses(name: str, results: Sequence[Result], labels: Sequence[str], short: int | None) -> tuple[list[str], Apart]:
+    """Lines of a text: loss (perplexity) by position, then short and long context in sum; and what is not the same."""
+    parts = [result["perplexity"].get(name) for result in results]
+    tables, counts = [by_range(one, "nll") for one in parts], [by_range(one, "count") for one in parts]
+    first, *others = tables
+    ranges = [part for part in first if any(part in other for other in others)]
+    apart: Apart = []
+    for part in sorted({part for table in tables for part in table}):
+        about = {label: part in table for label, table in zip(labels, tables) if table}
+        apart += only_in(f"{name}, positions {span(part)}", list(about), list(about.values()))
+    if not ranges:
+        return [], apart
+    rows = [["positions", "tokens", labels[0], *(cell for label in labels[1:] for cell in (label, "difference"))]]
+    for part in ranges:
+        row = [span(part), f"{counts[0][part]:,}", loss_cell(first[part])]
+        for table in others:
+            row += [loss_cell(table.get(part)), difference_cell(first[part], table.get(part))]
+        rows.append(row)
+        if len({count[part] for count in counts if part in count}) > 1:
+            apart.append(("other documents, or another tokenizer", f"{name}, positions {span(part)}"))
+    lines = ["", f"loss by position, {name}: nats a token (perplexity)", *as_table(rows)]
+    lines.append(f"{MARK} a difference of more than {SIGNIFICANT} nats")
+    if short is None:
+        return [*lines, "short and long context: the first result has no trained length, --short N says it"], apart
+    for part in ranges:
+        if part[0] < short < part[1]:
+            apart.append(("neither short nor long context", f"{name}, positions {span(part)}"))
+    rows = [[f"difference to {labels[0]}", f"short context (to {short:,})", "long context (beyond)"]]
+    for label, table in zip(labels[1:], others):
+        both = [part for part in ranges if first[part] is not None and table.get(part) is not None]
+        within = [part for part in both if part[1] <= short], [part for part in both if part[0] >= short]
+        rows.append([label, *(mean_difference(first, table, counts[0], parts) for parts in within)])
+    return [*lines, "", *as_table(rows)], apart
+
+
+def by_range(one: Result | None, key: str) -> dict[Range, Any]:
+    """Losses or numbers of tokens by range of positions, of a text's part of a result."""
+    return dict(zip(pairwise(one["edges"]), one[key], strict=True)) if one else {}
+
+
+def span(part: Range) -> str:
+    return f"{part[0]:,} - {part[1]:,}"
+
+
+def loss_cell(nll: float | None) -> str:
+    return "-" if nll is None else f"{nll:.4f} ({math.exp(min(nll, 700)):.2f})"
+
+
+def difference_cell(a: float | None, b: float | None) -> str:
+    """b - a, in nats, marked if it is significant."""
+    if a is None or b is None:
+        return "-  "
+    return f"{b - a:+.4f} {MARK if abs(b - a) > SIGNIFICANT else ' '}"
+
+
+def mean_difference(
+    first: dict[Range, Any], other: dict[Range, Any], count: dict[Range, int], parts: Sequence[Range]
+) -> str:
+    """Over ranges of positions, each with the first result's number of tokens, so that both are means over the same."""
+    total = sum(count[part] for part in parts)
+    if not total:
+        return "-  "
+    a, b = (sum(table[part] * count[part] for part in parts) / total for table in (first, other))
+    return f"{loss_cell(a)} -> {loss_cell(b)}  {difference_cell(a, b)}"
+
+
+def scores(way: str, results: Sequence[Result], labels: Sequence[str]) -> tuple[list[str], Apart]:
+    """Lines of all tasks, scored one way, by length, means over depths that all have; and what is not the same."""
+    rows: list[list[str]] = []
+    apart: Apart = []
+    means: dict[int, list[list[float]]] = {}
+    for task in shared(result["tasks"] for result in results):
+        grids = [result["tasks"].get(task) for result in results]
+        about = [(label, grid) for label, grid in zip(labels, grids) if grid]
+        names = [label for label, _ in about]
+        depths = [d for d in about[0][1]["depths"] or [None] if all(d in (g["depths"] or [None]) for _, g in about)]
+        for depth in dict.fromkeys(d for _, grid in about for d in grid["depths"] or [None]):
+            called = "all" if depth is None else f"{depth:.0%}"
+            apart += only_in(f"{task}, depth {called}", names, [depth in (g["depths"] or [None]) for _, g in about])
+        for length in sorted({n for _, grid in about for n in grid["lengths"]}):
+            apart += only_in(f"{task} at {length:,}", names, [length in grid["lengths"] for _, grid in about])
+            found = [cell_mean(grid, way, length, depths) for grid in grids]
+            if found[0] is None or all(one is None for one in found[1:]):
+                continue
+            asked = [sum(cells_of(grid, "count", length, depths)) for grid in grids if grid]
+            if len(set(asked)) > 1:
+                apart.append(("another number of questions", f"{task} at {length:,} ({', '.join(map(str, asked))})"))
+            rows.append([task, f"{length:,}", str(asked[0]), *score_cells(found)])
+            known = [one for one in found if one is not None]
+            if len(known) == len(found):
+                means.setdefault(length, []).append(known)
+    if not rows:
+        return [], apart
+    for length, several in sorted(means.items()):
+        if len(several) > 1:
+            mean = [sum(column) / len(several) for column in zip(*several)]
+            rows.append([f"mean of {len(several)}", f"{length:,}", "", *score_cells(mean)])
+    head = ["task", "length", "asked", labels[0], *(cell for label in labels[1:] for cell in (label, "difference"))]
+    return ["", f"tasks, {WAYS[way]}", *as_table([head, *rows])], apart
+
+
+def cells_of(grid: Result, what: str, length: int, depths: Sequence[float | None]) -> list[Any]:
+    """Cells of a task's grid at a length and some depths, without those where nothing was asked or written."""
+    if length not in grid["lengths"]:
+        return []
+    row = grid[what][grid["lengths"].index(length)]
+    columns = grid["depths"] or [None]
+    return [row[columns.index(d)] for d in depths if row[columns.index(d)] is not None]
+
+
+def cell_mean(grid: Result | None, way: str, length: int, depths: Sequence[float | None]) -> float | None:
+    cells = cells_of(grid, way, length, depths) if grid else []
+    return sum(cells) / len(cells) if cells else None
+
+
+def score_cells(found: Sequence[float | None]) -> list[str]:
+    """Shares in percent; of all but the first with the difference to it, in points."""
+    first = found[0]
+    cells = ["-" if first is None else f"{first:.1%}"]
+    for one in found[1:]:
+        cells += ["-", "-"] if one is None or first is None else [f"{one:.1%}", f"{(one - first) * 100:+.1f}"]
+    return cells
+
+
+def as_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as they must be, flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
