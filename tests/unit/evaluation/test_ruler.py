@@ -14,6 +14,7 @@ import torch
 from tests.distributed.harness import ASSETS
 from tests.unit.evaluation.solvers import solve
 from torchtitan.components.tokenizer import load_tokenizer
+from torchtitan.config import load_config
 from torchtitan.config.job_config import EvaluationTask
 from torchtitan.evaluation import plots, recall, ruler, stage, words
 from torchtitan.evaluation.fitting import listed
@@ -226,6 +227,12 @@ def test_mistakes_are_named(qa_files: list[Path], tmp_path: Path):
     (tmp_path / "empty.json").write_text('{"data": []}')
     with pytest.raises(UserError, match="no question that can be answered"):
         tasks_of(["vt"], [tmp_path / "empty.json"])
+
+
+def test_a_misspelt_task_is_answered_with_the_nearest(tmp_path: Path):
+    (tmp_path / "stage.toml").write_text('[evaluation]\ntasks = ["rulr"]\n')
+    with pytest.raises(UserError, match=r'tasks\[0\] = "rulr" is not offered.*did you mean "ruler"'):
+        load_config(["--job.config_file", str(tmp_path / "stage.toml")])
 
 
 def test_groups_are_expanded(qa_files: list[Path]):
