@@ -1,10 +1,12 @@
-"""What a model makes of long text: loss by position on held-out documents, and a needle in a haystack.
+"""What a model makes of long text: loss by position on held-out documents, a needle in a haystack, RULER and recall.
 
     python scripts/evaluate.py --job.config_file stage.toml                      # the stage's newest checkpoint
     python scripts/evaluate.py --model ./SmolLM2 --out before.json --data.add_bos false \\
         --evaluation.texts books/*.txt --evaluation.length 16384 --evaluation.needle_lengths 4096 8192 16384
     python scripts/evaluate.py --model outputs/checkpoint/step-1000 --processes 8 \\
         --parallelism.context_parallel_degree 8 --evaluation.needle_lengths 131072 1048576 --out after.json
+    python scripts/evaluate.py --model ./Llama-3.1-8B --out ruler.json --evaluation.tasks ruler recall \\
+        --evaluation.task_lengths 4096 32768 131072 --evaluation.task_items 100 --evaluation.generate
 
 --model is a Hugging Face folder or a checkpoint of a run. A stage is evaluated as its [evaluation] and [parallelism]
 tables say, which any --table.key overrides; --processes of them are started here, or by torchrun or srun. Parameters
@@ -18,6 +20,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -227,18 +230,51 @@ def as_table(result: dict[str, Any]) -> str:
             shown = "".join(f"{'-' if c is None else format(c, '.4f'):>18}" for c in cells)
             lines.append(f"{f'{begin:,} - {end:,}':>18}{one['count'][i]:>18,}{shown}")
     for task, grid in result["tasks"].items():
-        for what, said in (("exact", "answer is the likeliest"), ("score", "found in what was written")):
-            if all(cell is None for row in grid[what] for cell in row):
-                continue
-            lines += ["", f"{task}, {said}, of {sum(map(sum, grid['count']))}"]
-            lines.append("".join(f"{c:>10}" for c in ["depth", *(f"{n:,}" for n in grid["lengths"])]))
-            for d, depth in enumerate(grid["depths"] or ["all"]):
-                cells = ["-" if row[d] is None else f"{row[d]:.0%}" for row in grid[what]]
-                head = depth if isinstance(depth, str) else f"{depth:.0%}"
-                lines.append("".join(f"{c:>10}" for c in [head, *cells]))
-        if any(cut for row in grid["cut"] for cut in row):
-            lines.append(f"{sum(map(sum, grid['cut']))} answers were cut at the tokens that they may have")
-    return "\n".join(lines)
+        if not grid["depths"]:
+            continue
+        for what, said in HOW:
+            if any(cell is not None for row in grid[what] for cell in row):
+                rows = {f"{depth:.0%}": [row[d] for row in grid[what]] for d, depth in enumerate(grid["depths"])}
+                lines += ["", f"{task}, {said}, of {sum(map(sum, grid['count']))}"]
+                lines += percents("depth", grid["lengths"], rows)
+        lines += cut_answers([grid])
+    return "\n".join(lines + tables_of_tasks(result))
+
+
+HOW = (("exact", "answer is the likeliest"), ("score", "found in what was written"))
+
+
+def tables_of_tasks(result: dict[str, Any]) -> list[str]:
+    """Tasks that have no depths, and the means of groups, by length."""
+    from torchtitan.evaluation.tasks import at_length, group_name
+
+    grids = {task: grid for task, grid in result["tasks"].items() if not grid["depths"]}
+    lines = []
+    lengths = sorted({n for grid in (*grids.values(), *result["groups"].values()) for n in grid["lengths"]})
+    for what, said in HOW:
+        rows = {task: [at_length(grid, what, n) for n in lengths] for task, grid in grids.items()}
+        for group, means in result["groups"].items():
+            there = dict(zip(means["lengths"], means[what], strict=True))
+            rows[group_name(group, means)] = [there.get(n) for n in lengths]
+        if any(cell is not None for row in rows.values() for cell in row):
+            asked = sum(sum(map(sum, grid["count"])) for grid in grids.values())
+            lines += ["", f"tasks, {said}, of {asked}", *percents("task", lengths, rows)]
+    return lines + cut_answers(grids.values())
+
+
+def percents(head: str, lengths: list[int], rows: dict[str, list[float | None]]) -> list[str]:
+    """A line a row and a column a length."""
+    wide = max(10, *(len(name) + 2 for name in rows))
+    lines = ["".join([f"{head:>{wide}}", *(f"{n:>10,}" for n in lengths)])]
+    for name, cells in rows.items():
+        shown = ("-" if cell is None else f"{cell:.0%}" for cell in cells)
+        lines.append("".join([f"{name:>{wide}}", *(f"{cell:>10}" for cell in shown)]))
+    return lines
+
+
+def cut_answers(grids: Iterable[dict[str, Any]]) -> list[str]:
+    cut = sum(sum(map(sum, grid["cut"])) for grid in grids)
+    return [f"{cut} answers were cut at the tokens that they may have"] if cut else []
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ _AT_LEAST: dict[str, int] = {
     "evaluation.length": 2,
     "evaluation.max_documents": 1,
     "evaluation.needles": 1,
+    "evaluation.task_items": 1,
     "evaluation.seed": 0,
     "rope.factor": 1,
     "rope.original_max_position_embeddings": 1,
@@ -118,17 +119,21 @@ def check_config(config: JobConfig, world_size: int) -> None:
 
 def check_asked(config: JobConfig) -> None:
     """UserError if [evaluation] asks nothing: for those who were told to evaluate."""
-    if not (config.evaluation.texts or config.evaluation.needle_lengths):
-        raise UserError("Nothing to ask: name held-out text in evaluation.texts, or evaluation.needle_lengths.")
+    e = config.evaluation
+    if not (e.texts or e.needle_lengths or e.tasks):
+        raise UserError(
+            "Nothing to ask: name held-out text in evaluation.texts, or evaluation.needle_lengths, or evaluation.tasks."
+        )
 
 
 def check_evaluation(config: JobConfig) -> None:
     """UserError for what cannot be asked."""
     e = config.evaluation
     length = e.length or config.data.target_seq_len or config.training.seq_len
-    for i, n in enumerate(e.needle_lengths):
-        if n < 1:
-            raise UserError(f"evaluation.needle_lengths[{i}] = {n} must be at least 1.")
+    for key, lengths in (("needle_lengths", e.needle_lengths), ("task_lengths", e.task_lengths)):
+        for i, n in enumerate(lengths):
+            if n < 1:
+                raise UserError(f"evaluation.{key}[{i}] = {n} must be at least 1.")
     for i, depth in enumerate(e.needle_depths):
         if not 0 <= depth <= 1:
             raise UserError(
@@ -141,10 +146,18 @@ def check_evaluation(config: JobConfig) -> None:
             raise UserError(
                 f"evaluation.windows[{i}] = {window} must be at least 1 and below evaluation.length = {length}."
             )
-    if (e.freq or e.windows) and not (e.texts or e.needle_lengths):
+    if e.tasks and not e.task_lengths:
+        raise UserError(f'evaluation.tasks = ["{e.tasks[0]}", ...] without task_lengths: name one at least, as 4096.')
+    if (e.task_lengths or e.qa_files) and not e.tasks:
+        key = "task_lengths" if e.task_lengths else "qa_files"
+        raise UserError(f'evaluation.{key} is set without tasks: name some, such as "ruler", "recall" or "vt".')
+    for name, file in (("qa_1", "SQuAD 2.0's dev-v2.0.json"), ("qa_2", "HotpotQA's hotpot_dev_distractor_v1.json")):
+        if name in e.tasks and not e.qa_files:
+            raise UserError(f"evaluation.tasks names {name}, which needs {file}: name that file in qa_files.")
+    if (e.freq or e.windows) and not (e.texts or e.needle_lengths or e.tasks):
         raise UserError(
             "evaluation.freq or windows is set, but there is nothing to evaluate: name held-out text in "
-            "evaluation.texts, or needle_lengths."
+            "evaluation.texts, or needle_lengths, or tasks."
         )
 
 

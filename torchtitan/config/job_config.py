@@ -578,10 +578,33 @@ class Rope:
     """full_attention: layers with a sliding window keep the frequencies unscaled (Olmo 3)."""
 
 
+EvaluationTask = Literal[
+    "ruler",
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+    "cwe",
+    "fwe",
+    "qa_1",
+    "qa_2",
+    "recall",
+    "niah_mk_2",
+    "niah_mk_3",
+    "niah_mv",
+    "json_kv",
+]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What the model is asked beside training, in the stage's own layout: before the first step, every freq steps and
-    after the last one. Nothing unless texts or needle_lengths says what. See docs/evaluation.md."""
+    after the last one. Nothing unless texts, needle_lengths or tasks says what. See docs/evaluation.md."""
 
     freq: int = 0
     """Every so many steps. 0: only before the first step and after the last."""
@@ -616,11 +639,25 @@ class Evaluation:
     needles: int = 2
     """Questions for each length and depth."""
 
+    tasks: tuple[EvaluationTask, ...] = ()
+    """RULER's tasks and HELMET's recall tasks, by their names; ruler: all thirteen, less those that qa_files has no
+    file for; recall: niah_mk_2, niah_mk_3, niah_mv and json_kv. Prose for haystacks is from texts, as for needles."""
+
+    task_lengths: tuple[int, ...] = ()
+    """Lengths, in tokens, at which tasks are asked: prompt and answer together."""
+
+    task_items: int = 20
+    """Questions for each task and length. RULER's own number is 500, HELMET's 100."""
+
+    qa_files: tuple[str, ...] = ()
+    """Files for RULER's qa_1 (SQuAD 2.0's dev-v2.0.json) and qa_2 (HotpotQA's hotpot_dev_distractor_v1.json); relative
+    to data.folder."""
+
     generate: bool = False
     """Also have the model write its answers. Otherwise the likelihood of the right answer is measured, in one pass."""
 
     seed: int = 0
-    """Of the needles."""
+    """Of the needles and tasks."""
 
 
 @dataclass(frozen=True)

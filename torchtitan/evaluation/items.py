@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from torchtitan.components.tokenizer import Tokenizer
+
 
 @dataclass(frozen=True, eq=False)
 class Item:
@@ -40,3 +42,18 @@ class Item:
 
 Score = Callable[[str, Sequence[str]], float]
 """(generated text, answers) -> 0 to 1."""
+
+Make = Callable[[Tokenizer, str, int, int, int, int | None], list[Item]]
+"""(tokenizer, prose for a haystack, length, count, seed, bos_id) -> items; each a function of the tokenizer, the prose
+and (seed, task, length, number). UserError for a length that is too short for the task."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of question."""
+
+    name: str
+    make: Make
+    score: Score
+    max_new_tokens: int
+    """The published budget; an item's own is larger where the tokenizer needs more for the expected answer."""

@@ -64,21 +64,51 @@ def needle_figure(grid: dict[str, Any], title: str = "") -> Any:
     grid: as runner.as_grid gives it. A cell's number is its mean in percent.
     """
     writes = any(cell is not None for row in grid["score"] for cell in row)
-    values = np.array(grid["score" if writes else "exact"], dtype=float).T * 100  # [depths, lengths]
-    depths = grid["depths"] or ["all"]
-    size = (max(4.0, 1.5 + 0.7 * len(grid["lengths"])), max(2.5, 1.6 + 0.45 * len(depths)))
+    values = np.array(grid["score" if writes else "exact"], dtype=float).T  # [depths, lengths]
+    depths = [f"{d:.0%}" for d in grid["depths"]] if grid["depths"] else ["all"]
+    return _heatmap(values, grid["lengths"], depths, "depth of the needle", title, writes)
+
+
+def tasks_figure(grids: dict[str, Any], title: str = "") -> Any:
+    """Scores by length (across) and task (down) of tasks without depths; grids: by task, as runner.as_grid gives them.
+    What was written, where anything was, else exact likelihood."""
+    writes = any(row[0] is not None for grid in grids.values() for row in grid["score"])
+    lengths = sorted({n for grid in grids.values() for n in grid["lengths"]})
+    values = np.full((len(grids), len(lengths)), np.nan)
+    for i, grid in enumerate(grids.values()):
+        for n, row in zip(grid["lengths"], grid["score" if writes else "exact"], strict=True):
+            values[i, lengths.index(n)] = np.nan if row[0] is None else row[0]
+    return _heatmap(values, lengths, list(grids), None, title, writes)
+
+
+def _heatmap(
+    values: np.ndarray, lengths: list[int], rows: list[str], what: str | None, title: str, writes: bool
+) -> Any:
+    """values: float [rows, lengths], 0 to 1, NaN where there is none."""
+    size = (max(4.0, 1.5 + 0.7 * len(lengths)), max(2.5, 1.6 + 0.45 * len(rows)))
     figure, axes = plt.subplots(figsize=size)
-    axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
-    axes.set_xticks(range(len(grid["lengths"])), [_short(n) for n in grid["lengths"]])
-    axes.set_yticks(range(len(depths)), [d if isinstance(d, str) else f"{d:.0%}" for d in depths])
-    for (row, column), value in np.ndenumerate(values):
+    axes.imshow(values * 100, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+    axes.set_xticks(range(len(lengths)), [_short(n) for n in lengths])
+    axes.set_yticks(range(len(rows)), rows)
+    for (row, column), value in np.ndenumerate(values * 100):
         if np.isfinite(value):
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8)
     axes.set_xlabel("length (tokens)")
-    axes.set_ylabel("depth of the needle")
+    if what:
+        axes.set_ylabel(what)
     axes.set_title(f"{title}\n{'found in what was written' if writes else 'answer is the likeliest'}, %", fontsize=9)
     figure.tight_layout()
     return figure
+
+
+def task_figures(result: dict[str, Any]) -> dict[str, Any]:
+    """A figure by name: one for each task with depths, and "tasks" for all others; result: of stage.evaluate."""
+    grids, label = result["tasks"], result["label"]
+    figures = {task: needle_figure(grid, label) for task, grid in grids.items() if grid["depths"]}
+    without = {task: grid for task, grid in grids.items() if not grid["depths"]}
+    if without:
+        figures["tasks"] = tasks_figure(without, label)
+    return figures
 
 
 def position_figure(result: dict[str, Any]) -> Any:

@@ -21,9 +21,10 @@ from torchtitan.config.job_config import JobConfig
 from torchtitan.evaluation import needle
 from torchtitan.evaluation.documents import long_documents
 from torchtitan.evaluation.forward import Ranks
-from torchtitan.evaluation.items import Item
+from torchtitan.evaluation.items import Item, Score
 from torchtitan.evaluation.loss_by_position import default_edges
 from torchtitan.evaluation.runner import as_grid, ask, let_go, position_losses
+from torchtitan.evaluation.tasks import GROUPS, at_length, group_means, group_name, tasks_of
 from torchtitan.models.rope_config import rope_warnings
 from torchtitan.models.transformer import Transformer, TransformerArgs
 from torchtitan.tools.errors import UserError
@@ -42,18 +43,22 @@ class Prepared:
     """By name: documents, int64 [length + 1] each."""
 
     length: int = 0
-    needles: list[Item] = field(default_factory=list)
+    asked: dict[str, list[Item]] = field(default_factory=dict)
+    """By task."""
+
+    scores: dict[str, Score] = field(default_factory=dict)
 
 
 def is_asked_for(config: JobConfig) -> bool:
-    return bool(config.evaluation.texts or config.evaluation.needle_lengths)
+    return bool(config.evaluation.texts or config.evaluation.needle_lengths or config.evaluation.tasks)
 
 
 def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> Prepared:
-    """Read texts and make needles: the same on every rank. UserError for text that is too short or not there."""
+    """Read texts, make needles and tasks: the same on every rank. UserError for text that is too short or not there,
+    and for a length that a task cannot have."""
     e = config.evaluation
     length = e.length or config.data.target_seq_len or config.training.seq_len
-    longest = max([length] * bool(e.texts) + list(e.needle_lengths), default=0)
+    longest = max([length] * bool(e.texts) + list(e.needle_lengths) + list(e.task_lengths), default=0)
     warnings, reach = rope_warnings(args.rope, args.head_dim, longest), args.rope.max_position_embeddings
     if reach is not None and reach < longest:
         warnings.append(f"the model's positions were trained up to {reach:,} (max_position_embeddings).")
@@ -69,21 +74,39 @@ def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> P
         texts[name] = long_documents(
             [path], tokenizer, length + 1, e.max_documents, e.text_field, bos, called=f"evaluation.texts ({text})"
         )
-    needles: list[Item] = []
+    asked: dict[str, list[Item]] = {}
+    scores: dict[str, Score] = {}
+    pieces = [document for found in texts.values() for document in found]
+    around = torch.cat(pieces)[:ENOUGH_TEXT] if pieces else None
+    bos_id = tokenizer.bos_id if bos else None
     if e.needle_lengths:
-        pieces = [document for found in texts.values() for document in found]
-        around = torch.cat(pieces)[:ENOUGH_TEXT] if pieces else torch.tensor(tokenizer.encode(needle.default_text()))
-        bos_id = tokenizer.bos_id if bos else None
-        needles = needle.needle_items(
-            tokenizer, around, e.needle_lengths, e.needle_depths, e.needles, seed=e.seed, bos_id=bos_id
+        hay = torch.tensor(tokenizer.encode(needle.default_text())) if around is None else around
+        asked[needle.TASK] = needle.needle_items(
+            tokenizer, hay, e.needle_lengths, e.needle_depths, e.needles, seed=e.seed, bos_id=bos_id
         )
-    largest = max(int(t.max()) for t in [*(d for found in texts.values() for d in found), *(i.prompt for i in needles)])
+        scores[needle.TASK] = needle.score
+    if e.tasks:
+        prose = needle.default_text() if around is None else plain_text(tokenizer, around)
+        for task in tasks_of(e.tasks, [folder / file for file in e.qa_files]):
+            asked[task.name] = [
+                item
+                for n in sorted(set(e.task_lengths))
+                for item in task.make(tokenizer, prose, n, e.task_items, e.seed, bos_id)
+            ]
+            scores[task.name] = task.score
+    largest = max(int(t.max()) for t in [*pieces, *(i.prompt for items in asked.values() for i in items)])
     if largest >= args.vocab_size:
         raise UserError(
             f"The tokenizer in {tokenizer.folder} gives the id {largest}, but the model has {args.vocab_size} ids: "
             "they do not belong together."
         )
-    return Prepared(texts, length, needles)
+    return Prepared(texts, length, asked, scores)
+
+
+def plain_text(tokenizer: Tokenizer, tokens: torch.Tensor) -> str:
+    """Text of int64 [N], without special tokens, which stand where documents begin and end."""
+    special = torch.tensor(sorted(tokenizer.special.values()), dtype=torch.int64)
+    return tokenizer.decode(tokens[~torch.isin(tokens, special)].tolist())
 
 
 def evaluate(
@@ -95,7 +118,7 @@ def evaluate(
     generate: bool = False,
     on_part: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """{"perplexity": ..., "tasks": ...} (docs/evaluation.md). Collective; nothing of the model's state is changed.
+    """{"perplexity", "tasks", "groups"} (docs/evaluation.md). Collective; nothing of the model's state is changed.
 
     on_part: told what is under way, and how much of this rank's part is done.
     """
@@ -116,17 +139,17 @@ def evaluate(
                 gains.append({"window": window, "edges": list(edges), "nll_cut": cut["nll"], "nll_full": full["nll"]})
             perplexity[name] = {**full, "gain_of_context": gains[0] if gains else None, "gains_of_context": gains}
         tasks: dict[str, Any] = {}
-        if prepared.needles:
+        for task, items in prepared.asked.items():
 
-            def on_needle(done: int, total: int) -> None:
-                on_part("needles", done, total)
+            def on_task(done: int, total: int, task: str = task) -> None:
+                on_part("needles" if task == needle.TASK else task, done, total)
 
-            outcomes = ask(model, ranks, tokenizer, prepared.needles, needle.score, generate, on_needle)
-            tasks[needle.TASK] = as_grid(prepared.needles, outcomes)
+            outcomes = ask(model, ranks, tokenizer, items, prepared.scores[task], generate, on_task)
+            tasks[task] = as_grid(items, outcomes)
     finally:
         let_go(model)
         model.train(was_training)
-    return {"perplexity": perplexity, "tasks": tasks}
+    return {"perplexity": perplexity, "tasks": tasks, "groups": group_means(tasks)}
 
 
 class StageEvaluation:
@@ -178,19 +201,20 @@ class StageEvaluation:
             return
         for key, value in scalars(result).items():
             tensorboard.add_scalar(f"evaluation/{key}", value, step)
-        for task, grid in result["tasks"].items():
-            from torchtitan.evaluation.plots import needle_figure
+        from torchtitan.evaluation.plots import task_figures
 
-            tensorboard.add_figure(f"evaluation/{task}", needle_figure(grid, result["label"]), step)
+        for name, figure in task_figures(result).items():
+            tensorboard.add_figure(f"evaluation/{name}", figure, step)
 
 
 def write(result: dict[str, Any], file: Path) -> None:
-    """The JSON, whole or not at all, and beside it FILE_needle.png and FILE_positions.png for what there is."""
+    """The JSON, whole or not at all, and beside it FILE_TASK.png for each task with depths, FILE_tasks.png for the
+    others and FILE_positions.png, for what there is."""
     from torchtitan.evaluation import plots
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    for task, grid in result["tasks"].items():
-        plots.save(plots.needle_figure(grid, result["label"]), file.with_name(f"{file.stem}_{task}.png"))
+    for name, figure in plots.task_figures(result).items():
+        plots.save(figure, file.with_name(f"{file.stem}_{name}.png"))
     if result["perplexity"]:
         plots.save(plots.position_figure(result), file.with_name(f"{file.stem}_positions.png"))
     aside = file.with_name(file.name + ".partial")
@@ -199,16 +223,20 @@ def write(result: dict[str, Any], file: Path) -> None:
 
 
 def scalars(result: dict[str, Any]) -> dict[str, float]:
-    """One number a text and a task and length: the mean loss, its gain, the share of exact answers, the score."""
+    """One number a text, and a task or group of them and length: the mean loss, the share of exact answers, their
+    log-probability, the score."""
     found: dict[str, float | None] = {}
     for name, one in result["perplexity"].items():
         found[f"loss/{name}"] = one["mean_nll"]
         found[f"loss_of_last_bucket/{name}"] = one["nll"][-1]
     for task, grid in result["tasks"].items():
-        for i, length in enumerate(grid["lengths"]):
+        for length in grid["lengths"]:
             for what in ("exact", "logprob", "score"):
-                cells = [cell for cell in grid[what][i] if cell is not None]
-                found[f"{task}_{what}/{length}"] = sum(cells) / len(cells) if cells else None
+                found[f"{task}_{what}/{length}"] = at_length(grid, what, length)
+    for group, means in result["groups"].items():
+        for i, length in enumerate(means["lengths"]):
+            for what in ("exact", "score"):
+                found[f"{group}_{what}/{length}"] = means[what][i]
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -219,11 +247,12 @@ def summary(result: dict[str, Any]) -> str:
         if one["mean_nll"] is not None:
             parts.append(f"{name} loss {one['mean_nll']:.3f} (perplexity {math.exp(min(one['mean_nll'], 700)):.2f})")
     numbers = scalars(result)
-    for task, grid in result["tasks"].items():
+    grouped = {task for group in result["groups"] for task in GROUPS[group]}
+    shown = {task: (task, grid["lengths"]) for task, grid in result["tasks"].items() if task not in grouped}
+    shown |= {group: (group_name(group, means), means["lengths"]) for group, means in result["groups"].items()}
+    for key, (name, lengths) in shown.items():
         for what, said in (("exact", "answered exactly"), ("score", "written")):
-            cells = [
-                f"{numbers[key]:.0%} at {n:,}" for n in grid["lengths"] if (key := f"{task}_{what}/{n}") in numbers
-            ]
+            cells = [f"{numbers[k]:.0%} at {n:,}" for n in lengths if (k := f"{key}_{what}/{n}") in numbers]
             if cells:
-                parts.append(f"{task} {said} {', '.join(cells)}")
+                parts.append(f"{name} {said} {', '.join(cells)}")
     return "; ".join(parts) or "nothing"

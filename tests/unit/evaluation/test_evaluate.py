@@ -147,9 +147,31 @@ def evaluate(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str]:
             ["--model", "MODEL", "--evaluation.texts", "x", "--evaluation.length", "64", "--evaluation.windows", "64"],
             "windows[0] = 64 must be at least 1 and below evaluation.length = 64",
         ),
-        (["--model", "MODEL", "--evaluation.texts", "nowhere.txt"], "nowhere.txt, which is not there"),
+        (
+            ["--model", "MODEL", "--evaluation.texts", "nowhere.txt", "--evaluation.length", "99"],
+            "nowhere.txt, which is not there",
+        ),
         (["--model", "MODEL", "--evaluation.needle_lengths", "20"], "the length is 20"),
         (["--model", "MODEL", "--evaluation.needle_lengths", "128", "--out", "x.txt"], "should end with .json"),
+        (["--model", "MODEL", "--evaluation.tasks", "vt"], "without task_lengths"),
+        (
+            ["--model", "MODEL", "--evaluation.tasks", "vt", "--evaluation.task_lengths", "0"],
+            "task_lengths[0] = 0 must",
+        ),
+        (["--model", "MODEL", "--evaluation.tasks", "vt", "--evaluation.task_lengths", "99"], "the length is 99"),
+        (
+            ["--model", "MODEL", "--evaluation.needle_lengths", "128", "--evaluation.task_lengths", "99"],
+            "task_lengths is set without tasks",
+        ),
+        (
+            ["--model", "MODEL", "--evaluation.tasks", "vt", "qa_2", "--evaluation.task_lengths", "4096"],
+            "names qa_2, which needs HotpotQA's",
+        ),
+        (
+            ["--model", "MODEL", "--evaluation.tasks", "vt", "--evaluation.task_lengths", "999"]
+            + ["--evaluation.task_items", "0"],
+            "task_items = 0 is too small: it must be at least 1",
+        ),
         (
             ["--model", "MODEL", "--evaluation.needle_lengths", "128", "--parallelism.context_parallel_degree", "3"],
             "context_parallel_degree 3",
@@ -171,14 +193,22 @@ def test_two_processes_give_the_table_of_one(model: Path, tmp_path: Path):
             *("--model", model, "--out", out, "--training.mixed_precision_param", "float32", *extra),
             *("--evaluation.texts", model.parent / "text.jsonl", "--evaluation.length", "300"),
             *("--evaluation.needle_lengths", "150", "300", "--evaluation.generate", "--evaluation.windows", "50"),
+            *("--evaluation.tasks", "niah_single_1", "fwe", "json_kv", "--evaluation.task_lengths", "600"),
+            *("--evaluation.task_items", "3"),
         )
         assert done.returncode == 0, done.stderr
         assert "needle, found in what was written, of 20" in done.stdout and "were cut" in done.stdout
-        assert "evaluation at 300 tokens" in done.stderr  # RoPE reaches 256
+        assert "tasks, answer is the likeliest, of 6" in done.stdout and "mean over 2 of 13" in done.stdout
+        assert "evaluation at 600 tokens" in done.stderr  # RoPE reaches 256
         found[name] = json.loads(out.read_text())
-        assert (tmp_path / f"{name}_needle.png").exists() and (tmp_path / f"{name}_positions.png").exists()
+        for picture in ("needle", "positions", "tasks", "json_kv"):
+            assert (tmp_path / f"{name}_{picture}.png").exists()
     one, two = found["one"], found["two"]
     assert one["tasks"]["needle"]["exact"] == two["tasks"]["needle"]["exact"]
     np.testing.assert_allclose(one["tasks"]["needle"]["logprob"], two["tasks"]["needle"]["logprob"], rtol=1e-5)
+    for task in ("niah_single_1", "fwe", "json_kv"):
+        np.testing.assert_allclose(one["tasks"][task]["logprob"], two["tasks"][task]["logprob"], rtol=1e-5)
+        assert one["tasks"][task]["score"] == two["tasks"][task]["score"]
+    assert one["groups"] == two["groups"] and one["groups"]["ruler"]["lengths"] == [600]
     np.testing.assert_allclose(one["perplexity"]["text"]["nll"], two["perplexity"]["text"]["nll"], rtol=1e-5)
     assert two["world_size"] == 2 and one["label"] == "model"
