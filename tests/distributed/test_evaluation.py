@@ -19,6 +19,9 @@ ASKED = {
     "needle_depths": [0.0, 0.6],
     "needle_lengths": [130, 200],
     "needles": 1,
+    "tasks": ["niah_mk_2"],
+    "task_lengths": [330],
+    "task_items": 2,
     "generate": True,
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -102,7 +105,9 @@ def test_every_layout_gives_one_process_results(model: str, folder: Path):
     assert text["count"] == [450] and text["edges"] == [0, 150]  # of three documents
     assert text["gain_of_context"]["nll_cut"] != text["nll"]
     assert expected["tasks"]["needle"]["lengths"] == [130, 200]
-    assert {p.name for p in (one / "evaluation").iterdir()} >= {"step-3_needle.png", "step-3_positions.png"}
+    assert expected["tasks"]["niah_mk_2"]["count"] == [[2]]
+    pictures = {f"step-3_{what}.png" for what in ("needle", "positions", "tasks")}
+    assert {p.name for p in (one / "evaluation").iterdir()} >= pictures
 
 
 def test_an_evaluation_is_not_repeated_and_a_missing_one_is_made_up_for(folder: Path):
