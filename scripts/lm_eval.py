@@ -128,8 +128,10 @@ def run(own: argparse.Namespace, config: JobConfig, folder: Path, has_stage: boo
 
 
 def load_tasks(own: argparse.Namespace, metadata: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """A TaskManager, and what --tasks names, with its documents. UserError, with the task's name, for one that is not known or cannot be
-    loaded."""
+    """A TaskManager, and what --tasks names, with its documents.
+
+    UserError, with the task's name, for one that is not known or cannot be loaded.
+    """
     import numpy as np
     from lm_eval.tasks import TaskManager
 

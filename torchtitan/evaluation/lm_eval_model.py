@@ -63,9 +63,12 @@ class Writing:
             raise UserError(
                 f"generation_kwargs of a task has {other[0]} = {left[other[0]]!r}, which is not known here."
             )
+        new_tokens = int(next((n for n in counts if n is not None), new_tokens))
+        if new_tokens < 1:
+            raise UserError(f"generation_kwargs of a task has max_gen_toks = {new_tokens}: it must be at least 1.")
         return Writing(
             until=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
-            new_tokens=int(next((n for n in counts if n is not None), new_tokens)),
+            new_tokens=new_tokens,
             temperature=temperature,
             top_p=top_p,
         )
