@@ -39,7 +39,7 @@ from torchtitan.components.optimizer import build_optimizer, clip_gradients, opt
 from torchtitan.components.stage import Start, differences
 from torchtitan.components.watch import BadLossError, Heartbeat, LossWatch, Pace, StackDump, roll_call, stragglers
 from torchtitan.config import JobConfig, as_tables, dump_toml
-from torchtitan.config.checks import accumulation_steps, resolve_shard_degree
+from torchtitan.config.checks import accumulation_steps, is_asked_for, resolve_shard_degree
 from torchtitan.datasets.loader import IGNORED_LABEL, build_loader
 from torchtitan.datasets.report import format_report
 from torchtitan.distributed.context_parallel.shard import LocalBatch, shard
@@ -51,7 +51,7 @@ from torchtitan.distributed.parallelize import build_sharded_model
 from torchtitan.distributed.quantize import describe_quantize
 from torchtitan.distributed.self_check import run_self_check
 from torchtitan.evaluation.forward import Ranks
-from torchtitan.evaluation.stage import StageEvaluation, is_asked_for
+from torchtitan.evaluation.stage import StageEvaluation
 from torchtitan.inputs import StageInputs, report_of
 from torchtitan.models.architecture import as_json
 from torchtitan.models.huggingface import load_weights

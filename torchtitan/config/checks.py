@@ -117,10 +117,14 @@ def check_config(config: JobConfig, world_size: int) -> None:
     _check_tokens(config)
 
 
+def is_asked_for(config: JobConfig) -> bool:
+    """Whether [evaluation] asks anything."""
+    return bool(config.evaluation.texts or config.evaluation.needle_lengths or config.evaluation.tasks)
+
+
 def check_asked(config: JobConfig) -> None:
     """UserError if [evaluation] asks nothing: for those who were told to evaluate."""
-    e = config.evaluation
-    if not (e.texts or e.needle_lengths or e.tasks):
+    if not is_asked_for(config):
         raise UserError(
             "Nothing to ask: name held-out text in evaluation.texts, or evaluation.needle_lengths, or evaluation.tasks."
         )

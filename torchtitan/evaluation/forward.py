@@ -125,16 +125,36 @@ def document_losses(
     """
     inputs, labels = tokens[:-1], tokens[1:]
     window = window or len(inputs)
-    pieces = inputs.split(window)
-    local = lay_out(model, ranks, pieces, labels.split(window))
+    return torch.cat(_losses(model, ranks, inputs.split(window), labels.split(window), rope))
+
+
+@torch.no_grad()
+def losses_of_documents(
+    model: Transformer, ranks: Ranks, documents: Sequence[torch.Tensor], rope: RopeArgs | None = None
+) -> list[torch.Tensor]:
+    """document_losses of several that go through the model together: int64 [T >= 2] each -> float32 [T - 1] each."""
+    return _losses(model, ranks, [d[:-1] for d in documents], [d[1:] for d in documents], rope)
+
+
+def _losses(
+    model: Transformer,
+    ranks: Ranks,
+    inputs: Sequence[torch.Tensor],
+    labels: Sequence[torch.Tensor],
+    rope: RopeArgs | None,
+) -> list[torch.Tensor]:
+    """The losses of labels behind inputs, each seen alone; no logits are kept."""
+    local = lay_out(model, ranks, inputs, labels)
     device = ranks.device
     on = local.to(device)
     _, losses = model(on.tokens, on.positions, on.mask, rope=rope, labels=on.labels)
-    result = torch.zeros(len(inputs), dtype=losses.dtype, device=losses.device)
+    lengths = [len(x) for x in inputs]
+    result = torch.zeros(sum(lengths), dtype=losses.dtype, device=losses.device)
     own = local.source >= 0
-    place = (local.source * window + local.index)[own]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    place = (starts[local.source] + local.index)[own]
     result[place.to(device)] = losses[own.to(device)]
-    return ranks.sum_over_row(result).cpu()
+    return list(ranks.sum_over_row(result).cpu().split(lengths))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ more: a new token's query sees each rank's part, and the parts are merged by the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -141,10 +141,10 @@ def caching(model: Transformer, places: Places) -> Iterator[None]:
 
 
 def groups_of(
-    prompts: Sequence[torch.Tensor], new_tokens: Sequence[int], rope: RopeArgs
+    prompts: Sequence[torch.Tensor], new_tokens: Sequence[int], rope: RopeArgs, together: int = BATCH_PROMPTS
 ) -> list[tuple[RopeArgs, list[int]]]:
     """Which prompts are read together, by their indices: those of about a length, the longest first, that with their
-    new tokens are read under the same RoPE (which can depend on the length)."""
+    new tokens are read under the same RoPE (which can depend on the length). together: no more than so many."""
     by_rope: dict[RopeArgs, list[int]] = {}
     sizes = [len(prompt) + new for prompt, new in zip(prompts, new_tokens, strict=True)]
     for i in sorted(range(len(prompts)), key=lambda i: -sizes[i]):
@@ -154,7 +154,7 @@ def groups_of(
         tokens = BATCH_TOKENS
         for i in members:
             tokens += sizes[i]
-            if tokens > BATCH_TOKENS or len(groups[-1][1]) == BATCH_PROMPTS:
+            if tokens > BATCH_TOKENS or len(groups[-1][1]) == together:
                 groups.append((used, []))
                 tokens = sizes[i]
             groups[-1][1].append(i)
@@ -172,6 +172,8 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     rope: RopeArgs | None = None,
+    numbers: Sequence[int] | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """What the model writes behind each prompt (int64 [P], P >= 1): up to max_new_tokens tokens, the stopping one left
     out. Collective over all ranks: those of a row are given the same prompts, others may be given others, or none.
@@ -179,6 +181,8 @@ def generate(
     temperature: 0 takes the likeliest token; else tokens are drawn, from the fewest that have top_p of the probability
     (nucleus sampling, arXiv 1904.09751). A draw is a function of (seed, number of the prompt, number of the token).
     rope: instead of the model's own. It is used as for prompts of a prompt's length and max_new_tokens together.
+    numbers: the prompts' numbers, if they are not 0, 1, 2, ...
+    stop: told all tokens written behind a prompt, whether to end there, the last one kept.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}")
@@ -186,13 +190,14 @@ def generate(
         raise ValueError("a prompt without a token")
     written: list[list[int]] = [[] for _ in prompts]
     rope = rope or model.args.rope
+    numbers = range(len(prompts)) if numbers is None else numbers
     groups = groups_of(prompts, [max_new_tokens] * len(prompts), rope)
     for g in range(ranks.largest(len(groups))):
         used, batch = groups[g] if g < len(groups) else (rope, [])
         # with nothing left to write a rank still takes part
         some = [prompts[i] for i in batch] or [torch.zeros(1, dtype=torch.int64)]
-        draws = [(seed, i) for i in batch] or [(seed, 0)]
-        found = _write(model, ranks, some, max_new_tokens, stop_ids, temperature, top_p, draws, used, bool(batch))
+        draws = [(seed, numbers[i]) for i in batch] or [(seed, 0)]
+        found = _write(model, ranks, some, max_new_tokens, stop_ids, temperature, top_p, draws, used, bool(batch), stop)
         for i, tokens in zip(batch, found):
             written[i] = tokens
     return written
@@ -209,6 +214,7 @@ def _write(
     draws: list[tuple[int, int]],
     rope: RopeArgs,
     needed: bool,
+    stop: Callable[[list[int]], bool] | None,
 ) -> list[list[int]]:
     """generate() for prompts that go through the model together."""
     local = lay_out(model, ranks, prompts)
@@ -229,6 +235,7 @@ def _write(
                 open_[b] = open_[b] and token not in stop_ids
                 if open_[b]:
                     tokens[b].append(token)
+                    open_[b] = stop is None or not stop(tokens[b])
             if n + 1 == max_new_tokens or not ranks.largest(int(any(open_))):
                 break
             places.begin()

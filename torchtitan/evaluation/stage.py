@@ -49,8 +49,13 @@ class Prepared:
     scores: dict[str, Score] = field(default_factory=dict)
 
 
-def is_asked_for(config: JobConfig) -> bool:
-    return bool(config.evaluation.texts or config.evaluation.needle_lengths or config.evaluation.tasks)
+def warn_beyond(args: TransformerArgs, longest: int) -> None:
+    """Say in the log what a text of `longest` tokens asks of RoPE that it was not made for."""
+    warnings, reach = rope_warnings(args.rope, args.head_dim, longest), args.rope.max_position_embeddings
+    if reach is not None and reach < longest:
+        warnings.append(f"the model's positions were trained up to {reach:,} (max_position_embeddings).")
+    for warning in warnings:
+        logger.warning(f"evaluation at {longest:,} tokens: {warning}")
 
 
 def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> Prepared:
@@ -59,11 +64,6 @@ def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> P
     e = config.evaluation
     length = e.length or config.data.target_seq_len or config.training.seq_len
     longest = max([length] * bool(e.texts) + list(e.needle_lengths) + list(e.task_lengths), default=0)
-    warnings, reach = rope_warnings(args.rope, args.head_dim, longest), args.rope.max_position_embeddings
-    if reach is not None and reach < longest:
-        warnings.append(f"the model's positions were trained up to {reach:,} (max_position_embeddings).")
-    for warning in warnings:
-        logger.warning(f"evaluation at {longest:,} tokens: {warning}")
     folder, bos = Path(config.data.folder), config.data.add_bos and tokenizer.bos_id is not None
     texts = {}
     for text in e.texts:
@@ -100,6 +100,7 @@ def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> P
             f"The tokenizer in {tokenizer.folder} gives the id {largest}, but the model has {args.vocab_size} ids: "
             "they do not belong together."
         )
+    warn_beyond(args, longest)
     return Prepared(texts, length, asked, scores)
 
 

@@ -1,0 +1,198 @@
+"""Tasks of lm-evaluation-harness on a model in any layout.
+
+    python scripts/lm_eval.py --model ./SmolLM2 --tasks arc_easy,wikitext --data.add_bos false --out results.json
+    python scripts/lm_eval.py --job.config_file stage.toml --tasks mmlu --num_fewshot 5 --limit 50
+    python scripts/lm_eval.py --model outputs/checkpoint/step-1000 --processes 8 --tasks mine --include_path tasks/ \\
+        --parallelism.context_parallel_degree 8 --max_length 131072
+
+--model, --step, --processes and every --table.key are as in scripts/evaluate.py. --out, which is
+evaluation/step-N_lm_eval.json of the stage unless it is said, has the harness' own results. Needs `pip install
+".[eval]"`; docs/evaluation.md says what is the same as in the harness' own model class and what is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import json
+import logging
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from torchtitan.config import JobConfig
+from torchtitan.config.manager import config_file
+from torchtitan.evaluation.command_line import add_arguments, what_is_asked
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.launch import launch
+
+
+def main(args: list[str]) -> int:
+    """0; 1 and one line for a mistake; or the code of a process that failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="every other --table.key is one of a stage's TOML (./run_train.sh --help)",
+        allow_abbrev=False,
+    )
+    add_arguments(parser)
+    parser.add_argument("--tasks", help="names of tasks, groups or tags, with commas; * stands for anything")
+    parser.add_argument("--include_path", type=Path, help="folder of task files of your own")
+    parser.add_argument("--limit", type=float, help="documents of each task, or below 1 the share of them")
+    parser.add_argument("--num_fewshot", type=int, help="examples before each question (as the task says)")
+    parser.add_argument("--max_length", type=int, help="tokens that the model may read (what it was trained for)")
+    parser.add_argument("--truncate", action="store_true", help="cut longer requests from the left, and count them")
+    parser.add_argument("--apply_chat_template", action="store_true", help="ask as the tokenizer's chat template does")
+    parser.add_argument("--log_samples", action="store_true", help="every request and its answer in --out too")
+    parser.add_argument("--metadata", type=json.loads, default={}, help='JSON for tasks: {"max_seq_lengths": [4096]}')
+    own, overrides = parser.parse_known_args(args)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        if importlib.util.find_spec("lm_eval") is None:
+            raise UserError('lm-evaluation-harness is not installed: pip install ".[eval]"')
+        config, folder = what_is_asked(own, overrides, suffix="_lm_eval")
+        check_questions(own)
+        if "RANK" not in os.environ and own.processes > 1:
+            return launch([sys.executable, __file__, *args], own.processes)
+        result = run(own, config, folder, has_stage=config_file(overrides) is not None)
+        if rank == 0:
+            report(result, own.out)
+    except UserError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def check_questions(own: argparse.Namespace) -> None:
+    """UserError for what can be told without the harness."""
+    if not own.tasks:
+        raise UserError("Nothing to ask: name tasks of lm-evaluation-harness with --tasks.")
+    if own.include_path is not None and not own.include_path.is_dir():
+        raise UserError(f"--include_path {own.include_path} is not a folder.")
+    for name, least in (("max_length", 1), ("num_fewshot", 0)):
+        if (value := getattr(own, name)) is not None and value < least:
+            raise UserError(f"--{name} = {value} must be at least {least}.")
+    if own.limit is not None and not (0 < own.limit < 1 or own.limit >= 1 and own.limit == int(own.limit)):
+        raise UserError(f"--limit = {own.limit:g} must be a number of documents, or a share between 0 and 1.")
+
+
+def run(own: argparse.Namespace, config: JobConfig, folder: Path, has_stage: bool) -> dict[str, Any]:
+    """On every rank: tasks, model, answers. On rank 0 the harness' results with a few words of ours; else nothing."""
+    from lm_eval.evaluator import simple_evaluate
+
+    from torchtitan.evaluation.lm_eval_model import TorchtitanLM
+    from torchtitan.evaluation.sharded import loaded, look_at, rank_and_world_size
+    from torchtitan.evaluation.stage import warn_beyond
+    from torchtitan.tools.logging import init_logger, logger
+
+    rank, _, world_size = rank_and_world_size()
+    init_logger(rank, world_size)
+    logging.getLogger("lm_eval").setLevel(logging.WARNING if rank == 0 else logging.ERROR)
+    weights = look_at(folder, config, has_stage, own.tokenizer)
+    trained = weights.args.rope.max_position_embeddings or (weights.manifest or {}).get("seq_len")
+    max_length = own.max_length or trained or config.training.seq_len
+    manager, tasks = load_tasks(own, {"tokenizer": weights.tokenizer.folder} | own.metadata)
+    warn_beyond(weights.args, max_length)
+    with loaded(weights, config) as (model, ranks):
+        lm = TorchtitanLM(
+            model, ranks, weights.tokenizer, max_length, config.data.add_bos, own.truncate, silent=rank != 0
+        )
+        found = simple_evaluate(
+            lm,
+            tasks=tasks,
+            task_manager=manager,  # else it makes one of all its tasks
+            num_fewshot=own.num_fewshot,
+            limit=own.limit if own.limit is None or own.limit < 1 else int(own.limit),
+            log_samples=own.log_samples,
+            apply_chat_template=own.apply_chat_template,
+            bootstrap_iters=100_000 if rank == 0 else 0,
+        )
+    if lm.truncated:
+        logger.warning(f"{lm.truncated} requests were cut from the left to max_length = {max_length:,}")
+    if rank != 0 or found is None:
+        return {}
+    about = {
+        "label": weights.label,
+        "model": str(folder),
+        "dtype": config.training.mixed_precision_param,
+        "add_bos": config.data.add_bos,
+        "max_length": max_length,
+        "truncated": lm.truncated,
+        "world_size": world_size,
+    }
+    return about | found
+
+
+def load_tasks(own: argparse.Namespace, metadata: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """A TaskManager, and what --tasks names, with its documents.
+
+    UserError, with the task's name, for one that is not known or cannot be loaded.
+    """
+    import numpy as np
+    from lm_eval.tasks import TaskManager
+
+    # as simple_evaluate seeds them before it loads tasks by name: every rank must ask the same
+    random.seed(0)
+    np.random.seed(1234)
+    asked = [name.strip() for name in own.tasks.split(",") if name.strip()]
+    manager = None
+    if own.include_path is not None:
+        manager = TaskManager(include_path=str(own.include_path), include_defaults=False, metadata=metadata)
+    if manager is None or not set(asked) <= set(manager.all_subtasks):
+        # reads the files of all its 14,000 tasks, half a minute: only if they are needed
+        manager = TaskManager(include_path=str(own.include_path or "") or None, metadata=metadata)
+    found: dict[str, Any] = {}
+    for pattern in asked:
+        names = manager.match_tasks([pattern])
+        if not names:
+            near = ", ".join(difflib.get_close_matches(pattern, manager.all_tasks, 3)) or "none"
+            raise UserError(
+                f"--tasks {pattern}: lm-eval has no task, group or tag of this name; near it: {near}. Tasks of your "
+                "own are found with --include_path."
+            )
+        for name in names:
+            try:
+                loaded = manager.load([name])
+            except Exception as error:  # what a task's code and a download can do wrong has no end
+                why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise UserError(
+                    f"--tasks {name} could not be loaded ({why}). Most tasks fetch their documents over the network, "
+                    "once: load it where there is one, and keep the folder HF_HOME."
+                ) from error
+            for task_name, task in loaded["tasks"].items():
+                if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+                    raise UserError(f"--tasks {name}: {task_name} runs code that a model writes, or shows it pictures.")
+            top = {name: loaded["groups"][name]} if name in loaded["groups"] else loaded["tasks"]
+            found |= top
+    return manager, list(found.values())
+
+
+def report(result: dict[str, Any], out: Path | None) -> None:
+    """Tables for people, and the file."""
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    print(f"{result['label']}, max_length {result['max_length']:,}, {result['truncated']} requests cut")
+    print(make_table(result))
+    if result.get("groups"):
+        print(make_table(result, "groups"))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = out.with_name(out.name + ".partial")
+        aside.write_text(json.dumps(result, indent=1, default=handle_non_serializable, ensure_ascii=False) + "\n")
+        aside.replace(out)
+        print(out)
+
+
+if __name__ == "__main__":
+    # this folder is the first place where Python looks: there `lm_eval` would be this file, and `evaluate`, which
+    # lm_eval imports, the script beside it
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != here]
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as torchtitan/train.py ends

@@ -1,0 +1,60 @@
+"""What scripts/evaluate.py and scripts/lm_eval.py have in common on their command lines, without PyTorch, which takes
+seconds to import: a mistake should not."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from torchtitan.components.manifest import MANIFEST, complete_steps
+from torchtitan.config import JobConfig, load_config
+from torchtitan.config.checks import check_ranges, resolve_shard_degree
+from torchtitan.config.manager import config_file
+from torchtitan.tools.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which weights, and in how many processes; every other --table.key is left to load_config."""
+    parser.add_argument("--model", type=Path, help="Hugging Face folder or checkpoint, instead of the stage's own")
+    parser.add_argument("--step", type=int, help="the stage's checkpoint of this step, not its newest")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the model's or the run's")
+    parser.add_argument("--processes", type=int, default=1, help="to start here (1)")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+
+
+def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "") -> tuple[JobConfig, Path]:
+    """The configuration, in the dtype of its products, and the folder of the weights.
+
+    own.out of a stage is set, if it is not: evaluation/step-N{suffix}.json. UserError for what cannot be.
+    """
+    config = load_config(overrides)
+    if own.processes < 1:
+        raise UserError(f"--processes = {own.processes} must be at least 1.")
+    if own.model is None and config_file(overrides) is None:
+        raise UserError("Nothing to evaluate: give --model FOLDER, or --job.config_file STAGE.toml.")
+    if own.model is not None and own.step is not None:
+        raise UserError("--step is of a stage's own checkpoints: --model names one by its folder (.../step-1000).")
+    check_ranges(config)
+    resolve_shard_degree(config, int(os.environ.get("WORLD_SIZE", own.processes)))
+    folder = own.model
+    if folder is None:
+        checkpoints = Path(config.job.dump_folder) / config.checkpoint.folder
+        steps = complete_steps(checkpoints)
+        if own.step is not None and own.step not in steps:
+            raise UserError(f"--step = {own.step}: {checkpoints} has {', '.join(map(str, steps)) or 'none'}.")
+        if not steps:
+            raise UserError(f"{checkpoints} has no complete checkpoint: train the stage first, or give --model.")
+        step = steps[-1] if own.step is None else own.step
+        folder = checkpoints / f"step-{step}"
+        own.out = own.out or Path(config.job.dump_folder) / "evaluation" / f"step-{step}{suffix}.json"
+    if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
+        steps = complete_steps(folder) if folder.is_dir() else []
+        there = f"; it holds checkpoints: name one, such as {folder / f'step-{steps[-1]}'}" if steps else ""
+        raise UserError(
+            f"--model {folder} has neither config.json nor manifest.json{there}. It should be a Hugging Face folder, "
+            "or a checkpoint of a run (outputs/checkpoint/step-1000)."
+        )
+    training = replace(config.training, dtype=config.training.mixed_precision_param)
+    return replace(config, training=training), folder

@@ -1,0 +1,110 @@
+"""A model to evaluate, in any layout: from a Hugging Face folder or a checkpoint, on the ranks of this run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from torchtitan.attention.backends import choose_backend
+from torchtitan.components.checkpoint import load as load_checkpoint
+from torchtitan.components.manifest import MANIFEST, find_damage, read_manifest
+from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.config.checks import resolve_shard_degree
+from torchtitan.config.job_config import JobConfig, Rope
+from torchtitan.distributed.context_parallel.ulysses import check_ulysses
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.parallelize import build_sharded_model
+from torchtitan.distributed.tensor_parallel import check_tensor_parallel
+from torchtitan.evaluation.forward import Ranks
+from torchtitan.evaluation.loading import tokenizer_of
+from torchtitan.models.architecture import args_from_manifest
+from torchtitan.models.huggingface import check_weights, load_weights, read_config
+from torchtitan.models.rope_config import build_rope
+from torchtitan.models.transformer import Transformer, TransformerArgs
+from torchtitan.tools.device import init_process_group, pick_device
+from torchtitan.tools.errors import UserError
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a folder holds, looked at and not loaded yet."""
+
+    folder: Path
+    args: TransformerArgs
+    tokenizer: Tokenizer
+    manifest: dict[str, Any] | None
+    """Of a checkpoint; None: a Hugging Face folder."""
+
+    @property
+    def label(self) -> str:
+        if self.manifest is None:
+            return self.folder.resolve().name
+        return f"{self.manifest['stage']}, step {self.manifest['step']}"
+
+
+def look_at(folder: Path, config: JobConfig, has_stage: bool, tokenizer: Path | None = None) -> Weights:
+    """The weights in a folder, with the [rope] of config unless it is a stage's, whose own checkpoint has it already.
+
+    UserError for what is damaged or does not fit: files, tokenizer, RoPE, layout.
+    """
+    manifest = None
+    if (folder / MANIFEST).is_file():
+        if damage := find_damage(folder):
+            raise UserError(f"{folder} is damaged: {damage}")
+        manifest = read_manifest(folder)
+        args = args_from_manifest(manifest["architecture"])
+        found = load_tokenizer(tokenizer or tokenizer_of(folder))
+        if found.fingerprint != manifest["tokenizer"]:
+            raise UserError(f"{folder} was not trained with the tokenizer in {found.folder}: give --tokenizer.")
+    else:
+        args = read_config(folder)
+        check_weights(folder, args)
+        found = load_tokenizer(tokenizer or folder)
+    if not has_stage and config.rope != Rope():
+        length = config.evaluation.length or config.training.seq_len
+        rope = build_rope(config.rope, args.rope, args.head_dim, args.n_kv_heads, length)
+        args = replace(args, rope=rope)
+    p = config.parallelism
+    check_tensor_parallel(args, p.tensor_parallel_degree)
+    if p.context_parallel_exchange == "ulysses":
+        check_ulysses(args.n_heads, p.context_parallel_degree, p.tensor_parallel_degree, p.context_parallel_head_chunks)
+    return Weights(folder, args, found, manifest)
+
+
+def rank_and_world_size() -> tuple[int, int, int]:
+    """(rank, rank on this machine, number of ranks) that the launcher gave, or one process's."""
+    rank, local, size = (int(os.environ.get(*v)) for v in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
+    return rank, local, size
+
+
+@contextmanager
+def loaded(weights: Weights, config: JobConfig) -> Iterator[tuple[Transformer, Ranks]]:
+    """The model in evaluation mode, in the layout of [parallelism], and its ranks. Collective; the process group is
+    made here, and ended at the end."""
+    p = config.parallelism
+    rank, local_rank, world_size = rank_and_world_size()
+    device = pick_device(local_rank)
+    backend = choose_backend(config.model.attention_backend, device.type)
+    init_process_group(device, rank, world_size, config.comm.init_timeout_seconds)
+    try:
+        shards = resolve_shard_degree(config, world_size)
+        degrees = (p.data_parallel_replicate_degree, shards, p.context_parallel_degree, p.tensor_parallel_degree)
+        dims = ParallelDims.build(device.type, *degrees)
+        group = dist.new_group(backend="gloo")
+        model = build_sharded_model(weights.args, config, dims, device)
+        model.tie_embeddings()
+        if weights.manifest:
+            state = {"model": {name: param.detach() for name, param in model.named_parameters()}}
+            load_checkpoint(weights.folder, state, group)
+        else:
+            load_weights(model, weights.folder)
+        layout = (p.context_parallel_layout, p.context_parallel_exchange)
+        yield model.eval(), Ranks.of(dims, device, backend, *layout, group)
+    finally:
+        dist.destroy_process_group()
