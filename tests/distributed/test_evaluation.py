@@ -111,7 +111,7 @@ def test_every_layout_gives_one_process_results(model: str, folder: Path):
 
 
 def test_an_evaluation_is_not_repeated_and_a_missing_one_is_made_up_for(folder: Path):
-    assets = folder / "assets-qwen3"
+    assets = write_assets(folder, "llama")
     out = folder / "resumed"
     args = flags(folder, assets, job__dump_folder=out, checkpoint__enable="true", training__steps=2) + asked(folder)
     spawn(1, run_silently, [args], folder)
