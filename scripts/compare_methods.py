@@ -5,12 +5,12 @@
 
 The documents reward copying from afar. They are made of real words: sentences out of Python's own documentation, and
 between them facts, `KEY VALUE VALUE VALUE .`, each of which stands at several places of a document with the same
-values: those of the first place cannot be known, those of the others can only be copied. A stage of 128 tokens, in
-which copying is learned soonest, comes before the one of 1K. Every extension goes on from the same 1K checkpoint with
-the same number of tokens. Measured on other documents: whether all values of a fact are the likeliest tokens, by the
-length of the document, where the fact is stated at its beginning and recalled at its end alone; and the loss by
-position. All stages are trained by run_train.sh's own code. Leaves results.json, table.md and plot.png in WORK; what is
-there already is not made again.
+values: those of the first place cannot be known, those of the others can only be copied. Documents have all lengths
+from 32 to that of the stage's rows, as copying is learned soonest in short ones. Every extension goes on from the same
+1K checkpoint with the same number of tokens. Measured on other documents: whether all values of a fact are the
+likeliest tokens, by the length of the document, where the fact is stated at its beginning and recalled at its end
+alone; and the loss by position. All stages are trained by run_train.sh's own code. Leaves results.json, table.md and
+plot.png in WORK; what is there already is not made again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from torchtitan.attention.segments import Segments
 from torchtitan.evaluation.loading import Loaded, load
 from torchtitan.evaluation.loss_by_position import loss_by_position, rope_for
 
-FIRST, SHORT, LONG = 128, 1024, 4096
+SHORT, LONG = 1024, 4096
+SHORTEST = 32
 FILLER, KEYS, VALUES = 256, 100, 300  # words of each kind
 IN_FACT = 3  # values
 PLACES = 4
@@ -50,12 +51,12 @@ EDGES = (0, 256, 512, 768, 1024, 1536, 2048, 2560, 3072, 3584, 4096)
 
 MODEL = {
     "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
+    "hidden_size": 128,
+    "intermediate_size": 256,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
     "rope_theta": 10000.0,
     "max_position_embeddings": SHORT,
     "tie_word_embeddings": True,
@@ -186,10 +187,13 @@ def make_document(words: Words, length: int, random: np.random.Generator, needle
 
 
 def write_corpus(words: Words, file: Path, length: int, tokens: int) -> None:
-    """Documents of `length` words, a word a token."""
+    """Documents of up to `length` words, a word a token; as many tokens in those of 32 to 64 words as of 64 to 128."""
     random = np.random.default_rng([0, length])
-    documents = (" ".join(make_document(words, length, random)) for _ in range(-(-tokens // length)))
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    with file.open("w") as out:
+        while tokens > 0:
+            size = round(1 / random.uniform(1 / length, 1 / SHORTEST))
+            out.write(json.dumps({"text": " ".join(make_document(words, size, random))}) + "\n")
+            tokens -= size
 
 
 def write_assets(words: Words, folder: Path) -> None:
@@ -284,8 +288,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 def write_stages(work: Path, own: argparse.Namespace) -> None:
     """The TOML files of all stages."""
-    stages = [("first", Method("", FIRST), "", own.first_steps, own.lr)]
-    stages.append(("1k", Method("", SHORT), "first.toml", own.steps, own.lr / 2))
+    stages = [("1k", Method("", SHORT), "", own.steps, own.lr)]
     stages += [(name, METHODS[name], "1k.toml", own.extension_steps, own.lr / 4) for name in METHODS]
     for name, method, after, steps, lr in stages:
         batch = max(own.batch, method.length)
@@ -309,11 +312,10 @@ def main(args: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for documents, stages and results")
     parser.add_argument("--methods", nargs="+", default=list(PROOF), choices=[*METHODS, "all"])
-    parser.add_argument("--first-steps", type=int, default=1500, help=f"of rows of {FIRST}")
-    parser.add_argument("--steps", type=int, default=600, help=f"of rows of {SHORT}")
+    parser.add_argument("--steps", type=int, default=3000, help=f"of the stage of {SHORT}")
     parser.add_argument("--extension-steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8192, help="tokens a step")
-    parser.add_argument("--lr", type=float, default=6e-3, help="of the first stage; half at 1K, a quarter beyond")
+    parser.add_argument("--lr", type=float, default=6e-3, help="of the first stage; a quarter of it beyond")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--documents", type=int, default=16, help="for the loss by position")
     parser.add_argument("--needles", type=int, default=40, help="of each length")
@@ -323,10 +325,9 @@ def main(args: list[str]) -> int:
     words = find_words()
     write_assets(words, work / "assets")
     write_stages(work, own)
-    for length, steps in ((FIRST, own.first_steps), (SHORT, own.steps), (LONG, own.extension_steps)):
+    for length, steps in ((SHORT, own.steps), (LONG, own.extension_steps)):
         if not (work / f"{length}.jsonl").exists():
             write_corpus(words, work / f"{length}.jsonl", length, steps * max(own.batch, length))
-    train(work, "first", own.first_steps, own.processes)
     start = train(work, "1k", own.steps, own.processes)
     results = {}
     names = list(METHODS) if "all" in own.methods else list(dict.fromkeys(["untouched", *own.methods]))

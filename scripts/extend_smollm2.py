@@ -119,9 +119,7 @@ def main(args: list[str]) -> int:
     values |= {"recompute": "full" if gpu else "none"}
     values["needle_lengths"] = [TRAINED // 2, TRAINED, *range(TRAINED * 3 // 2, own.length + 1, TRAINED // 2)]
     (work / "stage.toml").write_text(STAGE.format(**values))
-    (work / "questions.toml").write_text(
-        f'[data]\nfolder = "{work}/text"\nadd_bos = false\n{QUESTIONS.format(**values)}'
-    )
+    (work / "questions.toml").write_text(QUESTIONS.format(**values))
     last = work / "out/checkpoint" / f"step-{own.steps}"
     if not last.exists():
         launch = [sys.executable, "-m", "torchtitan.tools.launch", "--nproc", str(own.processes), "--"]

@@ -24,7 +24,7 @@ def test_documents_can_be_completed_by_copying_alone(tmp_path: Path) -> None:
     compare.write_assets(words, tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     keys, random = set(words.keys), np.random.default_rng(0)
-    for length in (compare.FIRST, compare.SHORT, compare.LONG):
+    for length in (compare.SHORTEST, compare.SHORT, compare.LONG):
         for needle in (False, True):
             document = compare.make_document(words, length, random, needle)
             ids = tokenizer.encode(" ".join(document))
@@ -40,10 +40,10 @@ def test_documents_can_be_completed_by_copying_alone(tmp_path: Path) -> None:
 
 
 def test_every_method_is_a_stage_of_the_same_budget(tmp_path: Path) -> None:
-    own = argparse.Namespace(steps=20, first_steps=20, extension_steps=10, batch=8192, lr=1e-3, processes=2)
+    own = argparse.Namespace(steps=20, extension_steps=10, batch=8192, lr=1e-3, processes=2)
     compare.write_stages(tmp_path, own)
     tokens = set()
-    for name in ("first", "1k", *compare.METHODS):
+    for name in ("1k", *compare.METHODS):
         config = load_config(["--job.config_file", str(tmp_path / f"{name}.toml")])
         check_config(config, own.processes)
         if name in compare.METHODS:

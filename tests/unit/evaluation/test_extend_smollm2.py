@@ -1,0 +1,51 @@
+"""scripts/extend_smollm2.py without its model and its training: the stage, the questions, what is run and when."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.scripts import load_script
+from torchtitan.config import load_config
+from torchtitan.config.checks import check_config, check_evaluation
+
+
+@pytest.mark.parametrize("rows, pose", [(2048, True), (16384, False)])
+def test_a_stage_and_one_set_of_questions_for_three_models(
+    rows: int, pose: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    script = load_script("extend_smollm2")
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append([str(part) for part in command])
+        return subprocess.CompletedProcess(command, 0, stdout="a table\n", stderr="")
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    monkeypatch.setattr(script.context, "fetch_model", lambda folder: folder)
+    monkeypatch.setattr(script, "write_texts", lambda work: None)
+    arguments = ["--length", "16384", "--rows", str(rows), "--batch", "32768", "--steps", "7", "--processes", "2"]
+    assert script.main([str(tmp_path), *arguments]) == 0
+    config = load_config(["--job.config_file", str(tmp_path / "stage.toml")])
+    check_config(config, 2)
+    assert (config.data.positions == "pose") == pose == (config.data.target_seq_len == 16384)
+    questions = load_config(["--job.config_file", str(tmp_path / "questions.toml")])
+    check_evaluation(questions)
+    assert questions.evaluation.length == questions.evaluation.needle_lengths[-1] == 16384
+    assert questions.evaluation.windows == (8192,) and not questions.data.add_bos
+    training, *evaluations, compared = commands
+    assert "torchtitan.tools.launch" in training
+    labels = [command[command.index("--label") + 1] for command in evaluations]
+    assert labels == [
+        "SmolLM2-135M as it came",
+        "theta raised for 16,384, not trained",
+        "after 7 steps of 32,768 tokens",
+    ]
+    assert ["--rope.theta" in command for command in evaluations] == [False, True, False]
+    assert compared[2:5] == [str(tmp_path / f"{name}.json") for name in ("before", "rescaled", "after")]
+    assert (tmp_path / "table.txt").read_text() == "a table\n"
