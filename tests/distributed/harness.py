@@ -157,7 +157,14 @@ def spawn(world_size: int, function: Callable[..., Any], cases: list[Any], folde
     """Runs function(case, rank, world_size) for every case on world_size ranks; rank 0's results, in order."""
     ports = _free_ports(len(cases))
     results = folder / f"results-{random.getrandbits(64):x}"
-    mp.spawn(_worker, (world_size, function, cases, ports, str(results)), nprocs=world_size)  # type: ignore
+    arguments = (world_size, function, cases, ports, str(results))
+    ranks = mp.spawn(_worker, arguments, nprocs=world_size, join=False)  # type: ignore
+    try:
+        while not ranks.join():
+            pass
+    finally:  # a test that took too long, say, must not leave them running beside those after it
+        for process in ranks.processes:
+            process.kill()
     return torch.load(results, weights_only=False)
 
 

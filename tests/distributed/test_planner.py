@@ -9,7 +9,7 @@ from typing import Any
 from tests.distributed.harness import ASSETS, flags, spawn, write_text
 from torchtitan.tools.live_memory import LiveBytes
 
-LONG = {"seq_len": 2048, "loss_tile_mib": 2, "global_batch_size": 2}
+LONG = {"seq_len": 1024, "loss_tile_mib": 1, "global_batch_size": 2, "mixed_precision_param": "float32"}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp": {"training__global_batch_size": 8, "training__local_batch_size": 2},
     "cp, full": {
@@ -21,7 +21,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "parallelism__tensor_parallel_degree": 2,
         "activation_checkpoint__mode": "selective",
         "activation_checkpoint__selective_ac_option": 2,
-        "training__mlp_tile_tokens": 512,
+        "training__mlp_tile_tokens": 256,
         **{f"training__{key}": value for key, value in LONG.items()},
     },
 }
@@ -54,7 +54,7 @@ def test_planned_peak_is_what_is_allocated(tmp_path: Path):
     write_text(tmp_path, documents=400)
     common = {
         "model__flavor": "debugmodel",
-        "training__seq_len": 512,
+        "training__seq_len": 256,
         "training__mixed_precision_param": "bfloat16",
         "parallelism__self_check": "false",
     }
