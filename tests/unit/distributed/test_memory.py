@@ -51,7 +51,7 @@ def work(tile: int | None = None, **options: Any) -> tuple[int, int]:
     with Operators() as seen:
         loss, _ = model(tokens, torch.arange(TOKENS), mask, labels=tokens, divisor=1.0)
         loss.backward()
-    return seen.counts[ATTENTION], seen.counts["aten::mm"] - 2
+    return seen.counts[ATTENTION], seen.counts["aten::mm"] - 1  # its gradients are written into matrices that it has
 
 
 def test_what_is_computed_again():
