@@ -138,6 +138,8 @@ def main() -> None:
     parser.add_argument("--loss-tile-mib", type=int, default=64, help="of the tiled loss; one tile is the row")
     parser.add_argument("--serve", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.steps < 1 or args.loss_tile_mib < 1:
+        parser.error("--steps and --loss-tile-mib must be at least 1")
     if args.serve:
         return serve(args.serve, args.layers)
 
@@ -158,9 +160,9 @@ def main() -> None:
         print(f"step {n}: " + ", ".join(f"{s} {r[-1]['seconds']:.1f} s" for s, r in results.items()), flush=True)
     sides["theirs"].stdin.close()
     sides["theirs"].wait()
-    tiles: dict[str, list[dict]] = {"1024": [], str(args.loss_tile_mib): []}
+    turns: list[tuple[int, list[dict]]] = [(1024, []), (args.loss_tile_mib, [])]
     for _ in range(args.steps):
-        for tile, steps in tiles.items():
+        for tile, steps in turns:
             sides["ours"].stdin.write(f"{tile}\n")
             sides["ours"].stdin.flush()
             steps.append(json.loads(sides["ours"].stdout.readline()))
@@ -179,7 +181,7 @@ def main() -> None:
     print(f"{'ratio':24} {rates['ours'] / rates['theirs']:8.2f}x")
     more = []
     for what in ("seconds", "processor"):
-        one, many = (statistics.median(step[what] for step in steps) for steps in tiles.values())
+        one, many = (statistics.median(step[what] for step in steps) for _, steps in turns)
         more.append(f"{many / one - 1:+.1%}")
     print(f"loss in tiles of {args.loss_tile_mib} MiB against one tile: {more[0]} of a step's time, {more[1]} of its")
     print("processor time, which says more where other jobs are busy")

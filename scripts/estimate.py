@@ -3,8 +3,9 @@
     python scripts/estimate.py --job.config_file train_configs/llama3_8b/128k.toml --world-size 8 --gpu h100
     python scripts/estimate.py --job.config_file my.toml --world-size 8 --training.seq_len 1048576 --fit fits.toml
 
-Where it does not fit, it says which keys to change, cheapest first; --fit writes the cheapest change as a stage that
-extends the file. --gpu cpu counts what the CPU allocates. An analytic model: docs/planning.md says how far to trust it.
+Where it does not fit, or takes over 95% of the GPU, it says which keys to change, cheapest first; --fit writes the
+cheapest change as a stage that extends the file. --gpu cpu counts what the CPU allocates. An analytic model:
+docs/planning.md says how far to trust it.
 """
 
 from __future__ import annotations
@@ -14,15 +15,23 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from torchtitan.config import load_config
 from torchtitan.config.manager import config_file
 from torchtitan.tools.errors import UserError
 
 
+class Parser(argparse.ArgumentParser):
+    """Mistakes end with 1, as 2 says that nothing fits."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(1, f"error: {message}\n")
+
+
 def main(args: list[str]) -> int:
     """0: it fits, or a change that fits has been found; 2: nothing that is known here fits; 1: a mistake."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="every other --table.key is an override of the stage's",
@@ -55,7 +64,16 @@ def estimate(own: argparse.Namespace, overrides: list[str]) -> int:
             raise UserError(f"--{name.replace('_', '-')} = {value} must be at least 1.")
     if own.fit is not None and own.fit.exists():
         raise UserError(f"--fit {own.fit} exists, and nothing is written over: name another, or delete it.")
+    if own.fit is not None and gpu is None:
+        raise UserError("--fit looks for what fits a GPU: --gpu cpu has no size to fit.")
+    if own.fit is not None and not own.fit.resolve().parent.is_dir():
+        raise UserError(f"--fit {own.fit}: there is no folder {own.fit.parent}.")
     config = load_config(overrides)
+    if gpu and config.quantize.recipe_name != "none" and not config.quantize.emulate and gpu.fp8_tflops is None:
+        raise UserError(
+            f'quantize.recipe_name = "{config.quantize.recipe_name}", but {gpu.name} has no FP8: set it to "none", or '
+            "name another --gpu."
+        )
     # the imports of PyTorch take seconds: a mistake in the TOML should not
     from torchtitan.config.checks import check_config
 
@@ -71,13 +89,15 @@ def estimate(own: argparse.Namespace, overrides: list[str]) -> int:
     args, p = architecture(config.model), config.parallelism
     check_tensor_parallel(args, p.tensor_parallel_degree)
     if p.context_parallel_exchange == "ulysses" and p.context_parallel_degree > 1:
-        check_ulysses(args.n_heads, p.context_parallel_degree, p.tensor_parallel_degree)
+        check_ulysses(args.n_heads, p.context_parallel_degree, p.tensor_parallel_degree, p.context_parallel_head_chunks)
     job = job_of(config, args, own.world_size, "cuda" if gpu else "cpu", own.document_length)
     step = step_of(job, gpu) if gpu else None
     ranks_a_host = min(own.gpus_per_node, own.world_size)
     plan = as_dict(job, gpu, step, ranks_a_host)
     if not own.json:
         print(as_text(job, gpu, step, ranks_a_host))
+        if gpu and config.model.attention_backend == "varlen":
+            print("NOTE: counted for flex; varlen's backward has more (docs/planning.md)")
     if gpu is None:
         if own.json:
             print(json.dumps(plan, indent=1))

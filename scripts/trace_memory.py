@@ -46,6 +46,11 @@ def compare(config: JobConfig, world_size: int) -> int:
     from torchtitan.planner.memory import peak
 
     check_config(config, world_size)
+    if config.optimizer.implementation != "fused":
+        raise UserError(
+            f'optimizer.implementation = "{config.optimizer.implementation}" reads its step from memory that is not '
+            'there: only "fused" can be traced.'
+        )
     args = model_args(config, None)
     planned = peak(job_of(config, args, world_size, "cpu"))
     start = time.perf_counter()

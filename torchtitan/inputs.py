@@ -86,7 +86,7 @@ def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
     if config.compile.enable:
         check_backend(config.compile.backend)
     tokens = config.training.seq_len * config.training.local_batch_size // p.context_parallel_degree
-    check_quantize(args, config.quantize, p.tensor_parallel_degree, tokens)
+    check_quantize(args, config.quantize, p.tensor_parallel_degree, tokens, config.training.mlp_tile_tokens)
     if tokenizer.vocab_size > args.vocab_size:
         says = f"{assets}/config.json" if config.model.flavor == "auto" else f'model.flavor = "{config.model.flavor}"'
         raise UserError(

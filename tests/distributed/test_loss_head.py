@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 from tests.distributed.harness import TINY, Collectives, flags, spawn, write_assets
 from torchtitan.components.loss import train_micro_batch
 from torchtitan.config import load_config
 from torchtitan.inputs import prepare_inputs
+from torchtitan.models import loss_head
 from torchtitan.trainer import Trainer
 
 
 def count(args: list[str], rank: int, world_size: int) -> dict[str, int]:
-    """Collectives of the second micro-batch (the first one sets FSDP up)."""
+    """Collectives of the second micro-batch (the first one sets FSDP up), and its tiles of the loss."""
     config = load_config(args)
     trainer = Trainer(config, prepare_inputs(config, world_size), rank, rank, world_size)
     first, second = next(trainer.batches), next(trainer.batches)
     train_micro_batch(trainer.model, first, 100.0)
-    with Collectives() as seen:
+    tiles, real = 0, loss_head._TiledLoss.apply
+
+    def spy(x: torch.Tensor, *others: Any) -> Any:
+        nonlocal tiles
+        tiles += -(-len(x) // others[3])
+        return real(x, *others)
+
+    with pytest.MonkeyPatch.context() as patch, Collectives() as seen:
+        patch.setattr(loss_head._TiledLoss, "apply", spy)
         train_micro_batch(trainer.model, second, 100.0)
     trainer.close()
-    return dict(seen.counts)
+    return {**seen.counts, "tiles": tiles}
 
 
 def test_the_head_is_gathered_and_reduced_once_whatever_the_tiles(tmp_path: Path):
@@ -29,6 +42,7 @@ def test_the_head_is_gathered_and_reduced_once_whatever_the_tiles(tmp_path: Path
     rows = {"training__local_batch_size": 4, "parallelism__self_check": False}
     cases = [flags(tmp_path, assets, **rows, training__loss_tile_mib=mib) for mib in (1024, 1)]
     one_tile, four_tiles = spawn(2, count, cases, tmp_path)
+    assert one_tile.pop("tiles") == 1 and four_tiles.pop("tiles") == 4
     assert one_tile == four_tiles
     # blocks and embedding are gathered again for backward, norm and head are not
     groups = TINY["num_hidden_layers"] + 2

@@ -200,6 +200,10 @@ CASES: dict[str, tuple[Make, list[str]]] = {
         keys(compile__enable=True, compile__backend="induktor"),
         ["compile.backend", "induktor", "inductor"],
     ),
+    "a backend that does not work here": (
+        keys(compile__enable=True, compile__backend="tvm"),
+        ["compile.backend", "tvm", "cannot compile here"],
+    ),
     "no such recipe of FP8": (keys(quantize__recipe_name="columnwise"), ["columnwise", "rowwise", "tensorwise"]),
     "FP8 on a CPU": (
         keys(quantize__recipe_name="rowwise", quantize__smallest_features=16),

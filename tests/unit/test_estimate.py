@@ -67,6 +67,19 @@ def test_advice_when_applied_fits_by_its_own_count(
     assert applied["tokens_per_step"] == plan["tokens_per_step"]
 
 
+def test_advice_is_what_the_checks_let_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Moments in bfloat16 want a smaller beta2 than 0.999, which many set."""
+    stage = [*LLAMA, "--optimizer.beta2", "0.999", "--gpu", "a100_40g", "--training.seq_len", "344064"]
+    stage += ["--training.global_batch_tokens", "2752512", "--host-memory-gib", "1", "--world-size", "8"]
+    stage += ["--training.mlp_tile_tokens", "4096", "--training.loss_tile_mib", "64"]
+    code, plan = run(capsys, *stage)
+    assert code in (0, 2) and plan["changes"]
+    assert not any("optimizer.state_dtype" in change["keys"] for change in plan["changes"])
+    with pytest.raises(SystemExit) as ended:  # 2 means that nothing fits
+        estimate.main([*LLAMA])
+    assert ended.value.code == 1 and "--world-size" in capsys.readouterr().err
+
+
 def test_what_fits_nowhere_is_said(capsys: pytest.CaptureFixture[str]):
     code = estimate.main([*LLAMA, "--model.flavor", "llama3_405b", "--world-size", "8"])
     assert code == 2
@@ -90,6 +103,13 @@ def test_documents_and_windows_are_counted_by_the_mask(capsys: pytest.CaptureFix
         (["--world-size", "12"], "context_parallel_degree 8"),
         (["--training.sequence", "5"], "is not known"),
         (["--fit", str(LLAMA[1])], "exists, and nothing is written over"),
+        (["--fit", "nowhere/fit.toml"], "there is no folder nowhere"),
+        (["--fit", "fit.toml", "--gpu", "cpu"], "has no size to fit"),
+        (["--gpu", "a100", "--quantize.recipe_name", "rowwise"], "a100 has no FP8"),
+        (
+            ["--parallelism.context_parallel_exchange", "ulysses", "--parallelism.context_parallel_head_chunks", "3"],
+            "context_parallel_head_chunks = 3 does not divide",
+        ),
     ],
 )
 def test_mistakes_are_named(wrong: list[str], says: str, capsys: pytest.CaptureFixture[str]):

@@ -10,9 +10,10 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torchtitan.config.job_config import JobConfig
@@ -33,11 +34,11 @@ def fields_of(table: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(table)}
 
 
-def known_names() -> dict[str, Any]:
+@cache  # the planner's advice checks some hundred configurations
+def known_names() -> Mapping[str, Any]:
     """`table.key` -> type of everything in the schema."""
-    return {
-        f"{table}.{key}": hint for table, cls in fields_of(JobConfig).items() for key, hint in fields_of(cls).items()
-    }
+    tables = fields_of(JobConfig).items()
+    return MappingProxyType({f"{table}.{key}": hint for table, cls in tables for key, hint in fields_of(cls).items()})
 
 
 def element_table(hint: Any) -> type | None:

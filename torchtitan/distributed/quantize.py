@@ -40,8 +40,11 @@ def fp8_layers(args: TransformerArgs, quantize: Quantize, tp: int = 1) -> dict[s
     return chosen
 
 
-def check_quantize(args: TransformerArgs, quantize: Quantize, tp: int, tokens: int) -> None:
-    """UserError where FP8 is asked for and cannot be had here. tokens: of a rank's micro-batch."""
+def check_quantize(
+    args: TransformerArgs, quantize: Quantize, tp: int, tokens: int, mlp_tile_tokens: int | None = None
+) -> None:
+    """UserError where FP8 is asked for and cannot be had here. tokens: of a rank's micro-batch; mlp_tile_tokens: of
+    training, of which the feed-forward computes as many at a time."""
     if quantize.recipe_name == "none":
         if quantize.filter_fqns or quantize.emulate:
             raise UserError(
@@ -86,6 +89,14 @@ def check_quantize(args: TransformerArgs, quantize: Quantize, tp: int, tokens: i
             f"local_batch_size / context_parallel_degree) has {tokens} = {tokens // MULTIPLE} * {MULTIPLE} + "
             f"{tokens % MULTIPLE}. Choose a training.seq_len that is a multiple of {MULTIPLE}, or no FP8 "
             '(quantize.recipe_name = "none").'
+        )
+    tile = tokens if mlp_tile_tokens is None else max(mlp_tile_tokens // tp, 1) * tp  # as tiled_mlp.py cuts it
+    if tile < tokens and tile % MULTIPLE:
+        raise UserError(
+            f"FP8 kernels multiply multiples of {MULTIPLE} tokens, but training.mlp_tile_tokens = {mlp_tile_tokens} "
+            f"makes tiles of {tile}"
+            + (f" on {tp} tensor-parallel ranks" if tp > 1 else "")
+            + f": choose a multiple of {MULTIPLE * tp if tp > 1 else MULTIPLE}."
         )
 
 

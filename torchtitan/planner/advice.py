@@ -135,21 +135,19 @@ def _maker(
 ) -> Callable[[Keys], Change | None]:
     before = job_of(config, args, world_size, document=document)
     time_before = step_of(before, gpu).middle / before.step_tokens
-    checked: dict[tuple, bool] = {}
 
     def make(keys: Keys) -> Change | None:
         changed = with_keys(config, keys)
         p = changed.parallelism
         try:
-            degrees = (p.context_parallel_degree, changed.training.local_batch_size)
-            if degrees not in checked:
-                checked[degrees] = False
-                check_config(changed, world_size)
-                if p.context_parallel_exchange == "ulysses" and p.context_parallel_degree > 1:
-                    check_ulysses(args.n_heads, p.context_parallel_degree, p.tensor_parallel_degree)
-                checked[degrees] = True
-            if not checked[degrees]:
-                return None
+            check_config(changed, world_size)
+            if p.context_parallel_exchange == "ulysses" and p.context_parallel_degree > 1:
+                check_ulysses(
+                    args.n_heads,
+                    p.context_parallel_degree,
+                    p.tensor_parallel_degree,
+                    p.context_parallel_head_chunks,
+                )
             job = job_of(changed, args, world_size, document=document)
         except UserError:
             return None
@@ -166,9 +164,11 @@ def host_gib(job: Job, ranks: int) -> float:
 
 
 def cheapest(candidates: list[Change], gpu: Gpu, ranks_a_host: int, host_memory_gib: float) -> Change | None:
-    """The cheapest that fits the GPU and the host; None where none does."""
+    """The cheapest that fits the GPU and the host; None where none does. Of those that cost about the same, by less
+    than the price of a key, that with the lowest peak: the model of the time is coarser than that."""
     fitting = [c for c in candidates if c.fits(gpu) and host_gib(c.job, ranks_a_host) <= host_memory_gib]
-    return min(fitting, key=lambda c: c.cost, default=None)
+    least = min((c.cost for c in fitting), default=0.0)
+    return min((c for c in fitting if c.cost < least + PRICE_OF_A_KEY), key=lambda c: c.gib, default=None)
 
 
 def single_tricks(candidates: list[Change], config: JobConfig, args: TransformerArgs, world_size: int) -> list[Change]:

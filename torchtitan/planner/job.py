@@ -189,7 +189,9 @@ def job_of(
         stored=BYTES[t.dtype],
         state=BYTES[config.optimizer.state_dtype or t.dtype],
         computed=BYTES[t.mixed_precision_param],
-        foreach=config.optimizer.implementation == "foreach",
+        # moments of another type than the parameters' are updated parameter by parameter
+        foreach=config.optimizer.implementation == "foreach"
+        and config.optimizer.state_dtype in (None, config.training.dtype),
         reshard=p.fsdp_reshard_after_forward,
         loss_tile=t.loss_tile_mib << 20,
         recomputed_blocks=-(-args.n_layers // every) / args.n_layers if every else 0,

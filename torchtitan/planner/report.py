@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torchtitan.config import JobConfig, as_tables
-from torchtitan.planner.advice import Change, Keys, host_gib
+from torchtitan.planner.advice import MARGIN, Change, Keys, host_gib
 from torchtitan.planner.job import Job
 from torchtitan.planner.memory import CONTEXT_GIB, FRAGMENTATION, host, moments, peak, peak_gib, shard
 from torchtitan.planner.speed import Step
@@ -34,7 +34,7 @@ def as_dict(job: Job, gpu: Gpu | None, step: Step | None, ranks_a_host: int) -> 
     if gpu and step:
         ranks = job.world
         result |= {
-            "fits": peak_gib(job) <= gpu.memory_gib,
+            "fits": peak_gib(job) <= MARGIN * gpu.memory_gib,
             "model_flops_per_step": step.model_flops,
             "hardware_flops_per_step": step.hardware_flops,
             "seconds_per_step": [step.fastest, step.slowest],
@@ -69,7 +69,11 @@ def as_text(job: Job, gpu: Gpu | None, step: Step | None, ranks_a_host: int) -> 
     if job.device == "cuda":
         lines.append(f"  {'fragmentation':<28}{top.total * FRAGMENTATION / GIB:9.2f}")
         lines.append(f"  {'context, NCCL':<28}{CONTEXT_GIB:9.2f}")
-    limit = f" of {gpu.memory_gib:g} on {gpu.name}: {'fits' if plan['fits'] else 'DOES NOT FIT'}" if gpu else ""
+    limit = ""
+    if gpu:
+        tight = plan["peak_gib"] <= gpu.memory_gib
+        verdict = "fits" if plan["fits"] else f"TIGHT: over {MARGIN:.0%}" if tight else "DOES NOT FIT"
+        limit = f" of {gpu.memory_gib:g} on {gpu.name}: {verdict}"
     lines.append(f"  {'together':<28}{plan['peak_gib']:9.2f}{limit}")
     lines.append("other moments, GiB: " + ", ".join(f"{m.name} {m.total / GIB:.2f}" for m in moments(job) if m != top))
     if plan["host_gib"]:

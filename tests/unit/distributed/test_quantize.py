@@ -111,6 +111,11 @@ def test_what_a_gpu_is_refused(monkeypatch):
     check_quantize(ARGS, real, tp=1, tokens=128)
     with pytest.raises(UserError, match=r"has 100 = 6 \* 16 \+ 4"):
         check_quantize(ARGS, real, tp=1, tokens=100)
+    for tile, tp in ((32, 1), (1000, 1), (32, 2), (33, 2)):  # the second is not cut at all, the last as the third
+        check_quantize(ARGS, real, tp=tp, tokens=128, mlp_tile_tokens=tile)
+    with pytest.raises(UserError, match=r"mlp_tile_tokens = 40 makes tiles of 40: choose a multiple of 16"):
+        check_quantize(ARGS, real, tp=1, tokens=128, mlp_tile_tokens=40)
+    check_quantize(ARGS, EMULATED, tp=1, tokens=128, mlp_tile_tokens=40)
 
 
 def test_without_torchao(monkeypatch):
