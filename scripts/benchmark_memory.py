@@ -144,7 +144,7 @@ def row(*cells: Any) -> None:
 
 
 def losses() -> None:
-    """At most a tenth of the plain loss's extra memory."""
+    """At most a tenth of the plain loss's extra memory up to a width of some 5,000: the rest is the matrix's gradient."""
     print(f"\nExtra memory of the output head and loss, forward and backward, {WORDS:,} words, bfloat16, MiB:\n")
     row("dim, tokens", "loss", "counted", "how", "resident set")
     row("---", "---", "---:", "---", "---:")
@@ -155,6 +155,8 @@ def losses() -> None:
         (64, 32768, True, True),
         (4096, 32768, False, False),
         (4096, 32768, True, False),
+        (8192, 32768, False, False),
+        (8192, 32768, True, False),
     ):
         peak, _ = count("loss", tokens, dim, tiled, fake=not allocated)
         rss = resident("loss", tokens, dim, tiled) / MIB if allocated else "-"

@@ -19,8 +19,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torchtitan.datasets.loader import IGNORED_LABEL
 
 SMALLEST_TILE = 128  # tokens
-ROWS = 16384
-"""Of the matrix, whose gradient in 16 bits a tile makes at a time before it is added in 32."""
 
 
 class OutputHead(nn.Module):
@@ -120,8 +118,7 @@ class _TiledLoss(torch.autograd.Function):
             if gradient.dtype == wide:  # without a second matrix of its size to write and read
                 grad_weight.addmm_(gradient.t(), x[tokens])
             else:
-                for rows, part in zip(grad_weight.split(ROWS), gradient.split(ROWS, dim=1), strict=True):
-                    rows += part.t() @ x[tokens]
+                grad_weight += gradient.t() @ x[tokens]
             del gradient
         if differentiate:
             ctx.save_for_backward(grad_x, grad_weight)
