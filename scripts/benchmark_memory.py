@@ -144,7 +144,7 @@ def row(*cells: Any) -> None:
 
 
 def losses() -> None:
-    """At most a tenth of the plain loss's extra memory up to a width of some 5,000: the rest is the matrix's gradient."""
+    """At most a tenth of the plain one up to a width of some 5,000: beyond, the gradient of the matrix is more."""
     print(f"\nExtra memory of the output head and loss, forward and backward, {WORDS:,} words, bfloat16, MiB:\n")
     row("dim, tokens", "loss", "counted", "how", "resident set")
     row("---", "---", "---:", "---", "---:")
