@@ -37,9 +37,9 @@ from torchtitan.evaluation.loss_by_position import loss_by_position, rope_for
 
 SHORT, LONG = 1024, 4096
 SHORTEST = 32
-FILLER, KEYS, VALUES = 256, 100, 300  # words of each kind
+FILLER, KEYS, VALUES = 64, 30, 96  # words of each kind
 IN_FACT = 3  # values
-PLACES = 4
+PLACES = 8
 """Of a fact in a document, or more where there would be more facts than keys."""
 
 FACT_SHARE = 0.9
@@ -286,12 +286,18 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
+def extension_batch(own: argparse.Namespace) -> int:
+    """Tokens of a step: of every extension, the short rows' too, so that all have the same budget."""
+    batch: int = max(own.batch, LONG * own.processes)
+    return batch
+
+
 def write_stages(work: Path, own: argparse.Namespace) -> None:
     """The TOML files of all stages."""
     stages = [("1k", Method("", SHORT), "", own.steps, own.lr)]
     stages += [(name, METHODS[name], "1k.toml", own.extension_steps, own.lr / 4) for name in METHODS]
     for name, method, after, steps, lr in stages:
-        batch = max(own.batch, method.length)
+        batch = own.batch if name == "1k" else extension_batch(own)
         rows = max(1, batch // method.length // own.processes)
         values = {"work": work, "name": name, "after": after, "length": method.length, "rope": method.rope}
         values |= {"data": method.data, "steps": steps, "lr": lr, "warmup": steps // 10, "batch": batch, "rows": rows}
@@ -312,10 +318,15 @@ def main(args: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for documents, stages and results")
     parser.add_argument("--methods", nargs="+", default=list(PROOF), choices=[*METHODS, "all"])
-    parser.add_argument("--steps", type=int, default=3000, help=f"of the stage of {SHORT}")
+    parser.add_argument("--steps", type=int, default=2000, help=f"of the stage of {SHORT}")
     parser.add_argument("--extension-steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=8192, help="tokens a step")
-    parser.add_argument("--lr", type=float, default=6e-3, help="of the first stage; a quarter of it beyond")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=4096,
+        help=f"tokens a step; a row of {LONG} a process at least where rows have that",
+    )
+    parser.add_argument("--lr", type=float, default=4e-3, help="of the first stage; a quarter of it beyond")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--documents", type=int, default=16, help="for the loss by position")
     parser.add_argument("--needles", type=int, default=40, help="of each length")
@@ -325,9 +336,12 @@ def main(args: list[str]) -> int:
     words = find_words()
     write_assets(words, work / "assets")
     write_stages(work, own)
-    for length, steps in ((SHORT, own.steps), (LONG, own.extension_steps)):
+    for length, steps, batch in (
+        (SHORT, own.steps, own.batch),
+        (LONG, own.extension_steps, extension_batch(own)),
+    ):
         if not (work / f"{length}.jsonl").exists():
-            write_corpus(words, work / f"{length}.jsonl", length, steps * max(own.batch, length))
+            write_corpus(words, work / f"{length}.jsonl", length, steps * batch)
     start = train(work, "1k", own.steps, own.processes)
     results = {}
     names = list(METHODS) if "all" in own.methods else list(dict.fromkeys(["untouched", *own.methods]))
