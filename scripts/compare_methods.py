@@ -319,7 +319,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("work", type=Path, help="folder for documents, stages and results")
     parser.add_argument("--methods", nargs="+", default=list(PROOF), choices=[*METHODS, "all"])
     parser.add_argument("--steps", type=int, default=2000, help=f"of the stage of {SHORT}")
-    parser.add_argument("--extension-steps", type=int, default=100)
+    parser.add_argument("--extension-steps", type=int, default=200)
     parser.add_argument(
         "--batch",
         type=int,
