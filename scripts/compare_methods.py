@@ -288,8 +288,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 def extension_batch(own: argparse.Namespace) -> int:
     """Tokens of a step: of every extension, the short rows' too, so that all have the same budget."""
-    batch: int = max(own.batch, LONG * own.processes)
-    return batch
+    return int(max(own.batch, LONG * own.processes))
 
 
 def write_stages(work: Path, own: argparse.Namespace) -> None:
@@ -320,12 +319,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--methods", nargs="+", default=list(PROOF), choices=[*METHODS, "all"])
     parser.add_argument("--steps", type=int, default=2000, help=f"of the stage of {SHORT}")
     parser.add_argument("--extension-steps", type=int, default=200)
-    parser.add_argument(
-        "--batch",
-        type=int,
-        default=4096,
-        help=f"tokens a step; a row of {LONG} a process at least where rows have that",
-    )
+    parser.add_argument("--batch", type=int, default=4096, help="tokens a step; extensions: a long row a process")
     parser.add_argument("--lr", type=float, default=4e-3, help="of the first stage; a quarter of it beyond")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--documents", type=int, default=16, help="for the loss by position")

@@ -28,20 +28,14 @@ from typing import Any
 from torchtitan.config import JobConfig
 from torchtitan.config.checks import check_asked, check_evaluation
 from torchtitan.config.manager import config_file
-from torchtitan.evaluation.command_line import add_arguments, what_is_asked
+from torchtitan.evaluation.command_line import parser_of, what_is_asked
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.launch import launch
 
 
 def main(args: list[str]) -> int:
     """0; 1 and one line for a mistake; or the code of a process that failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="every other --table.key is one of a stage's TOML (./run_train.sh --help)",
-        allow_abbrev=False,
-    )
-    add_arguments(parser)
+    parser = parser_of(__doc__)
     parser.add_argument("--label", help="name of the model in tables and pictures")
     own, overrides = parser.parse_known_args(args)
     rank = int(os.environ.get("RANK", "0"))
@@ -75,7 +69,7 @@ def check_questions(own: argparse.Namespace, config: JobConfig) -> None:
 def run(own: argparse.Namespace, config: JobConfig, folder: Path, has_stage: bool) -> dict[str, Any]:
     """On every rank: build, load, ask. The result, in the form that docs/evaluation.md describes."""
     # PyTorch takes seconds to import: a mistake on the command line should not
-    from torchtitan.evaluation.sharded import loaded, look_at, rank_and_world_size
+    from torchtitan.evaluation.sharded import loaded, rank_and_world_size, weights_for
     from torchtitan.evaluation.stage import evaluate, prepare
     from torchtitan.tools.device import peak_memory_gib
     from torchtitan.tools.logging import init_logger
@@ -83,7 +77,7 @@ def run(own: argparse.Namespace, config: JobConfig, folder: Path, has_stage: boo
     began = time.perf_counter()
     rank, _, world_size = rank_and_world_size()
     init_logger(rank, world_size)
-    weights = look_at(folder, config, has_stage, own.tokenizer)
+    weights = weights_for(folder, config, has_stage, own.tokenizer)
     prepared = prepare(config, weights.tokenizer, weights.args)
     with loaded(weights, config) as (model, ranks), progress(rank) as on_part:
         e = config.evaluation

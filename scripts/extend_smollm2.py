@@ -106,6 +106,8 @@ def main(args: list[str]) -> int:
     parser.add_argument("--needles", type=int, default=4 if gpu else 1, help="of each length and depth")
     parser.add_argument("--processes", type=int, default=1 if gpu else 2)
     own = parser.parse_args(args)
+    if own.length <= TRAINED:
+        parser.error(f"--length {own.length} must be above the {TRAINED} that the model was trained for")
     began, work = time.monotonic(), own.work.resolve()
     (work / "text").mkdir(parents=True, exist_ok=True)
     try:
@@ -125,11 +127,9 @@ def main(args: list[str]) -> int:
         launch = [sys.executable, "-m", "torchtitan.tools.launch", "--nproc", str(own.processes), "--"]
         if code := subprocess.run([*launch, "--job.config_file", str(work / "stage.toml")]).returncode:
             return code
-    factor = f"theta raised for {own.length:,}, not trained"
-    auto = ["--rope.theta", "auto"]
     for name, folder, label, extra in (
         ("before", model, "SmolLM2-135M as it came", []),
-        ("rescaled", model, factor, auto),
+        ("rescaled", model, f"theta raised for {own.length:,}, not trained", ["--rope.theta", "auto"]),
         ("after", last, f"after {own.steps} steps of {own.batch:,} tokens", []),
     ):
         if (work / f"{name}.json").exists():

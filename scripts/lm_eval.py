@@ -25,20 +25,14 @@ from typing import Any
 
 from torchtitan.config import JobConfig
 from torchtitan.config.manager import config_file
-from torchtitan.evaluation.command_line import add_arguments, what_is_asked
+from torchtitan.evaluation.command_line import parser_of, what_is_asked, write_whole
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.launch import launch
 
 
 def main(args: list[str]) -> int:
     """0; 1 and one line for a mistake; or the code of a process that failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="every other --table.key is one of a stage's TOML (./run_train.sh --help)",
-        allow_abbrev=False,
-    )
-    add_arguments(parser)
+    parser = parser_of(__doc__)
     parser.add_argument("--tasks", help="names of tasks, groups or tags, with commas; * stands for anything")
     parser.add_argument("--include_path", type=Path, help="folder of task files of your own")
     parser.add_argument("--limit", type=float, help="documents of each task, or below 1 the share of them")
@@ -85,14 +79,14 @@ def run(own: argparse.Namespace, config: JobConfig, folder: Path, has_stage: boo
     from lm_eval.evaluator import simple_evaluate
 
     from torchtitan.evaluation.lm_eval_model import TorchtitanLM
-    from torchtitan.evaluation.sharded import loaded, look_at, rank_and_world_size
+    from torchtitan.evaluation.sharded import loaded, rank_and_world_size, weights_for
     from torchtitan.evaluation.stage import warn_beyond
     from torchtitan.tools.logging import init_logger, logger
 
     rank, _, world_size = rank_and_world_size()
     init_logger(rank, world_size)
     logging.getLogger("lm_eval").setLevel(logging.WARNING if rank == 0 else logging.ERROR)
-    weights = look_at(folder, config, has_stage, own.tokenizer)
+    weights = weights_for(folder, config, has_stage, own.tokenizer)
     trained = weights.args.rope.max_position_embeddings or (weights.manifest or {}).get("seq_len")
     max_length = own.max_length or trained or config.training.seq_len
     manager, tasks = load_tasks(own, {"tokenizer": weights.tokenizer.folder} | own.metadata)
@@ -180,10 +174,7 @@ def report(result: dict[str, Any], out: Path | None) -> None:
     if result.get("groups"):
         print(make_table(result, "groups"))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside = out.with_name(out.name + ".partial")
-        aside.write_text(json.dumps(result, indent=1, default=handle_non_serializable, ensure_ascii=False) + "\n")
-        aside.replace(out)
+        write_whole(out, json.dumps(result, indent=1, default=handle_non_serializable, ensure_ascii=False) + "\n")
         print(out)
 
 

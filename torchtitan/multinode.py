@@ -32,6 +32,7 @@ from torchtitan.config.chain import chain, without_flags
 from torchtitan.config.checks import check_asked, check_config, check_evaluation, check_stage, resolve_shard_degree
 from torchtitan.config.manager import config_file, flag_name
 from torchtitan.config.toml_file import load_tables
+from torchtitan.evaluation.command_line import results_file
 from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, LOST_A_RANK, STOPPED, GateError, UserError
 
 ENDED = 10
@@ -77,9 +78,8 @@ def stages(args: list[str], evaluates: bool = False) -> int:
 
 def is_evaluated(config: JobConfig) -> bool:
     """Whether the newest checkpoint has its results, where scripts/evaluate.py leaves them."""
-    folder = Path(config.job.dump_folder)
-    steps = complete_steps(folder / config.checkpoint.folder)
-    return bool(steps) and (folder / "evaluation" / f"step-{steps[-1]}.json").is_file()
+    steps = complete_steps(Path(config.job.dump_folder) / config.checkpoint.folder)
+    return bool(steps) and results_file(config, steps[-1]).is_file()
 
 
 def start(nodes: int, per_node: int, args: list[str]) -> int:

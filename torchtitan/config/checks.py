@@ -117,6 +117,11 @@ def check_config(config: JobConfig, world_size: int) -> None:
     _check_tokens(config)
 
 
+def evaluation_length(config: JobConfig) -> int:
+    """Tokens that are read of each of evaluation.texts."""
+    return config.evaluation.length or config.data.target_seq_len or config.training.seq_len
+
+
 def is_asked_for(config: JobConfig) -> bool:
     """Whether [evaluation] asks anything."""
     return bool(config.evaluation.texts or config.evaluation.needle_lengths or config.evaluation.tasks)
@@ -133,7 +138,7 @@ def check_asked(config: JobConfig) -> None:
 def check_evaluation(config: JobConfig) -> None:
     """UserError for what cannot be asked."""
     e = config.evaluation
-    length = e.length or config.data.target_seq_len or config.training.seq_len
+    length = evaluation_length(config)
     for key, lengths in (("needle_lengths", e.needle_lengths), ("task_lengths", e.task_lengths)):
         for i, n in enumerate(lengths):
             if n < 1:
@@ -158,7 +163,7 @@ def check_evaluation(config: JobConfig) -> None:
     for name, file in (("qa_1", "SQuAD 2.0's dev-v2.0.json"), ("qa_2", "HotpotQA's hotpot_dev_distractor_v1.json")):
         if name in e.tasks and not e.qa_files:
             raise UserError(f"evaluation.tasks names {name}, which needs {file}: name that file in qa_files.")
-    if (e.freq or e.windows) and not (e.texts or e.needle_lengths or e.tasks):
+    if (e.freq or e.windows) and not is_asked_for(config):
         raise UserError(
             "evaluation.freq or windows is set, but there is nothing to evaluate: name held-out text in "
             "evaluation.texts, or needle_lengths, or tasks."

@@ -1,5 +1,5 @@
-"""What scripts/evaluate.py and scripts/lm_eval.py have in common on their command lines, without PyTorch, which takes
-seconds to import: a mistake should not."""
+"""What scripts/evaluate.py and scripts/lm_eval.py have in common: the command line, and where results go. Without
+PyTorch, which takes seconds to import: a mistake should not."""
 
 from __future__ import annotations
 
@@ -15,19 +15,40 @@ from torchtitan.config.manager import config_file
 from torchtitan.tools.errors import UserError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which weights, and in how many processes; every other --table.key is left to load_config."""
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """With arguments that say which weights, and in how many processes; every other --table.key is left to
+    load_config."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="every other --table.key is one of a stage's TOML (./run_train.sh --help)",
+        allow_abbrev=False,
+    )
     parser.add_argument("--model", type=Path, help="Hugging Face folder or checkpoint, instead of the stage's own")
     parser.add_argument("--step", type=int, help="the stage's checkpoint of this step, not its newest")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the model's or the run's")
     parser.add_argument("--processes", type=int, default=1, help="to start here (1)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    return parser
+
+
+def results_file(config: JobConfig, step: int, suffix: str = "") -> Path:
+    """Where a stage keeps the results of its checkpoint of a step."""
+    return Path(config.job.dump_folder) / "evaluation" / f"step-{step}{suffix}.json"
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Whole or not at all; its folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(file.name + ".partial")
+    aside.write_text(text)
+    aside.replace(file)
 
 
 def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "") -> tuple[JobConfig, Path]:
     """The configuration, in the dtype of its products, and the folder of the weights.
 
-    own.out of a stage is set, if it is not: evaluation/step-N{suffix}.json. UserError for what cannot be.
+    own.out of a stage is set, if it is not: results_file(). UserError for what cannot be.
     """
     config = load_config(overrides)
     if own.processes < 1:
@@ -48,7 +69,7 @@ def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "
             raise UserError(f"{checkpoints} has no complete checkpoint: train the stage first, or give --model.")
         step = steps[-1] if own.step is None else own.step
         folder = checkpoints / f"step-{step}"
-        own.out = own.out or Path(config.job.dump_folder) / "evaluation" / f"step-{step}{suffix}.json"
+        own.out = own.out or results_file(config, step, suffix)
     if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
         steps = complete_steps(folder) if folder.is_dir() else []
         there = f"; it holds checkpoints: name one, such as {folder / f'step-{steps[-1]}'}" if steps else ""

@@ -1,4 +1,4 @@
-"""A model to evaluate, on one device: from a Hugging Face folder or from one of our checkpoints (step-N/)."""
+"""What a Hugging Face folder or one of our checkpoints (step-N/) holds, and its model on one device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -31,6 +32,42 @@ class Loaded:
     tokenizer: Tokenizer
 
 
+@dataclass(frozen=True)
+class Weights:
+    """What a folder holds, looked at and not loaded yet."""
+
+    folder: Path
+    args: TransformerArgs
+    tokenizer: Tokenizer
+    manifest: dict[str, Any] | None
+    """Of a checkpoint; None: a Hugging Face folder."""
+
+    @property
+    def label(self) -> str:
+        if self.manifest is None:
+            return self.folder.resolve().name
+        return f"{self.manifest['stage']}, step {self.manifest['step']}"
+
+
+def look_at(folder: Path, tokenizer_folder: Path | None = None) -> Weights:
+    """The weights in a folder. UserError for files that are damaged or do not fit, and for a tokenizer that a
+    checkpoint was not trained with; tokenizer_folder is as for load()."""
+    if not (folder / MANIFEST).is_file():
+        args = read_config(folder)
+        check_weights(folder, args)
+        return Weights(folder, args, load_tokenizer(tokenizer_folder or folder), None)
+    if damage := find_damage(folder):
+        raise UserError(f"--model {folder} is damaged: {damage}")
+    manifest = read_manifest(folder)
+    tokenizer = load_tokenizer(tokenizer_folder or _tokenizer_of(folder))
+    if tokenizer.fingerprint != manifest["tokenizer"]:
+        raise UserError(
+            f"{folder} was trained with the tokenizer {manifest['tokenizer'][:12]}, but {tokenizer.folder} gives "
+            f"{tokenizer.fingerprint[:12]}: name the folder of that one with --tokenizer."
+        )
+    return Weights(folder, args_from_manifest(manifest["architecture"]), tokenizer, manifest)
+
+
 def load(
     folder: Path,
     dtype: str = "bfloat16",
@@ -44,9 +81,7 @@ def load(
     folder that is neither, for weights that do not fit, and for a tokenizer that the checkpoint was not trained with.
     """
     backend = choose_backend(attention_backend, device)
-    if (folder / MANIFEST).is_file():
-        return _load_checkpoint(folder, DTYPES[dtype], device, tokenizer_folder, backend)
-    if not (folder / "config.json").is_file():
+    if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
         steps = sorted(p.name for p in folder.glob("step-*") if p.is_dir())
         there = f"; it holds {', '.join(steps[-3:])}: name one of these" if steps else ""
         what = "has neither config.json nor manifest.json" if folder.is_dir() else "is not a folder"
@@ -54,36 +89,18 @@ def load(
             f"--model {folder} {what}{there}. It should be a Hugging Face folder, or a checkpoint of a run "
             "(outputs/checkpoint/step-1000)."
         )
-    args = read_config(folder)
-    check_weights(folder, args)
-    tokenizer = load_tokenizer(tokenizer_folder or folder)
-    model = _empty(args, DTYPES[dtype], device, backend)
+    weights = look_at(folder, tokenizer_folder)
+    model = _empty(weights.args, DTYPES[dtype], device, backend)
     with _one_process():
-        load_weights(model, folder)
-    return Loaded(model, tokenizer)
+        if weights.manifest is None:
+            load_weights(model, folder)
+        else:
+            state = {"model": {name: param.detach() for name, param in model.named_parameters()}}
+            dcp.load(state, storage_reader=FileSystemReader(str(folder)))
+    return Loaded(model, weights.tokenizer)
 
 
-def _load_checkpoint(
-    folder: Path, dtype: torch.dtype, device: str, tokenizer_folder: Path | None, backend: str
-) -> Loaded:
-    damage = find_damage(folder)
-    if damage:
-        raise UserError(f"--model {folder} is damaged: {damage}")
-    manifest = read_manifest(folder)
-    tokenizer = load_tokenizer(tokenizer_folder or tokenizer_of(folder))
-    if tokenizer.fingerprint != manifest["tokenizer"]:
-        raise UserError(
-            f"{folder} was trained with the tokenizer {manifest['tokenizer'][:12]}, but {tokenizer.folder} gives "
-            f"{tokenizer.fingerprint[:12]}: name the folder of that one with --tokenizer."
-        )
-    model = _empty(args_from_manifest(manifest["architecture"]), dtype, device, backend)
-    state = {"model": {name: param.detach() for name, param in model.named_parameters()}}
-    with _one_process():
-        dcp.load(state, storage_reader=FileSystemReader(str(folder)))
-    return Loaded(model, tokenizer)
-
-
-def tokenizer_of(checkpoint: Path) -> Path:
+def _tokenizer_of(checkpoint: Path) -> Path:
     """What the config.toml beside the checkpoints names; a relative path is looked up from here, as the run did."""
     config = checkpoint.resolve().parent.parent / "config.toml"
     if not config.is_file():

@@ -54,8 +54,7 @@ def draw_positions(results: list[dict[str, Any]], path: Path, title: str = "") -
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path)
 
 
 def needle_figure(grid: dict[str, Any], title: str = "") -> Any:

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from torchtitan.components.tokenizer import Tokenizer
-from torchtitan.evaluation.fitting import Question, Render, fitted, generator
-from torchtitan.evaluation.items import Item, Task
-from torchtitan.evaluation.ruler import NIAH, drawn, niah_task, string_match_all
+from torchtitan.evaluation.fitting import Question, Render, generator
+from torchtitan.evaluation.ruler import NIAH, drawn, niah_task, task_of
 
 SHOTS = 2
 DEPTHS = tuple(float(d) for d in np.linspace(0, 1, 6))
 """Of the pair that is asked for; the items of a length go through them in turn."""
-JSON_KV_BUDGET = 100
 
 
-def _json_kv_render(length: int, seed: int, n: int) -> Render:
+def _json_kv_render(length: int, text: str, seed: int, n: int) -> Render:
     rng = generator(seed, "json_kv", length, n)
     depth = DEPTHS[n % len(DEPTHS)]
     shown = rng.random(SHOTS)
@@ -45,16 +42,9 @@ def _json_kv_render(length: int, seed: int, n: int) -> Render:
     return render
 
 
-def _json_kv(tokenizer: Tokenizer, text: str, length: int, count: int, seed: int, bos_id: int | None) -> list[Item]:
-    return [
-        fitted(tokenizer, "json_kv", length, JSON_KV_BUDGET, bos_id, _json_kv_render(length, seed, n), least=1 + SHOTS)
-        for n in range(count)
-    ]
-
-
 TASKS = {
     "niah_mk_2": niah_task("niah_mk_2", NIAH["niah_multikey_2"], budget=50, join="\n"),
     "niah_mk_3": niah_task("niah_mk_3", NIAH["niah_multikey_3"], budget=100, join="\n"),
     "niah_mv": niah_task("niah_mv", NIAH["niah_multivalue"], budget=50, join="\n"),
-    "json_kv": Task("json_kv", _json_kv, string_match_all, JSON_KV_BUDGET),
+    "json_kv": task_of("json_kv", _json_kv_render, budget=100, least=1 + SHOTS),
 }

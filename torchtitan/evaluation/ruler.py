@@ -155,15 +155,11 @@ def niah_question(task: Niah, text: str, rng: np.random.Generator, hay: np.rando
 
 
 def niah_task(name: str, task: Niah, budget: int = 128, join: str = " ") -> Task:
-    def make(tokenizer: Tokenizer, text: str, length: int, count: int, seed: int, bos_id: int | None) -> list[Item]:
-        items = []
-        for n in range(count):
-            rng, hay = (generator(seed, name, length, n, part) for part in range(2))
-            render = niah_question(task, text, rng, hay, join)
-            items.append(fitted(tokenizer, name, length, budget, bos_id, render, least=2))
-        return items
+    def build(length: int, text: str, seed: int, n: int) -> Render:
+        rng, hay = (generator(seed, name, length, n, part) for part in range(2))
+        return niah_question(task, text, rng, hay, join)
 
-    return Task(name, make, string_match_all, budget)
+    return task_of(name, build, budget, least=2)
 
 
 def _vt_text(lines: int, letters: int, rng: np.random.Generator) -> tuple[str, list[str]]:
@@ -252,9 +248,11 @@ def _fwe_render(length: int, text: str, seed: int, n: int) -> Render:
     return render
 
 
-def _task(
+def task_of(
     name: str, build: Callable[[int, str, int, int], Render], budget: int, least: int, most: int | None = None
 ) -> Task:
+    """build: (length, prose, seed, number) -> an item's question; least, most: its smallest and largest size, the
+    latter where it is of words()."""
     runs_out = f"there are {len(words())} words to choose from, with which the prompt has"
 
     def make(tokenizer: Tokenizer, text: str, length: int, count: int, seed: int, bos_id: int | None) -> list[Item]:
@@ -268,10 +266,10 @@ def _task(
 
 TASKS = {
     **{name: niah_task(name, task) for name, task in NIAH.items()},
-    "vt": _task("vt", _vt_render, budget=30, least=HOPS + 2),
-    "cwe": _task("cwe", _cwe_render, budget=120, least=COMMON + 2, most=len(words())),
+    "vt": task_of("vt", _vt_render, budget=30, least=HOPS + 2),
+    "cwe": task_of("cwe", _cwe_render, budget=120, least=COMMON + 2, most=len(words())),
     # fewer words, and the fourth is as frequent as the fifth
-    "fwe": _task("fwe", _fwe_render, budget=50, least=100),
+    "fwe": task_of("fwe", _fwe_render, budget=50, least=100),
 }
 """The eleven that need no file."""
 QA = ("qa_1", "qa_2")

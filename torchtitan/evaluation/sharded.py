@@ -5,76 +5,42 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from torchtitan.attention.backends import choose_backend
 from torchtitan.components.checkpoint import load as load_checkpoint
-from torchtitan.components.manifest import MANIFEST, find_damage, read_manifest
-from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
-from torchtitan.config.checks import resolve_shard_degree
+from torchtitan.config.checks import evaluation_length, resolve_shard_degree
 from torchtitan.config.job_config import JobConfig, Rope
 from torchtitan.distributed.context_parallel.ulysses import check_ulysses
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import build_sharded_model
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.evaluation.forward import Ranks
-from torchtitan.evaluation.loading import tokenizer_of
-from torchtitan.models.architecture import args_from_manifest
-from torchtitan.models.huggingface import check_weights, load_weights, read_config
+from torchtitan.evaluation.loading import Weights, look_at
+from torchtitan.models.huggingface import load_weights
 from torchtitan.models.rope_config import build_rope
-from torchtitan.models.transformer import Transformer, TransformerArgs
+from torchtitan.models.transformer import Transformer
 from torchtitan.tools.device import init_process_group, pick_device
-from torchtitan.tools.errors import UserError
 
 
-@dataclass(frozen=True)
-class Weights:
-    """What a folder holds, looked at and not loaded yet."""
-
-    folder: Path
-    args: TransformerArgs
-    tokenizer: Tokenizer
-    manifest: dict[str, Any] | None
-    """Of a checkpoint; None: a Hugging Face folder."""
-
-    @property
-    def label(self) -> str:
-        if self.manifest is None:
-            return self.folder.resolve().name
-        return f"{self.manifest['stage']}, step {self.manifest['step']}"
-
-
-def look_at(folder: Path, config: JobConfig, has_stage: bool, tokenizer: Path | None = None) -> Weights:
+def weights_for(folder: Path, config: JobConfig, has_stage: bool, tokenizer: Path | None = None) -> Weights:
     """The weights in a folder, with the [rope] of config unless it is a stage's, whose own checkpoint has it already.
 
     UserError for what is damaged or does not fit: files, tokenizer, RoPE, layout.
     """
-    manifest = None
-    if (folder / MANIFEST).is_file():
-        if damage := find_damage(folder):
-            raise UserError(f"{folder} is damaged: {damage}")
-        manifest = read_manifest(folder)
-        args = args_from_manifest(manifest["architecture"])
-        found = load_tokenizer(tokenizer or tokenizer_of(folder))
-        if found.fingerprint != manifest["tokenizer"]:
-            raise UserError(f"{folder} was not trained with the tokenizer in {found.folder}: give --tokenizer.")
-    else:
-        args = read_config(folder)
-        check_weights(folder, args)
-        found = load_tokenizer(tokenizer or folder)
+    weights = look_at(folder, tokenizer)
+    args = weights.args
     if not has_stage and config.rope != Rope():
-        length = config.evaluation.length or config.training.seq_len
-        rope = build_rope(config.rope, args.rope, args.head_dim, args.n_kv_heads, length)
-        args = replace(args, rope=rope)
+        rope = build_rope(config.rope, args.rope, args.head_dim, args.n_kv_heads, evaluation_length(config))
+        weights = replace(weights, args=replace(args, rope=rope))
     p = config.parallelism
     check_tensor_parallel(args, p.tensor_parallel_degree)
     if p.context_parallel_exchange == "ulysses":
         check_ulysses(args.n_heads, p.context_parallel_degree, p.tensor_parallel_degree, p.context_parallel_head_chunks)
-    return Weights(folder, args, found, manifest)
+    return weights
 
 
 def rank_and_world_size() -> tuple[int, int, int]:

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from torchtitan.components.tokenizer import Tokenizer
+from torchtitan.config.checks import evaluation_length
 from torchtitan.config.job_config import JobConfig
 from torchtitan.evaluation import needle
+from torchtitan.evaluation.command_line import results_file, write_whole
 from torchtitan.evaluation.documents import long_documents
 from torchtitan.evaluation.forward import Ranks
 from torchtitan.evaluation.items import Item, Score
@@ -30,7 +32,6 @@ from torchtitan.models.transformer import Transformer, TransformerArgs
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
-FOLDER = "evaluation"
 ENOUGH_TEXT = 1 << 20
 """Tokens of haystack beyond which no more are read."""
 
@@ -62,7 +63,7 @@ def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> P
     """Read texts, make needles and tasks: the same on every rank. UserError for text that is too short or not there,
     and for a length that a task cannot have."""
     e = config.evaluation
-    length = e.length or config.data.target_seq_len or config.training.seq_len
+    length = evaluation_length(config)
     longest = max([length] * bool(e.texts) + list(e.needle_lengths) + list(e.task_lengths), default=0)
     folder, bos = Path(config.data.folder), config.data.add_bos and tokenizer.bos_id is not None
     texts = {}
@@ -158,7 +159,6 @@ class StageEvaluation:
 
     def __init__(self, config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs, ranks: Ranks, rank: int):
         self.config, self.tokenizer, self.args, self.ranks, self.rank = config, tokenizer, args, ranks, rank
-        self.folder = Path(config.job.dump_folder) / FOLDER
         self.prepared = prepare(config, tokenizer, args)
 
     def due(self, step: int) -> bool:
@@ -168,11 +168,8 @@ class StageEvaluation:
             return False
         if step not in (0, steps) and (e.freq == 0 or step % e.freq):
             return False
-        here = self.rank == 0 and not self.file(step).exists()
+        here = self.rank == 0 and not results_file(self.config, step).exists()
         return bool(self.ranks.largest(int(here)))
-
-    def file(self, step: int) -> Path:
-        return self.folder / f"step-{step}.json"
 
     def run(self, model: Transformer, step: int, tokens_seen: int, tensorboard: Any = None) -> dict[str, Any]:
         """Collective. tensorboard: rank 0's SummaryWriter, if it has one."""
@@ -197,7 +194,7 @@ class StageEvaluation:
         logger.debug(f"{what}: {done} of {total}")
 
     def _leave(self, result: dict[str, Any], step: int, tensorboard: Any) -> None:
-        write(result, self.file(step))
+        write(result, results_file(self.config, step))
         if not tensorboard:
             return
         for key, value in scalars(result).items():
@@ -218,9 +215,7 @@ def write(result: dict[str, Any], file: Path) -> None:
         plots.save(figure, file.with_name(f"{file.stem}_{name}.png"))
     if result["perplexity"]:
         plots.save(plots.position_figure(result), file.with_name(f"{file.stem}_positions.png"))
-    aside = file.with_name(file.name + ".partial")
-    aside.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    aside.replace(file)
+    write_whole(file, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def scalars(result: dict[str, Any]) -> dict[str, float]:

@@ -49,3 +49,12 @@ def test_a_stage_and_one_set_of_questions_for_three_models(
     assert ["--rope.theta" in command for command in evaluations] == [False, True, False]
     assert compared[2:5] == [str(tmp_path / f"{name}.json") for name in ("before", "rescaled", "after")]
     assert (tmp_path / "table.txt").read_text() == "a table\n"
+
+
+def test_a_length_that_extends_nothing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit):
+        load_script("extend_smollm2").main([str(tmp_path / "work"), "--length", "8192"])
+    assert "must be above the 8192" in capsys.readouterr().err and not (tmp_path / "work").exists()
