@@ -27,7 +27,6 @@ from typing import Any
 
 from torchtitan.config import JobConfig
 from torchtitan.config.checks import check_asked, check_evaluation
-from torchtitan.config.manager import config_file
 from torchtitan.evaluation.command_line import parser_of, what_is_asked
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.launch import launch
@@ -44,7 +43,7 @@ def main(args: list[str]) -> int:
         check_questions(own, config)
         if "RANK" not in os.environ and own.processes > 1:
             return launch([sys.executable, __file__, *args], own.processes)
-        result = run(own, config, folder, has_stage=config_file(overrides) is not None)
+        result = run(own, config, folder)
         if rank == 0:
             from torchtitan.evaluation.stage import write
 
@@ -66,7 +65,7 @@ def check_questions(own: argparse.Namespace, config: JobConfig) -> None:
         raise UserError(f"--out {own.out} should end with .json: pictures lie beside it under its name.")
 
 
-def run(own: argparse.Namespace, config: JobConfig, folder: Path, has_stage: bool) -> dict[str, Any]:
+def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, Any]:
     """On every rank: build, load, ask. The result, in the form that docs/evaluation.md describes."""
     # PyTorch takes seconds to import: a mistake on the command line should not
     from torchtitan.evaluation.sharded import loaded, rank_and_world_size, weights_for
@@ -77,7 +76,7 @@ def run(own: argparse.Namespace, config: JobConfig, folder: Path, has_stage: boo
     began = time.perf_counter()
     rank, _, world_size = rank_and_world_size()
     init_logger(rank, world_size)
-    weights = weights_for(folder, config, has_stage, own.tokenizer)
+    weights = weights_for(folder, config, own.tokenizer)
     prepared = prepare(config, weights.tokenizer, weights.args)
     with loaded(weights, config) as (model, ranks), progress(rank) as on_part:
         e = config.evaluation

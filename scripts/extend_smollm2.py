@@ -1,20 +1,23 @@
 """A real model extended, and looked at before and after: SmolLM2-135M, from its 8K to 32K on a GPU or to 16K on a CPU.
 
     python scripts/extend_smollm2.py WORK                  # on a CPU: rows of 2K with PoSE's positions up to 16K
-    python scripts/extend_smollm2.py WORK --steps 400      # longer
+    python scripts/extend_smollm2.py WORK --corpus CORPUS  # other text: a folder of FILE.jsonl, {"text"} a line
 
-Fetches the model (scripts/fetch_smollm2.py; needs the dev extra) and six novels (Debian's r-cran-janeaustenr), reads
-the source code and documentation of the installed Python packages (scripts/build_demo_corpus.py), and writes a stage,
-WORK/stage.toml: books and code by halves, a tenth of short documentation, theta raised by the NTK-aware rule. A novel
-and a package are held out. Measured by scripts/evaluate.py with one set of questions (the stage's [evaluation]
-table): the model as it came; with the stage's RoPE but untrained; after the stage. scripts/compare.py sets them side by
-side: WORK/before.json, rescaled.json, after.json, table.txt, compare.png. What is there already is not made again.
+Fetches the model (scripts/fetch_smollm2.py; needs the dev extra). The text is six novels (Debian's r-cran-janeaustenr)
+and the source code of the installed Python packages (scripts/build_demo_corpus.py), or of each FILE of --corpus the
+documents of 32 KB and more, in an order by chance, to --megabytes; and for a tenth the packages' short documentation. A
+novel and a package are held out, or up to four documents of each FILE. WORK/stage.toml: all kinds of long text in equal
+parts, theta raised by the NTK-aware rule. Measured by scripts/evaluate.py with one set of questions,
+WORK/questions.toml: the model as it came; with the stage's RoPE but untrained; after the stage. scripts/compare.py sets
+them side by side: WORK/before.json, rescaled.json, after.json, table.txt, compare.png. What is there already is not
+made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import time
@@ -30,6 +33,8 @@ from torchtitan.tools.errors import UserError
 SCRIPTS = Path(__file__).resolve().parent
 TRAINED = 8192
 HELD_OUT_PACKAGE = "asyncio"  # of the standard library
+LONG_TEXT = 32 << 10  # characters: of a corpus, the documents that are trained on
+HELD_OUT = 4  # documents of each kind of a corpus
 STAGE = """# of scripts/extend_smollm2.py
 [job]
 description = "SmolLM2-135M: {trained} -> {length}"
@@ -43,6 +48,9 @@ theta = "auto"
 seq_len = {rows}
 global_batch_tokens = {batch}
 steps = {steps}
+mixed_precision_param = "{dtype}"
+[compile]
+enable = {compile}
 [optimizer]
 lr = {lr}
 [lr_scheduler]
@@ -64,31 +72,32 @@ cache_folder = "{work}/cache"
 add_bos = false
 packing = "best_fit"
 {positions}
-[[data.sources]]
-name = "books"
-path = "books.jsonl"
-weight = 0.45
-[[data.sources]]
-name = "code"
-path = "code.jsonl"
-weight = 0.45
-[[data.sources]]
-name = "short"
-path = "docs.jsonl"
-weight = 0.1
+"""
+SOURCE = """[[data.sources]]
+name = "{name}"
+path = "{name}.jsonl"
+weight = {weight}
 """
 QUESTIONS = """
 [data]
-folder = "{work}/text"
+folder = "{work}/text/held_out"
 add_bos = false
+[training]
+mixed_precision_param = "{dtype}"
 [evaluation]
-texts = ["novel.jsonl", "package.jsonl"]
+texts = {texts}
+max_documents = {held_out}
 length = {length}
 windows = [{trained}]
 needle_lengths = {needle_lengths}
 needle_depths = [0.1, 0.5, 0.9]
 needles = {needles}
+tasks = {tasks}
+task_lengths = {task_lengths}
+task_items = {items}
+generate = {generate}
 """
+TASKS = ["niah_single_2", "niah_multikey_1", "niah_multivalue", "vt"]  # of RULER
 
 
 def main(args: list[str]) -> int:
@@ -100,28 +109,26 @@ def main(args: list[str]) -> int:
     parser.add_argument(
         "--rows", type=int, default=32768 if gpu else 2048, help="shorter than --length: PoSE's positions"
     )
-    parser.add_argument("--batch", type=int, default=524288 if gpu else 4096, help="tokens a step")
+    parser.add_argument("--batch", type=int, default=131072 if gpu else 4096, help="tokens a step")
     parser.add_argument("--steps", type=int, default=300 if gpu else 100)
     parser.add_argument("--lr", type=float, default=3e-4 if gpu else 1e-4)
     parser.add_argument("--needles", type=int, default=4 if gpu else 1, help="of each length and depth")
+    parser.add_argument("--items", type=int, default=10 if gpu else 0, help="of each of RULER's tasks and lengths")
     parser.add_argument("--processes", type=int, default=1 if gpu else 2)
+    parser.add_argument("--corpus", type=Path, help="folder of text to train on, a FILE.jsonl a kind")
+    parser.add_argument("--megabytes", type=float, default=100, help="of each FILE of --corpus")
     own = parser.parse_args(args)
     if own.length <= TRAINED:
         parser.error(f"--length {own.length} must be above the {TRAINED} that the model was trained for")
     began, work = time.monotonic(), own.work.resolve()
-    (work / "text").mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     try:
         model = context.fetch_model(work / "smollm2-135m")
-        write_texts(work)
+        write_texts(work, own.corpus, int(own.megabytes * 1e6), own.length)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    pose = f'positions = "pose"\ntarget_seq_len = {own.length}' if own.rows < own.length else ""
-    values = vars(own) | {"work": work, "trained": TRAINED, "positions": pose, "warmup": max(1, own.steps // 10)}
-    values |= {"recompute": "full" if gpu else "none"}
-    values["needle_lengths"] = [TRAINED // 2, TRAINED, *range(TRAINED * 3 // 2, own.length + 1, TRAINED // 2)]
-    (work / "stage.toml").write_text(STAGE.format(**values))
-    (work / "questions.toml").write_text(QUESTIONS.format(**values))
+    write_stage(own, work, gpu)
     last = work / "out/checkpoint" / f"step-{own.steps}"
     if not last.exists():
         launch = [sys.executable, "-m", "torchtitan.tools.launch", "--nproc", str(own.processes), "--"]
@@ -148,23 +155,70 @@ def main(args: list[str]) -> int:
     return made.returncode
 
 
-def write_texts(work: Path) -> None:
-    """text/{books,code,docs}.jsonl to train on; text/{novel,package}.jsonl, a document each, held out."""
+def write_stage(own: argparse.Namespace, work: Path, gpu: bool) -> None:
+    """stage.toml and questions.toml."""
+    kinds = sorted(file.stem for file in (work / "text/held_out").glob("*.jsonl"))
+    pose = f'positions = "pose"\ntarget_seq_len = {own.length}' if own.rows < own.length else ""
+    values = vars(own) | {"work": work, "trained": TRAINED, "positions": pose, "warmup": max(1, own.steps // 10)}
+    # bfloat16 is slow on most CPUs
+    values |= {"dtype": "bfloat16", "compile": "true"} if gpu else {"dtype": "float32", "compile": "false"}
+    values |= {"recompute": "none"}
+    values |= {"texts": [f"{kind}.jsonl" for kind in kinds], "held_out": HELD_OUT}
+    values |= {"needle_lengths": [TRAINED // 2, TRAINED, *range(TRAINED * 3 // 2, own.length + 1, TRAINED // 2)]}
+    lengths = [n for n in (TRAINED // 2, TRAINED, TRAINED * 2, TRAINED * 4) if n <= own.length]
+    values |= {"tasks": TASKS, "task_lengths": lengths} if own.items else {"tasks": [], "task_lengths": [], "items": 1}
+    values |= {"generate": "true" if own.items else "false"}
+    sources = [SOURCE.format(name=kind, weight=0.9 / len(kinds)) for kind in kinds]
+    sources.append(SOURCE.format(name="docs", weight=0.1))
+    (work / "stage.toml").write_text(STAGE.format(**values) + "".join(sources))
+    (work / "questions.toml").write_text(QUESTIONS.format(**values))
+
+
+def write_texts(work: Path, corpus: Path | None, most: int, length: int) -> None:
+    """text/KIND.jsonl to train on, text/held_out/KIND.jsonl not to, and text/docs.jsonl, which is short.
+
+    most: bytes of each kind of `corpus`. length: tokens that what is held out has at least, roughly.
+    """
     text = work / "text"
-    if (text / "package.jsonl").exists():
+    if (text / "held_out").exists():
         return
-    novel = context.fetch_book(work / "persuasion.txt")
-    (text / "novel.jsonl").write_text(json.dumps({"text": novel.read_text(encoding="utf-8")}) + "\n")
-    others = [book for title, book in context.books(work) if title != context.TITLE]
-    (text / "books.jsonl").write_text("".join(json.dumps({"text": book}) + "\n" for book in others))
+    text.mkdir(exist_ok=True)
     subprocess.run([sys.executable, str(SCRIPTS / "build_demo_corpus.py"), "--out", str(work / "python")], check=True)
     (text / "docs.jsonl").write_bytes((work / "python/docs.jsonl").read_bytes())
-    lines = (work / "python/code.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    held_out = [line for line in lines if json.loads(line)["source"].endswith(f" {HELD_OUT_PACKAGE}")]
-    if not held_out:
-        raise UserError(f"{work / 'python/code.jsonl'} has no {HELD_OUT_PACKAGE} of the standard library to hold out.")
-    (text / "code.jsonl").write_text("".join(line for line in lines if line not in held_out))
-    (text / "package.jsonl").write_text("".join(held_out))
+    kinds: dict[str, tuple[list[str], list[str]]] = {}
+    if corpus is None:
+        novels = [(title == context.TITLE, json.dumps({"text": book}) + "\n") for title, book in context.books(work)]
+        code = (work / "python/code.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        packages = [(json.loads(line)["source"].endswith(f" {HELD_OUT_PACKAGE}"), line) for line in code]
+        for kind, found in (("books", novels), ("code", packages)):
+            kinds[kind] = [line for out, line in found if out], [line for out, line in found if not out]
+    else:
+        for file in sorted(corpus.glob("*.jsonl")):
+            kinds[file.stem] = sample(file, most, length)
+    if not kinds or not all(held_out and rest for held_out, rest in kinds.values()):
+        where = corpus or work / "python"
+        raise UserError(f"{where} has too little long text: a document to hold out and one to train on, of each kind.")
+    aside = text / "held_out.tmp"
+    aside.mkdir(exist_ok=True)
+    for kind, (held_out, rest) in kinds.items():
+        (aside / f"{kind}.jsonl").write_text("".join(held_out), encoding="utf-8")
+        (text / f"{kind}.jsonl").write_text("".join(rest), encoding="utf-8")
+    aside.rename(text / "held_out")
+
+
+def sample(file: Path, most: int, length: int) -> tuple[list[str], list[str]]:
+    """Lines of a corpus: up to HELD_OUT with enough text for `length` tokens, and others of up to `most` bytes."""
+    lines = [line for line in file.open(encoding="utf-8") if len(line) > LONG_TEXT]
+    random.Random(0).shuffle(lines)
+    held_out: list[str] = []
+    rest: list[str] = []
+    for line in lines:
+        if len(held_out) < HELD_OUT and len(line) > 6 * length:  # the tokenizer's tokens have 3 to 5 characters
+            held_out.append(line)
+        elif most > 0:
+            most -= len(line.encode())
+            rest.append(line)
+    return held_out, rest
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.config import JobConfig
-from torchtitan.config.manager import config_file
 from torchtitan.evaluation.command_line import parser_of, what_is_asked, write_whole
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.launch import launch
@@ -51,7 +50,7 @@ def main(args: list[str]) -> int:
         check_questions(own)
         if "RANK" not in os.environ and own.processes > 1:
             return launch([sys.executable, __file__, *args], own.processes)
-        result = run(own, config, folder, has_stage=config_file(overrides) is not None)
+        result = run(own, config, folder)
         if rank == 0:
             report(result, own.out)
     except UserError as error:
@@ -74,7 +73,7 @@ def check_questions(own: argparse.Namespace) -> None:
         raise UserError(f"--limit = {own.limit:g} must be a number of documents, or a share between 0 and 1.")
 
 
-def run(own: argparse.Namespace, config: JobConfig, folder: Path, has_stage: bool) -> dict[str, Any]:
+def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, Any]:
     """On every rank: tasks, model, answers. On rank 0 the harness' results with a few words of ours; else nothing."""
     from lm_eval.evaluator import simple_evaluate
 
@@ -86,7 +85,7 @@ def run(own: argparse.Namespace, config: JobConfig, folder: Path, has_stage: boo
     rank, _, world_size = rank_and_world_size()
     init_logger(rank, world_size)
     logging.getLogger("lm_eval").setLevel(logging.WARNING if rank == 0 else logging.ERROR)
-    weights = weights_for(folder, config, has_stage, own.tokenizer)
+    weights = weights_for(folder, config, own.tokenizer)
     trained = weights.args.rope.max_position_embeddings or (weights.manifest or {}).get("seq_len")
     max_length = own.max_length or trained or config.training.seq_len
     manager, tasks = load_tasks(own, {"tokenizer": weights.tokenizer.folder} | own.metadata)

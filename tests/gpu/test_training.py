@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.distributed.harness import flags, write_assets
 from torchtitan.components.manifest import complete_steps, find_damage
+from torchtitan.models.huggingface import hf_name, read_config
+from torchtitan.models.transformer import Transformer, init_weights
 
 pytestmark = pytest.mark.gpu
 
@@ -23,16 +26,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("gpu")
 
 
+def with_weights(assets: Path) -> Path:
+    """Of the CPU: what init_weights draws on a GPU is something else."""
+    model = Transformer(read_config(assets))
+    init_weights(model, seed=0)
+    save_file({hf_name(n): p.detach() for n, p in model.named_parameters()}, assets / "model.safetensors")
+    return assets
+
+
 @pytest.fixture(scope="module")
 def assets(folder: Path) -> Path:
-    return write_assets(folder)
+    return with_weights(write_assets(folder))
 
 
 def train(folder: Path, assets: Path, name: str, visible: str = "0", **overrides: Any) -> list[dict[str, Any]]:
     """Trains in a process of its own; the lines of metrics.jsonl."""
     out = folder / name
-    args = flags(folder, assets, job__dump_folder=out, **overrides)
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible, "PYTHONPATH": str(Path(__file__).parents[2])}
+    args = flags(folder, assets, job__dump_folder=out, checkpoint__initial_load_in_hf=True, **overrides)
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible, "PYTHONPATH": path}
     run = subprocess.run(
         [sys.executable, "-m", "torchtitan.train", *args], env=environment, capture_output=True, text=True
     )
@@ -45,7 +57,7 @@ def test_gpu_equals_cpu(model: str, folder: Path, assets: Path):
     """olmo3: two masks a micro-batch, with anchors."""
     options: dict[str, Any] = {"data__num_workers": 1}
     if model == "olmo3":
-        assets = write_assets(folder, model)
+        assets = with_weights(write_assets(folder, model))
         options |= {"data__anchor_attention": True, "data__positions": "continue"}
     cpu = train(folder, assets, f"cpu-{model}", visible="", **options)
     gpu = train(folder, assets, f"gpu-{model}", **options)

@@ -74,9 +74,13 @@ def choose_backend(name: str, device_type: str) -> str:
     return name
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Mask:
-    """What the queries of one micro-batch see on this rank, in every layer that has no other."""
+    """What the queries of one micro-batch see on this rank, in every layer that has no other.
+
+    Not frozen: into a frozen dataclass PyTorch 2.11 looks when a compiled block hands it on, and the block would be
+    compiled anew for other numbers of documents.
+    """
 
     segments: Segments
     """Queries against the keys of a buffer."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 from torchtitan.components.manifest import MANIFEST, complete_steps
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.checks import check_ranges, resolve_shard_degree
-from torchtitan.config.manager import config_file
+from torchtitan.config.job_config import Rope
+from torchtitan.config.manager import config_file, flag_name
 from torchtitan.tools.errors import UserError
 
 
@@ -48,9 +50,11 @@ def write_whole(file: Path, text: str) -> None:
 def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "") -> tuple[JobConfig, Path]:
     """The configuration, in the dtype of its products, and the folder of the weights.
 
-    own.out of a stage is set, if it is not: results_file(). UserError for what cannot be.
+    Its rope is what the command line says of it: a stage's checkpoint has the RoPE of the TOML already, and other
+    weights have their own. own.out of a stage is set, if it is not: results_file(). UserError for what cannot be.
     """
     config = load_config(overrides)
+    in_file, config = config.rope, replace(config, rope=rope_of_command_line(config, overrides))
     if own.processes < 1:
         raise UserError(f"--processes = {own.processes} must be at least 1.")
     if own.model is None and config_file(overrides) is None:
@@ -77,5 +81,14 @@ def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "
             f"--model {folder} has neither config.json nor manifest.json{there}. It should be a Hugging Face folder, "
             "or a checkpoint of a run (outputs/checkpoint/step-1000)."
         )
+    first = os.environ.get("RANK", "0") == "0" and (own.processes == 1 or "RANK" in os.environ)
+    if config.rope == Rope() != in_file and not (folder / MANIFEST).is_file() and first:
+        print(f"note: {folder} keeps its own RoPE; the stage's [rope] is not applied to it.", file=sys.stderr)
     training = replace(config.training, dtype=config.training.mixed_precision_param)
     return replace(config, training=training), folder
+
+
+def rope_of_command_line(config: JobConfig, overrides: list[str]) -> Rope:
+    """The keys that --rope.KEY sets, and nothing of what the TOML says."""
+    names = [flag_name(arg).removeprefix("rope.") for arg in overrides if flag_name(arg).startswith("rope.")]
+    return Rope(**{key: getattr(config.rope, key) for key in (name.removeprefix("no_") for name in names)})

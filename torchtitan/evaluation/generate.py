@@ -26,26 +26,29 @@ from torchtitan.models.transformer import Transformer
 
 BATCH_TOKENS = 65536
 BATCH_PROMPTS = 16
-"""Prompts that are read together have at most so many tokens, and are so many, or it is one."""
+"""Prompts that are read together have at most so many tokens, each counted as the longest, and are so many, or it is
+one."""
 
 
 class Places:
-    """Of each prompt, which tokens this rank has the keys of; the same in all layers."""
+    """Of each of B prompts, which tokens this rank has the keys of; the same in all layers."""
 
     def __init__(self, local: LocalBatch, lengths: list[int], new_tokens: int, ranks: Ranks):
-        self.ranks, self.new_tokens = ranks, new_tokens
+        self.ranks = ranks
         self.rows = [torch.nonzero(local.source == b)[:, 0].to(ranks.device) for b in range(len(lengths))]
-        self.capacity = [len(rows) + -(-new_tokens // ranks.cp) for rows in self.rows]
-        self.filled = [len(rows) for rows in self.rows]
-        self.index = []
-        """int64 [capacity] each: how many tokens come before."""
-        for rows, capacity in zip(self.rows, self.capacity, strict=True):
-            index = torch.zeros(capacity, dtype=torch.int64, device=ranks.device)
+        here = [len(rows) for rows in self.rows]
+        self.capacity = max(here) + -(-new_tokens // ranks.cp)
+        self.batch = torch.arange(len(lengths), device=ranks.device)
+        self.filled = torch.tensor(here, device=ranks.device)
+        """int64 [B]."""
+        self.index = torch.zeros(len(lengths), self.capacity, dtype=torch.int64, device=ranks.device)
+        """int64 [B, capacity]: how many tokens come before."""
+        for index, rows in zip(self.index, self.rows, strict=True):
             index[: len(rows)] = local.index.to(ranks.device)[rows]
-            self.index.append(index)
-        self.position = lengths.copy()
-        """Tokens so far; the next one's index."""
+        self.position = torch.tensor(lengths, device=ranks.device)
+        """int64 [B]: tokens so far; the next one's index."""
         self.step = 0
+        self._unseen: dict[int | None, torch.Tensor] = {}
 
     @property
     def mine(self) -> bool:
@@ -55,13 +58,22 @@ class Places:
     def begin(self) -> None:
         """A new token of every prompt comes."""
         if self.mine:
-            for b, position in enumerate(self.position):
-                self.index[b][self.filled[b]] = position
-                self.filled[b] += 1
+            self.index[self.batch, self.filled] = self.position
+            self.filled += 1
+        self._unseen = {}
 
     def end(self) -> None:
-        self.position = [n + 1 for n in self.position]
+        self.position = self.position + 1
         self.step += 1
+
+    def unseen(self, window: int | None) -> torch.Tensor:
+        """bool [B, capacity]: what the new token's query may not see, and what is not filled."""
+        if window not in self._unseen:
+            unseen = torch.arange(self.capacity, device=self.filled.device) >= self.filled[:, None]
+            if window is not None:
+                unseen = unseen | (self.index <= self.position[:, None] - window)
+            self._unseen[window] = unseen
+        return self._unseen[window]
 
 
 class CachedAttention:
@@ -70,23 +82,23 @@ class CachedAttention:
     def __init__(self, core: AttentionCore, places: Places):
         self.core, self.places = core, places
         self.backend = core.backend
-        self.cache: list[tuple[torch.Tensor, torch.Tensor]] = []
-        """Keys and values [capacity, Hkv, D] of each prompt."""
+        self.cache: tuple[torch.Tensor, ...] = ()
+        """Keys and values [B, capacity, Hkv, D]."""
 
     @torch.compiler.disable
     def start(self, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> Any:
         """k and v [T, Hkv, D]: of this rank's tokens of the prompts, then of a new token of each prompt."""
         places = self.places
         if not self.cache:
-            for rows, capacity in zip(places.rows, places.capacity, strict=True):
-                pair = (k.new_empty(capacity, *k.shape[1:]), v.new_empty(capacity, *v.shape[1:]))
-                for cached, x in zip(pair, (k, v), strict=True):
-                    torch.index_select(x, 0, rows, out=cached[: len(rows)])
-                self.cache.append(pair)
+            # zeros: a value that is not there yet has no weight, but nothing times NaN is NaN
+            self.cache = tuple(x.new_zeros(len(places.batch), places.capacity, *x.shape[1:]) for x in (k, v))
+            for cached, x in zip(self.cache, (k, v), strict=True):
+                for b, rows in enumerate(places.rows):
+                    torch.index_select(x, 0, rows, out=cached[b, : len(rows)])
             return self.core.start(k, v, mask)
         if places.mine:
-            for b, (keys, values) in enumerate(self.cache):
-                keys[places.filled[b] - 1], values[places.filled[b] - 1] = k[b], v[b]
+            for cached, x in zip(self.cache, (k, v), strict=True):
+                cached[places.batch, places.filled - 1] = x[: len(places.batch)]
         return None
 
     @torch.compiler.disable
@@ -94,26 +106,22 @@ class CachedAttention:
         """q [T, H, D] -> [T, H, D]."""
         if started is not None:
             return self.core.finish(q, started, mask)
-        parts = [self._attend(q[b], b, mask.segments.window) for b in range(len(self.cache))]
-        out, lse = (torch.stack(x) for x in zip(*parts, strict=True))
+        out, lse = self._attend(q[: len(self.places.batch)], mask.segments.window)
         if self.places.ranks.cp_group is not None:
             out = merge(out, lse, self.places.ranks.cp_group)
         padding = q.new_zeros(len(q) - len(out), *q.shape[1:])
         return torch.cat((out.to(q.dtype), padding))
 
-    def _attend(self, q: torch.Tensor, b: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """q [H, D] of prompt b's new token on this rank's keys -> output [H, D] and log-sum-exp [H], float32."""
-        n = self.places.filled[b]
-        keys, values = (x[:n].float().transpose(0, 1) for x in self.cache[b])  # [Hkv, n, D]
-        grouped = q.float().unflatten(0, (len(keys), -1))
-        scores = grouped @ keys.transpose(1, 2) / q.shape[-1] ** 0.5  # [Hkv, H / Hkv, n]
-        if window is not None:
-            seen = self.places.index[b][:n] > self.places.position[b] - window
-            scores = scores.masked_fill(~seen, float("-inf"))
-        lse = scores.logsumexp(-1) if n else scores.new_full(scores.shape[:2], float("-inf"))
+    def _attend(self, q: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [B, H, D] of the new tokens on this rank's keys -> output [B, H, D] and log-sum-exp [B, H], float32."""
+        keys, values = (x.float().transpose(1, 2) for x in self.cache)  # [B, Hkv, capacity, D]
+        grouped = q.float().unflatten(1, (keys.shape[1], -1))
+        scores = grouped @ keys.transpose(2, 3) / q.shape[-1] ** 0.5  # [B, Hkv, H / Hkv, capacity]
+        scores = scores.masked_fill(self.places.unseen(window)[:, None, None], float("-inf"))
+        lse = scores.logsumexp(-1)
         # where a rank has no key that is seen, its share is nothing, and not 0/0
         weights = (scores - lse.nan_to_num(neginf=0.0)[..., None]).exp()
-        return (weights @ values).flatten(0, 1), lse.flatten()
+        return (weights @ values).flatten(1, 2), lse.flatten(1)
 
 
 def merge(out: torch.Tensor, lse: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -151,13 +159,11 @@ def groups_of(
         by_rope.setdefault(rope_for(rope, sizes[i]), []).append(i)
     groups: list[tuple[RopeArgs, list[int]]] = []
     for used, members in by_rope.items():
-        tokens = BATCH_TOKENS
+        group: list[int] = []
         for i in members:
-            tokens += sizes[i]
-            if tokens > BATCH_TOKENS or len(groups[-1][1]) == together:
-                groups.append((used, []))
-                tokens = sizes[i]
-            groups[-1][1].append(i)
+            if not group or len(group) == together or (len(group) + 1) * sizes[group[0]] > BATCH_TOKENS:
+                groups.append((used, group := []))
+            group.append(i)
     return groups
 
 
@@ -239,7 +245,7 @@ def _write(
             if n + 1 == max_new_tokens or not ranks.largest(int(any(open_))):
                 break
             places.begin()
-            logits = _next_logits(model, ranks, chosen, places.position, rope)
+            logits = _next_logits(model, ranks, chosen, [length + n for length in lengths], rope)
             places.end()
     return tokens
 

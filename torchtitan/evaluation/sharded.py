@@ -26,14 +26,14 @@ from torchtitan.models.transformer import Transformer
 from torchtitan.tools.device import init_process_group, pick_device
 
 
-def weights_for(folder: Path, config: JobConfig, has_stage: bool, tokenizer: Path | None = None) -> Weights:
-    """The weights in a folder, with the [rope] of config unless it is a stage's, whose own checkpoint has it already.
+def weights_for(folder: Path, config: JobConfig, tokenizer: Path | None = None) -> Weights:
+    """The weights in a folder, under their own RoPE unless config has another.
 
     UserError for what is damaged or does not fit: files, tokenizer, RoPE, layout.
     """
     weights = look_at(folder, tokenizer)
     args = weights.args
-    if not has_stage and config.rope != Rope():
+    if config.rope != Rope():
         rope = build_rope(config.rope, args.rope, args.head_dim, args.n_kv_heads, evaluation_length(config))
         weights = replace(weights, args=replace(args, rope=rope))
     p = config.parallelism

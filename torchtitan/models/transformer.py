@@ -197,7 +197,8 @@ def init_weights(model: Transformer, seed: int) -> None:
     keeps its variance (GPT-2). The embedding has std 1, or as a matrix of its output if it is tied to it.
 
     Each parameter is drawn whole from a generator seeded by (seed, its name) and cut to this rank's shard, so the
-    values do not depend on the layout. Only one parameter is ever held whole.
+    values do not depend on the layout; those of a GPU are others than those of a CPU. Only one parameter is ever held
+    whole.
     """
     for name, param in model.named_parameters():
         if name.endswith("bias"):

@@ -19,8 +19,10 @@ from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config.job_config import Evaluation, JobConfig, Training
 from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.evaluation import needle, plots
+from torchtitan.evaluation.command_line import what_is_asked
 from torchtitan.evaluation.items import Item
 from torchtitan.evaluation.runner import Outcome, as_grid
+from torchtitan.evaluation.sharded import weights_for
 from torchtitan.evaluation.stage import StageEvaluation
 from torchtitan.models.huggingface import hf_name, read_config
 from torchtitan.models.transformer import Transformer, init_weights
@@ -181,6 +183,28 @@ def evaluate(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str]:
 def test_mistakes_are_named(args: list[str], says: str, model: Path, capsys: pytest.CaptureFixture[str]):
     code, error = evaluate(capsys, *(str(model) if arg == "MODEL" else arg for arg in args))
     assert code == 1 and says in error and error.count("\n") == 1
+
+
+def test_rope_of_the_command_line_counts_and_that_of_a_file_does_not(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """With a TOML as without: weights keep their own RoPE unless the command line says otherwise."""
+    config = tmp_path / "questions.toml"
+    config.write_text('[evaluation]\ntexts = ["text.jsonl"]\nlength = 1024\n[rope]\ntheta = 77.0\n')
+    rope = ["--rope.theta", "auto"]  # the model was trained for 256
+    found = {}
+    for name, start, extra in (
+        ("own", ["--evaluation.length=1024"], []),
+        ("auto", ["--evaluation.length=1024"], rope),
+        ("own, file", ["--job.config_file", str(config)], []),
+        ("auto, file", ["--job.config_file", str(config)], rope),
+    ):
+        own = SimpleNamespace(model=model, step=None, processes=1, out=None)
+        configured, folder = what_is_asked(own, [*start, *extra])  # type: ignore[arg-type]
+        found[name] = weights_for(folder, configured).args.rope.theta
+        assert ("keeps its own RoPE" in capsys.readouterr().err) == (name == "own, file")
+    assert found["own"] == found["own, file"] == TINY["rope_theta"]
+    assert found["auto"] == found["auto, file"] > 4 * TINY["rope_theta"]
 
 
 def test_two_processes_give_the_table_of_one(model: Path, tmp_path: Path):

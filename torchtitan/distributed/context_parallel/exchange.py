@@ -244,10 +244,10 @@ def in_blocks(x: torch.Tensor) -> torch.Tensor:
     return x.unflatten(0, (-1, BLOCK))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class OnTheirWay:
-    """What start() hands to finish(). Not a tuple: a compiled layer looks into those, and would be compiled anew for
-    every other number of blocks."""
+    """What start() hands to finish(). Neither a tuple nor frozen: a compiled layer looks into those, and would be
+    compiled anew for every other number of blocks."""
 
     own: torch.Tensor
     """[blocks, 128, 2, Hkv, D]: keys and values of this rank's tokens."""
