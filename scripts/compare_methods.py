@@ -40,7 +40,8 @@ SHORTEST = 32
 FILLER, KEYS, VALUES = 64, 30, 96  # words of each kind
 IN_FACT = 3  # values
 PLACES = 8
-"""Of a fact in a document, or more where there would be more facts than keys."""
+"""Of half of the facts in a document, or more where there would be more facts than keys. The others stand at two, which
+are a third of the document apart on average: who looks only for the nearest copy does not find theirs."""
 
 FACT_SHARE = 0.9
 """Of a document's words."""
@@ -166,15 +167,17 @@ def make_document(words: Words, length: int, random: np.random.Generator, needle
     """`length` words. With needle one fact is stated at the beginning and recalled at the end, and nowhere else; the
     document ends with its values."""
     size = IN_FACT + 2
-    facts = max(1, min(round(length * FACT_SHARE / size / PLACES), KEYS))
-    places = max(2, round(length * FACT_SHARE / size / facts))
+    budget = length * FACT_SHARE / size  # places of all facts
+    facts = max(1, min(round(budget / (PLACES + 2) * 2), KEYS))
+    rare = facts // 2
+    often = max(2, round((budget - 2 * rare) / (facts - rare)))
     keys = random.permutation(words.keys)[:facts]
     values = random.permutation(words.values)[: facts * IN_FACT].reshape(facts, IN_FACT)
-    parts = [(when, [k, *v, STOP]) for k, v in zip(keys, values) for when in random.random(places)]
-    left = length - size * len(parts)
-    if needle:
-        parts = parts[places:]
-        left = length - size * len(parts) - 2 * size + 1
+    parts = []
+    for i in range(int(needle), facts):
+        places = random.random(2 if i < rare else often)
+        parts += [(when, [keys[i], *values[i], STOP]) for when in places]
+    left = length - size * len(parts) - needle * (2 * size - 1)
     while left > 0:
         sentence = words.sentences[random.integers(len(words.sentences))]
         parts.append((random.random(), sentence[:left]))

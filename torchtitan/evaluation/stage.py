@@ -32,6 +32,9 @@ from torchtitan.models.transformer import Transformer, TransformerArgs
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
+SILENCE = 30.0
+"""Seconds of an evaluation in training after which the log says how far it is."""
+
 ENOUGH_TEXT = 1 << 20
 """Tokens of haystack beyond which no more are read."""
 
@@ -160,6 +163,7 @@ class StageEvaluation:
     def __init__(self, config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs, ranks: Ranks, rank: int):
         self.config, self.tokenizer, self.args, self.ranks, self.rank = config, tokenizer, args, ranks, rank
         self.prepared = prepare(config, tokenizer, args)
+        self.said = time.perf_counter()
 
     def due(self, step: int) -> bool:
         """Whether there is to be one after this step, and none has been left by an earlier run. Collective."""
@@ -174,6 +178,7 @@ class StageEvaluation:
     def run(self, model: Transformer, step: int, tokens_seen: int, tensorboard: Any = None) -> dict[str, Any]:
         """Collective. tensorboard: rank 0's SummaryWriter, if it has one."""
         e, start = self.config.evaluation, time.perf_counter()
+        self.said = start
         result = {
             "label": f"{self.config.stage.name}, step {step}",
             "model": self.config.job.dump_folder,
@@ -191,7 +196,9 @@ class StageEvaluation:
         return result
 
     def _say(self, what: str, done: int, total: int) -> None:
-        logger.debug(f"{what}: {done} of {total}")
+        if time.perf_counter() - self.said > SILENCE:
+            self.said = time.perf_counter()
+            logger.info(f"evaluation: {what}, {done} of {total}")
 
     def _leave(self, result: dict[str, Any], step: int, tensorboard: Any) -> None:
         write(result, results_file(self.config, step))

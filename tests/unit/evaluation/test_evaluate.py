@@ -18,7 +18,7 @@ from tests.scripts import load_script, run_script
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config.job_config import Evaluation, JobConfig, Training
 from torchtitan.datasets.positions import sentence_end_ids
-from torchtitan.evaluation import needle, plots
+from torchtitan.evaluation import needle, plots, stage
 from torchtitan.evaluation.command_line import what_is_asked
 from torchtitan.evaluation.items import Item
 from torchtitan.evaluation.runner import Outcome, as_grid
@@ -125,6 +125,17 @@ def test_the_evaluation_after_the_last_step_may_be_left_to_another_job(at_end: b
     ranks, none = SimpleNamespace(largest=int), tmp_path / "none"
     one = SimpleNamespace(config=config, rank=0, ranks=ranks, file=lambda step: none)
     assert [step for step in range(6) if StageEvaluation.due(one, step)] == due  # type: ignore[arg-type]
+
+
+def test_a_long_evaluation_in_training_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch):
+    lines: list[str] = []
+    clock = iter([10.0, 25.0, 31.0, 31.0, 40.0, 62.0, 62.0])
+    monkeypatch.setattr(stage.logger, "info", lines.append)
+    monkeypatch.setattr(stage.time, "perf_counter", lambda: next(clock))
+    one = SimpleNamespace(said=0.0)
+    for done in range(1, 6):
+        StageEvaluation._say(one, "needles", done, 5)  # type: ignore[arg-type]
+    assert lines == ["evaluation: needles, 3 of 5", "evaluation: needles, 5 of 5"]
 
 
 def evaluate(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str]:
