@@ -27,6 +27,17 @@ SIGNIFICANT = 0.01
 
 MARK = "*"
 WAYS = {"exact": "answer is the likeliest", "score": "found in what was written"}
+ASKED = {
+    "texts": "files of text",
+    "generate": "answers are generated",
+    "add_bos": "BOS before documents and questions",
+    "seed": "seed of the questions",
+    "tokenizer": "other tokenizers",
+    "questions": "other documents or questions",
+}
+SHOWN = ("texts", "generate", "add_bos", "seed")
+"""Keys of "asked" whose values say something to people."""
+
 PICTURES = (".png", ".pdf", ".svg")
 Result = dict[str, Any]
 Range = tuple[int, int]
@@ -126,6 +137,11 @@ def compare(results: Sequence[Result], labels: Sequence[str], short: int | None 
             apart += only_in(f"{called} {name}", labels, [name in result[part] for result in results])
     if len({result.get("dtype") for result in results}) > 1:
         apart.append(("dtype", ", ".join(f"{r.get('dtype')} ({n})" for n, r in zip(labels, results))))
+    for key, what in ASKED.items():
+        values = [(result.get("asked") or {}).get(key) for result in results]
+        if len({json.dumps(value) for value in values if value is not None}) > 1:
+            said = ", ".join(f"{v if key in SHOWN else i + 1} ({n})" for i, (v, n) in enumerate(zip(values, labels)))
+            apart.append((what, said))
     if apart:
         ways: dict[str, dict[str, None]] = {}
         for way, what in apart:

@@ -34,14 +34,17 @@ from torch import nn
 from torchtitan.attention.segments import Segments
 from torchtitan.evaluation.loading import Loaded, load
 from torchtitan.evaluation.loss_by_position import loss_by_position, rope_for
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.work_folder import begin_or_go_on
 
 SHORT, LONG = 1024, 4096
 SHORTEST = 32
 FILLER, KEYS, VALUES = 64, 30, 96  # words of each kind
 IN_FACT = 3  # values
 PLACES = 8
-"""Of half of the facts in a document, or more where there would be more facts than keys. The others stand at two, which
-are a third of the document apart on average: who looks only for the nearest copy does not find theirs."""
+"""Of a fact in a document, or more where there would be more facts than keys. In documents of more than 256 words half
+of the facts stand at two places, a third of the document apart on average: who looks for the nearest copies alone does
+not find theirs."""
 
 FACT_SHARE = 0.9
 """Of a document's words."""
@@ -168,8 +171,9 @@ def make_document(words: Words, length: int, random: np.random.Generator, needle
     document ends with its values."""
     size = IN_FACT + 2
     budget = length * FACT_SHARE / size  # places of all facts
-    facts = max(1, min(round(budget / (PLACES + 2) * 2), KEYS))
-    rare = facts // 2
+    mean = PLACES if length <= SHORT // 4 else (PLACES + 2) / 2
+    facts = max(1, min(round(budget / mean), KEYS))
+    rare = facts // 2 if mean < PLACES else 0
     often = max(2, round((budget - 2 * rare) / (facts - rare)))
     keys = random.permutation(words.keys)[:facts]
     values = random.permutation(words.values)[: facts * IN_FACT].reshape(facts, IN_FACT)
@@ -320,8 +324,8 @@ def main(args: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for documents, stages and results")
     parser.add_argument("--methods", nargs="+", default=list(PROOF), choices=[*METHODS, "all"])
-    parser.add_argument("--steps", type=int, default=2000, help=f"of the stage of {SHORT}")
-    parser.add_argument("--extension-steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=3000, help=f"of the stage of {SHORT}")
+    parser.add_argument("--extension-steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=4096, help="tokens a step; extensions: a long row a process")
     parser.add_argument("--lr", type=float, default=4e-3, help="of the first stage; a quarter of it beyond")
     parser.add_argument("--processes", type=int, default=2)
@@ -330,6 +334,12 @@ def main(args: list[str]) -> int:
     own = parser.parse_args(args)
     began = time.monotonic()
     work = own.work.resolve()
+    constants = {name: value for name, value in globals().items() if name.isupper() and name != "METHODS"}
+    try:
+        begin_or_go_on(work, {k: v for k, v in vars(own).items() if k not in ("work", "methods")} | constants)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     words = find_words()
     write_assets(words, work / "assets")
     write_stages(work, own)

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.config import JobConfig
-from torchtitan.config.checks import check_asked, check_evaluation
-from torchtitan.evaluation.command_line import parser_of, what_is_asked
+from torchtitan.config.checks import check_asked, check_evaluation, longest_asked
+from torchtitan.evaluation.command_line import make_folder, parser_of, what_is_asked
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.launch import launch
 
@@ -47,9 +47,10 @@ def main(args: list[str]) -> int:
         if rank == 0:
             from torchtitan.evaluation.stage import write
 
+            print(as_table(result))
             if own.out:
                 write(result, own.out)
-            print(as_table(result) + (f"\n{own.out}" if own.out else ""))
+                print(own.out)
     except UserError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -63,21 +64,25 @@ def check_questions(own: argparse.Namespace, config: JobConfig) -> None:
     check_evaluation(config)
     if own.out is not None and own.out.suffix != ".json":
         raise UserError(f"--out {own.out} should end with .json: pictures lie beside it under its name.")
+    if own.out is not None:
+        make_folder(own.out)
 
 
 def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, Any]:
     """On every rank: build, load, ask. The result, in the form that docs/evaluation.md describes."""
     # PyTorch takes seconds to import: a mistake on the command line should not
     from torchtitan.evaluation.sharded import loaded, rank_and_world_size, weights_for
-    from torchtitan.evaluation.stage import evaluate, prepare
+    from torchtitan.evaluation.stage import asked_in, evaluate, prepare
     from torchtitan.tools.device import peak_memory_gib
     from torchtitan.tools.logging import init_logger
 
     began = time.perf_counter()
     rank, _, world_size = rank_and_world_size()
     init_logger(rank, world_size)
-    weights = weights_for(folder, config, own.tokenizer)
+    weights = weights_for(folder, config, longest_asked(config), own.tokenizer)
     prepared = prepare(config, weights.tokenizer, weights.args)
+    if own.of_stage and asked_in(own.out) not in (None, prepared.about):
+        raise UserError(f"{own.out} holds the stage's answers to other questions: give --out, or delete it.")
     with loaded(weights, config) as (model, ranks), progress(rank) as on_part:
         e = config.evaluation
         found = evaluate(model, ranks, weights.tokenizer, prepared, e.windows, e.generate, on_part)

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import plot_smollm2_context as context
 
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.work_folder import begin_or_go_on
 
 SCRIPTS = Path(__file__).resolve().parent
 TRAINED = 8192
@@ -121,8 +122,8 @@ def main(args: list[str]) -> int:
     if own.length <= TRAINED:
         parser.error(f"--length {own.length} must be above the {TRAINED} that the model was trained for")
     began, work = time.monotonic(), own.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
     try:
+        begin_or_go_on(work, {key: value for key, value in vars(own).items() if key != "work"})
         model = context.fetch_model(work / "smollm2-135m")
         write_texts(work, own.corpus, int(own.megabytes * 1e6), own.length)
     except (UserError, OSError) as error:

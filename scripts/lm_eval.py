@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.config import JobConfig
-from torchtitan.evaluation.command_line import parser_of, what_is_asked, write_whole
+from torchtitan.evaluation.command_line import make_folder, parser_of, what_is_asked, write_whole
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.launch import launch
 
@@ -62,6 +62,8 @@ def main(args: list[str]) -> int:
 
 def check_questions(own: argparse.Namespace) -> None:
     """UserError for what can be told without the harness."""
+    if own.out is not None:
+        make_folder(own.out)
     if not own.tasks:
         raise UserError("Nothing to ask: name tasks of lm-evaluation-harness with --tasks.")
     if own.include_path is not None and not own.include_path.is_dir():
@@ -85,7 +87,7 @@ def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, A
     rank, _, world_size = rank_and_world_size()
     init_logger(rank, world_size)
     logging.getLogger("lm_eval").setLevel(logging.WARNING if rank == 0 else logging.ERROR)
-    weights = weights_for(folder, config, own.tokenizer)
+    weights = weights_for(folder, config, own.max_length, own.tokenizer)
     trained = weights.args.rope.max_position_embeddings or (weights.manifest or {}).get("seq_len")
     max_length = own.max_length or trained or config.training.seq_len
     manager, tasks = load_tasks(own, {"tokenizer": weights.tokenizer.folder} | own.metadata)

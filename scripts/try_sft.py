@@ -29,6 +29,8 @@ from torchtitan.datasets.chat import ChatEncoder
 from torchtitan.datasets.chat_template import load_chat_template
 from torchtitan.datasets.units import ASSISTANT
 from torchtitan.evaluation.loading import Loaded, load
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.work_folder import begin_or_go_on
 
 SCRIPTS = Path(__file__).resolve().parent
 BEGIN, END = "<jupyter_start>", "<empty_output>"  # special tokens of SmolLM2 for its pretraining on notebooks
@@ -81,7 +83,11 @@ def main(args: list[str]) -> int:
     parser.add_argument("--longest", type=int, default=40, help="tokens of an answer")
     own = parser.parse_args(args)
     work = own.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        begin_or_go_on(work, {key: value for key, value in vars(own).items() if key != "work"})
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if not (work / "model/model.safetensors").exists():
         subprocess.run([sys.executable, str(SCRIPTS / "fetch_smollm2.py"), str(work / "model")], check=True)
     (work / "model/chat_template.jinja").write_text(TEMPLATE)

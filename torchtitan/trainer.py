@@ -129,6 +129,8 @@ class Trainer:
         self.losses = LossWatch(t)
         self.checkpointer = Checkpointer(config.checkpoint, self.dump_folder) if config.checkpoint.enable else None
         self._load()
+        if self.evaluation and self.step == 0:
+            self.evaluation.put_aside()
         loader = build_loader(
             inputs.plan,
             dp_rank=self.dims.dp_rank,

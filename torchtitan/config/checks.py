@@ -104,7 +104,7 @@ def check_config(config: JobConfig, world_size: int) -> None:
     _check_head_chunks(config)
     _check_memory(config)
     _check_schedule(config)
-    _check_rope(config)
+    check_rope(config)
     _check_sources(config)
     if config.checkpoint.load_step >= 0 and not config.checkpoint.enable:
         raise UserError(
@@ -120,6 +120,12 @@ def check_config(config: JobConfig, world_size: int) -> None:
 def evaluation_length(config: JobConfig) -> int:
     """Tokens that are read of each of evaluation.texts."""
     return config.evaluation.length or config.data.target_seq_len or config.training.seq_len
+
+
+def longest_asked(config: JobConfig) -> int:
+    """Tokens of the longest document or question of [evaluation]; 0 if nothing is asked."""
+    e = config.evaluation
+    return max([evaluation_length(config)] * bool(e.texts) + list(e.needle_lengths) + list(e.task_lengths), default=0)
 
 
 def is_asked_for(config: JobConfig) -> bool:
@@ -404,7 +410,8 @@ _ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def _check_rope(config: JobConfig) -> None:
+def check_rope(config: JobConfig) -> None:
+    """UserError for keys of [rope] that are missing, not read, or no numbers for it."""
     rope, default = config.rope, Rope()
     needed, read = _ROPE_KEYS[rope.type]
     for key in needed:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torchtitan.components.manifest import MANIFEST, complete_steps
 from torchtitan.config import JobConfig, load_config
-from torchtitan.config.checks import check_ranges, resolve_shard_degree
+from torchtitan.config.checks import check_ranges, check_rope, resolve_shard_degree
 from torchtitan.config.job_config import Rope
 from torchtitan.config.manager import config_file, flag_name
 from torchtitan.tools.errors import UserError
@@ -41,17 +41,28 @@ def results_file(config: JobConfig, step: int, suffix: str = "") -> Path:
 
 def write_whole(file: Path, text: str) -> None:
     """Whole or not at all; its folder is made."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file)
     aside = file.with_name(file.name + ".partial")
     aside.write_text(text)
     aside.replace(file)
+
+
+def make_folder(file: Path) -> None:
+    """For a file that is to be written there; UserError if that cannot be."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}: {error.filename}") from None
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"{file} cannot be written: no permission to write to {file.parent}")
 
 
 def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "") -> tuple[JobConfig, Path]:
     """The configuration, in the dtype of its products, and the folder of the weights.
 
     Its rope is what the command line says of it: a stage's checkpoint has the RoPE of the TOML already, and other
-    weights have their own. own.out of a stage is set, if it is not: results_file(). UserError for what cannot be.
+    weights have their own. own.out of a stage is set, if it is not: results_file(), and own.of_stage says so. UserError
+    for what cannot be.
     """
     config = load_config(overrides)
     in_file, config = config.rope, replace(config, rope=rope_of_command_line(config, overrides))
@@ -62,8 +73,9 @@ def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "
     if own.model is not None and own.step is not None:
         raise UserError("--step is of a stage's own checkpoints: --model names one by its folder (.../step-1000).")
     check_ranges(config)
+    check_rope(config)
     resolve_shard_degree(config, int(os.environ.get("WORLD_SIZE", own.processes)))
-    folder = own.model
+    folder, own.of_stage = own.model, False
     if folder is None:
         checkpoints = Path(config.job.dump_folder) / config.checkpoint.folder
         steps = complete_steps(checkpoints)
@@ -73,7 +85,12 @@ def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "
             raise UserError(f"{checkpoints} has no complete checkpoint: train the stage first, or give --model.")
         step = steps[-1] if own.step is None else own.step
         folder = checkpoints / f"step-{step}"
-        own.out = own.out or results_file(config, step, suffix)
+        if own.out is None:
+            own.out, own.of_stage = results_file(config, step, suffix), True
+            if config.rope != Rope():
+                raise UserError(
+                    f"--rope.KEY asks another model than the stage's, whose results are {own.out}: give --out."
+                )
     if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
         steps = complete_steps(folder) if folder.is_dir() else []
         there = f"; it holds checkpoints: name one, such as {folder / f'step-{steps[-1]}'}" if steps else ""

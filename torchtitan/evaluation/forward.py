@@ -107,7 +107,7 @@ def lay_out(
         positions=torch.cat([torch.arange(n) for n in np.diff(ends).tolist()]),
         cu_seqlens=cu,
         cu_documents=cu,
-        source=torch.tensor(sources, dtype=torch.int16),
+        source=torch.tensor(sources, dtype=torch.int32),
     )
     args = model.args
     window = (args.sliding_window, args.sliding_share)
@@ -121,11 +121,23 @@ def document_losses(
 ) -> torch.Tensor:
     """tokens int64 [T], one document -> float32 [T - 1] on the CPU: -log p(token p + 1), as token_losses() gives it.
 
-    window: context begins anew at its multiples. rope: see Transformer.forward.
+    window: a token sees itself and window / 2 to window - 1 before it, or all if they are fewer: overlapping pieces, of
+    which the second halves count, so that nothing is scored cold. rope: see Transformer.forward.
     """
     inputs, labels = tokens[:-1], tokens[1:]
-    window = window or len(inputs)
-    return torch.cat(_losses(model, ranks, inputs.split(window), labels.split(window), rope))
+    pieces = window_pieces(len(inputs), window or len(inputs))
+    read, wanted = ([x[begin:end] for begin, _, end in pieces] for x in (inputs, labels))
+    losses = _losses(model, ranks, read, wanted, rope)
+    return torch.cat([found[kept - begin :] for found, (begin, kept, _) in zip(losses, pieces, strict=True)])
+
+
+def window_pieces(length: int, window: int) -> list[tuple[int, int, int]]:
+    """(begin, first that counts, end) of each piece; what counts is all of range(length), once."""
+    pieces = [(0, 0, min(window, length))]
+    while (end := pieces[-1][2]) < length:
+        begin = end - window // 2
+        pieces.append((begin, end, min(begin + window, length)))
+    return pieces
 
 
 @torch.no_grad()

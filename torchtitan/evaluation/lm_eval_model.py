@@ -52,10 +52,17 @@ class Writing:
         left = dict(asked)
         until = left.pop("until", None) or []
         counts = [left.pop(name, None) for name in MAX_LENGTH_NAMES]
-        temperature, top_p = float(left.pop("temperature", None) or 0), float(left.pop("top_p", None) or 1)
+        said, top_p = left.pop("temperature", None), left.pop("top_p", None)
         samples = left.pop("do_sample", None)
+        temperature = 1.0 if samples and said is None else float(said or 0)  # as transformers has it
         if samples is False:
             temperature = 0.0
+        top_p = 1.0 if top_p is None else float(top_p)
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise UserError(
+                f"generation_kwargs of a task has temperature = {said} and top_p = {top_p}: the first must not be "
+                "below 0, the second must be above 0 and at most 1."
+            )
         if temperature == 0:
             left.pop("top_k", None)
         neutral = {"num_beams": 1, "repetition_penalty": 1, "num_return_sequences": 1, "top_k": 0}

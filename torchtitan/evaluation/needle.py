@@ -48,12 +48,12 @@ def needle_items(
     except UserError:  # of whole words, say: then needles stand wherever their depth is
         ends = ()
     items = []
-    for length in lengths:
-        for depth in depths:
+    for length in sorted(set(lengths)):
+        for depth in sorted(set(depths)):
             for n in range(count):
                 rng = np.random.default_rng([seed, length, round(depth * 1e6), n])
                 around = _from(text, int(rng.integers(len(text))), length)
-                prompt = needle_prompt(tokenizer, around, length, rng, bos_id, depth, ends)
+                prompt = needle_prompt(tokenizer, around, length, rng, bos_id, depth, ends, SPARE_TOKENS)
                 target = prompt.tokens[prompt.answer :]
                 items.append(
                     Item(

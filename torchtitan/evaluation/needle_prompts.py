@@ -47,8 +47,10 @@ def needle_prompt(
     bos_id: int | None = None,
     depth: float = 0.0,
     sentence_ends: Sequence[int] = (),
+    spare: int = 0,
 ) -> NeedlePrompt:
-    """A prompt of `length` tokens, answer included, around the beginning of text (int64 [at least length]).
+    """A prompt of `length` tokens, the answer and `spare` more included, around the beginning of text (int64 [at least
+    length]).
 
     depth: share of the text that comes before the needle; the needle goes back to behind the nearest of the tokens
     sentence_ends, if there is one.
@@ -59,7 +61,7 @@ def needle_prompt(
     }
     needle, question, answer = (tokenizer.encode(part.format(**words)) for part in (NEEDLE, QUESTION, ANSWER))
     bos = [] if bos_id is None else [bos_id]
-    between = length - len(bos) - len(needle) - len(question) - len(answer)
+    between = length - spare - len(bos) - len(needle) - len(question) - len(answer)
     if between < 0:
         raise UserError(
             f"A needle, its question and the answer take {length - between} tokens, but the length is {length}."
@@ -74,7 +76,7 @@ def needle_prompt(
     place = int(ends[-1]) + 1 if len(ends) else place
     parts = [torch.tensor(bos, dtype=torch.int64), text[:place], torch.tensor(needle), text[place:]]
     parts.append(torch.tensor(question + answer))
-    return NeedlePrompt(torch.cat(parts), length - len(answer), words["number"])
+    return NeedlePrompt(torch.cat(parts), length - spare - len(answer), words["number"])
 
 
 def answer_losses(model: Transformer, prompts: list[NeedlePrompt], rope: RopeArgs | None = None) -> torch.Tensor:

@@ -110,7 +110,7 @@ def as_grid(items: Sequence[Item], outcomes: Sequence[Outcome]) -> dict[str, Any
     for item, outcome in zip(items, outcomes, strict=True):
         cells.setdefault((item.length, item.depth if depths else None), []).append(outcome)
 
-    def grid(number: Callable[[list[Outcome]], float | int | None]) -> list[list[float | int | None]]:
+    def grid(number: Callable[[list[Outcome]], Any]) -> list[list[Any]]:
         columns: list[float | None] = [*depths] or [None]
         return [[number(cells[n, d]) if (n, d) in cells else None for d in columns] for n in lengths]
 
@@ -126,6 +126,7 @@ def as_grid(items: Sequence[Item], outcomes: Sequence[Outcome]) -> dict[str, Any
         "logprob": grid(lambda cell: sum(one.logprob for one in cell) / len(cell)),
         "count": grid(len),
         "cut": grid(lambda cell: sum(one.cut for one in cell)),
+        "written": grid(lambda cell: cell[0].text),
     }
 
 

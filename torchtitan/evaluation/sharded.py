@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from torchtitan.attention.backends import choose_backend
 from torchtitan.components.checkpoint import load as load_checkpoint
-from torchtitan.config.checks import evaluation_length, resolve_shard_degree
+from torchtitan.config.checks import resolve_shard_degree
 from torchtitan.config.job_config import JobConfig, Rope
 from torchtitan.distributed.context_parallel.ulysses import check_ulysses
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -21,21 +21,28 @@ from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.evaluation.forward import Ranks
 from torchtitan.evaluation.loading import Weights, look_at
 from torchtitan.models.huggingface import load_weights
-from torchtitan.models.rope_config import build_rope
+from torchtitan.models.rope_config import build_rope, describe_rope
 from torchtitan.models.transformer import Transformer
 from torchtitan.tools.device import init_process_group, pick_device
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import logger
 
 
-def weights_for(folder: Path, config: JobConfig, tokenizer: Path | None = None) -> Weights:
-    """The weights in a folder, under their own RoPE unless config has another.
+def weights_for(folder: Path, config: JobConfig, longest: int | None, tokenizer: Path | None = None) -> Weights:
+    """The weights in a folder, under their own RoPE unless config has another, for `longest` tokens (None: for as many
+    as they were trained for). Rescaled or not, they were trained for no more (max_position_embeddings).
 
     UserError for what is damaged or does not fit: files, tokenizer, RoPE, layout.
     """
     weights = look_at(folder, tokenizer)
     args = weights.args
     if config.rope != Rope():
-        rope = build_rope(config.rope, args.rope, args.head_dim, args.n_kv_heads, evaluation_length(config))
-        weights = replace(weights, args=replace(args, rope=rope))
+        trained = args.rope.max_position_embeddings
+        if longest is None and trained is None:
+            raise UserError("--rope.KEY rescales for a length, and the model does not say its own: name one.")
+        rope = build_rope(config.rope, args.rope, args.head_dim, args.n_kv_heads, longest or trained or 0)
+        logger.info(f"RoPE: {describe_rope(rope)}; the model's own: {describe_rope(args.rope)}")
+        weights = replace(weights, args=replace(args, rope=replace(rope, max_position_embeddings=trained)))
     p = config.parallelism
     check_tensor_parallel(args, p.tensor_parallel_degree)
     if p.context_parallel_exchange == "ulysses":

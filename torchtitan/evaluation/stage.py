@@ -6,6 +6,7 @@ log.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from torchtitan.components.tokenizer import Tokenizer
-from torchtitan.config.checks import evaluation_length
+from torchtitan.config.checks import evaluation_length, longest_asked
 from torchtitan.config.job_config import JobConfig
 from torchtitan.evaluation import needle
 from torchtitan.evaluation.command_line import results_file, write_whole
@@ -51,6 +52,8 @@ class Prepared:
     """By task."""
 
     scores: dict[str, Score] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+    """How it is asked, for the results: what makes numbers of two results mean the same."""
 
 
 def warn_beyond(args: TransformerArgs, longest: int) -> None:
@@ -66,8 +69,7 @@ def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> P
     """Read texts, make needles and tasks: the same on every rank. UserError for text that is too short or not there,
     and for a length that a task cannot have."""
     e = config.evaluation
-    length = evaluation_length(config)
-    longest = max([length] * bool(e.texts) + list(e.needle_lengths) + list(e.task_lengths), default=0)
+    length, longest = evaluation_length(config), longest_asked(config)
     folder, bos = Path(config.data.folder), config.data.add_bos and tokenizer.bos_id is not None
     texts = {}
     for text in e.texts:
@@ -81,7 +83,8 @@ def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> P
     asked: dict[str, list[Item]] = {}
     scores: dict[str, Score] = {}
     pieces = [document for found in texts.values() for document in found]
-    around = torch.cat(pieces)[:ENOUGH_TEXT] if pieces else None
+    # a haystack is one text: nothing begins or ends in it
+    around = without_special(tokenizer, torch.cat(pieces))[:ENOUGH_TEXT] if pieces else None
     bos_id = tokenizer.bos_id if bos else None
     if e.needle_lengths:
         hay = torch.tensor(tokenizer.encode(needle.default_text())) if around is None else around
@@ -90,7 +93,7 @@ def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> P
         )
         scores[needle.TASK] = needle.score
     if e.tasks:
-        prose = needle.default_text() if around is None else plain_text(tokenizer, around)
+        prose = needle.default_text() if around is None else tokenizer.decode(around.tolist())
         for task in tasks_of(e.tasks, [folder / file for file in e.qa_files]):
             asked[task.name] = [
                 item
@@ -105,13 +108,29 @@ def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> P
             "they do not belong together."
         )
     warn_beyond(args, longest)
-    return Prepared(texts, length, asked, scores)
+    questions = hashlib.sha256()
+    for name, documents in texts.items():
+        for document in documents:
+            questions.update(name.encode() + document.numpy().tobytes())
+    for kind, items in asked.items():
+        for item in items:
+            questions.update(kind.encode() + item.prompt.numpy().tobytes() + item.target.numpy().tobytes())
+    about = {
+        "texts": list(e.texts),
+        "windows": list(e.windows),
+        "generate": e.generate,
+        "add_bos": bos,
+        "seed": e.seed,
+        "tokenizer": tokenizer.fingerprint,
+        "questions": questions.hexdigest(),
+    }
+    return Prepared(texts, length, asked, scores, about)
 
 
-def plain_text(tokenizer: Tokenizer, tokens: torch.Tensor) -> str:
-    """Text of int64 [N], without special tokens, which stand where documents begin and end."""
+def without_special(tokenizer: Tokenizer, tokens: torch.Tensor) -> torch.Tensor:
+    """int64 [N] without special tokens, which stand where documents begin and end."""
     special = torch.tensor(sorted(tokenizer.special.values()), dtype=torch.int64)
-    return tokenizer.decode(tokens[~torch.isin(tokens, special)].tolist())
+    return tokens[~torch.isin(tokens, special)]
 
 
 def evaluate(
@@ -123,7 +142,8 @@ def evaluate(
     generate: bool = False,
     on_part: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """{"perplexity", "tasks", "groups"} (docs/evaluation.md). Collective; nothing of the model's state is changed.
+    """{"perplexity", "tasks", "groups", "asked"} (docs/evaluation.md); None for what is no number. Collective; nothing
+    of the model's state is changed.
 
     on_part: told what is under way, and how much of this rank's part is done.
     """
@@ -141,7 +161,8 @@ def evaluate(
             gains = []
             for window in windows:
                 cut = position_losses(model, ranks, documents, edges, window, on)
-                gains.append({"window": window, "edges": list(edges), "nll_cut": cut["nll"], "nll_full": full["nll"]})
+                both = {"edges": list(edges), "nll_cut": cut["nll"], "nll_full": full["nll"]}
+                gains.append({"window": window, "stride": window - window // 2, **both})
             perplexity[name] = {**full, "gain_of_context": gains[0] if gains else None, "gains_of_context": gains}
         tasks: dict[str, Any] = {}
         for task, items in prepared.asked.items():
@@ -154,7 +175,11 @@ def evaluate(
     finally:
         let_go(model)
         model.train(was_training)
-    return {"perplexity": perplexity, "tasks": tasks, "groups": group_means(tasks)}
+    found = {"perplexity": perplexity, "tasks": tasks, "groups": group_means(tasks), "asked": prepared.about}
+    result: dict[str, Any] = finite(found)
+    if str(result) != str(found):
+        logger.warning("some numbers of this evaluation are infinite or none (NaN): null in the results")
+    return result
 
 
 class StageEvaluation:
@@ -165,15 +190,31 @@ class StageEvaluation:
         self.prepared = prepare(config, tokenizer, args)
         self.said = time.perf_counter()
 
+    def put_aside(self) -> None:
+        """The results in the folder of a run that begins at its beginning: they are an earlier run's."""
+        folder = results_file(self.config, 0).parent
+        if self.rank > 0 or not any(folder.glob("step-*.json")):
+            return
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
+            number += 1
+        folder.rename(aside)
+        logger.info(f"evaluations of an earlier run are in {aside} now")
+
     def due(self, step: int) -> bool:
-        """Whether there is to be one after this step, and none has been left by an earlier run. Collective."""
+        """Whether there is to be one after this step, and the run has not left it, asked so, before. Collective."""
         e, steps = self.config.evaluation, self.config.training.steps
         if step == steps and not e.at_end:
             return False
         if step not in (0, steps) and (e.freq == 0 or step % e.freq):
             return False
-        here = self.rank == 0 and not results_file(self.config, step).exists()
-        return bool(self.ranks.largest(int(here)))
+        missing = False
+        if self.rank == 0:
+            file = results_file(self.config, step)
+            missing = asked_in(file) != self.prepared.about
+            if not missing:
+                logger.info(f"evaluation after step {step}: it is in {file}")
+        return bool(self.ranks.largest(int(missing)))
 
     def run(self, model: Transformer, step: int, tokens_seen: int, tensorboard: Any = None) -> dict[str, Any]:
         """Collective. tensorboard: rank 0's SummaryWriter, if it has one."""
@@ -212,6 +253,15 @@ class StageEvaluation:
             tensorboard.add_figure(f"evaluation/{name}", figure, step)
 
 
+def asked_in(file: Path) -> dict[str, Any] | None:
+    """How the results in a file were asked; None if there are none, or they do not say."""
+    try:
+        found = json.loads(file.read_text()).get("asked")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def write(result: dict[str, Any], file: Path) -> None:
     """The JSON, whole or not at all, and beside it FILE_TASK.png for each task with depths, FILE_tasks.png for the
     others and FILE_positions.png, for what there is."""
@@ -223,6 +273,15 @@ def write(result: dict[str, Any], file: Path) -> None:
     if result["perplexity"]:
         plots.save(plots.position_figure(result), file.with_name(f"{file.stem}_positions.png"))
     write_whole(file, json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def finite(numbers: Any) -> Any:
+    """The same with None for what is no number: a model that has come apart has results all the same."""
+    if isinstance(numbers, dict):
+        return {key: finite(value) for key, value in numbers.items()}
+    if isinstance(numbers, list):
+        return [finite(value) for value in numbers]
+    return None if isinstance(numbers, float) and not math.isfinite(numbers) else numbers
 
 
 def scalars(result: dict[str, Any]) -> dict[str, float]:

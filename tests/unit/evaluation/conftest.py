@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from tests.scripts import load_script
 from torchtitan.components.tokenizer import load_tokenizer
+from torchtitan.evaluation import words
 from torchtitan.models.huggingface import hf_name
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
@@ -62,3 +64,29 @@ def folder(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((TOKENIZER / name).read_bytes())
     return folder
+
+
+@pytest.fixture(scope="session")
+def qa_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """In SQuAD's and HotpotQA's form, with documents for 16K tokens."""
+    folder = tmp_path_factory.mktemp("qa")
+
+    def fact(n: int) -> str:
+        return f"The birds of {words.words()[n]} hill nest in {words.words()[n + 1]} trees. The colour of {n} is c{n}q."
+
+    def qa(n: int) -> dict[str, Any]:
+        answers = [{"text": f"c{n}q"}, {"text": f"c{n}q"}]
+        return {"question": f"The colour of {n}?", "answers": answers, "is_impossible": False}
+
+    impossible = {"question": "Why?", "answers": [], "is_impossible": True}
+    articles = []
+    for a in range(80):
+        paragraphs = [{"context": fact(10 * a + p), "qas": [qa(10 * a + p), impossible]} for p in range(10)]
+        articles.append({"title": f"article {a}", "paragraphs": paragraphs})
+    (folder / "squad.json").write_text(json.dumps({"version": "v2.0", "data": articles}))
+    entries = []
+    for n in range(80):
+        context = [[f"Page {10 * n + p}", [fact(10 * n + p), " It rains there."]] for p in range(10)]
+        entries.append({"question": f"The colour of {10 * n + 3}?", "answer": f"c{10 * n + 3}q", "context": context})
+    (folder / "hotpot.json").write_text(json.dumps(entries))
+    return [folder / "hotpot.json", folder / "squad.json"]

@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from tests.distributed.harness import ASSETS, TINY
 from tests.scripts import load_script, run_script
 from torchtitan.components.tokenizer import load_tokenizer
-from torchtitan.config.job_config import Evaluation, JobConfig, Training
+from torchtitan.config.checks import longest_asked
+from torchtitan.config.job_config import Evaluation, Job, JobConfig, Training
 from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.evaluation import needle, plots, stage
-from torchtitan.evaluation.command_line import what_is_asked
+from torchtitan.evaluation.command_line import what_is_asked, write_whole
 from torchtitan.evaluation.items import Item
 from torchtitan.evaluation.runner import Outcome, as_grid
 from torchtitan.evaluation.sharded import weights_for
@@ -50,7 +51,9 @@ def test_needles_stand_where_they_should_and_can_be_found_by_reading():
     assert len(items) == 18
     ends = set(sentence_end_ids(TOKENIZER))
     for item in items:
-        assert len(item.prompt) + len(item.target) == item.length
+        # room for what is written, so that RoPE that depends on the length is that of the length
+        assert len(item.prompt) + item.max_new_tokens == item.length
+        assert item.max_new_tokens == len(item.target) + needle.SPARE_TOKENS
         text = TOKENIZER.decode(item.prompt.tolist())
         name = text.rsplit("The number of the ", 1)[1].removesuffix(" is")
         sentence = f"Remember this: the number of the {name} is {item.answers[0]}."
@@ -75,7 +78,7 @@ def test_needles_stand_where_they_should_and_can_be_found_by_reading():
 
 def test_text_is_repeated_for_a_length_beyond_it():
     (item,) = needle.needle_items(TOKENIZER, TEXT[:90], [700], [0.5], 1)
-    assert len(item.prompt) + len(item.target) == 700
+    assert len(item.prompt) + len(item.target) + needle.SPARE_TOKENS == 700
     with pytest.raises(UserError, match="the length is 10"):
         needle.needle_items(TOKENIZER, TEXT, [10], [0.5], 1)
 
@@ -105,6 +108,7 @@ def test_grids_are_means_of_their_cells():
         "logprob": [[-1.0, -2.0], [None, -2.0]],
         "count": [[1, 2], [None, 1]],
         "cut": [[0, 2], [None, 0]],
+        "written": [["a", "b"], [None, "c"]],
     }
     silent = as_grid([item(8, None)], [Outcome(True, -1.0)])
     assert silent["depths"] is None and silent["score"] == [[None]] and silent["exact"] == [[1.0]]
@@ -121,10 +125,31 @@ def test_the_heatmap_shows_lengths_across_and_depths_down():
 
 @pytest.mark.parametrize("at_end, due", [(True, [0, 2, 4, 5]), (False, [0, 2, 4])])
 def test_the_evaluation_after_the_last_step_may_be_left_to_another_job(at_end: bool, due: list[int], tmp_path: Path):
-    config = JobConfig(evaluation=Evaluation(freq=2, at_end=at_end), training=Training(steps=5))
-    ranks, none = SimpleNamespace(largest=int), tmp_path / "none"
-    one = SimpleNamespace(config=config, rank=0, ranks=ranks, file=lambda step: none)
-    assert [step for step in range(6) if StageEvaluation.due(one, step)] == due  # type: ignore[arg-type]
+    one = evaluation_of(tmp_path, Evaluation(freq=2, at_end=at_end))
+    assert [step for step in range(6) if StageEvaluation.due(one, step)] == due
+
+
+def evaluation_of(folder: Path, evaluation: Evaluation) -> Any:
+    """A StageEvaluation without its model."""
+    config = JobConfig(job=Job(dump_folder=str(folder)), evaluation=evaluation, training=Training(steps=5))
+    prepared = SimpleNamespace(about={"seed": evaluation.seed})
+    return SimpleNamespace(config=config, rank=0, ranks=SimpleNamespace(largest=int), prepared=prepared)
+
+
+def test_results_are_kept_for_the_same_questions_of_the_same_run(tmp_path: Path):
+    one = evaluation_of(tmp_path, Evaluation())
+    assert StageEvaluation.due(one, 0)
+    file = tmp_path / "evaluation/step-0.json"
+    for text, due in (('{"asked": {"seed": 0}}', False), ('{"asked": {"seed": 1}}', True), ("{}", True), ("[", True)):
+        write_whole(file, text)
+        assert StageEvaluation.due(one, 0) == due
+    StageEvaluation.put_aside(one)  # another run in the same folder
+    assert StageEvaluation.due(one, 0) and (tmp_path / "evaluation-1/step-0.json").exists()
+    StageEvaluation.put_aside(one)
+    assert not (tmp_path / "evaluation-2").exists()
+    write_whole(file, "{}")
+    StageEvaluation.put_aside(one)
+    assert (tmp_path / "evaluation-2/step-0.json").exists()
 
 
 def test_a_long_evaluation_in_training_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch):
@@ -167,6 +192,9 @@ def evaluate(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str]:
         (["--model", "MODEL", "--evaluation.needle_lengths", "20"], "the length is 20"),
         (["--model", "MODEL", "--evaluation.needle_lengths", "128", "--out", "x.txt"], "should end with .json"),
         (["--model", "MODEL", "--evaluation.tasks", "vt"], "without task_lengths"),
+        (["--model", "MODEL", "--evaluation.needle_lengths", "128", "--rope.factor", "4"], "rope.factor = 4.0 is read"),
+        (["--model", "MODEL", "--evaluation.needle_lengths", "128", "--rope.type", "yarn"], "needs rope.factor"),
+        (["--model", "MODEL", "--evaluation.needle_lengths", "128", "--out", "/proc/x/a.json"], "cannot be written"),
         (
             ["--model", "MODEL", "--evaluation.tasks", "vt", "--evaluation.task_lengths", "0"],
             "task_lengths[0] = 0 must",
@@ -211,11 +239,18 @@ def test_rope_of_the_command_line_counts_and_that_of_a_file_does_not(
         ("auto, file", ["--job.config_file", str(config)], rope),
     ):
         own = SimpleNamespace(model=model, step=None, processes=1, out=None)
-        configured, folder = what_is_asked(own, [*start, *extra])  # type: ignore[arg-type]
-        found[name] = weights_for(folder, configured).args.rope.theta
+        texts = ["--evaluation.texts", "text.jsonl"]
+        configured, folder = what_is_asked(own, [*start, *texts, *extra])  # type: ignore[arg-type]
+        rope_args = weights_for(folder, configured, longest_asked(configured)).args.rope
+        found[name] = rope_args.theta
+        assert rope_args.max_position_embeddings == 256, "rescaled is not trained"
         assert ("keeps its own RoPE" in capsys.readouterr().err) == (name == "own, file")
     assert found["own"] == found["own, file"] == TINY["rope_theta"]
     assert found["auto"] == found["auto, file"] > 4 * TINY["rope_theta"]
+    own = SimpleNamespace(model=model, step=None, processes=1, out=None)
+    asked = ["--evaluation.length=300", "--evaluation.needle_lengths", "500", "1024", *rope]
+    configured, folder = what_is_asked(own, asked)  # type: ignore[arg-type]
+    assert weights_for(folder, configured, longest_asked(configured)).args.rope.theta == found["auto"]
 
 
 def test_two_processes_give_the_table_of_one(model: Path, tmp_path: Path):

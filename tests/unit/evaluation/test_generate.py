@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from torchtitan.attention.segments import Segments
-from torchtitan.evaluation.forward import Ranks, answer_scores, document_losses
+from torchtitan.evaluation import stage
+from torchtitan.evaluation.forward import Ranks, answer_scores, document_losses, window_pieces
 from torchtitan.evaluation.generate import choose, generate, groups_of
 from torchtitan.evaluation.loss_by_position import token_losses
 from torchtitan.models.rope import RopeArgs
@@ -110,12 +111,31 @@ def test_log_probabilities_are_the_losses():
         torch.testing.assert_close(-found, losses)
 
 
-@pytest.mark.parametrize("window", [None, 7, 16])
-def test_document_losses_are_those_of_loss_by_position(window: int | None):
+@pytest.mark.parametrize("window", [None, 1, 7, 16, 60])
+def test_windows_overlap_by_half(window: int | None):
+    """Each token against a pass of its own over what it may see."""
     model, tokens = build(BASE), torch.arange(50) * 7 % 61
-    torch.testing.assert_close(
-        document_losses(model, SDPA, tokens, window=window), token_losses(model, tokens, window=window)
-    )
+    found = document_losses(model, SDPA, tokens, window=window)
+    pieces = window_pieces(49, window or 49)
+    seen: list[int] = []
+    for begin, kept, end in pieces:
+        whole = token_losses(model, tokens[begin : end + 1])
+        torch.testing.assert_close(found[kept:end], whole[kept - begin :])
+        seen += [p - begin for p in range(kept, end)]
+        assert end - begin <= (window or 49)
+    assert [p for _, kept, end in pieces for p in range(kept, end)] == list(range(49))
+    assert window is None or min(seen[window:], default=window) >= window // 2, "no token is scored cold"
+
+
+def test_what_is_no_number_is_null_and_said(monkeypatch: pytest.MonkeyPatch):
+    lines: list[str] = []
+    monkeypatch.setattr(stage.logger, "warning", lines.append)
+    model = build(BASE)
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    result = stage.evaluate(model, SDPA, None, stage.Prepared({"t": [torch.arange(50) % 61]}, 49))  # type: ignore[arg-type]
+    assert result["perplexity"]["t"]["nll"] == [None] and result["perplexity"]["t"]["mean_nll"] is None
+    assert "null in the results" in lines[0]
 
 
 def test_a_stop_token_ends_an_answer_and_is_left_out():

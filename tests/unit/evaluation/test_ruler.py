@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -36,32 +35,6 @@ KEYS_VALUES_QUERIES = {  # as in the paper's table and the published configurati
     "niah_multivalue": (1, 4, 1),
     "niah_multiquery": (4, 1, 4),
 }
-
-
-@pytest.fixture(scope="module")
-def qa_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """In SQuAD's and HotpotQA's form, with documents for 16K tokens."""
-    folder = tmp_path_factory.mktemp("qa")
-
-    def fact(n: int) -> str:
-        return f"The birds of {words.words()[n]} hill nest in {words.words()[n + 1]} trees. The colour of {n} is c{n}q."
-
-    def qa(n: int) -> dict[str, Any]:
-        answers = [{"text": f"c{n}q"}, {"text": f"c{n}q"}]
-        return {"question": f"The colour of {n}?", "answers": answers, "is_impossible": False}
-
-    impossible = {"question": "Why?", "answers": [], "is_impossible": True}
-    articles = []
-    for a in range(80):
-        paragraphs = [{"context": fact(10 * a + p), "qas": [qa(10 * a + p), impossible]} for p in range(10)]
-        articles.append({"title": f"article {a}", "paragraphs": paragraphs})
-    (folder / "squad.json").write_text(json.dumps({"version": "v2.0", "data": articles}))
-    entries = []
-    for n in range(80):
-        context = [[f"Page {10 * n + p}", [fact(10 * n + p), " It rains there."]] for p in range(10)]
-        entries.append({"question": f"The colour of {10 * n + 3}?", "answer": f"c{10 * n + 3}q", "context": context})
-    (folder / "hotpot.json").write_text(json.dumps(entries))
-    return [folder / "hotpot.json", folder / "squad.json"]
 
 
 def task_named(name: str, qa_files: list[Path]) -> Task:
@@ -285,4 +258,4 @@ def test_group_means_and_the_picture_of_tasks():
 def test_haystacks_of_held_out_text_have_no_special_tokens():
     assert TOKENIZER.bos_id is not None and TOKENIZER.eos_id is not None
     ids = [TOKENIZER.bos_id, *TOKENIZER.encode("A bird."), TOKENIZER.eos_id]
-    assert stage.plain_text(TOKENIZER, torch.tensor(ids)) == "A bird."
+    assert stage.without_special(TOKENIZER, torch.tensor(ids)).tolist() == TOKENIZER.encode("A bird.")

@@ -1,0 +1,125 @@
+"""The whole way from a question to a table of scores, with models whose answers are known: one that writes what is
+asked for scores 100% on every task in both ways, one that knows nothing 0%."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.harness import ASSETS
+from torchtitan.components.tokenizer import load_tokenizer
+from torchtitan.config.job_config import Data, Evaluation, JobConfig
+from torchtitan.evaluation.forward import Ranks
+from torchtitan.evaluation.items import Item
+from torchtitan.evaluation.stage import evaluate, prepare
+from torchtitan.evaluation.tasks import GROUPS
+from torchtitan.models.rope import RopeArgs
+from torchtitan.models.transformer import Transformer, TransformerArgs
+
+TOKENIZER = load_tokenizer(ASSETS)
+ARGS = TransformerArgs(16, 1, 2, 1, 8, 16, TOKENIZER.vocab_size, rope=RopeArgs(1e4, max_position_embeddings=4096))
+
+
+class Uniform(Transformer):
+    """Logits that prefer nothing."""
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, mask: Any, **options: Any) -> Any:
+        if options.get("labels") is not None:
+            return None, torch.zeros(len(tokens))
+        return torch.zeros(len(options["rows"]), self.args.vocab_size)
+
+
+class Oracle(Uniform):
+    """Knows the answer behind each prompt, then ends. It sees what the evaluation gives it: a stream of documents, and
+    after that one new token of each."""
+
+    def __init__(self, items: Sequence[Item]):
+        super().__init__(ARGS)
+        self.items = items
+        self.read: list[list[int]] = []
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, mask: Any, **options: Any) -> Any:
+        logits = super().forward(tokens, positions, mask, **options)
+        if options.get("labels") is not None:
+            return logits
+        if positions[0] == 0:
+            begins = torch.nonzero(positions == 0)[:, 0].tolist()
+            self.read = [part.tolist() for part in tokens.tensor_split(begins[1:])]
+            seen = [d[: at + 1] for d, b in zip(self.read, begins) for at in range(len(d)) if b + at in options["rows"]]
+        else:
+            assert positions.tolist() == [len(text) for text in self.read]
+            self.read = [[*text, token] for text, token in zip(self.read, tokens.tolist(), strict=True)]
+            seen = self.read
+        for row, text in zip(logits, seen, strict=True):
+            row[self.behind(text)] = 9.0
+        return logits
+
+    def behind(self, text: list[int]) -> int:
+        for item in self.items:
+            prompt = item.prompt.tolist()
+            if text[: len(prompt)] == prompt:
+                answer = [*item.target.tolist(), TOKENIZER.eos_id]
+                return answer[min(len(text) - len(prompt), len(answer) - 1)]
+        raise AssertionError("a text that begins with no prompt")
+
+
+@pytest.fixture(scope="module")
+def asked(qa_files: list[Path]) -> tuple[JobConfig, Any]:
+    names = ("ruler", "recall")
+    e = Evaluation(
+        needle_lengths=(300, 420),
+        needle_depths=(0.0, 0.7),
+        tasks=names,  # type: ignore[arg-type]
+        task_lengths=(2400,),
+        task_items=2,
+        qa_files=tuple(str(file) for file in qa_files),
+        generate=True,
+    )
+    config = JobConfig(evaluation=e, data=Data(add_bos=True))
+    return config, prepare(config, TOKENIZER, ARGS)
+
+
+def grids(model: Transformer, prepared: Any) -> dict[str, Any]:
+    result = evaluate(model.eval(), Ranks(), TOKENIZER, prepared, generate=True)
+    assert result["tasks"].keys() == {"needle", *GROUPS["ruler"], *GROUPS["recall"]}
+    return result
+
+
+def test_who_knows_the_answers_scores_all(asked: tuple[JobConfig, Any]):
+    prepared = asked[1]
+    model = Oracle([item for items in prepared.asked.values() for item in items])
+    result = grids(model, prepared)
+    for task, grid in result["tasks"].items():
+        assert {cell for what in ("score", "exact") for row in grid[what] for cell in row} == {1.0}, task
+        assert sum(map(sum, grid["count"])) == len(prepared.asked[task])
+        assert all(cut == 0 for row in grid["cut"] for cut in row), "the answer ends by itself"
+    assert {n for group in result["groups"].values() for what in ("score", "exact") for n in group[what]} == {1.0}
+
+
+def test_answers_count_for_their_own_questions(asked: tuple[JobConfig, Any]):
+    """Of each task the first item's answer is wrong: its cell alone falls, to the other items' share."""
+    prepared = asked[1]
+    items = []
+    for several in prepared.asked.values():
+        wrong = torch.flip(several[0].target, [0]) + 1
+        items += [replace(several[0], target=wrong % TOKENIZER.vocab_size), *several[1:]]
+    for task, grid in grids(Oracle(items), prepared)["tasks"].items():
+        first = prepared.asked[task][0]
+        for i, length in enumerate(grid["lengths"]):
+            for d, depth in enumerate(grid["depths"] or [None]):
+                hit = length == first.length and (grid["depths"] is None or depth == first.depth)
+                count = grid["count"][i][d]
+                assert grid["exact"][i][d] == (count - hit) / count, task
+
+
+def test_who_knows_nothing_scores_none(asked: tuple[JobConfig, Any]):
+    result = grids(Uniform(ARGS), asked[1])
+    for task, grid in result["tasks"].items():
+        assert {cell for what in ("score", "exact") for row in grid[what] for cell in row} == {0.0}, task
+        expected = -torch.tensor(float(ARGS.vocab_size)).log().item()
+        assert all(cell == pytest.approx(expected) for row in grid["logprob"] for cell in row)
