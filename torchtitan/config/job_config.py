@@ -627,8 +627,8 @@ class Evaluation:
     """Documents of each of texts."""
 
     windows: tuple[int, ...] = ()
-    """Also the loss of the same tokens with the context beginning anew every so many tokens: what the full context
-    gains over that."""
+    """Also the loss of the same tokens with less context: within windows of so many tokens that overlap by half, where
+    each token sees half a window before it or more. What the full context gains over that."""
 
     needle_lengths: tuple[int, ...] = ()
     """Lengths, in tokens, of texts with a number to find in them. Text is from texts, else Python's own reference."""

@@ -83,7 +83,7 @@ class CachedAttention:
         self.core, self.places = core, places
         self.backend = core.backend
         self.cache: tuple[torch.Tensor, ...] = ()
-        """Keys and values [B, capacity, Hkv, D]."""
+        """Keys and values [B, Hkv, capacity, D]."""
 
     @torch.compiler.disable
     def start(self, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> Any:
@@ -91,14 +91,15 @@ class CachedAttention:
         places = self.places
         if not self.cache:
             # zeros: a value that is not there yet has no weight, but nothing times NaN is NaN
-            self.cache = tuple(x.new_zeros(len(places.batch), places.capacity, *x.shape[1:]) for x in (k, v))
+            size = (len(places.batch), k.shape[1], places.capacity, k.shape[2])
+            self.cache = k.new_zeros(size), v.new_zeros(size)
             for cached, x in zip(self.cache, (k, v), strict=True):
                 for b, rows in enumerate(places.rows):
-                    torch.index_select(x, 0, rows, out=cached[b, : len(rows)])
+                    cached[b, :, : len(rows)] = x[rows].transpose(0, 1)
             return self.core.start(k, v, mask)
         if places.mine:
             for cached, x in zip(self.cache, (k, v), strict=True):
-                cached[places.batch, places.filled - 1] = x[: len(places.batch)]
+                cached[places.batch, :, places.filled - 1] = x[: len(places.batch)]
         return None
 
     @torch.compiler.disable
@@ -114,7 +115,7 @@ class CachedAttention:
 
     def _attend(self, q: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """q [B, H, D] of the new tokens on this rank's keys -> output [B, H, D] and log-sum-exp [B, H], float32."""
-        keys, values = (x.float().transpose(1, 2) for x in self.cache)  # [B, Hkv, capacity, D]
+        keys, values = (x.float() for x in self.cache)  # [B, Hkv, capacity, D]
         grouped = q.float().unflatten(1, (keys.shape[1], -1))
         scores = grouped @ keys.transpose(2, 3) / q.shape[-1] ** 0.5  # [B, Hkv, H / Hkv, capacity]
         scores = scores.masked_fill(self.places.unseen(window)[:, None, None], float("-inf"))

@@ -121,7 +121,7 @@ def position_figure(result: dict[str, Any]) -> Any:
     for name, one in result["perplexity"].items():
         color = draw(one["edges"], one["nll"], label=name).get_color()
         for gain in one["gains_of_context"]:
-            label = f"{name}, reset every {gain['window']:,}"
+            label = f"{name}, within {gain['window']:,}"
             draw(gain["edges"], gain["nll_cut"], label=label, color=color, linestyle="--", linewidth=1)
     axes.set_yscale("log")
     axes.set_xlabel("position in the document (tokens)")

@@ -134,6 +134,16 @@ def test_other_documents_and_depths_are_named(say: Any):
     assert "only in before: needle, depth 100%; needle at 4,096; text code" in out
 
 
+def test_what_was_asked_otherwise_is_named(say: Any):
+    about = {"add_bos": True, "seed": 0, "generate": False, "tokenizer": "a", "questions": "a", "texts": ["x"]}
+    before, same = BEFORE | {"asked": about}, AFTER | {"asked": dict(about)}
+    assert "BOS before" not in say(before, same)[1] and "other documents or questions" not in say(before, same)[1]
+    other = AFTER | {"asked": about | {"add_bos": False, "questions": "b"}}
+    said = say(before, other)[1]
+    assert "BOS before documents and questions: True (before), False (after)" in said
+    assert "other documents or questions: 1 (before), 2 (after)" in said and "seed" not in said
+
+
 def test_labels(say: Any, tmp_path: Path):
     assert "difference to old" in say(BEFORE, AFTER, flags=("--labels", "old", "new"))[1]
     assert f"difference to {tmp_path}/0.json" in say(BEFORE, BEFORE)[1]  # two of one name

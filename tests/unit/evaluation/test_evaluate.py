@@ -17,7 +17,7 @@ from tests.distributed.harness import ASSETS, TINY
 from tests.scripts import load_script, run_script
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config.checks import longest_asked
-from torchtitan.config.job_config import Evaluation, Job, JobConfig, Training
+from torchtitan.config.job_config import Evaluation, Job, JobConfig, Rope, Training
 from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.evaluation import needle, plots, stage
 from torchtitan.evaluation.command_line import what_is_asked, write_whole
@@ -251,6 +251,28 @@ def test_rope_of_the_command_line_counts_and_that_of_a_file_does_not(
     asked = ["--evaluation.length=300", "--evaluation.needle_lengths", "500", "1024", *rope]
     configured, folder = what_is_asked(own, asked)  # type: ignore[arg-type]
     assert weights_for(folder, configured, longest_asked(configured)).args.rope.theta == found["auto"]
+
+
+def test_a_stage_own_results_are_of_its_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stage_file, checkpoint = tmp_path / "stage.toml", tmp_path / "out/checkpoint/step-3"
+    stage_file.write_text(f'[job]\ndump_folder = "{tmp_path / "out"}"\n[rope]\ntheta = 77.0\n')
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    monkeypatch.setattr("torchtitan.evaluation.command_line.complete_steps", lambda folder: [3])
+
+    def asked(*args: str, out: Path | None = None) -> Any:
+        own = SimpleNamespace(model=None, step=None, processes=1, out=out)
+        config, folder = what_is_asked(own, ["--job.config_file", str(stage_file), *args])  # type: ignore[arg-type]
+        assert folder == checkpoint
+        return own, config
+
+    own, config = asked()
+    assert own.of_stage and own.out == tmp_path / "out/evaluation/step-3.json"
+    assert config.rope == Rope(), "its checkpoint has the RoPE of the TOML"
+    with pytest.raises(UserError, match="--rope.KEY asks another model than the stage's"):
+        asked("--rope.theta", "5")
+    own, config = asked("--rope.theta", "5", out=tmp_path / "x.json")
+    assert not own.of_stage and config.rope == Rope(theta=5.0)
 
 
 def test_two_processes_give_the_table_of_one(model: Path, tmp_path: Path):

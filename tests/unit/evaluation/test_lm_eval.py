@@ -286,6 +286,7 @@ def test_what_is_drawn_is_a_function_of_the_request(model: Transformer, folder: 
         ({"until": "\n", "max_new_tokens": 3}, Writing(("\n",), 3, 0.0, 1.0)),
         ({"until": ["a", ""], "do_sample": False, "temperature": 0.7, "top_k": 5}, Writing(("a",), 256, 0.0, 1.0)),
         ({"do_sample": True, "temperature": 0.7, "top_p": 0.9, "num_beams": 1}, Writing((), 256, 0.7, 0.9)),
+        ({"do_sample": True}, Writing((), 256, 1.0, 1.0)),  # transformers' default
     ],
 )
 def test_generation_kwargs(asked: dict[str, Any], expected: Writing):
@@ -295,6 +296,9 @@ def test_generation_kwargs(asked: dict[str, Any], expected: Writing):
 def test_generation_kwargs_that_are_not_known_are_named():
     with pytest.raises(UserError, match="num_beams = 4"):
         Writing.of({"num_beams": 4}, 256)
+    for wrong in ({"top_p": 0}, {"top_p": 1.5}, {"temperature": -1}):
+        with pytest.raises(UserError, match="top_p"):
+            Writing.of({"do_sample": True} | wrong, 256)
     with pytest.raises(UserError, match="max_gen_toks = 0"):
         Writing.of({"max_gen_toks": 0}, 256)
     with pytest.raises(UserError, match="top_k = 5"):
