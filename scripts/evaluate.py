@@ -71,7 +71,7 @@ def check_questions(own: argparse.Namespace, config: JobConfig) -> None:
 def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, Any]:
     """On every rank: build, load, ask. The result, in the form that docs/evaluation.md describes."""
     # PyTorch takes seconds to import: a mistake on the command line should not
-    from torchtitan.evaluation.sharded import loaded, rank_and_world_size, weights_for
+    from torchtitan.evaluation.sharded import check_own, loaded, rank_and_world_size, weights_for
     from torchtitan.evaluation.stage import asked_in, evaluate, prepare
     from torchtitan.tools.device import peak_memory_gib
     from torchtitan.tools.logging import init_logger
@@ -81,6 +81,7 @@ def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, A
     init_logger(rank, world_size)
     weights = weights_for(folder, config, longest_asked(config), own.tokenizer)
     prepared = prepare(config, weights.tokenizer, weights.args)
+    check_own(own, weights)
     if own.of_stage and asked_in(own.out) not in (None, prepared.about):
         raise UserError(f"{own.out} holds the stage's answers to other questions: give --out, or delete it.")
     with loaded(weights, config) as (model, ranks), progress(rank) as on_part:

@@ -80,7 +80,7 @@ def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, A
     from lm_eval.evaluator import simple_evaluate
 
     from torchtitan.evaluation.lm_eval_model import TorchtitanLM
-    from torchtitan.evaluation.sharded import loaded, rank_and_world_size, weights_for
+    from torchtitan.evaluation.sharded import check_own, loaded, rank_and_world_size, weights_for
     from torchtitan.evaluation.stage import warn_beyond
     from torchtitan.tools.logging import init_logger, logger
 
@@ -88,6 +88,7 @@ def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, A
     init_logger(rank, world_size)
     logging.getLogger("lm_eval").setLevel(logging.WARNING if rank == 0 else logging.ERROR)
     weights = weights_for(folder, config, own.max_length, own.tokenizer)
+    check_own(own, weights)
     trained = weights.args.rope.max_position_embeddings or (weights.manifest or {}).get("seq_len")
     max_length = own.max_length or trained or config.training.seq_len
     manager, tasks = load_tasks(own, {"tokenizer": weights.tokenizer.folder} | own.metadata)

@@ -60,12 +60,13 @@ def make_folder(file: Path) -> None:
 def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "") -> tuple[JobConfig, Path]:
     """The configuration, in the dtype of its products, and the folder of the weights.
 
-    Its rope is what the command line says of it: a stage's checkpoint has the RoPE of the TOML already, and other
-    weights have their own. own.out of a stage is set, if it is not: results_file(), and own.of_stage says so. UserError
-    for what cannot be.
+    Its rope is the TOML's and the command line's if the latter says anything of it, and else none: a stage's checkpoint
+    has the RoPE of the TOML already, and other weights have their own. own.out of a stage is set, if it is not:
+    results_file(), and own.of_stage says so. UserError for what cannot be.
     """
     config = load_config(overrides)
-    in_file, config = config.rope, replace(config, rope=rope_of_command_line(config, overrides))
+    rescale = any(flag_name(arg).startswith("rope.") for arg in overrides)
+    in_file, config = config.rope, config if rescale else replace(config, rope=Rope())
     if own.processes < 1:
         raise UserError(f"--processes = {own.processes} must be at least 1.")
     if own.model is None and config_file(overrides) is None:
@@ -87,10 +88,6 @@ def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "
         folder = checkpoints / f"step-{step}"
         if own.out is None:
             own.out, own.of_stage = results_file(config, step, suffix), True
-            if config.rope != Rope():
-                raise UserError(
-                    f"--rope.KEY asks another model than the stage's, whose results are {own.out}: give --out."
-                )
     if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
         steps = complete_steps(folder) if folder.is_dir() else []
         there = f"; it holds checkpoints: name one, such as {folder / f'step-{steps[-1]}'}" if steps else ""
@@ -99,13 +96,7 @@ def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "
             "or a checkpoint of a run (outputs/checkpoint/step-1000)."
         )
     first = os.environ.get("RANK", "0") == "0" and (own.processes == 1 or "RANK" in os.environ)
-    if config.rope == Rope() != in_file and not (folder / MANIFEST).is_file() and first:
+    if not rescale and in_file != Rope() and not (folder / MANIFEST).is_file() and first:
         print(f"note: {folder} keeps its own RoPE; the stage's [rope] is not applied to it.", file=sys.stderr)
     training = replace(config.training, dtype=config.training.mixed_precision_param)
     return replace(config, training=training), folder
-
-
-def rope_of_command_line(config: JobConfig, overrides: list[str]) -> Rope:
-    """The keys that --rope.KEY sets, and nothing of what the TOML says."""
-    names = [flag_name(arg).removeprefix("rope.") for arg in overrides if flag_name(arg).startswith("rope.")]
-    return Rope(**{key: getattr(config.rope, key) for key in (name.removeprefix("no_") for name in names)})

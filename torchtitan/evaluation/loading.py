@@ -42,11 +42,15 @@ class Weights:
     manifest: dict[str, Any] | None
     """Of a checkpoint; None: a Hugging Face folder."""
 
+    rescaled: bool = False
+    """Whether they are read under another RoPE than they were saved with."""
+
     @property
     def label(self) -> str:
-        if self.manifest is None:
-            return self.folder.resolve().name
-        return f"{self.manifest['stage']}, step {self.manifest['step']}"
+        name = self.folder.resolve().name
+        if self.manifest is not None:
+            name = f"{self.manifest['stage']}, step {self.manifest['step']}"
+        return name + ", RoPE rescaled" * self.rescaled
 
 
 def look_at(folder: Path, tokenizer_folder: Path | None = None) -> Weights:

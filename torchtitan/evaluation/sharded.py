@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,13 +42,20 @@ def weights_for(folder: Path, config: JobConfig, longest: int | None, tokenizer:
         if longest is None and trained is None:
             raise UserError("--rope.KEY rescales for a length, and the model does not say its own: name one.")
         rope = build_rope(config.rope, args.rope, args.head_dim, args.n_kv_heads, longest or trained or 0)
+        rope = replace(rope, max_position_embeddings=trained)
         logger.info(f"RoPE: {describe_rope(rope)}; the model's own: {describe_rope(args.rope)}")
-        weights = replace(weights, args=replace(args, rope=replace(rope, max_position_embeddings=trained)))
+        weights = replace(weights, args=replace(args, rope=rope), rescaled=rope != args.rope)
     p = config.parallelism
     check_tensor_parallel(args, p.tensor_parallel_degree)
     if p.context_parallel_exchange == "ulysses":
         check_ulysses(args.n_heads, p.context_parallel_degree, p.tensor_parallel_degree, p.context_parallel_head_chunks)
     return weights
+
+
+def check_own(own: argparse.Namespace, weights: Weights) -> None:
+    """UserError where the results of a stage's own file would be those of another model."""
+    if own.of_stage and weights.rescaled:
+        raise UserError(f"--rope.KEY asks another model than the stage's, whose results are {own.out}: give --out.")
 
 
 def rank_and_world_size() -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +23,12 @@ from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.evaluation import needle, plots, stage
 from torchtitan.evaluation.command_line import what_is_asked, write_whole
 from torchtitan.evaluation.items import Item
+from torchtitan.evaluation.loading import Weights
 from torchtitan.evaluation.runner import Outcome, as_grid
-from torchtitan.evaluation.sharded import weights_for
+from torchtitan.evaluation.sharded import check_own, weights_for
 from torchtitan.evaluation.stage import StageEvaluation
 from torchtitan.models.huggingface import hf_name, read_config
-from torchtitan.models.transformer import Transformer, init_weights
+from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
 from torchtitan.tools.errors import UserError
 
 TOKENIZER = load_tokenizer(ASSETS)
@@ -244,6 +246,8 @@ def test_rope_of_the_command_line_counts_and_that_of_a_file_does_not(
         rope_args = weights_for(folder, configured, longest_asked(configured)).args.rope
         found[name] = rope_args.theta
         assert rope_args.max_position_embeddings == 256, "rescaled is not trained"
+        rescaled = weights_for(folder, configured, longest_asked(configured))
+        assert rescaled.rescaled == bool(extra) and ("rescaled" in rescaled.label) == bool(extra)
         assert ("keeps its own RoPE" in capsys.readouterr().err) == (name == "own, file")
     assert found["own"] == found["own, file"] == TINY["rope_theta"]
     assert found["auto"] == found["auto, file"] > 4 * TINY["rope_theta"]
@@ -269,10 +273,15 @@ def test_a_stage_own_results_are_of_its_own_model(tmp_path: Path, monkeypatch: p
     own, config = asked()
     assert own.of_stage and own.out == tmp_path / "out/evaluation/step-3.json"
     assert config.rope == Rope(), "its checkpoint has the RoPE of the TOML"
+    own, config = asked("--rope.type", "linear", "--rope.factor", "2")
+    assert config.rope == Rope(theta=77.0, type="linear", factor=2.0)
+    weights = Weights(checkpoint, TransformerArgs(16, 1, 2, 1, 8, 16, 32), TOKENIZER, None)
+    check_own(own, weights)  # the override that it was trained with
     with pytest.raises(UserError, match="--rope.KEY asks another model than the stage's"):
-        asked("--rope.theta", "5")
-    own, config = asked("--rope.theta", "5", out=tmp_path / "x.json")
-    assert not own.of_stage and config.rope == Rope(theta=5.0)
+        check_own(own, replace(weights, rescaled=True))
+    own, _ = asked("--rope.theta", "5", out=tmp_path / "x.json")
+    assert not own.of_stage
+    check_own(own, replace(weights, rescaled=True))
 
 
 def test_two_processes_give_the_table_of_one(model: Path, tmp_path: Path):
