@@ -85,7 +85,7 @@ def test_teacher_forcing_is_greedy_generation_on_200_cases():
         if name == "dynamic":
             continue
         model = build(args)
-        prompts = ragged(20, rng)
+        prompts = ragged(40, rng)
         written = generate(model, SDPA, prompts, 6)
         targets = []
         for i, tokens in enumerate(written):
@@ -93,13 +93,12 @@ def test_teacher_forcing_is_greedy_generation_on_200_cases():
             if i % 2:
                 target[rng.integers(6)] = int(rng.integers(61))
             targets.append(target)
-        for _ in range(2):  # once more in another order, so that they are read with others
-            order = rng.permutation(20).tolist()
-            scores = answer_scores(model, SDPA, [prompts[i] for i in order], [targets[i] for i in order])
-            for i, (_, likeliest) in zip(order, scores, strict=True):
-                assert bool(likeliest.all()) == (targets[i].tolist() == written[i])
-                matched += bool(likeliest.all())
-                cases += 1
+        order = rng.permutation(40).tolist()  # another one, so that they are read with others
+        scores = answer_scores(model, SDPA, [prompts[i] for i in order], [targets[i] for i in order])
+        for i, (_, likeliest) in zip(order, scores, strict=True):
+            assert bool(likeliest.all()) == (targets[i].tolist() == written[i])
+            matched += bool(likeliest.all())
+            cases += 1
     assert cases == 200 and 80 < matched < 160
 
 
