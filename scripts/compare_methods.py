@@ -42,14 +42,13 @@ SHORTEST = 32
 FILLER, KEYS, VALUES = 64, 30, 96  # words of each kind
 IN_FACT = 3  # values
 PLACES = 8
-"""Of a fact in a document, or more where there would be more facts than keys. In documents of more than 256 words half
-of the facts stand at two places only, in the first and the last quarter: copies from afar."""
+"""Of a fact in a document, or more where there would be more facts than keys."""
 
 FACT_SHARE = 0.9
 """Of a document's words."""
 
 UNKNOWN, STOP = "<unknown>", "."
-LENGTHS = (256, 512, 768, 1024, 1536, 2048, 3072, 4096)
+LENGTHS = (256, 512, 1024, 1536, 2048, 3072, 4096)
 EDGES = (0, 256, 512, 768, 1024, 1536, 2048, 2560, 3072, 3584, 4096)
 
 MODEL = {
@@ -169,18 +168,15 @@ def make_document(words: Words, length: int, random: np.random.Generator, needle
     """`length` words. With needle one fact is stated at the beginning and recalled at the end, and nowhere else; the
     document ends with its values."""
     size = IN_FACT + 2
-    budget = length * FACT_SHARE / size  # places of all facts
-    mean = PLACES if length <= SHORT // 4 else (PLACES + 2) / 2
-    facts = max(1, min(round(budget / mean), KEYS))
-    rare = facts // 2 if mean < PLACES else 0
-    often = max(2, round((budget - 2 * rare) / (facts - rare)))
+    facts = max(1, min(round(length * FACT_SHARE / size / PLACES), KEYS))
+    places = max(2, round(length * FACT_SHARE / size / facts))
     keys = random.permutation(words.keys)[:facts]
     values = random.permutation(words.values)[: facts * IN_FACT].reshape(facts, IN_FACT)
-    parts = []
-    for i in range(int(needle), facts):
-        places = random.random(2) / 4 + [0, 0.75] if i < rare else random.random(often)
-        parts += [(when, [keys[i], *values[i], STOP]) for when in places]
-    left = length - size * len(parts) - needle * (2 * size - 1)
+    parts = [(when, [k, *v, STOP]) for k, v in zip(keys, values) for when in random.random(places)]
+    left = length - size * len(parts)
+    if needle:
+        parts = parts[places:]
+        left = length - size * len(parts) - 2 * size + 1
     while left > 0:
         sentence = words.sentences[random.integers(len(words.sentences))]
         parts.append((random.random(), sentence[:left]))
@@ -300,7 +296,7 @@ def extension_batch(own: argparse.Namespace) -> int:
 def write_stages(work: Path, own: argparse.Namespace) -> None:
     """The TOML files of all stages."""
     stages = [("1k", Method("", SHORT), "", own.steps, own.lr)]
-    stages += [(name, METHODS[name], "1k.toml", own.extension_steps, own.lr / 2) for name in METHODS]
+    stages += [(name, METHODS[name], "1k.toml", own.extension_steps, own.lr / 4) for name in METHODS]
     for name, method, after, steps, lr in stages:
         batch = own.batch if name == "1k" else extension_batch(own)
         rows = max(1, batch // method.length // own.processes)
@@ -323,10 +319,10 @@ def main(args: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for documents, stages and results")
     parser.add_argument("--methods", nargs="+", default=list(PROOF), choices=[*METHODS, "all"])
-    parser.add_argument("--steps", type=int, default=2500, help=f"of the stage of {SHORT}")
-    parser.add_argument("--extension-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=2000, help=f"of the stage of {SHORT}")
+    parser.add_argument("--extension-steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=4096, help="tokens a step; extensions: a long row a process")
-    parser.add_argument("--lr", type=float, default=2e-3, help="of the first stage; half of it beyond")
+    parser.add_argument("--lr", type=float, default=4e-3, help="of the first stage; a quarter of it beyond")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--documents", type=int, default=16, help="for the loss by position")
     parser.add_argument("--needles", type=int, default=40, help="of each length")
