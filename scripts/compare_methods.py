@@ -6,11 +6,12 @@
 The documents reward copying from afar. They are made of real words: sentences out of Python's own documentation, and
 between them facts, `KEY VALUE VALUE VALUE .`, each of which stands at several places of a document with the same
 values: those of the first place cannot be known, those of the others can only be copied. Documents have all lengths
-from 32 to that of the stage's rows, as copying is learned soonest in short ones. Every extension goes on from the same
-1K checkpoint with the same number of tokens. Measured on other documents: whether all values of a fact are the
-likeliest tokens, by the length of the document, where the fact is stated at its beginning and recalled at its end
-alone; and the loss by position. All stages are trained by run_train.sh's own code. Leaves results.json, table.md and
-plot.png in WORK; what is there already is not made again.
+from 32 to that of the stage's rows, as copying is learned soonest in short ones. It is learned from the nearest copies
+first; a second stage of 1K has documents in which half of the facts stand at two places only, far apart. Every
+extension goes on from its checkpoint, in such documents, with the same number of tokens. Measured on other documents:
+whether all values of a fact are the likeliest tokens, by the length of the document, where the fact is stated at its
+beginning and recalled at its end alone; and the loss by position. All stages are trained by run_train.sh's own code.
+Leaves results.json, table.md and plot.png in WORK; what is there already is not made again.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ TO_LONG = f"factor = {LONG / SHORT}"
 ORIGINAL = f"original_max_position_embeddings = {SHORT}"
 ABF = "theta = 2e5"
 METHODS = {
-    "untouched": Method("untouched", SHORT),  # the 1K stage itself
+    "untouched": Method("untouched", SHORT),  # the second stage of 1K itself
     "abf": Method("ABF, base 2e5", LONG, ABF),
     "pi": Method("PI", LONG, f'type = "linear"\n{TO_LONG}'),
     "yarn": Method("YaRN", LONG, f'type = "yarn"\n{TO_LONG}\n{ORIGINAL}'),
@@ -129,7 +130,7 @@ add_eos = false
 {data}
 [[data.sources]]
 name = "facts"
-path = "{length}.jsonl"
+path = "{text}_{length}.jsonl"
 """
 
 
@@ -164,18 +165,21 @@ def find_words() -> Words:
     return Words(filler, keys, values, [[*s, STOP] for s in sentences if 4 <= len(s) <= 30])
 
 
-def make_document(words: Words, length: int, random: np.random.Generator, needle: bool = False) -> list[str]:
-    """`length` words. With needle one fact is stated at the beginning and recalled at the end, and nowhere else; the
-    document ends with its values."""
+def make_document(words: Words, length: int, random: np.random.Generator, far: bool, needle: bool = False) -> list[str]:
+    """`length` words. far: half of the facts stand once in the first and once in the last quarter. With needle one fact
+    is stated at the beginning and recalled at the end, and nowhere else; the document ends with its values."""
     size = IN_FACT + 2
     facts = max(1, min(round(length * FACT_SHARE / size / PLACES), KEYS))
     places = max(2, round(length * FACT_SHARE / size / facts))
     keys = random.permutation(words.keys)[:facts]
     values = random.permutation(words.values)[: facts * IN_FACT].reshape(facts, IN_FACT)
-    parts = [(when, [k, *v, STOP]) for k, v in zip(keys, values) for when in random.random(places)]
+    rare = facts // 2 if far else 0
+    often = max(2, round((length * FACT_SHARE / size - 2 * rare) / (facts - rare))) if far else places
+    where = [random.random(2) / 4 + [0, 0.75] if i < rare else random.random(often) for i in range(facts)]
+    parts = [(when, [k, *v, STOP]) for k, v, several in zip(keys, values, where) for when in several]
     left = length - size * len(parts)
     if needle:
-        parts = parts[places:]
+        parts = parts[len(where[0]) :]
         left = length - size * len(parts) - 2 * size + 1
     while left > 0:
         sentence = words.sentences[random.integers(len(words.sentences))]
@@ -188,13 +192,13 @@ def make_document(words: Words, length: int, random: np.random.Generator, needle
     return [str(word) for _, part in parts for word in part]
 
 
-def write_corpus(words: Words, file: Path, length: int, tokens: int) -> None:
+def write_corpus(words: Words, file: Path, length: int, tokens: int, far: bool) -> None:
     """Documents of up to `length` words, a word a token; as many tokens in those of 32 to 64 words as of 64 to 128."""
-    random = np.random.default_rng([0, length])
+    random = np.random.default_rng([3 * far, length])
     with file.open("w") as out:
         while tokens > 0:
             size = round(1 / random.uniform(1 / length, 1 / SHORTEST))
-            out.write(json.dumps({"text": " ".join(make_document(words, size, random))}) + "\n")
+            out.write(json.dumps({"text": " ".join(make_document(words, size, random, far))}) + "\n")
             tokens -= size
 
 
@@ -231,10 +235,10 @@ def measure(loaded: Loaded, words: Words, documents: int, needles: int) -> dict[
     recall = []
     for length in LENGTHS:
         random = np.random.default_rng([1, length])
-        made = [encode(" ".join(make_document(words, length, random, needle=True))) for _ in range(needles)]
+        made = [encode(" ".join(make_document(words, length, random, far=True, needle=True))) for _ in range(needles)]
         recall.append(float(np.mean([recalled(loaded, tokens, IN_FACT) for tokens in made])))
     random = np.random.default_rng([2, LONG])
-    texts = [torch.tensor(encode(" ".join(make_document(words, LONG, random)))) for _ in range(documents)]
+    texts = [torch.tensor(encode(" ".join(make_document(words, LONG, random, far=True)))) for _ in range(documents)]
     buckets = loss_by_position(loaded.model, texts, EDGES)
     return {"recall": recall, "nll": list(buckets.nll), "count": list(buckets.count)}
 
@@ -295,14 +299,19 @@ def extension_batch(own: argparse.Namespace) -> int:
 
 def write_stages(work: Path, own: argparse.Namespace) -> None:
     """The TOML files of all stages."""
-    stages = [("1k", Method("", SHORT), "", own.steps, own.lr)]
-    stages += [(name, METHODS[name], "1k.toml", own.extension_steps, own.lr / 4) for name in METHODS]
+    stages = [
+        ("1k", Method("", SHORT), "", own.steps, own.lr),
+        ("untouched", METHODS["untouched"], "1k.toml", own.far_steps, own.lr / 4),
+    ]
+    names = [name for name in METHODS if name != "untouched"]
+    stages += [(name, METHODS[name], "untouched.toml", own.extension_steps, own.lr / 4) for name in names]
     for name, method, after, steps, lr in stages:
-        batch = own.batch if name == "1k" else extension_batch(own)
+        batch = extension_batch(own) if name in names else own.batch
         rows = max(1, batch // method.length // own.processes)
         values = {"work": work, "name": name, "after": after, "length": method.length, "rope": method.rope}
         values |= {"data": method.data, "steps": steps, "lr": lr, "warmup": steps // 10, "batch": batch, "rows": rows}
-        (work / f"{name}.toml").write_text(STAGE.format(**values, head=f"# {name}: of scripts/compare_methods.py"))
+        values |= {"text": "near" if name == "1k" else "far", "head": f"# {name}: of scripts/compare_methods.py"}
+        (work / f"{name}.toml").write_text(STAGE.format(**values))
 
 
 def train(work: Path, name: str, steps: int, processes: int) -> Path:
@@ -319,8 +328,9 @@ def main(args: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for documents, stages and results")
     parser.add_argument("--methods", nargs="+", default=list(PROOF), choices=[*METHODS, "all"])
-    parser.add_argument("--steps", type=int, default=2000, help=f"of the stage of {SHORT}")
-    parser.add_argument("--extension-steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=2000, help=f"of the first stage of {SHORT}")
+    parser.add_argument("--far-steps", type=int, default=300, help=f"of the second stage of {SHORT}")
+    parser.add_argument("--extension-steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=4096, help="tokens a step; extensions: a long row a process")
     parser.add_argument("--lr", type=float, default=4e-3, help="of the first stage; a quarter of it beyond")
     parser.add_argument("--processes", type=int, default=2)
@@ -338,19 +348,23 @@ def main(args: list[str]) -> int:
     words = find_words()
     write_assets(words, work / "assets")
     write_stages(work, own)
-    for length, steps, batch in (
-        (SHORT, own.steps, own.batch),
-        (LONG, own.extension_steps, extension_batch(own)),
+    extension = own.extension_steps * extension_batch(own)
+    for text, length, tokens in (
+        ("near", SHORT, own.steps * own.batch),
+        ("far", SHORT, max(own.far_steps * own.batch, extension)),
+        ("far", LONG, extension),
     ):
-        if not (work / f"{length}.jsonl").exists():
-            write_corpus(words, work / f"{length}.jsonl", length, steps * batch)
-    start = train(work, "1k", own.steps, own.processes)
+        file = work / f"{text}_{length}.jsonl"
+        if not file.exists():
+            write_corpus(words, file, length, tokens, far=text == "far")
+    train(work, "1k", own.steps, own.processes)
     results = {}
     names = list(METHODS) if "all" in own.methods else list(dict.fromkeys(["untouched", *own.methods]))
     for name in names:
         file = work / f"{name}.json"
         if not file.exists():
-            last = start if name == "untouched" else train(work, name, own.extension_steps, own.processes)
+            steps = own.far_steps if name == "untouched" else own.extension_steps
+            last = train(work, name, steps, own.processes)
             made = measure(load(last, "float32"), words, own.documents, own.needles)
             file.write_text(json.dumps(made))
         results[name] = json.loads(file.read_text())

@@ -25,8 +25,8 @@ def test_documents_can_be_completed_by_copying_alone(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path)
     keys, random = set(words.keys), np.random.default_rng(0)
     for length in (compare.SHORTEST, compare.SHORT, compare.LONG):
-        for needle in (False, True):
-            document = compare.make_document(words, length, random, needle)
+        for far, needle in ((False, False), (True, False), (True, True)):
+            document = compare.make_document(words, length, random, far, needle)
             ids = tokenizer.encode(" ".join(document))
             assert len(document) == length == len(ids)
             assert [words.all[i] for i in ids] == document
@@ -34,19 +34,21 @@ def test_documents_can_be_completed_by_copying_alone(tmp_path: Path) -> None:
             facts = {(document[i], *document[i + 1 : i + 1 + compare.IN_FACT]) for i in at}
             assert max(Counter(word for fact in facts for word in fact).values()) == 1
             assert len(at) >= 2 * len(facts) or needle
+            twice = [key for key, count in Counter(document[i] for i in at).items() if count == 2]
+            assert (len(twice) >= len(facts) // 2) == (far or len(facts) < 2)
             if needle:
                 fact = document[: 1 + compare.IN_FACT]
                 assert document[-1 - compare.IN_FACT :] == fact and document.count(fact[0]) == 2
 
 
 def test_every_method_is_a_stage_of_the_same_budget(tmp_path: Path) -> None:
-    own = argparse.Namespace(steps=20, extension_steps=10, batch=8192, lr=1e-3, processes=2)
+    own = argparse.Namespace(steps=20, far_steps=10, extension_steps=10, batch=8192, lr=1e-3, processes=2)
     compare.write_stages(tmp_path, own)
     tokens = set()
     for name in ("1k", *compare.METHODS):
         config = load_config(["--job.config_file", str(tmp_path / f"{name}.toml")])
         check_config(config, own.processes)
-        if name in compare.METHODS:
+        if name in compare.METHODS and name != "untouched":
             assert config.training.seq_len == compare.METHODS[name].length
             tokens.add(config.training.steps * (config.training.global_batch_tokens or 0))
     assert tokens == {10 * 8192}
