@@ -170,11 +170,10 @@ def make_document(words: Words, length: int, random: np.random.Generator, far: b
     is stated at the beginning and recalled at the end, and nowhere else; the document ends with its values."""
     size = IN_FACT + 2
     facts = max(1, min(round(length * FACT_SHARE / size / PLACES), KEYS))
-    places = max(2, round(length * FACT_SHARE / size / facts))
     keys = random.permutation(words.keys)[:facts]
     values = random.permutation(words.values)[: facts * IN_FACT].reshape(facts, IN_FACT)
     rare = facts // 2 if far else 0
-    often = max(2, round((length * FACT_SHARE / size - 2 * rare) / (facts - rare))) if far else places
+    often = max(2, round((length * FACT_SHARE / size - 2 * rare) / (facts - rare)))
     where = [random.random(2) / 4 + [0, 0.75] if i < rare else random.random(often) for i in range(facts)]
     parts = [(when, [k, *v, STOP]) for k, v, several in zip(keys, values, where) for when in several]
     left = length - size * len(parts)

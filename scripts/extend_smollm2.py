@@ -59,7 +59,7 @@ warmup_steps = {warmup}
 decay_type = "cosine"
 min_lr_factor = 0.1
 [activation_checkpoint]
-mode = "{recompute}"
+mode = "none"
 [metrics]
 log_freq = 1
 [checkpoint]
@@ -163,7 +163,6 @@ def write_stage(own: argparse.Namespace, work: Path, gpu: bool) -> None:
     values = vars(own) | {"work": work, "trained": TRAINED, "positions": pose, "warmup": max(1, own.steps // 10)}
     # bfloat16 is slow on most CPUs
     values |= {"dtype": "bfloat16", "compile": "true"} if gpu else {"dtype": "float32", "compile": "false"}
-    values |= {"recompute": "none"}
     values |= {"texts": [f"{kind}.jsonl" for kind in kinds], "held_out": HELD_OUT}
     values |= {"needle_lengths": [TRAINED // 2, TRAINED, *range(TRAINED * 3 // 2, own.length + 1, TRAINED // 2)]}
     lengths = [n for n in (TRAINED // 2, TRAINED, TRAINED * 2, TRAINED * 4) if n <= own.length]

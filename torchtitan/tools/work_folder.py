@@ -20,7 +20,7 @@ def begin_or_go_on(folder: Path, options: dict[str, Any]) -> None:
         file.write_text(json.dumps(asked, indent=1) + "\n")
         return
     begun = json.loads(file.read_text())
-    for key in begun.keys() | asked.keys():
+    for key in sorted(begun.keys() | asked.keys()):
         if begun.get(key) != asked.get(key):
             raise UserError(
                 f"{folder} was begun with {key} = {begun.get(key)}, and not {asked.get(key)}: its results "

@@ -243,11 +243,10 @@ def test_rope_of_the_command_line_counts_and_that_of_a_file_does_not(
         own = SimpleNamespace(model=model, step=None, processes=1, out=None)
         texts = ["--evaluation.texts", "text.jsonl"]
         configured, folder = what_is_asked(own, [*start, *texts, *extra])  # type: ignore[arg-type]
-        rope_args = weights_for(folder, configured, longest_asked(configured)).args.rope
-        found[name] = rope_args.theta
-        assert rope_args.max_position_embeddings == 256, "rescaled is not trained"
-        rescaled = weights_for(folder, configured, longest_asked(configured))
-        assert rescaled.rescaled == bool(extra) and ("rescaled" in rescaled.label) == bool(extra)
+        weights = weights_for(folder, configured, longest_asked(configured))
+        found[name] = weights.args.rope.theta
+        assert weights.args.rope.max_position_embeddings == 256, "rescaled is not trained"
+        assert weights.rescaled == bool(extra) and ("rescaled" in weights.label) == bool(extra)
         assert ("keeps its own RoPE" in capsys.readouterr().err) == (name == "own, file")
     assert found["own"] == found["own, file"] == TINY["rope_theta"]
     assert found["auto"] == found["auto, file"] > 4 * TINY["rope_theta"]

@@ -69,7 +69,7 @@ class Oracle(Uniform):
 
 
 @pytest.fixture(scope="module")
-def asked(qa_files: list[Path]) -> tuple[JobConfig, Any]:
+def prepared(qa_files: list[Path]) -> Any:
     names = ("ruler", "recall")
     e = Evaluation(
         needle_lengths=(300, 420),
@@ -80,8 +80,7 @@ def asked(qa_files: list[Path]) -> tuple[JobConfig, Any]:
         qa_files=tuple(str(file) for file in qa_files),
         generate=True,
     )
-    config = JobConfig(evaluation=e, data=Data(add_bos=True))
-    return config, prepare(config, TOKENIZER, ARGS)
+    return prepare(JobConfig(evaluation=e, data=Data(add_bos=True)), TOKENIZER, ARGS)
 
 
 def grids(model: Transformer, prepared: Any) -> dict[str, Any]:
@@ -90,8 +89,7 @@ def grids(model: Transformer, prepared: Any) -> dict[str, Any]:
     return result
 
 
-def test_who_knows_the_answers_scores_all(asked: tuple[JobConfig, Any]):
-    prepared = asked[1]
+def test_who_knows_the_answers_scores_all(prepared: Any):
     model = Oracle([item for items in prepared.asked.values() for item in items])
     result = grids(model, prepared)
     for task, grid in result["tasks"].items():
@@ -101,9 +99,8 @@ def test_who_knows_the_answers_scores_all(asked: tuple[JobConfig, Any]):
     assert {n for group in result["groups"].values() for what in ("score", "exact") for n in group[what]} == {1.0}
 
 
-def test_answers_count_for_their_own_questions(asked: tuple[JobConfig, Any]):
+def test_answers_count_for_their_own_questions(prepared: Any):
     """Of each task the first item's answer is wrong: its cell alone falls, to the other items' share."""
-    prepared = asked[1]
     items = []
     for several in prepared.asked.values():
         wrong = torch.flip(several[0].target, [0]) + 1
@@ -117,8 +114,8 @@ def test_answers_count_for_their_own_questions(asked: tuple[JobConfig, Any]):
                 assert grid["exact"][i][d] == (count - hit) / count, task
 
 
-def test_who_knows_nothing_scores_none(asked: tuple[JobConfig, Any]):
-    result = grids(Uniform(ARGS), asked[1])
+def test_who_knows_nothing_scores_none(prepared: Any):
+    result = grids(Uniform(ARGS), prepared)
     for task, grid in result["tasks"].items():
         assert {cell for what in ("score", "exact") for row in grid[what] for cell in row} == {0.0}, task
         expected = -torch.tensor(float(ARGS.vocab_size)).log().item()
