@@ -179,19 +179,54 @@ def answer_scores(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Teacher forcing: prompts int64 [P], targets int64 [A] -> of each (log-probabilities of the target's tokens,
     float32 [A]; whether each is the likeliest, bool [A]), on the CPU."""
+    answers = lay_out_answers(model, ranks, prompts, targets)
+    return answers.scores(ranks, logits_of(model, ranks, answers.local, answers.rows, rope))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Prompts with answers behind them, laid out, and where in the stream the answers are foretold."""
+
+    local: LocalBatch
+    rows: torch.Tensor
+    """int64 [R]: this rank's tokens behind which a token of an answer comes."""
+    place: torch.Tensor
+    """int64 [R]: of that token among all answers' tokens, one answer after the other."""
+    targets: Sequence[torch.Tensor]
+
+    @property
+    def source(self) -> torch.Tensor:
+        """int64 [R]: which prompt."""
+        return self.local.source[self.rows]
+
+    @property
+    def first(self) -> torch.Tensor:
+        """bool [R]: whether the prompt ends here."""
+        return self.place == _starts(self.targets)[self.source]
+
+    def scores(self, ranks: Ranks, logits: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """logits [R, vocab_size] of rows -> what answer_scores() gives. Collective."""
+        wanted = torch.cat([t.cpu() for t in self.targets])[self.place].to(logits.device)
+        result = torch.zeros(2, sum(map(len, self.targets)), device=logits.device)
+        result[0, self.place] = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+        result[1, self.place] = (logits.argmax(-1) == wanted).float()
+        both = ranks.sum_over_row(result).cpu().split([len(t) for t in self.targets], dim=1)
+        return [(scores[0], scores[1] > 0.5) for scores in both]
+
+
+def lay_out_answers(
+    model: Transformer, ranks: Ranks, prompts: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
+) -> Answers:
+    """prompts int64 [P], targets int64 [A], P and A >= 1; a target's last token is not read."""
     local = lay_out(model, ranks, [torch.cat((p, t[:-1])) for p, t in zip(prompts, targets, strict=True)])
-    first = torch.tensor([len(p) - 1 for p in prompts])  # the token behind which the answer begins
-    starts = torch.tensor([0, *(len(t) for t in targets)]).cumsum(0)
-    behind = local.index - first[local.source]  # of padding it means nothing
-    rows = torch.nonzero((local.source >= 0) & (behind >= 0))[:, 0]
-    place = (starts[local.source] + behind)[rows]
-    logits = logits_of(model, ranks, local, rows, rope)
-    wanted = torch.cat([t.cpu() for t in targets])[place].to(logits.device)
-    result = torch.zeros(2, int(starts[-1]), device=logits.device)
-    result[0, place] = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
-    result[1, place] = (logits.argmax(-1) == wanted).float()
-    both = ranks.sum_over_row(result).cpu().split([len(t) for t in targets], dim=1)
-    return [(scores[0], scores[1] > 0.5) for scores in both]
+    ends = torch.tensor([len(p) - 1 for p in prompts])
+    behind = local.index - ends[local.source]  # of padding it means nothing
+    rows = torch.nonzero((local.source != PADDING_SOURCE) & (behind >= 0))[:, 0]
+    return Answers(local, rows, (_starts(targets)[local.source] + behind)[rows], targets)
+
+
+def _starts(targets: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.tensor([0, *(len(t) for t in targets)]).cumsum(0)
 
 
 def logits_of(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,8 @@ import torch.distributed as dist
 
 from torchtitan.attention.backends import AttentionCore, Mask
 from torchtitan.attention.segments import Segments
-from torchtitan.datasets.loader import PADDING_SOURCE
 from torchtitan.distributed.context_parallel.shard import LocalBatch
-from torchtitan.evaluation.forward import Ranks, lay_out, logits_of
+from torchtitan.evaluation.forward import Ranks, lay_out_answers, logits_of
 from torchtitan.evaluation.loss_by_position import rope_for
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.transformer import Transformer
@@ -29,13 +29,18 @@ BATCH_PROMPTS = 16
 """Prompts that are read together have at most so many tokens, each counted as the longest, and are so many, or it is
 one."""
 
+NO_ANSWER = torch.zeros(1, dtype=torch.int64)
+"""As a target: nothing more than the prompt is read."""
+
 
 class Places:
-    """Of each of B prompts, which tokens this rank has the keys of; the same in all layers."""
+    """Of each of B prompts, which tokens this rank has the keys of; the same in all layers. What is behind a prompt's
+    length in its document is not kept."""
 
     def __init__(self, local: LocalBatch, lengths: list[int], new_tokens: int, ranks: Ranks):
         self.ranks = ranks
-        self.rows = [torch.nonzero(local.source == b)[:, 0].to(ranks.device) for b in range(len(lengths))]
+        kept = [(local.source == b) & (local.index < length) for b, length in enumerate(lengths)]
+        self.rows = [torch.nonzero(rows)[:, 0].to(ranks.device) for rows in kept]
         here = [len(rows) for rows in self.rows]
         self.capacity = max(here) + -(-new_tokens // ranks.cp)
         self.batch = torch.arange(len(lengths), device=ranks.device)
@@ -168,6 +173,28 @@ def groups_of(
     return groups
 
 
+def choose(
+    logits: torch.Tensor,
+    n: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    draws: Sequence[tuple[int, ...]] = (),
+) -> list[int]:
+    """logits [B, vocab_size] -> the n-th token of each; draws: what each one's randomness is a function of, with n."""
+    if temperature == 0:
+        return logits.argmax(-1).tolist()
+    chosen = []
+    for row, draw in zip(logits.cpu(), draws, strict=True):
+        probabilities, order = (row / temperature).softmax(-1).sort(descending=True)
+        before = probabilities.cumsum(-1) - probabilities
+        share = probabilities.masked_fill(before >= top_p, 0)
+        u = np.random.default_rng((*draw, n)).random()
+        total = share.double().cumsum(-1)
+        at = int(torch.searchsorted(total, torch.tensor(u * float(total[-1]), dtype=torch.float64), right=True))
+        chosen.append(int(order[min(at, int((share > 0).sum()) - 1)]))
+    return chosen
+
+
 @torch.no_grad()
 def generate(
     model: Transformer,
@@ -204,40 +231,44 @@ def generate(
         # with nothing left to write a rank still takes part
         some = [prompts[i] for i in batch] or [torch.zeros(1, dtype=torch.int64)]
         draws = [(seed, numbers[i]) for i in batch] or [(seed, 0)]
-        found = _write(model, ranks, some, max_new_tokens, stop_ids, temperature, top_p, draws, used, bool(batch), stop)
+        pick = partial(choose, temperature=temperature, top_p=top_p, draws=draws)
+        found, _ = write(
+            model, ranks, some, [NO_ANSWER] * len(some), max_new_tokens, stop_ids, used, bool(batch), pick, stop
+        )
         for i, tokens in zip(batch, found):
             written[i] = tokens
     return written
 
 
-def _write(
+@torch.no_grad()
+def write(
     model: Transformer,
     ranks: Ranks,
-    prompts: list[torch.Tensor],
+    prompts: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
     max_new_tokens: int,
     stop_ids: frozenset[int],
-    temperature: float,
-    top_p: float,
-    draws: list[tuple[int, int]],
     rope: RopeArgs,
-    needed: bool,
-    stop: Callable[[list[int]], bool] | None,
-) -> list[list[int]]:
-    """generate() for prompts that go through the model together."""
-    local = lay_out(model, ranks, prompts)
+    needed: bool = True,
+    pick: Callable[[torch.Tensor, int], list[int]] = choose,
+    stop: Callable[[list[int]], bool] | None = None,
+) -> tuple[list[list[int]], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """generate() for prompts that go through the model together, and answer_scores() of targets, for which they are
+    read but once. needed: otherwise this rank only takes part. pick: choose(), with its last arguments given."""
+    answers = lay_out_answers(model, ranks, prompts, targets)
     lengths = [len(prompt) for prompt in prompts]
-    places = Places(local, lengths, max_new_tokens, ranks)
-    ends = torch.tensor(lengths) - 1
-    rows = torch.nonzero((local.source != PADDING_SOURCE) & (local.index == ends[local.source]))[:, 0]
+    places = Places(answers.local, lengths, max_new_tokens, ranks)
     tokens: list[list[int]] = [[] for _ in prompts]
     open_ = [needed] * len(prompts)
     with caching(model, places):
-        found = logits_of(model, ranks, local, rows, rope)
+        found = logits_of(model, ranks, answers.local, answers.rows, rope)
+        scores = answers.scores(ranks, found)
         logits = found.new_zeros(len(prompts), model.args.vocab_size)
-        logits[local.source[rows].to(found.device)] = found
+        logits[answers.source[answers.first].to(found.device)] = found[answers.first.to(found.device)]
         ranks.sum_over_row(logits)
+        del found
         for n in range(max_new_tokens):
-            chosen = choose(logits, temperature, top_p, [(*draw, n) for draw in draws])
+            chosen = pick(logits, n)
             for b, token in enumerate(chosen):
                 open_[b] = open_[b] and token not in stop_ids
                 if open_[b]:
@@ -248,7 +279,7 @@ def _write(
             places.begin()
             logits = _next_logits(model, ranks, chosen, [length + n for length in lengths], rope)
             places.end()
-    return tokens
+    return tokens, scores
 
 
 def _next_logits(
@@ -267,19 +298,3 @@ def _next_logits(
     inputs, where = (torch.tensor([*x, *[0] * padding], device=device) for x in (tokens, positions))
     rows = torch.arange(len(tokens), device=device)
     return model(inputs, where, mask, rope=rope, rows=rows).float()
-
-
-def choose(logits: torch.Tensor, temperature: float, top_p: float, draws: Sequence[tuple[int, ...]]) -> list[int]:
-    """logits [B, vocab_size] -> a token each; draws: what each one's randomness is a function of."""
-    if temperature == 0:
-        return logits.argmax(-1).tolist()
-    chosen = []
-    for row, draw in zip(logits.cpu(), draws, strict=True):
-        probabilities, order = (row / temperature).softmax(-1).sort(descending=True)
-        before = probabilities.cumsum(-1) - probabilities
-        share = probabilities.masked_fill(before >= top_p, 0)
-        u = np.random.default_rng(draw).random()
-        total = share.double().cumsum(-1)
-        at = int(torch.searchsorted(total, torch.tensor(u * float(total[-1]), dtype=torch.float64), right=True))
-        chosen.append(int(order[min(at, int((share > 0).sum()) - 1)]))
-    return chosen

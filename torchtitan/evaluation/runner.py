@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.evaluation.forward import Ranks, answer_scores, document_losses
-from torchtitan.evaluation.generate import generate, groups_of
+from torchtitan.evaluation.generate import groups_of, write
 from torchtitan.evaluation.items import Item, Score
 from torchtitan.evaluation.loss_by_position import rope_for
 from torchtitan.models.transformer import Transformer
@@ -58,37 +58,30 @@ def ask(
 ) -> list[Outcome]:
     """Outcomes of all items, in their order. Collective. writes: have the model write answers, greedily, too."""
     mine = list(range(ranks.dp_rank, len(items), ranks.dp))
-    forced: dict[int, tuple[bool, float]] = {}
-    rope = model.args.rope
-    spare = [max(items[i].max_new_tokens, len(items[i].target)) for i in mine]
-    groups = groups_of([items[i].prompt for i in mine], spare, rope)
-    for g in range(rounds := ranks.largest(len(groups))):
-        used, members = groups[g] if g < len(groups) else (rope, [])
-        some = [items[mine[j]] for j in members]
-        prompts = [item.prompt for item in some] or [NOTHING]
-        targets = [item.target for item in some] or [NOTHING]
-        for j, (log_probabilities, likeliest) in zip(members, answer_scores(model, ranks, prompts, targets, used)):
-            forced[mine[j]] = bool(likeliest.all()), float(log_probabilities.mean())
-        on_part(g + 1, rounds * (1 + writes))
-    written: dict[int, list[int]] = {}
-    if writes:
-        stops = stop_ids(tokenizer)
-        limits = sorted({item.max_new_tokens for item in items})
-        for n, limit in enumerate(limits):
-            asked = [i for i in mine if items[i].max_new_tokens == limit]
-            found = generate(model, ranks, [items[i].prompt for i in asked], limit, stops)
-            written |= dict(zip(asked, found, strict=True))
-            on_part(len(limits) + n + 1, 2 * len(limits))
-    own = []
-    for i in mine:
-        exact, logprob = forced[i]
-        if not writes:
-            own.append((i, Outcome(exact, logprob)))
-            continue
-        text = tokenizer.decode(written[i])
-        cut = len(written[i]) == items[i].max_new_tokens
-        own.append((i, Outcome(exact, logprob, score(text, items[i].answers), text, cut)))
-    everything = dict(pair for part in ranks.gather(own) for pair in part)
+    outcomes: dict[int, Outcome] = {}
+    stops = stop_ids(tokenizer)
+    limits = sorted({item.max_new_tokens for item in items})
+    for n, limit in enumerate(limits):
+        asked = [i for i in mine if items[i].max_new_tokens == limit]
+        spare = [max(limit, len(items[i].target)) for i in asked]
+        groups = groups_of([items[i].prompt for i in asked], spare, model.args.rope)
+        for g in range(rounds := ranks.largest(len(groups))):
+            used, members = groups[g] if g < len(groups) else (model.args.rope, [])
+            some = [items[asked[j]] for j in members]
+            read = [item.prompt for item in some] or [NOTHING], [item.target for item in some] or [NOTHING]
+            if writes:
+                written, forced = write(model, ranks, *read, limit, stops, used, needed=bool(some))
+            else:
+                written, forced = [], answer_scores(model, ranks, *read, used)
+            for k, (item, (logprobs, likeliest)) in enumerate(zip(some, forced)):
+                outcome = Outcome(bool(likeliest.all()), float(logprobs.mean()))
+                if writes:
+                    text = tokenizer.decode(written[k])
+                    found, cut = score(text, item.answers), len(written[k]) == limit
+                    outcome = replace(outcome, score=found, text=text, cut=cut)
+                outcomes[asked[members[k]]] = outcome
+            on_part(n * rounds + g + 1, len(limits) * rounds)
+    everything = dict(pair for part in ranks.gather(list(outcomes.items())) for pair in part)
     return [everything[i] for i in range(len(items))]
 
 

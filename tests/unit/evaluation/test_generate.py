@@ -12,7 +12,7 @@ import torch
 from torchtitan.attention.segments import Segments
 from torchtitan.evaluation import stage
 from torchtitan.evaluation.forward import Ranks, answer_scores, document_losses, window_pieces
-from torchtitan.evaluation.generate import choose, generate, groups_of
+from torchtitan.evaluation.generate import choose, generate, groups_of, write
 from torchtitan.evaluation.loss_by_position import token_losses
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_scaling import DynamicNTKScaling, YarnScaling
@@ -99,6 +99,14 @@ def test_teacher_forcing_is_greedy_generation_on_200_cases():
             assert bool(likeliest.all()) == (targets[i].tolist() == written[i])
             matched += bool(likeliest.all())
             cases += 1
+        some = range(0, 40, 5)  # and of both out of one reading
+        chosen = [prompts[i] for i in some], [targets[i] for i in some]
+        together, forced = write(model, SDPA, *chosen, 6, frozenset(), model.args.rope)
+        assert together == [written[i] for i in some]
+        for i, (logprobs, likeliest) in zip(some, forced, strict=True):
+            expected, exact = scores[order.index(i)]
+            torch.testing.assert_close(logprobs, expected)
+            assert torch.equal(likeliest, exact)
     assert cases == 200 and 80 < matched < 160
 
 
@@ -160,10 +168,10 @@ def test_draws_are_those_of_the_seed_whoever_else_is_read():
 
 def test_sampling_has_the_probabilities_of_the_nucleus():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    drawn = [choose(logits, 1.0, 0.75, [(0, n)])[0] for n in range(4000)]
+    drawn = [choose(logits, n, 1.0, 0.75, [(0,)])[0] for n in range(4000)]
     shares = np.bincount(drawn, minlength=4) / 4000
     np.testing.assert_allclose(shares, [0.625, 0.375, 0, 0], atol=0.03)
-    sharp = [choose(logits, 0.5, 1.0, [(0, n)])[0] for n in range(4000)]
+    sharp = [choose(logits, n, 0.5, 1.0, [(0,)])[0] for n in range(4000)]
     squares = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
     np.testing.assert_allclose(np.bincount(sharp, minlength=4) / 4000, squares / squares.sum(), atol=0.03)
 

@@ -35,8 +35,8 @@ class Uniform(Transformer):
 
 
 class Oracle(Uniform):
-    """Knows the answer behind each prompt, then ends. It sees what the evaluation gives it: a stream of documents, and
-    after that one new token of each."""
+    """Knows the answer behind each prompt, then ends. It sees what the evaluation gives it: a stream of documents,
+    prompts and answers, and after that one new token of each prompt."""
 
     def __init__(self, items: Sequence[Item]):
         super().__init__(ARGS)
@@ -49,8 +49,12 @@ class Oracle(Uniform):
             return logits
         if positions[0] == 0:
             begins = torch.nonzero(positions == 0)[:, 0].tolist()
-            self.read = [part.tolist() for part in tokens.tensor_split(begins[1:])]
-            seen = [d[: at + 1] for d, b in zip(self.read, begins) for at in range(len(d)) if b + at in options["rows"]]
+            documents = [part.tolist() for part in tokens.tensor_split(begins[1:])]
+            asked = [
+                [d[: at + 1] for at in range(len(d)) if b + at in options["rows"]] for d, b in zip(documents, begins)
+            ]
+            seen = [text for several in asked for text in several]
+            self.read = [several[0] for several in asked]  # a prompt, and not the answer behind it
         else:
             assert positions.tolist() == [len(text) for text in self.read]
             self.read = [[*text, token] for text, token in zip(self.read, tokens.tolist(), strict=True)]
