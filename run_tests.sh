@@ -13,4 +13,4 @@ echo "== ruff format"
 echo "== mypy"
 "$PYTHON" -m mypy
 echo "== pytest"
-"$PYTHON" -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"
+"$PYTHON" -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder --durations 25 "$@"
