@@ -5,12 +5,13 @@
 
 The documents reward copying from afar. They are made of real words: sentences out of Python's own documentation, and
 between them facts, `KEY VALUE VALUE VALUE .`, each of which stands at several places of a document with the same
-values: those of the first place cannot be known, those of the others can only be copied. Documents have all lengths
-from 32 to that of the stage's rows, as copying is learned soonest in short ones. It is learned from the nearest copies
-first; a second stage of 1K has documents in which half of the facts stand at two places only, far apart. Every
-extension goes on from its checkpoint, in such documents, with the same number of tokens. Measured on other documents:
-whether all values of a fact are the likeliest tokens, by the length of the document, where the fact is stated at its
-beginning and recalled at its end alone; and the loss by position. All stages are trained by run_train.sh's own code.
+values: those of the first place cannot be known, those of the others can only be copied. Copying is learned soonest in
+short documents and of near copies: first come documents of 32 to 1,024 words, with as many tokens of each octave. A
+second stage of 1K has some in which half of the facts stand at two places only, near the document's two ends. Every
+extension goes on from its checkpoint, in such documents of up to 4,096 words, half of the tokens in those of more than
+2K, and with the same number of tokens. Measured on other documents: whether all values of a fact are the likeliest
+tokens, by the length of the document, where the fact is stated at its beginning and recalled at its end alone; and the
+loss by position. All stages are trained by run_train.sh's own code.
 Leaves results.json, table.md and plot.png in WORK; what is there already is not made again.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -166,15 +168,16 @@ def find_words() -> Words:
 
 
 def make_document(words: Words, length: int, random: np.random.Generator, far: bool, needle: bool = False) -> list[str]:
-    """`length` words. far: half of the facts stand once in the first and once in the last quarter. With needle one fact
-    is stated at the beginning and recalled at the end, and nowhere else; the document ends with its values."""
+    """`length` words. far: half of the facts stand once in the first and once in the last quarter, mostly near the
+    ends: distances of the whole length are to be learned. With needle one fact is stated at the beginning and recalled
+    at the end, and nowhere else; the document ends with its values."""
     size = IN_FACT + 2
     facts = max(1, min(round(length * FACT_SHARE / size / PLACES), KEYS))
     keys = random.permutation(words.keys)[:facts]
     values = random.permutation(words.values)[: facts * IN_FACT].reshape(facts, IN_FACT)
     rare = facts // 2 if far else 0
     often = max(2, round((length * FACT_SHARE / size - 2 * rare) / (facts - rare)))
-    where = [random.random(2) / 4 + [0, 0.75] if i < rare else random.random(often) for i in range(facts)]
+    where = [abs(random.random(2) ** 2 / 4 - [0, 1]) if i < rare else random.random(often) for i in range(facts)]
     parts = [(when, [k, *v, STOP]) for k, v, several in zip(keys, values, where) for when in several]
     left = length - size * len(parts)
     if needle:
@@ -192,11 +195,15 @@ def make_document(words: Words, length: int, random: np.random.Generator, far: b
 
 
 def write_corpus(words: Words, file: Path, length: int, tokens: int, far: bool) -> None:
-    """Documents of up to `length` words, a word a token; as many tokens in those of 32 to 64 words as of 64 to 128."""
+    """Documents of up to `length` words, a word a token. Up to 1K there are as many tokens in those of 32 to 64 as in
+    those of 64 to 128; beyond, as many documents: half of the tokens are in documents of more than 2K."""
     random = np.random.default_rng([3 * far, length])
     with file.open("w") as out:
         while tokens > 0:
-            size = round(1 / random.uniform(1 / length, 1 / SHORTEST))
+            if length > SHORT:
+                size = round(math.exp(random.uniform(math.log(SHORTEST), math.log(length))))
+            else:
+                size = round(1 / random.uniform(1 / length, 1 / SHORTEST))
             out.write(json.dumps({"text": " ".join(make_document(words, size, random, far))}) + "\n")
             tokens -= size
 
@@ -329,7 +336,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--methods", nargs="+", default=list(PROOF), choices=[*METHODS, "all"])
     parser.add_argument("--steps", type=int, default=2000, help=f"of the first stage of {SHORT}")
     parser.add_argument("--far-steps", type=int, default=300, help=f"of the second stage of {SHORT}")
-    parser.add_argument("--extension-steps", type=int, default=300)
+    parser.add_argument("--extension-steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=4096, help="tokens a step; extensions: a long row a process")
     parser.add_argument("--lr", type=float, default=4e-3, help="of the first stage; a quarter of it beyond")
     parser.add_argument("--processes", type=int, default=2)
