@@ -1,18 +1,22 @@
 """What the tests with several ranks share: a tiny stage on ragged text, and a way to run functions on real ranks.
 
-Importing PyTorch takes seconds a process, so one spawn runs many cases: each makes its own process group and ends it.
+Importing PyTorch takes seconds a process. So one spawn runs many cases, each of which makes its own process group and
+ends it, and the ranks are forks of a server that has imported it and done nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import socket
+import sys
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +161,10 @@ def spawn(world_size: int, function: Callable[..., Any], cases: list[Any], folde
     """Runs function(case, rank, world_size) for every case on world_size ranks; rank 0's results, in order."""
     ports = _free_ports(len(cases))
     results = folder / f"results-{random.getrandbits(64):x}"
-    arguments = (world_size, function, cases, ports, str(results))
-    ranks = mp.spawn(_worker, arguments, nprocs=world_size, join=False)  # type: ignore
+    surroundings = dict(os.environ), [Descriptor(1), Descriptor(2)]
+    arguments = (world_size, function, cases, ports, str(results), surroundings)
+    multiprocessing.set_forkserver_preload(["torchtitan.trainer"])
+    ranks = mp.start_processes(_worker, arguments, world_size, join=False, start_method="forkserver")  # type: ignore
     try:
         while not ranks.join():
             pass
@@ -168,10 +174,33 @@ def spawn(world_size: int, function: Callable[..., Any], cases: list[Any], folde
     return torch.load(results, weights_only=False)
 
 
+class Descriptor:
+    """A file descriptor among a new process' arguments: the same file there. The server's are those of the test that
+    started it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> Any:
+        return _take_over, (reduction.DupFd(self.number), self.number)
+
+
+def _take_over(duplicate: Any, number: int) -> None:
+    os.dup2(duplicate.detach(), number)
+
+
 def _worker(
-    rank: int, world_size: int, function: Callable[..., Any], cases: list[Any], ports: list[int], results: str
+    rank: int,
+    world_size: int,
+    function: Callable[..., Any],
+    cases: list[Any],
+    ports: list[int],
+    results: str,
+    surroundings: tuple[dict[str, str], Any],
 ) -> None:
     torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(surroundings[0])
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests are of gloo ranks, also on a machine with a GPU
     outcome = []
     for case, port in zip(cases, ports, strict=True):
@@ -182,6 +211,8 @@ def _worker(
         _clear_sharding_prop_cache()
     if rank == 0:
         torch.save(outcome, results)
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)  # as train.py ends: gloo's threads may outlive the interpreter's
 
 
