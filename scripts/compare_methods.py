@@ -8,10 +8,10 @@ between them facts, `KEY VALUE VALUE VALUE .`, each of which stands at several p
 values: those of the first place cannot be known, those of the others can only be copied. Copying is learned soonest in
 short documents and of near copies: first come documents of 32 to 1,024 words, with as many tokens of each octave. A
 second stage of 1K has some in which half of the facts stand at two places only, near the document's two ends. Every
-extension goes on from its checkpoint, in such documents of up to 4,096 words, half of the tokens in those of more than
-2K, and with the same number of tokens. Measured on other documents: whether all values of a fact are the likeliest
-tokens, by the length of the document, where the fact is stated at its beginning and recalled at its end alone; and the
-loss by position. All stages are trained by run_train.sh's own code.
+extension goes on from its checkpoint, with the same number of tokens: where its rows are of 4K, in such documents of up
+to 4,096 words, half of the tokens in those of more than 2K. Measured on other documents: whether all values of a fact
+are the likeliest tokens, by the length of the document, where the fact is stated at its beginning and recalled at its
+end alone; and the loss by position. All stages are trained by run_train.sh's own code.
 Leaves results.json, table.md and plot.png in WORK; what is there already is not made again.
 """
 

@@ -232,9 +232,8 @@ def generate(
         some = [prompts[i] for i in batch] or [torch.zeros(1, dtype=torch.int64)]
         draws = [(seed, numbers[i]) for i in batch] or [(seed, 0)]
         pick = partial(choose, temperature=temperature, top_p=top_p, draws=draws)
-        found, _ = write(
-            model, ranks, some, [NO_ANSWER] * len(some), max_new_tokens, stop_ids, used, bool(batch), pick, stop
-        )
+        limits = [max_new_tokens] * len(some)
+        found, _ = write(model, ranks, some, [NO_ANSWER] * len(some), limits, stop_ids, used, bool(batch), pick, stop)
         for i, tokens in zip(batch, found):
             written[i] = tokens
     return written
@@ -246,7 +245,7 @@ def write(
     ranks: Ranks,
     prompts: Sequence[torch.Tensor],
     targets: Sequence[torch.Tensor],
-    max_new_tokens: int,
+    limits: Sequence[int],
     stop_ids: frozenset[int],
     rope: RopeArgs,
     needed: bool = True,
@@ -254,10 +253,12 @@ def write(
     stop: Callable[[list[int]], bool] | None = None,
 ) -> tuple[list[list[int]], list[tuple[torch.Tensor, torch.Tensor]]]:
     """generate() for prompts that go through the model together, and answer_scores() of targets, for which they are
-    read but once. needed: otherwise this rank only takes part. pick: choose(), with its last arguments given."""
+    read but once. limits: of each prompt's new tokens. needed: otherwise this rank only takes part. pick: choose(),
+    with its last arguments given."""
     answers = lay_out_answers(model, ranks, prompts, targets)
     lengths = [len(prompt) for prompt in prompts]
-    places = Places(answers.local, lengths, max_new_tokens, ranks)
+    longest = ranks.largest(max(limits))  # what other ranks write, this one goes through too
+    places = Places(answers.local, lengths, longest, ranks)
     tokens: list[list[int]] = [[] for _ in prompts]
     open_ = [needed] * len(prompts)
     with caching(model, places):
@@ -267,14 +268,14 @@ def write(
         logits[answers.source[answers.first].to(found.device)] = found[answers.first.to(found.device)]
         ranks.sum_over_row(logits)
         del found
-        for n in range(max_new_tokens):
+        for n in range(longest):
             chosen = pick(logits, n)
             for b, token in enumerate(chosen):
                 open_[b] = open_[b] and token not in stop_ids
                 if open_[b]:
                     tokens[b].append(token)
-                    open_[b] = stop is None or not stop(tokens[b])
-            if n + 1 == max_new_tokens or not ranks.largest(int(any(open_))):
+                    open_[b] = len(tokens[b]) < limits[b] and (stop is None or not stop(tokens[b]))
+            if n + 1 == longest or not ranks.largest(int(any(open_))):
                 break
             places.begin()
             logits = _next_logits(model, ranks, chosen, [length + n for length in lengths], rope)

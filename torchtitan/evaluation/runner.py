@@ -60,27 +60,25 @@ def ask(
     mine = list(range(ranks.dp_rank, len(items), ranks.dp))
     outcomes: dict[int, Outcome] = {}
     stops = stop_ids(tokenizer)
-    limits = sorted({item.max_new_tokens for item in items})
-    for n, limit in enumerate(limits):
-        asked = [i for i in mine if items[i].max_new_tokens == limit]
-        spare = [max(limit, len(items[i].target)) for i in asked]
-        groups = groups_of([items[i].prompt for i in asked], spare, model.args.rope)
-        for g in range(rounds := ranks.largest(len(groups))):
-            used, members = groups[g] if g < len(groups) else (model.args.rope, [])
-            some = [items[asked[j]] for j in members]
-            read = [item.prompt for item in some] or [NOTHING], [item.target for item in some] or [NOTHING]
+    spare = [max(items[i].max_new_tokens, len(items[i].target)) for i in mine]
+    groups = groups_of([items[i].prompt for i in mine], spare, model.args.rope)
+    for g in range(rounds := ranks.largest(len(groups))):
+        used, members = groups[g] if g < len(groups) else (model.args.rope, [])
+        some = [items[mine[j]] for j in members]
+        read = [item.prompt for item in some] or [NOTHING], [item.target for item in some] or [NOTHING]
+        if writes:
+            limits = [item.max_new_tokens for item in some] or [1]
+            written, forced = write(model, ranks, *read, limits, stops, used, needed=bool(some))
+        else:
+            written, forced = [], answer_scores(model, ranks, *read, used)
+        for k, (item, (logprobs, likeliest)) in enumerate(zip(some, forced)):
+            outcome = Outcome(bool(likeliest.all()), float(logprobs.mean()))
             if writes:
-                written, forced = write(model, ranks, *read, limit, stops, used, needed=bool(some))
-            else:
-                written, forced = [], answer_scores(model, ranks, *read, used)
-            for k, (item, (logprobs, likeliest)) in enumerate(zip(some, forced)):
-                outcome = Outcome(bool(likeliest.all()), float(logprobs.mean()))
-                if writes:
-                    text = tokenizer.decode(written[k])
-                    found, cut = score(text, item.answers), len(written[k]) == limit
-                    outcome = replace(outcome, score=found, text=text, cut=cut)
-                outcomes[asked[members[k]]] = outcome
-            on_part(n * rounds + g + 1, len(limits) * rounds)
+                text = tokenizer.decode(written[k])
+                found, cut = score(text, item.answers), len(written[k]) == item.max_new_tokens
+                outcome = replace(outcome, score=found, text=text, cut=cut)
+            outcomes[mine[members[k]]] = outcome
+        on_part(g + 1, rounds)
     everything = dict(pair for part in ranks.gather(list(outcomes.items())) for pair in part)
     return [everything[i] for i in range(len(items))]
 
