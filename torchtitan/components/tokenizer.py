@@ -69,6 +69,15 @@ class Tokenizer:
         """Ids of the text, without BOS and EOS; the spelling of a special token is ordinary text."""
         return self._encode_batch([text])[0]
 
+    def encode_behind(self, text: str) -> list[int]:
+        """Ids of the text as it goes on from another: tokenizers of the SentencePiece kind (Llama 2, Mistral) put a
+        space before a text's first character, which is not there in the middle of one."""
+        for before in (":", "a"):
+            head, whole = self._encode_batch([before, before + text])
+            if whole[: len(head)] == head:
+                return whole[len(head) :]
+        return self.encode(text)  # it begins with what joins both: no space is put before a text, then
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """encode of each text; on several cores where the library offers that."""
         return self._encode_batch(texts)

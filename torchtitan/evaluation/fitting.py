@@ -60,7 +60,7 @@ def fitted(
 
     def attempt(size: int) -> tuple[Question, list[int], list[int], int]:
         question = render(size)
-        ids, target = bos + tokenizer.encode(question.prompt), tokenizer.encode(question.target)
+        ids, target = bos + tokenizer.encode(question.prompt), tokenizer.encode_behind(question.target)
         return question, ids, target, len(ids) + max(budget, len(target))
 
     low, best = least, attempt(least)

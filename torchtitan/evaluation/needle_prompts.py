@@ -59,7 +59,7 @@ def needle_prompt(
         "name": f"{COLOURS[rng.integers(len(COLOURS))]} {THINGS[rng.integers(len(THINGS))]}",
         "number": str(rng.integers(10 ** (DIGITS - 1), 10**DIGITS)),
     }
-    needle, question, answer = (tokenizer.encode(part.format(**words)) for part in (NEEDLE, QUESTION, ANSWER))
+    needle, question, answer = (tokenizer.encode_behind(part.format(**words)) for part in (NEEDLE, QUESTION, ANSWER))
     bos = [] if bos_id is None else [bos_id]
     between = length - spare - len(bos) - len(needle) - len(question) - len(answer)
     if between < 0:
