@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from torchtitan.components.manifest import MANIFEST, complete_steps
+from torchtitan.components.manifest import MANIFEST, complete_steps, read_manifest
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.checks import check_ranges, check_rope, resolve_shard_degree
 from torchtitan.config.job_config import Rope
@@ -95,6 +95,10 @@ def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "
             f"--model {folder} has neither config.json nor manifest.json{there}. It should be a Hugging Face folder, "
             "or a checkpoint of a run (outputs/checkpoint/step-1000)."
         )
+    says_bos = config_file(overrides) is not None or any(flag_name(arg) == "data.add_bos" for arg in overrides)
+    if (folder / MANIFEST).is_file() and not says_bos:  # as it was trained
+        trained = read_manifest(folder).get("config", {}).get("data", {})
+        config = replace(config, data=replace(config.data, add_bos=trained.get("add_bos", config.data.add_bos)))
     first = os.environ.get("RANK", "0") == "0" and (own.processes == 1 or "RANK" in os.environ)
     if not rescale and in_file != Rope() and not (folder / MANIFEST).is_file() and first:
         print(f"note: {folder} keeps its own RoPE; the stage's [rope] is not applied to it.", file=sys.stderr)

@@ -256,6 +256,19 @@ def test_rope_of_the_command_line_counts_and_that_of_a_file_does_not(
     assert weights_for(folder, configured, longest_asked(configured)).args.rope.theta == found["auto"]
 
 
+def test_a_checkpoint_is_asked_with_bos_as_it_was_trained(tmp_path: Path):
+    about = {"format": 1, "config": {"data": {"add_bos": False}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(about))
+    (tmp_path / "stage.toml").write_text("")
+    for args, bos in (
+        ([], False),
+        (["--data.add_bos", "true"], True),
+        (["--job.config_file", str(tmp_path / "stage.toml")], True),  # whose default it is
+    ):
+        own = SimpleNamespace(model=tmp_path, step=None, processes=1, out=None)
+        assert what_is_asked(own, args)[0].data.add_bos == bos  # type: ignore[arg-type]
+
+
 def test_a_stage_own_results_are_of_its_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     stage_file, checkpoint = tmp_path / "stage.toml", tmp_path / "out/checkpoint/step-3"
     stage_file.write_text(f'[job]\ndump_folder = "{tmp_path / "out"}"\n[rope]\ntheta = 77.0\n')
