@@ -114,7 +114,7 @@ def main(args: list[str]) -> int:
 
 
 def encoder_of(loaded: Loaded) -> ChatEncoder:
-    template = load_chat_template(Path(loaded.tokenizer.folder))
+    template = load_chat_template(loaded.tokenizer)
     return ChatEncoder(loaded.tokenizer, template, "messages")
 
 
@@ -159,7 +159,7 @@ def measure(loaded: Loaded, file: Path, heldout: int, answers: int, longest: int
         losses.append(F.cross_entropy(predictions, labels, reduction="none"))
         ends.append(float((predictions.argmax(-1) == end)[labels == end].float().mean()))
         if len(written) < answers:
-            prompt = load_chat_template(Path(tokenizer.folder)).render(record["messages"][:1], answering=True)
+            prompt = load_chat_template(tokenizer).render(record["messages"][:1], answering=True)
             answer = greedy(loaded, tokenizer.encode_template(prompt)[0], end, longest)
             written.append({"prompt": record["messages"][0]["content"], "answer": tokenizer.decode(answer)})
     return {

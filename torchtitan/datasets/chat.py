@@ -17,6 +17,7 @@ spell special tokens, so that data cannot forge the end of a turn: conversations
 from __future__ import annotations
 
 import json
+import os
 import re
 from bisect import bisect_left
 from collections import Counter
@@ -33,7 +34,7 @@ from torchtitan.datasets.units import ASSISTANT, ROLES
 if TYPE_CHECKING:  # components stand above datasets
     from torchtitan.components.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Version of the way conversations become tokens; part of the key of their corpora."""
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "tool": "tool", "assistant": "assistant"}
@@ -103,7 +104,7 @@ class ChatEncoder:
         answers = [message for message in messages if message["role"] == "assistant"]
         if not answers:
             return "no_response"
-        if any(not "".join(_texts(m["content"])).strip() and not m.get("tool_calls") for m in answers):
+        if any(not m["content"].strip() and not m.get("tool_calls") for m in answers):
             return "empty_response"
         if any(self._special.search(text) for text in _strings([messages, tools])):
             return "special_token"
@@ -116,6 +117,7 @@ class ChatEncoder:
             spans = [self._to_end_of_turn(text, *span, may_grow=True) for span in spans if span[0] < span[1]]
             if not spans:
                 raise ValueError(f"the chat template in {self._template.path} marks nothing as the assistant's.")
+            self._check_written("".join(text[start:stop] for start, stop in spans), messages[-1])
             return text, spans
         text = self._template.render(messages, tools)
         spans = []
@@ -132,7 +134,28 @@ class ChatEncoder:
                     "template, or give it conversations with one response each."
                 )
             spans.append(self._to_end_of_turn(text, len(before), len(after), may_grow=False))
+        self._check_written(text[slice(*spans[-1])], messages[-1])
+        # of the last response's, before and text are what is compared: a header behind it is not the model's to say
+        if before == self._template.render(messages[:-1], tools):
+            ends_both = os.path.commonprefix([before[::-1], text[::-1]])[::-1]
+            if len(self._special.findall(ends_both)) > 1:
+                raise ValueError(
+                    f"the chat template in {self._template.path} puts the prompt for an answer behind every "
+                    "conversation, also where none is asked for, so that it would be trained: make it look at "
+                    "add_generation_prompt."
+                )
         return text, spans
+
+    def _check_written(self, said: str, message: dict[str, Any]) -> None:
+        """ValueError unless what the last message says is in the text that is trained on, white space aside. Some
+        templates leave out a chain of thought, or tool calls."""
+        for wanted in (message["content"], *_names_called(message.get("tool_calls"))):
+            if "".join(wanted.split()) not in "".join(said.split()):
+                raise ValueError(
+                    f"the chat template in {self._template.path} does not write all that the last message of the "
+                    f"assistant says: {wanted.strip()[:60]!r} is not in what would be trained. Change the template, or "
+                    "the conversation."
+                )
 
     def _to_end_of_turn(self, text: str, start: int, stop: int, may_grow: bool) -> tuple[int, int]:
         last = max(self._special.finditer(text, start, stop), key=re.Match.start, default=None)
@@ -166,7 +189,8 @@ def _conversation(record: dict[str, Any], field: str) -> tuple[list[dict[str, An
         )
         if not (content is None or isinstance(content, str) or texts_only):
             raise ValueError(f"message {number} of {field!r}: its content must be text, or a list of parts with text.")
-        # Parquet has every key in every message
+        if texts_only:  # templates that know only texts would write the list's spelling
+            content = "".join(part["text"] for part in content)
         there = {key: value for key, value in message.items() if value is not None}
         messages.append(there | {"content": "" if content is None else content})
     tools = record.get("tools")
@@ -185,8 +209,12 @@ def _conversation(record: dict[str, Any], field: str) -> tuple[list[dict[str, An
     return messages, tools or None
 
 
-def _texts(content: str | list[dict[str, Any]]) -> list[str]:
-    return [content] if isinstance(content, str) else [part["text"] for part in content]
+def _names_called(calls: Any) -> Iterator[str]:
+    """The tools' names in tool_calls, with or without the API's `function` around them."""
+    for call in calls if isinstance(calls, list) else []:
+        for about in (call, call.get("function")) if isinstance(call, dict) else ():
+            if isinstance(about, dict) and isinstance(about.get("name"), str):
+                yield about["name"]
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -215,13 +243,13 @@ def _prompt_parts(
         role = ROLES.index(_ROLES[message["role"]])
         if role == ASSISTANT:
             continue
-        for content in filter(None, (part.strip() for part in _texts(message["content"]))):
-            start = text.find(content, at)
-            while start >= 0 and (said := _overlapping(responses, start, start + len(content))):
-                start = text.find(content, said[1])
-            if start >= 0:
-                at = start + len(content)
-                parts.append((start, at, role))
+        content = message["content"].strip()
+        start = text.find(content, at) if content else -1
+        while start >= 0 and (said := _overlapping(responses, start, start + len(content))):
+            start = text.find(content, said[1])
+        if start >= 0:
+            at = start + len(content)
+            parts.append((start, at, role))
     return parts
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from jinja2 import nodes
@@ -21,6 +21,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from torchtitan.tools.errors import UserError
+
+if TYPE_CHECKING:  # components stand above datasets
+    from torchtitan.components.tokenizer import Tokenizer
 
 BEGINS, ENDS = "_generation_begins", "_generation_ends"
 MARKS = ("\ufdd0", "\ufdd1")
@@ -118,8 +121,9 @@ def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def load_chat_template(folder: Path) -> ChatTemplate:
-    """The chat template of a folder of tokenizer files; UserError where there is none."""
+def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
+    """The chat template in the tokenizer's folder; UserError where there is none."""
+    folder = Path(tokenizer.folder)
     config = _read_json(folder / "tokenizer_config.json")
     path = folder / "chat_template.jinja"
     if path.is_file():
@@ -143,6 +147,11 @@ def load_chat_template(folder: Path) -> ChatTemplate:
             content = token.get("content") if isinstance(token, dict) else token
             if name.endswith("_token") and isinstance(content, str):
                 special[name] = content
+    # what names BOS and EOS by their ids alone does it for templates too
+    spelled = {number: text for text, number in tokenizer.special.items()}
+    for name, number in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
+        if number in spelled:
+            special.setdefault(name, spelled[number])
     return ChatTemplate(path, texts, special)
 
 

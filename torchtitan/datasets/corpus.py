@@ -114,7 +114,7 @@ def _check_chat(source: Source, path: Path, about: dict[str, Any], corpus: Corpu
             f"{path} of data source {source.name!r} holds conversations: set messages_field = "
             f'"{about["messages_field"]}", so that they are treated as such.'
         )
-    if made_by and made_by != (now := load_chat_template(Path(tokenizer.folder))).fingerprint:
+    if made_by and made_by != (now := load_chat_template(tokenizer)).fingerprint:
         raise UserError(
             f"{path} was made with another chat template ({made_by}) than {now.path} has ({now.fingerprint}): name the "
             "conversations as the source to have them tokenized again, or put the template back."

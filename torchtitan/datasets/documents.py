@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,7 +65,7 @@ def make_encoder(source: Source, tokenizer: Tokenizer, data: Data) -> Encoder | 
     """The encoder of a source; UserError if data.add_bos or add_eos asks for a token that the tokenizer lacks, or if
     there is no template for chat data."""
     if source.messages_field:
-        return ChatEncoder(tokenizer, load_chat_template(Path(tokenizer.folder)), source.messages_field)
+        return ChatEncoder(tokenizer, load_chat_template(tokenizer), source.messages_field)
     for wanted, token, name in ((data.add_bos, tokenizer.bos_id, "bos"), (data.add_eos, tokenizer.eos_id, "eos")):
         if wanted and token is None:
             raise UserError(
@@ -82,7 +81,7 @@ def make_encoder(source: Source, tokenizer: Tokenizer, data: Data) -> Encoder | 
 def policy_key(source: Source, tokenizer: Tokenizer, data: Data) -> list[Any]:
     """What the tokens depend on beside the content, for the key of a corpus."""
     if source.messages_field:
-        template = load_chat_template(Path(tokenizer.folder))
+        template = load_chat_template(tokenizer)
         return [FORMAT, tokenizer.fingerprint, "chat", chat.FORMAT, template.fingerprint, source.messages_field]
     return [FORMAT, tokenizer.fingerprint, data.add_bos, data.add_eos]
 
@@ -96,6 +95,6 @@ def policy_about(source: Source, tokenizer: Tokenizer, data: Data) -> dict[str, 
         "vocab_size": tokenizer.vocab_size,
     }
     if source.messages_field:
-        template = load_chat_template(Path(tokenizer.folder))
+        template = load_chat_template(tokenizer)
         return about | {"messages_field": source.messages_field, "chat_template": template.fingerprint}
     return about | {"add_bos": data.add_bos, "add_eos": data.add_eos, "text_field": source.text_field}

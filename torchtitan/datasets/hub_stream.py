@@ -14,7 +14,7 @@ import numpy as np
 from torchtitan.datasets.chat import ChatEncoder
 from torchtitan.datasets.documents import Encoder
 from torchtitan.datasets.source_files import SourceFile
-from torchtitan.datasets.text import Fields
+from torchtitan.datasets.text import Fields, without_nulls
 from torchtitan.datasets.units import Counts
 from torchtitan.datasets.workers import Progress
 from torchtitan.tools.errors import UserError
@@ -160,7 +160,7 @@ class Stream:
         held = total = 0
         while total < UNIT_CHARACTERS and (record := self._next()) is not None:
             try:
-                one = self._encoder.read(record)
+                one = self._encoder.read({name: without_nulls(value) for name, value in record.items()})
             except ValueError as error:
                 raise UserError(f"{self._name}, record {self._read}: {error}") from error
             self._kept += one is not None

@@ -165,6 +165,16 @@ def _parse_line(line: bytes, wanted: Fields, first: bool) -> dict[str, Any] | No
     return record
 
 
+def without_nulls(value: Any) -> Any:
+    """A value without the keys whose value is None, at any depth: a column has every key of any of its records in all
+    of them, so that absent and null cannot be told apart."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [without_nulls(inner) for inner in value]
+    return value
+
+
 def as_text(value: Any, text_field: str) -> str:
     """A field of a record as text, "" for None; ValueError says why it is none."""
     if value is None:
@@ -211,7 +221,7 @@ def _read_parquet(span: Span, wanted: Fields, read: Callable[[dict[str, Any]], D
         for batch in file.iter_batches(64, row_groups=list(range(span.start, span.stop)), columns=columns):
             for index in range(len(batch)):
                 row += 1
-                yield read({name: batch.column(name)[index].as_py() for name in columns})
+                yield read({name: without_nulls(batch.column(name)[index].as_py()) for name in columns})
     except UnicodeDecodeError as error:
         raise UserError(f"{span.path} row {row}: {wanted.name!r} is not UTF-8 at byte {error.start}.") from error
     except ValueError as error:

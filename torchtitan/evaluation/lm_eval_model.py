@@ -135,7 +135,7 @@ class TorchtitanLM(TemplateLM):
     @cached_property
     def template(self) -> ChatTemplate:
         """UserError where the tokenizer's folder has none."""
-        return load_chat_template(Path(self._tokens.folder))
+        return load_chat_template(self._tokens)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Its fingerprint: the harness only notes it down."""

@@ -95,7 +95,7 @@ def assets(folder: Path, template: str | None) -> Path:
 
 def encoder_of(folder: Path, template: str) -> tuple[ChatEncoder, Tokenizer]:
     tokenizer = load_tokenizer(assets(folder, template))
-    return ChatEncoder(tokenizer, load_chat_template(folder), "messages"), tokenizer
+    return ChatEncoder(tokenizer, load_chat_template(tokenizer), "messages"), tokenizer
 
 
 def by_hand(tokenizer: Tokenizer, *parts: tuple[str, str]) -> tuple[list[int], list[str]]:
@@ -188,7 +188,7 @@ def test_it_agrees_with_transformers(name: str, tmp_path: Path) -> None:
     if marked:
         assert (ROLES.index("assistant") == made[1]).astype(int).tolist() == theirs["assistant_masks"]
     # what a model is asked at inference is what comes before a response in training
-    answer = load_chat_template(tmp_path).render(CHAT[:3], answering=True)
+    answer = load_chat_template(tokenizer).render(CHAT[:3], answering=True)
     asked = witness.apply_chat_template(CHAT[:3], add_generation_prompt=True)["input_ids"]
     assert tokenizer.encode_template(answer)[0] == asked
     if not marked:  # this one rewrites the turns before
@@ -208,7 +208,8 @@ def test_llama_3s_tokenizer_model(tmp_path: Path) -> None:
         "{{ m.content + '<|eot_id|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>' }}{% endif %}"
     )
-    encoder = ChatEncoder(load_tokenizer(tmp_path), load_chat_template(tmp_path), "messages")
+    tokenizer = load_tokenizer(tmp_path)
+    encoder = ChatEncoder(tokenizer, load_chat_template(tokenizer), "messages")
     made = encoder.encode_batch([encoder.read({"messages": [CHAT[2], CHAT[3]]})])[0]
     begin, start, stop, eot = 256, 256 + 6, 256 + 7, 256 + 9
     asked, said = (message["content"].encode() for message in (CHAT[2], CHAT[3]))
@@ -220,6 +221,26 @@ def test_llama_3s_tokenizer_model(tmp_path: Path) -> None:
         *(["other"] * 7 + ["user"] * len(asked) + ["other"]),
         *(["other"] * 11 + ["assistant"] * (len(said) + 1)),
     ]
+
+
+def test_contents_in_parts_are_joined(tmp_path: Path) -> None:
+    """Also for a template that knows only texts, and would write the list's spelling."""
+    parts = [{"type": "text", "text": "It's "}, {"type": "text", "text": "me.\n"}]
+    encoder, _ = encoder_of(tmp_path, TEMPLATES["trimmed"])
+    made = [encoder.read({"messages": [CHAT[0], {"role": "assistant", "content": c}]}) for c in (parts, "It's me.\n")]
+    assert made[0] == made[1] and made[0] and "It's me.<|im_end|>" in made[0].text
+
+
+def test_bos_by_its_id_alone_is_there_for_the_template(tmp_path: Path) -> None:
+    """As it is for documents of plain text."""
+    folder = assets(tmp_path, TEMPLATES["trimmed"])
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        (folder / file).unlink(missing_ok=True)
+    (folder / "config.json").write_text('{"bos_token_id": 0, "eos_token_id": [1, 4097]}')
+    tokenizer = load_tokenizer(folder)
+    encoder = ChatEncoder(tokenizer, load_chat_template(tokenizer), "messages")
+    (made,) = encoder.encode_batch([encoder.read({"messages": CHAT[:2]})])
+    assert made[0][:2].tolist() == [tokenizer.bos_id, 4096]
 
 
 GOOD = {"messages": CHAT}
@@ -248,6 +269,21 @@ BAD: dict[str, tuple[str, Any, str]] = {
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
         "line 2: message 1 .* content must be text",
     ),
+    "a thought that the template drops": (
+        TEMPLATES["chatml"].replace("m.content", "m.content.split('</think>')[-1]"),
+        {"messages": [CHAT[0], {"role": "assistant", "content": "<think> 2 + 3 </think> Five"}]},
+        "line 2: the chat template in .* does not write all that the last .*: '<think> 2 . 3 </think> Five' is not in",
+    ),
+    "a call that the template drops": (
+        TEMPLATES["chatml"],
+        {"messages": WITH_TOOLS["messages"][:3]},
+        "line 2: the chat template in .* does not write all .*: 'add' is not in what would be trained",
+    ),
+    "a header behind every conversation": (
+        TEMPLATES["chatml"].replace("add_generation_prompt", "true"),
+        {"messages": CHAT[:2]},
+        "line 1: the chat template in .* puts the prompt for an answer behind .* make it look at add_generation_prompt",
+    ),
     "tools that are no JSON": (TEMPLATES["chatml"], GOOD | {"tools": "[add"}, "line 2: the field 'tools' is no JSON"),
 }
 
@@ -262,7 +298,7 @@ def test_what_cannot_be_used_is_named_by_its_line(case: str, tmp_path: Path) -> 
     template, record, message = BAD[case]
     first = {"messages": CHAT[:2]}  # one response, which even a template that rewrites turns leaves alone
     tokenizer = load_tokenizer(assets(tmp_path / "assets", template))
-    records = (record, record) if case == "a template that refuses" else (first, record)
+    records = (record, record) if "line 1" in message or case == "a template that refuses" else (first, record)
     source = chat_source(tmp_path / "chat.jsonl", *records)
     data = Data(cache_folder=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=message.replace("line 2", "line 1") if records[0] is record else message):
@@ -398,7 +434,10 @@ def test_parquet_the_hub_and_truncation(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     tokenizer = load_tokenizer(assets(tmp_path / "assets", TEMPLATES["trimmed"]))
-    records = [WITH_TOOLS | {"messages": WITH_TOOLS["messages"][:4] + CHAT[1:2]}, *conversations(20)]
+    called = WITH_TOOLS["messages"][:4] + CHAT[1:2]
+    other = {"role": "assistant", "content": None, "tool_calls": [{"name": "wait", "arguments": {"seconds": 5}}]}
+    records = [WITH_TOOLS | {"messages": m} for m in (called, [called[1], other])]
+    records += conversations(20)
     records.append({"messages": CHAT[:1]})
     data = Data(cache_folder=str(tmp_path / "cache"))
     source = chat_source(tmp_path / "chat.jsonl", *records)
