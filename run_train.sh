@@ -40,7 +40,9 @@ fi
 if ! $has_file && ! $help; then
     cd "$REPO"
     if $default_ngpu && [[ $NGPU -gt 2 ]]; then NGPU=2; fi # a step of the demo has rows for two
-    set -- --job.config_file train_configs/demo/4k.toml --stage.run_chain "$@"
+    demo=(--job.config_file train_configs/demo/4k.toml --stage.run_chain)
+    if [[ $NGPU -eq 1 ]]; then demo+=(--parallelism.context_parallel_degree 1); fi # no two to share a row
+    set -- "${demo[@]}" "$@"
     chain=true
 fi
 if $plain; then exec "$PYTHON" -m torchtitan.train "$@"; fi

@@ -113,9 +113,12 @@ def main():
     if os.path.exists(os.path.join(a.out, "model.safetensors")) and not a.force:
         print(f"{a.out}: already there")
         return
-    import numpy as np
-    from gguf import GGUFReader
-    from gguf.quants import dequantize
+    try:
+        import numpy as np
+        from gguf import GGUFReader
+        from gguf.quants import dequantize
+    except ImportError as error:
+        raise SystemExit(f"error: {error}: pip install gguf safetensors torch tokenizers") from None
 
     os.makedirs(a.out, exist_ok=True)
     with tempfile.TemporaryDirectory() as tmp:

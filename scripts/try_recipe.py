@@ -6,9 +6,10 @@
 The rows shrink to --seq-len tokens, and with them, by the same factor, every length of the stage: the sources' bounds,
 data.long_threshold, data.target_seq_len, RoPE's original length. The model becomes `debugmodel` with fresh weights, the
 sources stand-ins of random tokens (scripts/build_stand_in.py), a step two rows a process. RoPE, packing, masks,
-positions, mixture, schedule and context parallelism (as far as --processes goes) stay the recipe's. So this finds what
-cannot work; it says nothing of memory, speed or learning. Lists that depend on the heads (rope.long_factor,
-rope.bases) are thinned out to those of debugmodel, and theta = "auto" becomes debugmodel's own base.
+positions, mixture, schedule and context parallelism (as far as --processes goes) stay the recipe's; no stage is before
+it, and nothing is evaluated. So this finds what cannot work; it says nothing of memory, speed or learning. Lists that
+depend on the heads (rope.long_factor, rope.bases) are thinned out to those of debugmodel, and theta = "auto" becomes
+debugmodel's own base.
 
 All is written to a temporary folder, or to --folder, which must not exist: small.toml, data/, out/.
 """
@@ -24,7 +25,7 @@ import tempfile
 from pathlib import Path
 
 from torchtitan.config import JobConfig, dump_toml, load_config
-from torchtitan.config.job_config import Data, Rope, Source
+from torchtitan.config.job_config import Data, Evaluation, Rope, Source
 from torchtitan.tools.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -110,6 +111,7 @@ def make_small(config: JobConfig, folder: Path, seq_len: int, steps: int, proces
         checkpoint=replace(
             config.checkpoint, enable=False, last_save_in_hf=False, initial_load_in_hf=False, initial_load_path=None
         ),
+        evaluation=Evaluation(),  # of texts and lengths that are not here
         metrics=replace(config.metrics, log_freq=1, enable_tensorboard=False, enable_wandb=False),
         data=small_data(config.data, folder, factor),
         rope=small_rope(config.rope, factor),

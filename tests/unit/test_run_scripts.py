@@ -168,6 +168,13 @@ def test_without_a_file_the_demo_is_built_and_trained_with_the_overrides(clone: 
     assert arguments in train and f"cwd={clone.root} " in train
 
 
+def test_the_demo_by_one_process_has_no_two_to_share_a_row(clone: Clone) -> None:
+    clone.script("nvidia-smi", "#!/bin/bash\necho 'GPU 0: a'\n")
+    clone.whole().run("--training.steps", "5")
+    demo = "--job.config_file train_configs/demo/4k.toml --stage.run_chain"
+    assert f"chain 1 {demo} --parallelism.context_parallel_degree 1 --training.steps 5" in clone.lines()[-1]
+
+
 @pytest.mark.parametrize(
     "flag", ["--job.config_file my.toml", "--job.config_file=my.toml", "--job.config-file my.toml"]
 )
