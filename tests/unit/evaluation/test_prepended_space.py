@@ -1,4 +1,4 @@
-"""Tokenizers that put a space before a text (Llama 2, Mistral): an answer has the tokens that stand behind its prompt."""
+"""Tokenizers that put a space before a text (Llama 2, Mistral): an answer has the tokens it has behind its prompt."""
 
 from __future__ import annotations
 
