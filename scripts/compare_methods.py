@@ -7,11 +7,12 @@ The documents reward copying from afar. They are made of real words: sentences o
 between them facts, `KEY VALUE VALUE VALUE .`, each of which stands at several places of a document with the same
 values: those of the first place cannot be known, those of the others can only be copied. Copying is learned soonest in
 short documents and of near copies: first come documents of 32 to 1,024 words, with as many tokens of each octave. A
-second stage of 1K has some in which half of the facts stand at two places only, near the document's two ends. Every
-extension goes on from its checkpoint, with the same number of tokens: where its rows are of 4K, in such documents of up
-to 4,096 words, half of the tokens in those of more than 2K. Measured on other documents: whether all values of a fact
-are the likeliest tokens, by the length of the document, where the fact is stated at its beginning and recalled at its
-end alone; and the loss by position. All stages are trained by run_train.sh's own code.
+second stage of 1K has some in which most facts stand at two places only, near the document's two ends, half of the
+tokens in documents of more than 512. Every extension goes on from its checkpoint, with the same number of tokens in as
+many steps: where its rows are of 4K, in such documents of 32 to 4,096 words, any length as often, and all processes
+share a row (context parallelism). Measured on other documents: whether all values of a fact are the likeliest tokens,
+by the length of the document, where the fact is stated at its beginning and recalled at its end alone; and the loss by
+position. All stages are trained by run_train.sh's own code.
 Leaves results.json, table.md and plot.png in WORK; what is there already is not made again.
 """
 
@@ -50,6 +51,9 @@ PLACES = 8
 FACT_SHARE = 0.9
 """Of a document's words."""
 
+RARE_SHARE = 0.8
+"""Of a document's facts, those that stand near its two ends alone."""
+
 UNKNOWN, STOP = "<unknown>", "."
 LENGTHS = (256, 512, 1024, 1536, 2048, 3072, 4096)
 EDGES = (0, 256, 512, 768, 1024, 1536, 2048, 2560, 3072, 3584, 4096)
@@ -62,7 +66,7 @@ MODEL = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "head_dim": 64,
-    "rope_theta": 10000.0,
+    "rope_theta": 100000.0,
     "max_position_embeddings": SHORT,
     "tie_word_embeddings": True,
 }
@@ -80,10 +84,10 @@ class Method:
 
 TO_LONG = f"factor = {LONG / SHORT}"
 ORIGINAL = f"original_max_position_embeddings = {SHORT}"
-ABF = "theta = 2e5"
+ABF = "theta = 2e6"
 METHODS = {
     "untouched": Method("untouched", SHORT),  # the second stage of 1K itself
-    "abf": Method("ABF, base 2e5", LONG, ABF),
+    "abf": Method("ABF, base 2e6", LONG, ABF),
     "pi": Method("PI", LONG, f'type = "linear"\n{TO_LONG}'),
     "yarn": Method("YaRN", LONG, f'type = "yarn"\n{TO_LONG}\n{ORIGINAL}'),
     "ntk": Method("NTK-aware", LONG, f'type = "ntk"\n{TO_LONG}'),
@@ -124,6 +128,8 @@ enable_tensorboard = false
 [checkpoint]
 enable = true
 interval = 1000000
+[parallelism]
+context_parallel_degree = {cp}
 [data]
 cache_folder = "{work}/cache"
 folder = "{work}"
@@ -168,14 +174,14 @@ def find_words() -> Words:
 
 
 def make_document(words: Words, length: int, random: np.random.Generator, far: bool, needle: bool = False) -> list[str]:
-    """`length` words. far: half of the facts stand once in the first and once in the last quarter, mostly near the
-    ends: distances of the whole length are to be learned. With needle one fact is stated at the beginning and recalled
-    at the end, and nowhere else; the document ends with its values."""
+    """`length` words. far: RARE_SHARE of the facts stand once in the first and once in the last quarter, mostly near
+    the ends: distances of the whole length are to be learned. With needle one fact is stated at the beginning and
+    recalled at the end, and nowhere else; the document ends with its values."""
     size = IN_FACT + 2
     facts = max(1, min(round(length * FACT_SHARE / size / PLACES), KEYS))
     keys = random.permutation(words.keys)[:facts]
     values = random.permutation(words.values)[: facts * IN_FACT].reshape(facts, IN_FACT)
-    rare = facts // 2 if far else 0
+    rare = int(facts * RARE_SHARE) if far else 0
     often = max(2, round((length * FACT_SHARE / size - 2 * rare) / (facts - rare)))
     where = [abs(random.random(2) ** 2 / 4 - [0, 1]) if i < rare else random.random(often) for i in range(facts)]
     parts = [(when, [k, *v, STOP]) for k, v, several in zip(keys, values, where) for when in several]
@@ -195,12 +201,15 @@ def make_document(words: Words, length: int, random: np.random.Generator, far: b
 
 
 def write_corpus(words: Words, file: Path, length: int, tokens: int, far: bool) -> None:
-    """Documents of up to `length` words, a word a token. Up to 1K there are as many tokens in those of 32 to 64 as in
-    those of 64 to 128; beyond, as many documents: half of the tokens are in documents of more than 2K."""
+    """Documents of up to `length` words, a word a token. Near: as many tokens in those of 32 to 64 as in those of 64 to
+    128. Far: as many documents, so that half of the tokens are in those of more than half the length; beyond 1K, any
+    length as often, and three quarters of the tokens are in those."""
     random = np.random.default_rng([3 * far, length])
     with file.open("w") as out:
         while tokens > 0:
             if length > SHORT:
+                size = round(random.uniform(SHORTEST, length))
+            elif far:
                 size = round(math.exp(random.uniform(math.log(SHORTEST), math.log(length))))
             else:
                 size = round(1 / random.uniform(1 / length, 1 / SHORTEST))
@@ -298,11 +307,6 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
-def extension_batch(own: argparse.Namespace) -> int:
-    """Tokens of a step: of every extension, the short rows' too, so that all have the same budget."""
-    return int(max(own.batch, LONG * own.processes))
-
-
 def write_stages(work: Path, own: argparse.Namespace) -> None:
     """The TOML files of all stages."""
     stages = [
@@ -312,10 +316,11 @@ def write_stages(work: Path, own: argparse.Namespace) -> None:
     names = [name for name in METHODS if name != "untouched"]
     stages += [(name, METHODS[name], "untouched.toml", own.extension_steps, own.lr / 4) for name in names]
     for name, method, after, steps, lr in stages:
-        batch = extension_batch(own) if name in names else own.batch
-        rows = max(1, batch // method.length // own.processes)
+        cp = own.processes if method.length == LONG else 1
+        rows = own.batch * cp // (method.length * own.processes)
         values = {"work": work, "name": name, "after": after, "length": method.length, "rope": method.rope}
-        values |= {"data": method.data, "steps": steps, "lr": lr, "warmup": steps // 10, "batch": batch, "rows": rows}
+        values |= {"data": method.data, "steps": steps, "lr": lr, "warmup": steps // 10, "batch": own.batch}
+        values |= {"rows": rows, "cp": cp}
         values |= {"text": "near" if name == "1k" else "far", "head": f"# {name}: of scripts/compare_methods.py"}
         (work / f"{name}.toml").write_text(STAGE.format(**values))
 
@@ -335,14 +340,16 @@ def main(args: list[str]) -> int:
     parser.add_argument("work", type=Path, help="folder for documents, stages and results")
     parser.add_argument("--methods", nargs="+", default=list(PROOF), choices=[*METHODS, "all"])
     parser.add_argument("--steps", type=int, default=2000, help=f"of the first stage of {SHORT}")
-    parser.add_argument("--far-steps", type=int, default=300, help=f"of the second stage of {SHORT}")
-    parser.add_argument("--extension-steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=4096, help="tokens a step; extensions: a long row a process")
+    parser.add_argument("--far-steps", type=int, default=600, help=f"of the second stage of {SHORT}")
+    parser.add_argument("--extension-steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=4096, help=f"tokens a step, times {LONG}")
     parser.add_argument("--lr", type=float, default=4e-3, help="of the first stage; a quarter of it beyond")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--documents", type=int, default=16, help="for the loss by position")
     parser.add_argument("--needles", type=int, default=40, help="of each length")
     own = parser.parse_args(args)
+    if own.batch < 1 or own.batch % LONG or own.processes < 1 or own.batch // SHORT % own.processes:
+        parser.error(f"--batch must be a multiple of {LONG}, and its rows of {SHORT} of --processes")
     began = time.monotonic()
     work = own.work.resolve()
     constants = {name: value for name, value in globals().items() if name.isupper() and name != "METHODS"}
@@ -354,7 +361,7 @@ def main(args: list[str]) -> int:
     words = find_words()
     write_assets(words, work / "assets")
     write_stages(work, own)
-    extension = own.extension_steps * extension_batch(own)
+    extension = own.extension_steps * own.batch
     for text, length, tokens in (
         ("near", SHORT, own.steps * own.batch),
         ("far", SHORT, max(own.far_steps * own.batch, extension)),

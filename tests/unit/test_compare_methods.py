@@ -54,6 +54,14 @@ def test_every_method_is_a_stage_of_the_same_budget(tmp_path: Path) -> None:
     assert tokens == {10 * 8192}
 
 
+def test_a_batch_that_rows_do_not_fill_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in (["--batch", "6000"], ["--batch", "0"], ["--processes", "3"]):
+        with pytest.raises(SystemExit):
+            compare.main([str(tmp_path / "work"), *wrong])
+        assert "--batch must be a multiple of 4096" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
 def test_the_table_and_the_plot(tmp_path: Path) -> None:
     buckets = len(compare.EDGES) - 1
     counts = list(np.diff(compare.EDGES))
