@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
-from torchtitan.components.gates import flat, gate_failure
+from torchtitan.components.gates import check_before, flat, gate_failure
 from torchtitan.components.manifest import complete_steps, has_ended, read_manifest
 from torchtitan.config import JobConfig, as_tables, load_config
 from torchtitan.config.chain import chain
@@ -44,12 +45,7 @@ def run_chain(args: list[str], nproc: int) -> int:
                 print(f"chain: stage {config.stage.name} failed; the chain stops", file=sys.stderr, flush=True)
                 return code
         else:
-            if changes := changed_since(config):
-                raise UserError(
-                    f"Stage {config.stage.name} has ended, but with another configuration than it has now: "
-                    f"{'; '.join(changes)}. Set that back, choose another job.dump_folder, or delete "
-                    f"{config.job.dump_folder} to train it anew."
-                )
+            _check_unchanged(config)
             print(f"chain: stage {config.stage.name} has ended", file=sys.stderr, flush=True)
         _check_gates(config)
     return 0
@@ -59,10 +55,23 @@ DECISIVE = ("model.flavor", "rope.", "data.", "training.seq_len", "training.glob
 INDIFFERENT = ("data.num_workers", "data.cache_folder", "data.folder")
 
 
-def changed_since(config: JobConfig) -> list[str]:
-    """What of a stage that has ended is another model or other data now, as 'rope.theta 1e4 -> 2e4'."""
+def _check_unchanged(config: JobConfig) -> None:
+    """UserError where a stage that has ended is not what it would be now, for its own configuration or for the stage
+    before, which has been trained anew."""
     folder = Path(config.job.dump_folder) / config.checkpoint.folder
-    saved = read_manifest(folder / f"step-{complete_steps(folder)[-1]}").get("config", {})
+    manifest = read_manifest(folder / f"step-{complete_steps(folder)[-1]}")
+    check_before(config, manifest)
+    if changes := changed_since(manifest, config):
+        raise UserError(
+            f"Stage {config.stage.name} has ended, but with another configuration than it has now: "
+            f"{'; '.join(changes)}. Set that back, choose another job.dump_folder, or delete "
+            f"{config.job.dump_folder} to train it anew."
+        )
+
+
+def changed_since(manifest: dict[str, Any], config: JobConfig) -> list[str]:
+    """What of a stage, whose last manifest that is, is another model or other data now, as 'rope.theta 1e4 -> 2e4'."""
+    saved = manifest.get("config", {})
     was, now = flat(saved), flat(as_tables(config))
     return [
         f"{key} {was.get(key)} -> {now.get(key)}"
@@ -78,6 +87,7 @@ def ended(args: list[str]) -> int:
         raise UserError("checkpoint.enable = false: whether a stage has ended is read from its checkpoints.")
     if not has_ended(config):
         return NOT_ENDED
+    _check_unchanged(config)
     _check_gates(config)
     return 0
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torchtitan.attention.backends import choose_backend
 from torchtitan.attention.varlen import check_window
-from torchtitan.components.gates import flat
+from torchtitan.components.gates import check_before, flat
 from torchtitan.components.manifest import check_load_step, complete_steps, read_manifest
 from torchtitan.components.metrics import import_wandb
 from torchtitan.components.stage import Start, check_start, find_start, hugging_face_start, lineage
@@ -56,6 +56,9 @@ class StageInputs:
     stages_before: list[dict[str, Any]]
     """lineage() of the stage before, from the first one on."""
 
+    rope_before: RopeArgs | None = None
+    """Of what a fresh run starts from, or started from."""
+
 
 def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
     """Everything that can be wrong with a stage is found here: UserError."""
@@ -63,6 +66,7 @@ def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
     assets = Path(config.model.hf_assets_path)
     tokenizer = load_tokenizer(assets)
     own = _own_manifest(config)
+    check_before(config, own)
     start = None if own else find_start(config)
     stages_before = own.get("stages_before", []) if own else lineage(start.manifest if start else None)
     from_hf = hugging_face_start(assets) if config.checkpoint.initial_load_in_hf and not own else None
@@ -70,6 +74,8 @@ def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
     rope_before = rope_from_manifest(stages_before[-1]["rope"]) if stages_before else None
     if known and known.args and not rope_before:
         rope_before = known.args.rope
+    if own and own.get("rope_before"):  # what it started from may be gone, or have been Hugging Face's
+        rope_before = rope_from_manifest(own["rope_before"])
     args = model_args(config, rope_before)
     if known:
         check_start(known, args, tokenizer.fingerprint, config.rope.type)
@@ -104,7 +110,7 @@ def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
     make_writable("job.dump_folder", Path(config.job.dump_folder))
     if config.checkpoint.enable:
         make_writable("job.dump_folder / checkpoint.folder", Path(config.job.dump_folder) / config.checkpoint.folder)
-    return StageInputs(tokenizer, args, plan, start, stages_before)
+    return StageInputs(tokenizer, args, plan, start, stages_before, rope_before)
 
 
 def make_plan(config: JobConfig, world_size: int, tokenizer: Tokenizer, args: TransformerArgs) -> Plan:

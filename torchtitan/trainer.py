@@ -33,10 +33,10 @@ from torchtitan.components.export import export, publish
 from torchtitan.components.gates import gate_failure
 from torchtitan.components.loss import position_bucket, train_micro_batch
 from torchtitan.components.lr_scheduler import lr_factor
-from torchtitan.components.manifest import export_folder, read_manifest
+from torchtitan.components.manifest import digest, export_folder, read_manifest
 from torchtitan.components.metrics import MetricsLogger, duration, log_step
 from torchtitan.components.optimizer import build_optimizer, clip_gradients, optimizer_state
-from torchtitan.components.stage import Start, differences
+from torchtitan.components.stage import Start, differences, shown
 from torchtitan.components.watch import BadLossError, Heartbeat, LossWatch, Pace, StackDump, roll_call, stragglers
 from torchtitan.config import JobConfig, as_tables, dump_toml
 from torchtitan.config.checks import accumulation_steps, is_asked_for, resolve_shard_degree
@@ -53,7 +53,7 @@ from torchtitan.distributed.self_check import run_self_check
 from torchtitan.evaluation.forward import Ranks
 from torchtitan.evaluation.stage import StageEvaluation
 from torchtitan.inputs import StageInputs, report_of
-from torchtitan.models.architecture import as_json
+from torchtitan.models.architecture import as_json, rope_json
 from torchtitan.models.huggingface import load_weights
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_config import describe_rope, rope_warnings
@@ -99,6 +99,7 @@ class Trainer:
             p.tensor_parallel_degree,
         )
         self.cpu_group = dist.new_group(backend="gloo")  # for counters: no stream of the GPU waits for them
+        self._check_agreed()
         self.hosts = check_nodes(
             self.dump_folder,
             config.comm.node_check,
@@ -164,6 +165,27 @@ class Trainer:
             self.metrics = MetricsLogger(
                 config.metrics, self.dump_folder, config.stage.name, asdict(config), self.step, keep_going
             )
+
+    def _check_agreed(self) -> None:
+        """Collective. UserError unless all ranks have made the same plan, model and start: each has read the files for
+        itself, and those may lie on local disks, or have changed in between."""
+        start = self.inputs.start
+        mine = {
+            "data (the plan)": self.inputs.plan.fingerprint,
+            "model": as_json(self.inputs.args),
+            "start": [str(start.path), digest(start.manifest) if start.manifest else None] if start else None,
+        }
+        all_of_them: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(all_of_them, mine, self.cpu_group)
+        for what, value in all_of_them[0].items():
+            others = [rank for rank, theirs in enumerate(all_of_them) if theirs[what] != value]
+            if others:
+                raise UserError(
+                    f"The ranks do not agree on the {what}: rank 0 has {shown(value)}, rank {others[0]} "
+                    f"{shown(all_of_them[others[0]][what])} ({len(others)} of {len(all_of_them)} differ from rank 0). "
+                    "They must see the same files: data, cache, assets and checkpoints on a shared file system, or the "
+                    "same on every node; and nothing may change there while they start."
+                )
 
     def _write_inputs(self) -> None:
         self.dump_folder.mkdir(parents=True, exist_ok=True)
@@ -266,6 +288,7 @@ class Trainer:
             "tokens_seen": self.tokens_seen,
             "stage": self.config.stage.name,
             "stages_before": self.inputs.stages_before,
+            "rope_before": rope_json(self.inputs.rope_before) if self.inputs.rope_before else None,
             "config": as_tables(self.config),
             "architecture": as_json(self.inputs.args),
             "tokenizer": self.inputs.tokenizer.fingerprint,
@@ -291,7 +314,8 @@ class Trainer:
             step_progress(steps, self.step, self.rank) as progress,
             profiled(traces, snapshots, prof.profile_freq, self.rank) as step_ended,
         ):
-            self._evaluate()
+            if self._evaluate():
+                torch.compiler.reset()  # else the stage's own lengths would be seen as changed ones: see self_check.py
             window, recent, skipped = Window(), deque[float](maxlen=20), len(self.losses.skipped)
             while self.step < steps:
                 if self.step >= first_step:  # compilation and the like take their time

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.distributed.harness import flags, spawn, write_assets
 from torchtitan.chain import run_chain
 from torchtitan.components.gates import failed_gate, gate_failure
 from torchtitan.components.manifest import complete_steps, has_ended, read_manifest
-from torchtitan.components.stage import differences
+from torchtitan.components.stage import differences, find_start
 from torchtitan.components.weights import open_checkpoint, open_hugging_face
 from torchtitan.config import as_tables, load_config
 from torchtitan.config.__main__ import main as config_main
@@ -256,6 +257,40 @@ def test_a_hugging_face_start_is_compared_with_its_config_json(folder: Path, run
     assert "norm_eps 0.001 -> " in refusal(stage(folder, "stage.toml", "x", checkpoint__initial_load_path=raised))
 
 
+def test_a_run_from_hugging_face_weights_is_resumed_with_their_rope(folder: Path, runs: dict[str, dict[str, Any]]):
+    """Longer weights than the model's assets and the rows: on resume that can be read in the run's manifest alone."""
+    longer = folder / "longer-hf"
+    shutil.copytree(folder / "one" / "export" / "step-4", longer)
+    config = json.loads((longer / "config.json").read_text())
+    (longer / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    args = stage(folder, "stage.toml", "from-hf", checkpoint__initial_load_path=longer, training__steps=2)
+    args += ["--rope.theta", "auto"]
+    fresh = prepare_inputs(load_config(args), 1).args
+    assert fresh.rope.max_position_embeddings == 512
+    spawn(1, run, [args], folder)
+    shutil.rmtree(longer)
+    resumed = prepare_inputs(load_config([*args, "--training.steps", "4"]), 1)
+    assert resumed.args == fresh and resumed.start is None
+
+
+def out_of_step(args: list[str], rank: int, world_size: int) -> str:
+    """What a rank is told whose data are not those of the other."""
+    config = load_config([*args, "--training.seed", str(rank)])
+    inputs = prepare_inputs(config, world_size)
+    try:
+        Trainer(config, inputs, rank, rank, world_size)
+    except UserError as error:
+        return str(error)
+    finally:
+        dist.destroy_process_group()
+    return ""
+
+
+def test_ranks_that_read_other_files_are_not_trained_together(folder: Path, runs: dict[str, dict[str, Any]]):
+    (told,) = spawn(2, out_of_step, [stage(folder, "stage.toml", "apart")], folder)
+    assert "The ranks do not agree on the data (the plan): rank 0 has" in told and "(1 of 2 differ" in told
+
+
 def test_a_stage_is_found_where_its_run_wrote(folder: Path, runs: dict[str, dict[str, Any]]):
     """With overrides that the TOML file does not know: config.toml in the dump folder has them."""
     shutil.copytree(folder / "one", folder / "moved")
@@ -276,6 +311,10 @@ def test_initial_load_path_says_what_it_found(folder: Path, runs: dict[str, dict
     assert "is not a folder" in message(folder / "nothing")
     assert "neither a checkpoint" in message(folder / "empty")
     assert "scripts/convert.py" in message(folder / "foreign")
+    elsewhere = stage(folder, "stage.toml", "x", checkpoint__initial_load_path=folder / "one" / "checkpoint")
+    for more, parts in (([], ("model", "optimizer")), (["--stage.carry", "model"], ("model",))):
+        start = find_start(load_config([*elsewhere, *more]))
+        assert start is not None and start.parts == parts
 
 
 def test_chains(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

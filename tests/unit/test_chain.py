@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from torchtitan.chain import main
+from torchtitan.components.manifest import digest, read_manifest
 from torchtitan.tools.errors import GATE_NOT_HELD, NOT_ENDED
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +55,34 @@ def test_a_damaged_last_manifest_means_that_the_step_before_counts(tmp_path: Pat
     checkpoint(tmp_path, 2)
     checkpoint(tmp_path, 4, content="{")
     assert ask(tmp_path) == NOT_ENDED
+
+
+def test_a_stage_that_is_another_now_has_not_simply_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 2.5}\n')
+    trained = {"training": {"seq_len": 2048}, "rope": {"theta": 5e5}}
+    checkpoint(tmp_path, 4, json.dumps({"format": 1, "step": 4, "config": trained}))
+    assert ask(tmp_path, "--training.seq_len", "4096", "--rope.theta", "5e5") == 1
+    assert "has ended, but with another configuration" in (said := capsys.readouterr().err)
+    assert "training.seq_len 2048 -> 4096" in said and "rope.theta" not in said
+
+
+def test_the_stage_before_is_the_one_that_was_gone_on_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 2.5}\n')
+    before = tmp_path / "before"
+    checkpoint(before, 7, json.dumps({"format": 1, "step": 7, "files": {"a": [1, 2]}}))
+    was = {"stage": "before", "step": 7, "digest": digest(read_manifest(before / "checkpoint" / "step-7"))}
+    checkpoint(tmp_path, 4, json.dumps({"format": 1, "step": 4, "stages_before": [was]}))
+    (tmp_path / "before.toml").write_text(f'[job]\ndump_folder = "{before}"\n')
+    after = ["--stage.after", str(tmp_path / "before.toml")]
+    assert ask(tmp_path, *after) == 0
+    (before / "checkpoint/step-7/manifest.json").write_text('{"format": 1, "step": 7, "files": {"a": [1, 3]}}')
+    assert ask(tmp_path, *after) == 1
+    assert "which has been trained anew since" in capsys.readouterr().err
+    shutil.rmtree(before)  # it need not be kept
+    assert ask(tmp_path, *after) == 0
+    (tmp_path / "before.toml").write_text(f'[job]\ndump_folder = "{tmp_path}/./"\n')
+    assert ask(tmp_path, *after) == 1
+    assert "have one job.dump_folder" in capsys.readouterr().err
 
 
 def test_pytorch_is_not_imported():

@@ -57,6 +57,7 @@ def attend(
     uncompiled function there, which holds all T x K scores.
     """
     ranges, tables = prepared.ranges, prepared.tables
+    q, k, v = (_addressable(x) for x in (q, k, v))
     # FlexAttention's shapes are [B, H, T, D]. The views are made here: inside, the template for CPUs loses them.
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     if prepared.keys_vary:
@@ -67,6 +68,14 @@ def attend(
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     attention = _attend if q.device.type == "cpu" and grad else compiled_attend(visible)
     return attention(q, k, v, ranges.first, ranges.last, ranges.anchor, *tables)[0].transpose(0, 1)
+
+
+def _addressable(x: torch.Tensor) -> torch.Tensor:
+    """[T, H, D] with tokens near enough for FlexAttention's kernels, which count elements to a token of a head in 32
+    bits (seen in PyTorch 2.11 to 2.13): with 8 heads of 128, keys and values in one buffer wrap at 1M tokens."""
+    if x.shape[0] * x.stride(0) < 2**31:
+        return x
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 @functools.cache

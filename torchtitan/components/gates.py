@@ -1,4 +1,5 @@
-"""Conditions on metrics.jsonl without which a stage does not count as ended well, and where the stage before wrote.
+"""Conditions on metrics.jsonl without which a stage does not count as ended well, and the stage before: where it wrote,
+and whether it is still what this one went on from.
 
 Read without PyTorch.
 """
@@ -9,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torchtitan.components.manifest import MANIFEST, digest, read_manifest
 from torchtitan.config import load_config
 from torchtitan.config.job_config import Gate, JobConfig
 from torchtitan.tools.errors import UserError
@@ -58,6 +60,29 @@ def stage_as_run(config: JobConfig) -> JobConfig:
     else as its file says."""
     as_run = folder_before(config) / "config.toml"
     return load_config(["--job.config_file", str(as_run) if as_run.is_file() else config.stage.after or ""])
+
+
+def check_before(config: JobConfig, manifest: dict[str, Any] | None) -> None:
+    """UserError where a stage and the one before it share a dump folder, or where that one has been trained anew since
+    this one, of whose newest checkpoint `manifest` is, went on from it."""
+    after = config.stage.after
+    if not after or not (config.stage.after_dump_folder or Path(after).is_file()):
+        return  # nothing, or a mistake that is answered where the run starts
+    before = folder_before(config)
+    if before.resolve() == Path(config.job.dump_folder).resolve():
+        raise UserError(
+            f"stage {config.stage.name} and the stage before it ({config.stage.after}) have one job.dump_folder, "
+            f"{before}, and would be taken for one another: give this stage another."
+        )
+    lineage = (manifest or {}).get("stages_before") or [{}]
+    step, known = lineage[-1].get("step"), lineage[-1].get("digest")
+    there = before / config.checkpoint.folder / f"step-{step}"
+    if known and (there / MANIFEST).is_file() and digest(read_manifest(there)) != known:
+        raise UserError(
+            f"Stage {config.stage.name} went on from step {step} of {config.stage.after}, which has been trained anew "
+            f"since: {there} is another checkpoint than that one. Delete {config.job.dump_folder} to train this stage "
+            "from it, choose another job.dump_folder, or name where the old one is (stage.after_dump_folder)."
+        )
 
 
 def _mean(path: Path, gate: Gate) -> float:

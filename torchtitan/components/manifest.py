@@ -6,6 +6,7 @@ file. components/checkpoint.py writes them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import zlib
@@ -61,6 +62,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         return manifest
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path / MANIFEST} cannot be read: {type(e).__name__} {e}.") from None
+
+
+def digest(manifest: dict[str, Any]) -> str:
+    """Hex, of all that a manifest says: with the CRCs in it, of the whole checkpoint."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def find_damage(path: Path, part: int = 0, parts: int = 1) -> str | None:

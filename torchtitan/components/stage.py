@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.components.gates import flat, folder_before, gate_failure, stage_as_run
-from torchtitan.components.manifest import complete_steps, read_manifest
+from torchtitan.components.manifest import complete_steps, digest, read_manifest
 from torchtitan.config.job_config import JobConfig
 from torchtitan.models.architecture import args_from_manifest, as_json
 from torchtitan.models.huggingface import read_config
@@ -90,10 +90,13 @@ def hugging_face_start(path: Path) -> Start:
 
 def _elsewhere(config: JobConfig) -> Start:
     path = Path(config.checkpoint.initial_load_path or "").expanduser()
-    parts = tuple(p for p in ("model", "optimizer") if p not in config.checkpoint.exclude_from_loading)
+    parts = tuple(p for p in config.stage.carry if p not in config.checkpoint.exclude_from_loading)
     key = f"checkpoint.initial_load_path = {path}"
     if "model" not in parts:
-        raise UserError(f"{key} without the model loads nothing: take it out of checkpoint.exclude_from_loading.")
+        raise UserError(
+            f"{key} without the model loads nothing: it must be in stage.carry, and not in "
+            "checkpoint.exclude_from_loading."
+        )
     if not path.is_dir():
         raise UserError(f"{key} is not a folder.")
     if (path / "manifest.json").is_file():
@@ -156,7 +159,7 @@ def lineage(manifest: dict[str, Any] | None) -> list[dict[str, Any]]:
     if manifest is None:
         return []
     own = {key: manifest.get(key) for key in ("stage", "step", "tokens_seen", "seq_len", "tokenizer")}
-    own["rope"] = manifest["architecture"]["rope"]
+    own |= {"rope": manifest["architecture"]["rope"], "digest": digest(manifest)}
     return [*manifest.get("stages_before", []), own]
 
 

@@ -334,14 +334,15 @@ def _check_memory(config: JobConfig) -> None:
             'activation_checkpoint.offload = true, but activation_checkpoint.mode = "none": no block is recomputed, so '
             'no input of one is kept. Set mode = "full" or "selective", or leave offload out.'
         )
-    if optimizer.state_dtype == "bfloat16":
+    if (optimizer.state_dtype or config.training.dtype) == "bfloat16":
         for name in ("beta1", "beta2"):
             beta = getattr(optimizer, name)
             if 0 < 1 - beta < 2**-8:
                 raise UserError(
-                    f'optimizer.{name} = {beta} with optimizer.state_dtype = "bfloat16": a step moves a moment by at '
-                    f"most 1 - {name} = {1 - beta:.4g} of itself downwards, less than bfloat16 tells apart "
-                    f"(2^-8 = 0.0039), so that it would never fall. Use a {name} of at most 0.996, or float32."
+                    f"optimizer.{name} = {beta} with moments in bfloat16 (optimizer.state_dtype, where it is not set "
+                    f"training.dtype): a step moves a moment by at most 1 - {name} = {1 - beta:.4g} of itself "
+                    "downwards, less than bfloat16 tells apart (2^-8 = 0.0039), so that it would never fall. Use a "
+                    f"{name} of at most 0.996, or float32."
                 )
 
 

@@ -117,7 +117,7 @@ class Optimizer:
     """Shell patterns of parameter names without weight decay, e.g. ["*norm*", "*bias", "tok_embeddings.*"]."""
 
     state_dtype: Literal["float32", "bfloat16"] | None = None
-    """Type that the two moments are stored in; a step is computed in float32. Unset: training.dtype."""
+    """Type that the two moments are stored in; given, a step is computed in float32. Unset: training.dtype."""
 
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
     """Which of PyTorch's AdamW kernels."""
@@ -695,7 +695,8 @@ class Stage:
     """Where that stage wrote, if not to the job.dump_folder of its file."""
 
     carry: tuple[Literal["model", "optimizer"], ...] = ("model", "optimizer")
-    """What is carried over from the stage before. The schedule, the step counter and the data always begin anew."""
+    """What is carried over from the stage before, or from checkpoint.initial_load_path. The schedule, the step counter
+    and the data always begin anew."""
 
     run_chain: bool = False
     """Run the stages before this one that have not ended, in order, and then this one (run_train.sh). Other overrides

@@ -79,13 +79,19 @@ def hash_files(paths: list[Path], cache: Path) -> list[SourceFile]:
     """Hash the files, but those that have the size and mtime of last time are not read again."""
     name = "hashes-" + hashlib.sha256("\n".join(map(str, paths)).encode()).hexdigest()[:16]
     known_path = cache / f".{name}.json"
-    with lock(cache, name):
+    stats = [path.stat() for path in paths]
+
+    def look() -> tuple[dict[str, list[Any]], list[bool]]:
         known: dict[str, list[Any]] = {}
         with contextlib.suppress(FileNotFoundError, ValueError):  # not there yet, or cut short by a loss of power
             known = json.loads(known_path.read_text())
+        return known, [known.get(str(p), [])[:2] != [s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats)]
 
-        stats = [path.stat() for path in paths]
-        fresh = [known.get(str(p), [])[:2] != [stat.st_size, stat.st_mtime_ns] for p, stat in zip(paths, stats)]
+    known, fresh = look()
+    if not any(fresh):  # a thousand ranks need not wait for one another
+        return [SourceFile(str(p), s.st_size, s.st_mtime_ns, known[str(p)][2]) for p, s in zip(paths, stats)]
+    with lock(cache, name):
+        known, fresh = look()
         size = sum(stat.st_size for stat, new in zip(stats, fresh) if new)
         if size >= 1 << 30:
             logger.info("hashing %.1f GB in %d files, once", size / 1e9, sum(fresh))

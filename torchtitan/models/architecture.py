@@ -19,6 +19,11 @@ def as_json(args: TransformerArgs) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(args)))
 
 
+def rope_json(rope: RopeArgs) -> dict[str, Any]:
+    """The same for the RoPE alone."""
+    return json.loads(json.dumps(asdict(rope)))
+
+
 def complete(architecture: dict[str, Any]) -> dict[str, Any]:
     """An older manifest's architecture with what has been added since, so that it can be compared."""
     return as_json(args_from_manifest(architecture))

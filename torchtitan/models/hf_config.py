@@ -51,7 +51,7 @@ def model_type(args: TransformerArgs, original: str | None) -> str:
         windows = f" and a sliding window in {share:.0%} of the layers" if share else ""
         what = " and ".join(sorted(traits, reverse=True)) or "plain layers"
         raise UserError(f"A model with {what}{windows} has no model_type in Hugging Face's config.json.")
-    scaled_by_kind = args.rope.layers == "full_attention" and 0 < share < 1
+    scaled_by_kind = args.rope.layers == "full_attention" and share > 0
     if args.rope.scaling and kind == "olmo3" and share and not scaled_by_kind:
         raise UserError(
             "Hugging Face's Olmo 3 rescales RoPE in full-attention layers only, and this model was trained with "
@@ -126,6 +126,12 @@ def _rope(args: TransformerArgs, kind: str) -> dict[str, Any]:
     if form["rope_type"] == "longrope":
         # the only place where transformers 4 looks for the length beyond which the long list holds
         config["original_max_position_embeddings"] = form["original_max_position_embeddings"]
+    if kind == "olmo3" and args.sliding_share and form["rope_theta"] != args.rope.theta:
+        raise UserError(
+            f"RoPE whose scaling is a larger base ({args.rope.theta:g} -> {form['rope_theta']:g}: ntk, dynamic) in the "
+            "full-attention layers alone has no form in Olmo 3's config.json: the layers with a sliding window would "
+            "load with that base too."
+        )
     if kind == "olmo3":  # transformers 5 wants it by kind of layer; 4 rescales the full-attention ones by itself
         plain = {"rope_type": "default", "rope_theta": form["rope_theta"]}
         config["rope_parameters"] = {"full_attention": form, "sliding_attention": plain}

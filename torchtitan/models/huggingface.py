@@ -150,7 +150,7 @@ def _rope(config: dict[str, Any], where: str) -> RopeArgs:
             f"{where}: rope_parameters.sliding_attention = {sliding} is not supported; it must be the default RoPE "
             f"with the rope_theta of full_attention, {rope.theta:g}."
         )
-    return rope
+    return replace(rope, layers="full_attention")  # the one that is scaled, whichever key it was read from
 
 
 def check_weights(folder: Path, args: TransformerArgs, asked: str = "") -> None:

@@ -59,12 +59,14 @@ class OutputHead(nn.Module):
         if isinstance(x, DTensor):
             x = x.to_local(grad_placements=[Partial()])  # each rank has the part of its words
         tile = max(self.tile_bytes // (4 * weight.shape[0]) // SMALLEST_TILE * SMALLEST_TILE, SMALLEST_TILE)
-        loss, losses = _TiledLoss.apply(x, weight, labels, divisor, tile, self.z_loss, group, first)
+        differentiate = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        loss, losses = _TiledLoss.apply(x, weight, labels, divisor, tile, self.z_loss, group, first, differentiate)
         return loss, losses
 
 
 class _TiledLoss(torch.autograd.Function):
-    """See the head of this file. group: the ranks that share the vocabulary; first: this rank's first word."""
+    """See the head of this file. group: the ranks that share the vocabulary; first: this rank's first word.
+    differentiate: under no_grad ctx.needs_input_grad is that of the leaves all the same."""
 
     @staticmethod
     def forward(
@@ -77,11 +79,11 @@ class _TiledLoss(torch.autograd.Function):
         z_loss: float,
         group: dist.ProcessGroup | None,
         first: int,
+        differentiate: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wide = torch.promote_types(x.dtype, torch.float32)
         losses = torch.zeros(len(x), dtype=wide, device=x.device)
         penalty = losses.new_zeros(())
-        differentiate = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         if differentiate:
             grad_x = torch.empty_like(x)
             grad_weight = torch.zeros(weight.shape, dtype=wide, device=x.device)  # a sum over tiles: not in 16 bits
@@ -130,4 +132,4 @@ class _TiledLoss(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         scaled = torch.empty(grad_weight.shape, dtype=grad_x.dtype, device=grad_x.device)
         torch.mul(grad_weight, grad, out=scaled)  # without a second one of the matrix's size in float32
-        return grad_x * grad.to(grad_x.dtype), scaled, *[None] * 6
+        return grad_x * grad.to(grad_x.dtype), scaled, *[None] * 7

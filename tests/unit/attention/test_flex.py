@@ -56,6 +56,17 @@ MASKS = {
 }
 
 
+def test_tokens_are_brought_near_where_the_kernels_would_wrap():
+    """Keys and values that arrive in one buffer, 1M and more of them; nothing is allocated on this device."""
+    for tokens, stride in ((1 << 20, 128), ((1 << 20) - 1, 2048)):
+        buffer = torch.empty(tokens, 2, 8, 128, dtype=torch.bfloat16, device="meta")
+        k = flex._addressable(buffer[:, 0])
+        assert k.stride() == ((128, tokens * 128, 1) if stride == 128 else (2048, 128, 1))
+        assert k.shape == (tokens, 8, 128) and len(k) * k.stride(0) < 2**31
+    x = torch.randn(5, 3, 2)
+    assert flex._addressable(x) is x
+
+
 @torch.compiler.disable
 def attend_from_disabled_code(*args):
     return flex.attend(*args)

@@ -68,6 +68,7 @@ def test_every_architecture_gives_our_logits_in_transformers(kind: str, tmp_path
     assert export_and_compare(args, tmp_path) < 1e-4
     again = read_config(tmp_path / "hf")
     assert replace(again, rope=args.rope) == args
+    assert again.rope.layers == args.rope.layers, "which layers are scaled"
 
 
 def test_a_mistral_stays_one_without_its_window(tmp_path: Path):
@@ -109,6 +110,13 @@ def test_what_has_no_form_is_refused(tmp_path: Path):
         export(checkpoint, tmp_path / "hf", None)
     with pytest.raises(UserError, match="qkv_bias and qk_norm"):
         config_json(with_rope(None, replace(LLAMA, qkv_bias=True, qk_norm=True)), "float32", {})
+    olmo = with_rope(SCALINGS["ntk"], ARCHITECTURES["olmo3"])
+    assert olmo.rope.layers == "full_attention" and olmo.sliding_share == 0.5
+    with pytest.raises(UserError, match=r"larger base \(20000 -> .* has no form in Olmo 3"):
+        config_json(olmo, "float32", {})
+    slides = with_rope(SCALINGS["yarn"], ARCHITECTURES["mistral, windows"])
+    with pytest.raises(UserError, match='rope.layers = "full_attention" has no form in the config.json of mistral'):
+        config_json(replace(slides, rope=replace(slides.rope, layers="full_attention")), "float32", {})
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
 
 

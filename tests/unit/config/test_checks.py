@@ -180,6 +180,9 @@ def test_precision() -> None:
     assert "training.dtype" in message and "mixed_precision_param" in message
     for stored, cast in (("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("float32", "float32")):
         check_config(make(training__dtype=stored, training__mixed_precision_param=cast), 1)
+    for moments in ({"optimizer__state_dtype": "bfloat16"}, {"training__dtype": "bfloat16"}):
+        assert "optimizer.beta2 = 0.999" in error_of(optimizer__beta2=0.999, **moments)
+    check_config(make(optimizer__beta2=0.999, training__dtype="bfloat16", optimizer__state_dtype="float32"), 1)
 
 
 # --- degrees ---------------------------------------------------------------------------------------------------------

@@ -84,9 +84,12 @@ def test_sixteen_bits_are_summed_in_thirty_two():
     assert error < 0.01
 
 
-def test_nothing_is_differentiated_without_need():
+def test_nothing_is_differentiated_without_need(monkeypatch: pytest.MonkeyPatch):
+    """Nor computed: under no_grad a parameter still says that it needs a gradient."""
     head, x, labels = inputs()
-    with torch.no_grad():
+    assert head.weight.requires_grad
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(loss_head.torch, "mm", lambda *a, **k: pytest.fail("a gradient was computed"))
         loss, losses = head(x, labels, 50.0)
     assert not loss.requires_grad
     torch.testing.assert_close(loss, losses.sum() / 50)
