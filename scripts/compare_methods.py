@@ -342,7 +342,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=2000, help=f"of the first stage of {SHORT}")
     parser.add_argument("--far-steps", type=int, default=600, help=f"of the second stage of {SHORT}")
     parser.add_argument("--extension-steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=4096, help=f"tokens a step, times {LONG}")
+    parser.add_argument("--batch", type=int, default=4096, help=f"tokens a step, a multiple of {LONG}")
     parser.add_argument("--lr", type=float, default=4e-3, help="of the first stage; a quarter of it beyond")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--documents", type=int, default=16, help="for the loss by position")

@@ -11,6 +11,8 @@ docs/planning.md says how far to trust it.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import sys
@@ -19,6 +21,7 @@ from typing import NoReturn
 
 from torchtitan.config import load_config
 from torchtitan.config.manager import config_file
+from torchtitan.multinode import replicas
 from torchtitan.tools.errors import UserError
 
 
@@ -96,6 +99,15 @@ def estimate(own: argparse.Namespace, overrides: list[str]) -> int:
     plan = as_dict(job, gpu, step, ranks_a_host)
     if not own.json:
         print(as_text(job, gpu, step, ranks_a_host))
+        nodes = own.world_size // own.gpus_per_node
+        with contextlib.redirect_stderr(io.StringIO()):
+            copies = nodes > 1 and replicas(overrides, nodes, own.gpus_per_node)
+        if copies:
+            print(
+                f"NOTE: counted for parameters sharded over all {own.world_size} ranks. A Slurm job keeps a copy on "
+                f"each of its {nodes} nodes unless told otherwise: give {' '.join(copies)} here, or set "
+                "parallelism.data_parallel_replicate_degree = 1 in the TOML."
+            )
         if gpu and config.model.attention_backend == "varlen":
             print("NOTE: counted for flex; varlen's backward has more (docs/planning.md)")
     if gpu is None:

@@ -12,6 +12,7 @@ not, GATE_NOT_HELD or, for a mistake in the configuration, FAILED. PyTorch is no
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torchtitan.components.manifest import complete_steps, has_ended, read_manif
 from torchtitan.config import JobConfig, as_tables, load_config
 from torchtitan.config.chain import chain
 from torchtitan.config.checks import check_config
+from torchtitan.config.job_config import Source
 from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, NOT_ENDED, STOPPED, GateError, UserError
 from torchtitan.tools.launch import launch
 
@@ -70,9 +72,10 @@ def _check_unchanged(config: JobConfig) -> None:
 
 
 def changed_since(manifest: dict[str, Any], config: JobConfig) -> list[str]:
-    """What of a stage, whose last manifest that is, is another model or other data now, as 'rope.theta 1e4 -> 2e4'."""
+    """What is another model or other data now than in the last manifest of the stage, as 'rope.theta 1e4 -> 2e4'."""
     saved = manifest.get("config", {})
-    was, now = flat(saved), flat(as_tables(config))
+    # what an older manifest lacks had its default
+    was, now = _values(as_tables(JobConfig())) | _values(saved), _values(as_tables(config))
     return [
         f"{key} {was.get(key)} -> {now.get(key)}"
         for key in {**was, **now}
@@ -80,14 +83,25 @@ def changed_since(manifest: dict[str, Any], config: JobConfig) -> list[str]:
     ]
 
 
-def ended(args: list[str]) -> int:
-    """0 if the stage that args describe has ended and its gates hold, NOT_ENDED if it has not ended."""
+def _values(tables: dict[str, Any]) -> dict[str, Any]:
+    """'data.sources.0.path' and the like -> value."""
+    values = flat(tables)
+    for i, source in enumerate(values.pop("data.sources", ())):
+        values |= flat(asdict(Source()) | source, f"data.sources.{i}.")
+    return values
+
+
+def ended(args: list[str], unchanged: bool = True) -> int:
+    """0 if the stage that args describe has ended and its gates hold, NOT_ENDED if it has not ended.
+
+    unchanged: UserError if it ended as something else than it is now."""
     config = load_config(args)
     if not config.checkpoint.enable:
         raise UserError("checkpoint.enable = false: whether a stage has ended is read from its checkpoints.")
     if not has_ended(config):
         return NOT_ENDED
-    _check_unchanged(config)
+    if unchanged:
+        _check_unchanged(config)
     _check_gates(config)
     return 0
 

@@ -82,12 +82,13 @@ def is_evaluated(config: JobConfig) -> bool:
     return bool(steps) and results_file(config, steps[-1]).is_file()
 
 
-def start(nodes: int, per_node: int, args: list[str]) -> int:
-    """Print how to train this stage on nodes * per_node processes, or say why it is not to be trained."""
+def start(nodes: int, per_node: int, args: list[str], unchanged: bool = True) -> int:
+    """Print how to train this stage on nodes * per_node processes, or say why it is not to be trained. unchanged: see
+    chain.ended."""
     args = args + replicas(args, nodes, per_node)
     config = load_config(args)
     check_config(config, nodes * per_node)
-    if ended(args) == 0:
+    if ended(args, unchanged) == 0:
         return ENDED
     print(f"DUMP_FOLDER={shlex.quote(str(Path(config.job.dump_folder).absolute()))}")
     print(f"ARGUMENTS=({shlex.join(args)})")
@@ -165,12 +166,13 @@ def main(argv: list[str]) -> int:
             return 0
         if verb == "verdict":
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                stage = main(["start", *args[3:]])
+                # what this job has trained has ended, though its file may be another by now
+                stage = main(["judge", *args[3:]])
             print(*verdict(int(args[0]), [int(c) for c in args[2].split()], bool(args[1]), stage))
             return 0
         if verb == "evaluation":
             return evaluation(int(args[0]), int(args[1]), args[2:])
-        return start(int(args[0]), int(args[1]), args[2:])
+        return start(int(args[0]), int(args[1]), args[2:], unchanged=verb != "judge")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return GATE_NOT_HELD if isinstance(error, GateError) else FAILED

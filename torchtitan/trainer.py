@@ -30,7 +30,7 @@ from torchtitan.components.checkpoint import (
     set_random_state,
 )
 from torchtitan.components.export import export, publish
-from torchtitan.components.gates import gate_failure
+from torchtitan.components.gates import flat, gate_failure
 from torchtitan.components.loss import position_bucket, train_micro_batch
 from torchtitan.components.lr_scheduler import lr_factor
 from torchtitan.components.manifest import digest, export_folder, read_manifest
@@ -50,6 +50,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import build_sharded_model
 from torchtitan.distributed.quantize import describe_quantize
 from torchtitan.distributed.self_check import run_self_check
+from torchtitan.evaluation.command_line import results_file
 from torchtitan.evaluation.forward import Ranks
 from torchtitan.evaluation.stage import StageEvaluation
 from torchtitan.inputs import StageInputs, report_of
@@ -73,6 +74,7 @@ from torchtitan.tools.device import (
 )
 from torchtitan.tools.errors import GateError, UserError
 from torchtitan.tools.flops import forward_flops, training_flops
+from torchtitan.tools.folders import put_aside
 from torchtitan.tools.logging import logger, step_progress
 from torchtitan.tools.profiling import profiled
 from torchtitan.tools.torch_compat import compilations, default_store, set_timeout
@@ -130,8 +132,11 @@ class Trainer:
         self.losses = LossWatch(t)
         self.checkpointer = Checkpointer(config.checkpoint, self.dump_folder) if config.checkpoint.enable else None
         self._load()
-        if self.evaluation and self.step == 0:
-            self.evaluation.put_aside()
+        if rank == 0 and (self.step == 0 or config.checkpoint.load_step >= 0):
+            # what is there is not of this run, and would pass for its own
+            for folder in (results_file(config, 0).parent, export_folder(config, 0).parent):
+                if aside := put_aside(folder, self.step or -1):
+                    logger.info(f"what an earlier run left in {folder} is in {aside} now")
         loader = build_loader(
             inputs.plan,
             dp_rank=self.dims.dp_rank,
@@ -171,9 +176,10 @@ class Trainer:
         itself, and those may lie on local disks, or have changed in between."""
         start = self.inputs.start
         mine = {
-            "data (the plan)": self.inputs.plan.fingerprint,
-            "model": as_json(self.inputs.args),
-            "start": [str(start.path), digest(start.manifest) if start.manifest else None] if start else None,
+            "the plan of the data": self.inputs.plan.fingerprint,
+            "the start": str(start.path) if start else None,
+            "the start's manifest": digest(start.manifest) if start and start.manifest else None,
+            **flat(as_json(self.inputs.args)),
         }
         all_of_them: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(all_of_them, mine, self.cpu_group)
@@ -181,7 +187,7 @@ class Trainer:
             others = [rank for rank, theirs in enumerate(all_of_them) if theirs[what] != value]
             if others:
                 raise UserError(
-                    f"The ranks do not agree on the {what}: rank 0 has {shown(value)}, rank {others[0]} "
+                    f"The ranks do not agree on {what}: rank 0 has {shown(value)}, rank {others[0]} "
                     f"{shown(all_of_them[others[0]][what])} ({len(others)} of {len(all_of_them)} differ from rank 0). "
                     "They must see the same files: data, cache, assets and checkpoints on a shared file system, or the "
                     "same on every node; and nothing may change there while they start."

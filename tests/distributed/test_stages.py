@@ -288,7 +288,7 @@ def out_of_step(args: list[str], rank: int, world_size: int) -> str:
 
 def test_ranks_that_read_other_files_are_not_trained_together(folder: Path, runs: dict[str, dict[str, Any]]):
     (told,) = spawn(2, out_of_step, [stage(folder, "stage.toml", "apart")], folder)
-    assert "The ranks do not agree on the data (the plan): rank 0 has" in told and "(1 of 2 differ" in told
+    assert "The ranks do not agree on the plan of the data: rank 0 has" in told and "(1 of 2 differ" in told
 
 
 def test_a_stage_is_found_where_its_run_wrote(folder: Path, runs: dict[str, dict[str, Any]]):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from torchtitan.chain import main
-from torchtitan.components.manifest import digest, read_manifest
+from torchtitan.components.manifest import digest, load_step_now, note_load_step, read_manifest
 from torchtitan.tools.errors import GATE_NOT_HELD, NOT_ENDED
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +66,19 @@ def test_a_stage_that_is_another_now_has_not_simply_ended(tmp_path: Path, capsys
     assert "training.seq_len 2048 -> 4096" in said and "rope.theta" not in said
 
 
+def test_a_requeued_job_goes_back_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its command line says load_step at every start; another job, or the same in its first start, goes back again."""
+    note_load_step(tmp_path, 500)
+    assert load_step_now(tmp_path, 500) == 500  # not on Slurm: nothing is noted
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    note_load_step(tmp_path, 500)
+    assert load_step_now(tmp_path, 500) == 500
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert [load_step_now(tmp_path, step) for step in (500, 400, -1)] == [-1, 400, -1]
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert load_step_now(tmp_path, 500) == 500
+
+
 def test_the_stage_before_is_the_one_that_was_gone_on_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 2.5}\n')
     before = tmp_path / "before"
@@ -77,7 +90,7 @@ def test_the_stage_before_is_the_one_that_was_gone_on_from(tmp_path: Path, capsy
     assert ask(tmp_path, *after) == 0
     (before / "checkpoint/step-7/manifest.json").write_text('{"format": 1, "step": 7, "files": {"a": [1, 3]}}')
     assert ask(tmp_path, *after) == 1
-    assert "which has been trained anew since" in capsys.readouterr().err
+    assert "which has been trained anew or for longer since" in capsys.readouterr().err
     shutil.rmtree(before)  # it need not be kept
     assert ask(tmp_path, *after) == 0
     (tmp_path / "before.toml").write_text(f'[job]\ndump_folder = "{tmp_path}/./"\n')

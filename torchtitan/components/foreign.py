@@ -49,7 +49,7 @@ def _reordered(
 
 
 def _check_llama(args: TransformerArgs, whose: str) -> None:
-    for key in ("qkv_bias", "qk_norm"):
+    for key in ("qkv_bias", "qk_norm", "sliding_window"):
         if getattr(args, key):
             raise UserError(f"{whose} format is known for Llama only, and this model has {key}: use Hugging Face's.")
 
@@ -116,6 +116,8 @@ def open_meta(folder: Path, args: TransformerArgs | None = None) -> Weights:
         raise UserError(f"The .pth files in {folder} cannot be read, are they whole? {type(e).__name__} {e}") from None
     first = {name: tensor for name, tensor in shards[0].items() if not name.endswith(_NOT_PARAMETERS)}
     params = _params(folder)
+    if params.get("sliding_window"):
+        raise UserError(f"{folder / 'params.json'} has a sliding_window, which is read from Hugging Face's form alone.")
 
     def cut(name: str) -> int | None:
         """The dimension along which the files' pieces follow each other; None: each has all of it."""

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torchtitan.components.manifest import MANIFEST, digest, read_manifest
+from torchtitan.components.manifest import complete_steps, digest, read_manifest
 from torchtitan.config import load_config
 from torchtitan.config.job_config import Gate, JobConfig
 from torchtitan.tools.errors import UserError
@@ -63,8 +63,11 @@ def stage_as_run(config: JobConfig) -> JobConfig:
 
 
 def check_before(config: JobConfig, manifest: dict[str, Any] | None) -> None:
-    """UserError where a stage and the one before it share a dump folder, or where that one has been trained anew since
-    this one, of whose newest checkpoint `manifest` is, went on from it."""
+    """UserError where a stage and the one before it share a dump folder, or where the stage before is not what this one
+    went on from any more: it has been trained anew, or for longer.
+
+    manifest: of this stage's newest checkpoint, None without one.
+    """
     after = config.stage.after
     if not after or not (config.stage.after_dump_folder or Path(after).is_file()):
         return  # nothing, or a mistake that is answered where the run starts
@@ -76,12 +79,20 @@ def check_before(config: JobConfig, manifest: dict[str, Any] | None) -> None:
         )
     lineage = (manifest or {}).get("stages_before") or [{}]
     step, known = lineage[-1].get("step"), lineage[-1].get("digest")
-    there = before / config.checkpoint.folder / f"step-{step}"
-    if known and (there / MANIFEST).is_file() and digest(read_manifest(there)) != known:
+    if not known:
+        return
+    folder = before / stage_as_run(config).checkpoint.folder
+    try:
+        newest = complete_steps(folder)[-1]
+        same = newest == step and digest(read_manifest(folder / f"step-{newest}")) == known
+    except (IndexError, UserError):
+        return  # not there any more, or damaged: nothing of it is needed
+    if not same:
         raise UserError(
             f"Stage {config.stage.name} went on from step {step} of {config.stage.after}, which has been trained anew "
-            f"since: {there} is another checkpoint than that one. Delete {config.job.dump_folder} to train this stage "
-            "from it, choose another job.dump_folder, or name where the old one is (stage.after_dump_folder)."
+            f"or for longer since: {folder}/step-{newest} is another checkpoint. Delete {config.job.dump_folder} to "
+            "train this stage from it, choose another job.dump_folder, or name where the old one is "
+            "(stage.after_dump_folder)."
         )
 
 

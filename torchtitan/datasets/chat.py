@@ -117,7 +117,7 @@ class ChatEncoder:
             spans = [self._to_end_of_turn(text, *span, may_grow=True) for span in spans if span[0] < span[1]]
             if not spans:
                 raise ValueError(f"the chat template in {self._template.path} marks nothing as the assistant's.")
-            self._check_written("".join(text[start:stop] for start, stop in spans), messages[-1])
+            self._check_written(text, messages[-1])  # what it marks is its choice
             return text, spans
         text = self._template.render(messages, tools)
         spans = []
@@ -138,7 +138,8 @@ class ChatEncoder:
         # of the last response's, before and text are what is compared: a header behind it is not the model's to say
         if before == self._template.render(messages[:-1], tools):
             ends_both = os.path.commonprefix([before[::-1], text[::-1]])[::-1]
-            if len(self._special.findall(ends_both)) > 1:
+            # two messages that are equal end alike, with what they say
+            if len(self._special.findall(ends_both)) > 1 and messages[-1]["content"].strip() not in ends_both:
                 raise ValueError(
                     f"the chat template in {self._template.path} puts the prompt for an answer behind every "
                     "conversation, also where none is asked for, so that it would be trained: make it look at "
@@ -147,14 +148,14 @@ class ChatEncoder:
         return text, spans
 
     def _check_written(self, said: str, message: dict[str, Any]) -> None:
-        """ValueError unless what the last message says is in the text that is trained on, white space aside. Some
-        templates leave out a chain of thought, or tool calls."""
+        """ValueError unless what the last message says is in the text, white space aside. Some templates leave out a
+        chain of thought, or tool calls."""
         for wanted in (message["content"], *_names_called(message.get("tool_calls"))):
             if "".join(wanted.split()) not in "".join(said.split()):
                 raise ValueError(
                     f"the chat template in {self._template.path} does not write all that the last message of the "
-                    f"assistant says: {wanted.strip()[:60]!r} is not in what would be trained. Change the template, or "
-                    "the conversation."
+                    f"assistant says: {wanted.strip()[:60]!r} is not in the text. Change the template, or the "
+                    "conversation."
                 )
 
     def _to_end_of_turn(self, text: str, start: int, stop: int, may_grow: bool) -> tuple[int, int]:

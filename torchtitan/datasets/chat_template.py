@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,11 +148,14 @@ def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
             content = token.get("content") if isinstance(token, dict) else token
             if name.endswith("_token") and isinstance(content, str):
                 special[name] = content
-    # what names BOS and EOS by their ids alone does it for templates too
-    spelled = {number: text for text, number in tokenizer.special.items()}
     for name, number in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
-        if number in spelled:
-            special.setdefault(name, spelled[number])
+        if number is not None and name not in special and any(re.search(rf"\b{name}\b", t) for t in texts.values()):
+            spelled = next((text for text, other in tokenizer.special.items() if other == number), "...")
+            raise UserError(
+                f"The chat template in {path} writes {name}, which neither tokenizer_config.json nor "
+                f"special_tokens_map.json in {folder} names, so that nothing would stand there, though the token is "
+                f'known by its id, {number}. Add "{name}": "{spelled}" to tokenizer_config.json (a file of {{}} else).'
+            )
     return ChatTemplate(path, texts, special)
 
 

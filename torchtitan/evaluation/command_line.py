@@ -95,7 +95,8 @@ def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "
             f"--model {folder} has neither config.json nor manifest.json{there}. It should be a Hugging Face folder, "
             "or a checkpoint of a run (outputs/checkpoint/step-1000)."
         )
-    says_bos = config_file(overrides) is not None or any(flag_name(arg) == "data.add_bos" for arg in overrides)
+    given = {flag_name(arg) for arg in overrides}
+    says_bos = config_file(overrides) is not None or bool(given & {"data.add_bos", "data.no_add_bos"})
     if (folder / MANIFEST).is_file() and not says_bos:  # as it was trained
         trained = read_manifest(folder).get("config", {}).get("data", {})
         config = replace(config, data=replace(config.data, add_bos=trained.get("add_bos", config.data.add_bos)))

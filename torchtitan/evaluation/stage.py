@@ -190,17 +190,6 @@ class StageEvaluation:
         self.prepared = prepare(config, tokenizer, args)
         self.said = time.perf_counter()
 
-    def put_aside(self) -> None:
-        """The results in the folder of a run that begins at its beginning: they are an earlier run's."""
-        folder = results_file(self.config, 0).parent
-        if self.rank > 0 or not any(folder.glob("step-*.json")):
-            return
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
-            number += 1
-        folder.rename(aside)
-        logger.info(f"evaluations of an earlier run are in {aside} now")
-
     def due(self, step: int) -> bool:
         """Whether there is to be one after this step, and the run has not left it, asked so, before. Collective."""
         e, steps = self.config.evaluation, self.config.training.steps

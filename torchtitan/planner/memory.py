@@ -317,10 +317,12 @@ def moments(job: Job) -> list[Moment]:
         "inputs, RoPE": inputs_and_rope(job),
     }
     whole = {"gradients": on_device(job, gradients(job))}
+    if job.dp_replicate > 1 and job.accumulation > 1:  # FSDP's sums before the all-reduce, in float32 on the device
+        whole = {"gradients": shard(job) * WIDE}
     so_far = whole if job.accumulation > 1 else {}
     head_only = so_far or {"gradients": on_device(job, s.head / job.fsdp * job.stored)}
     if not job.reshard:
-        kept = add(kept, {"gathered parameters": gathered(job, s.blocks)})
+        kept = add(kept, {"gathered parameters": gathered(job, s.blocks, buffers=0)})
     tied = {"gathered parameters": gathered(job, s.head)} if job.args.tied_embeddings else {}
     head = add(static, so_far, kept, {"gathered parameters": gathered(job, s.head)})
     # the block in backward: its share of `kept`, if it is not recomputed, is what it computes with

@@ -6,6 +6,7 @@ A full or foreign disk should not end a run after an hour.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -34,6 +35,22 @@ def make_writable(key: str, folder: Path) -> None:
         raise UserError(
             f"{key} = {folder} cannot be written to: {why}. Name a folder that this user may make and write to."
         ) from None
+
+
+def put_aside(folder: Path, after: int) -> Path | None:
+    """Move what an earlier run left in folder for later steps than `after` (step-N, step-N.json, ...) to folder-1, or
+    -2, ...: where that is, None where there is nothing."""
+    names = [(re.match(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
+    found = [path for match, path in names if match and int(match[1]) > after]
+    if not found:
+        return None
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    aside.mkdir()
+    for path in found:
+        path.rename(aside / path.name)
+    return aside
 
 
 def partial_of(out: Path) -> Path:

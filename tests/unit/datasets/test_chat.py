@@ -231,16 +231,33 @@ def test_contents_in_parts_are_joined(tmp_path: Path) -> None:
     assert made[0] == made[1] and made[0] and "It's me.<|im_end|>" in made[0].text
 
 
-def test_bos_by_its_id_alone_is_there_for_the_template(tmp_path: Path) -> None:
-    """As it is for documents of plain text."""
+def test_bos_by_its_id_alone_is_no_bos_in_a_template(tmp_path: Path) -> None:
+    """Neither there, by transformers' rules, nor at inference; documents of plain text would have it."""
     folder = assets(tmp_path, TEMPLATES["trimmed"])
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         (folder / file).unlink(missing_ok=True)
     (folder / "config.json").write_text('{"bos_token_id": 0, "eos_token_id": [1, 4097]}')
+    with pytest.raises(UserError, match='writes bos_token, which neither .* Add "bos_token": "') as error:
+        load_chat_template(load_tokenizer(folder))
+    (folder / "tokenizer_config.json").write_text("{" + str(error.value).split("Add ")[1].split(" to ")[0] + "}")
     tokenizer = load_tokenizer(folder)
     encoder = ChatEncoder(tokenizer, load_chat_template(tokenizer), "messages")
     (made,) = encoder.encode_batch([encoder.read({"messages": CHAT[:2]})])
-    assert made[0][:2].tolist() == [tokenizer.bos_id, 4096]
+    assert made[0][:2].tolist() == [0, 4096] and tokenizer.bos_id == 0
+
+
+def test_equal_messages_and_marks_of_choice_are_taken(tmp_path: Path) -> None:
+    """No header is behind a conversation whose two messages end alike; and a thought may be left unmarked."""
+    same = [CHAT[0] | {"content": "Hello"}, CHAT[1] | {"content": "Hello"}]
+    turn = "'<|im_start|>' + m.role + '<|im_end|>' + m.content + '<|im_end|>'"
+    headers = f"{{% for m in messages %}}{{{{ {turn} }}}}{{% endfor %}}"
+    encoder, _ = encoder_of(tmp_path / "headers", headers)
+    assert encoder.read({"messages": same}) is not None
+    marks = """{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}{{ m.content.split('|')[0] }}|
+{%- generation %}{{ m.content.split('|')[1] }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"""
+    encoder, _ = encoder_of(tmp_path / "marks", marks)
+    made = encoder.read({"messages": [CHAT[0], {"role": "assistant", "content": "thought|answer"}]})
+    assert made and [made.text[a:b] for a, b, role in made.parts if ROLES[role] == "assistant"] == ["answer"]
 
 
 GOOD = {"messages": CHAT}
@@ -272,12 +289,12 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "a thought that the template drops": (
         TEMPLATES["chatml"].replace("m.content", "m.content.split('</think>')[-1]"),
         {"messages": [CHAT[0], {"role": "assistant", "content": "<think> 2 + 3 </think> Five"}]},
-        "line 2: the chat template in .* does not write all that the last .*: '<think> 2 . 3 </think> Five' is not in",
+        "line 2: the chat template in .* does not write all .*: '<think> 2 . 3 </think> Five' is not in the text",
     ),
     "a call that the template drops": (
         TEMPLATES["chatml"],
         {"messages": WITH_TOOLS["messages"][:3]},
-        "line 2: the chat template in .* does not write all .*: 'add' is not in what would be trained",
+        "line 2: the chat template in .* does not write all .*: 'add' is not in the text",
     ),
     "a header behind every conversation": (
         TEMPLATES["chatml"].replace("add_generation_prompt", "true"),

@@ -30,6 +30,7 @@ from torchtitan.evaluation.stage import StageEvaluation
 from torchtitan.models.huggingface import hf_name, read_config
 from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import put_aside
 
 TOKENIZER = load_tokenizer(ASSETS)
 TEXT = torch.tensor(TOKENIZER.encode(" ".join(f"The river {i} is near the stone. A bird sees it." for i in range(200))))
@@ -145,13 +146,15 @@ def test_results_are_kept_for_the_same_questions_of_the_same_run(tmp_path: Path)
     for text, due in (('{"asked": {"seed": 0}}', False), ('{"asked": {"seed": 1}}', True), ("{}", True), ("[", True)):
         write_whole(file, text)
         assert StageEvaluation.due(one, 0) == due
-    StageEvaluation.put_aside(one)  # another run in the same folder
+    put_aside(file.parent, after=-1)  # another run in the same folder
     assert StageEvaluation.due(one, 0) and (tmp_path / "evaluation-1/step-0.json").exists()
-    StageEvaluation.put_aside(one)
+    assert put_aside(file.parent, after=-1) is None
     assert not (tmp_path / "evaluation-2").exists()
-    write_whole(file, "{}")
-    StageEvaluation.put_aside(one)
-    assert (tmp_path / "evaluation-2/step-0.json").exists()
+    for step in (0, 9, 10):
+        write_whole(file.with_name(f"step-{step}.json"), "{}")
+    put_aside(file.parent, after=9)  # a run that goes back to step 9
+    assert [p.name for p in (tmp_path / "evaluation-2").iterdir()] == ["step-10.json"]
+    assert sorted(p.name for p in file.parent.iterdir()) == ["step-0.json", "step-9.json"]
 
 
 def test_a_long_evaluation_in_training_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch):
@@ -257,16 +260,21 @@ def test_rope_of_the_command_line_counts_and_that_of_a_file_does_not(
 
 
 def test_a_checkpoint_is_asked_with_bos_as_it_was_trained(tmp_path: Path):
-    about = {"format": 1, "config": {"data": {"add_bos": False}}}
-    (tmp_path / "manifest.json").write_text(json.dumps(about))
+    def trained(bos: bool) -> None:
+        about = {"format": 1, "config": {"data": {"add_bos": bos}}}
+        (tmp_path / "manifest.json").write_text(json.dumps(about))
+
     (tmp_path / "stage.toml").write_text("")
     for args, bos in (
         ([], False),
         (["--data.add_bos", "true"], True),
+        (["--data.no_add_bos"], False),
         (["--job.config_file", str(tmp_path / "stage.toml")], True),  # whose default it is
     ):
         own = SimpleNamespace(model=tmp_path, step=None, processes=1, out=None)
-        assert what_is_asked(own, args)[0].data.add_bos == bos  # type: ignore[arg-type]
+        for was in (False, True):
+            trained(was)
+            assert what_is_asked(own, args)[0].data.add_bos == (bos if args else was)  # type: ignore[arg-type]
 
 
 def test_a_stage_own_results_are_of_its_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
