@@ -68,10 +68,12 @@ def check_before(config: JobConfig, manifest: dict[str, Any] | None) -> None:
 
     manifest: of this stage's newest checkpoint, None without one.
     """
-    after = config.stage.after
-    if not after or not (config.stage.after_dump_folder or Path(after).is_file()):
-        return  # nothing, or a mistake that is answered where the run starts
-    before = folder_before(config)
+    if not config.stage.after:
+        return
+    try:
+        before = folder_before(config)
+    except UserError:
+        return  # a run that starts from there says so; one that is resumed needs nothing of it
     if before.resolve() == Path(config.job.dump_folder).resolve():
         raise UserError(
             f"stage {config.stage.name} and the stage before it ({config.stage.after}) have one job.dump_folder, "
@@ -81,8 +83,8 @@ def check_before(config: JobConfig, manifest: dict[str, Any] | None) -> None:
     step, known = lineage[-1].get("step"), lineage[-1].get("digest")
     if not known:
         return
-    folder = before / stage_as_run(config).checkpoint.folder
     try:
+        folder = before / stage_as_run(config).checkpoint.folder
         newest = complete_steps(folder)[-1]
         same = newest == step and digest(read_manifest(folder / f"step-{newest}")) == known
     except (IndexError, UserError):
