@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.components.gates import check_before, flat, gate_failure
-from torchtitan.components.manifest import complete_steps, has_ended, read_manifest
+from torchtitan.components.manifest import has_ended, newest_manifest
 from torchtitan.config import JobConfig, as_tables, load_config
 from torchtitan.config.chain import chain
 from torchtitan.config.checks import check_config
@@ -60,8 +60,8 @@ INDIFFERENT = ("data.num_workers", "data.cache_folder", "data.folder")
 def _check_unchanged(config: JobConfig) -> None:
     """UserError where a stage that has ended is not what it would be now, for its own configuration or for the stage
     before, which has been trained anew."""
-    folder = Path(config.job.dump_folder) / config.checkpoint.folder
-    manifest = read_manifest(folder / f"step-{complete_steps(folder)[-1]}")
+    _, manifest = newest_manifest(config)
+    assert manifest  # it has ended
     check_before(config, manifest)
     if changes := changed_since(manifest, config):
         raise UserError(

@@ -12,7 +12,7 @@ from typing import Any
 from torchtitan.attention.backends import choose_backend
 from torchtitan.attention.varlen import check_window
 from torchtitan.components.gates import check_before, flat
-from torchtitan.components.manifest import check_load_step, complete_steps, load_step_now, read_manifest
+from torchtitan.components.manifest import check_load_step, complete_steps, load_step_now, newest_manifest
 from torchtitan.components.metrics import import_wandb
 from torchtitan.components.stage import Start, check_start, find_start, hugging_face_start, lineage
 from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
@@ -185,12 +185,7 @@ def _own_manifest(config: JobConfig) -> dict[str, Any] | None:
     folder = Path(config.job.dump_folder) / config.checkpoint.folder
     steps = complete_steps(folder)
     check_load_step(folder, load_step_now(folder, config.checkpoint.load_step), steps)
-    for step in reversed(steps):
-        try:
-            return read_manifest(folder / f"step-{step}")
-        except UserError:
-            continue  # damaged: named when a checkpoint to resume from is looked for
-    return None
+    return newest_manifest(config)[1]
 
 
 def _check_resumable(

@@ -54,7 +54,7 @@ from torchtitan.evaluation.command_line import results_file
 from torchtitan.evaluation.forward import Ranks
 from torchtitan.evaluation.stage import StageEvaluation
 from torchtitan.inputs import StageInputs, report_of
-from torchtitan.models.architecture import as_json, rope_json
+from torchtitan.models.architecture import as_json
 from torchtitan.models.huggingface import load_weights
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_config import describe_rope, rope_warnings
@@ -294,7 +294,7 @@ class Trainer:
             "tokens_seen": self.tokens_seen,
             "stage": self.config.stage.name,
             "stages_before": self.inputs.stages_before,
-            "rope_before": rope_json(self.inputs.rope_before) if self.inputs.rope_before else None,
+            "rope_before": as_json(self.inputs.rope_before) if self.inputs.rope_before else None,
             "config": as_tables(self.config),
             "architecture": as_json(self.inputs.args),
             "tokenizer": self.inputs.tokenizer.fingerprint,

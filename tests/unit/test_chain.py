@@ -68,6 +68,8 @@ def test_a_stage_that_is_another_now_has_not_simply_ended(tmp_path: Path, capsys
 
 def test_a_requeued_job_goes_back_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its command line says load_step at every start; another job, or the same in its first start, goes back again."""
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
     note_load_step(tmp_path, 500)
     assert load_step_now(tmp_path, 500) == 500  # not on Slurm: nothing is noted
     monkeypatch.setenv("SLURM_JOB_ID", "7")

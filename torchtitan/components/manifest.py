@@ -24,15 +24,20 @@ FORMAT = 1
 
 def has_ended(config: JobConfig) -> bool:
     """Whether nothing of a stage is left to do: its newest readable checkpoint is of its last step, and exported."""
+    step, manifest = newest_manifest(config)
+    exported = not config.checkpoint.last_save_in_hf or export_folder(config, step).exists()
+    return manifest is not None and step >= config.training.steps and exported
+
+
+def newest_manifest(config: JobConfig) -> tuple[int, dict[str, Any] | None]:
+    """Step and manifest of the stage's newest checkpoint that can be read; (-1, None) where there is none."""
     folder = Path(config.job.dump_folder) / config.checkpoint.folder
     for step in reversed(complete_steps(folder)):
         try:
-            read_manifest(folder / f"step-{step}")
+            return step, read_manifest(folder / f"step-{step}")
         except UserError:
-            continue  # damaged: the trainer, which this is not, says so and takes the one before
-        exported = not config.checkpoint.last_save_in_hf or export_folder(config, step).exists()
-        return step >= config.training.steps and exported
-    return False
+            continue  # damaged: the trainer says so when it looks for one to resume from, and takes the one before
+    return -1, None
 
 
 def export_folder(config: JobConfig, step: int) -> Path:

@@ -14,14 +14,9 @@ from torchtitan.tools.errors import UserError
 _SCALINGS = {cls.rope_type: cls for cls in get_args(Scaling)}
 
 
-def as_json(args: TransformerArgs) -> dict[str, Any]:
-    """The architecture as it stands in a manifest; a scaling is known by its rope_type."""
+def as_json(args: TransformerArgs | RopeArgs) -> dict[str, Any]:
+    """The architecture, or its RoPE alone, as it stands in a manifest; a scaling is known by its rope_type."""
     return json.loads(json.dumps(asdict(args)))
-
-
-def rope_json(rope: RopeArgs) -> dict[str, Any]:
-    """The same for the RoPE alone."""
-    return json.loads(json.dumps(asdict(rope)))
 
 
 def complete(architecture: dict[str, Any]) -> dict[str, Any]:
