@@ -124,3 +124,12 @@ def test_host_memory_is_what_the_trainer_warns_of(capsys: pytest.CaptureFixture[
     assert ours == pytest.approx(host_bytes(args, config, 8), rel=1e-3)
     assert estimate.main([*LLAMA, *offload, "--world-size", "8", "--host-memory-gib", "64"]) == 2
     assert "GiB of host memory are needed, of 64" in capsys.readouterr().out
+
+
+def test_it_says_where_a_slurm_job_has_another_layout(capsys: pytest.CaptureFixture[str]):
+    """Which keeps a copy of the parameters on each node, if nothing is said of the degrees."""
+    said = []
+    for more in ([], ["--parallelism.data_parallel_replicate_degree", "2"], ["--gpus-per-node", "16"]):
+        estimate.main([*LLAMA, "--world-size", "16", *more])
+        said.append("NOTE: counted for parameters sharded over all 16 ranks" in capsys.readouterr().out)
+    assert said == [True, False, False]

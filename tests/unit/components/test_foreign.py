@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.unit.components.models import ARCHITECTURES, LLAMA, our_logits, random_weights, some_tokens, with_rope
 from torchtitan.components.foreign import (
+    _check_llama,
     args_from_params,
     open_meta,
     open_torchtitan,
@@ -177,3 +178,9 @@ def test_published_models_are_known_by_their_params(flavor: str):
     assert params["multiple_of"] * -(-hidden // params["multiple_of"]) == args.ffn_dim
     shapes = {"layers.0.feed_forward.w1.weight": (args.ffn_dim, 0), "tok_embeddings.weight": (args.vocab_size, 0)}
     assert args_from_params(params, shapes) == args
+
+
+def test_a_window_has_no_form_there():
+    """It would be lost without a word: another function beyond its length."""
+    with pytest.raises(UserError, match="Meta's format is known for Llama only, and this model has sliding_window"):
+        _check_llama(ARCHITECTURES["mistral, windows"], "Meta's")
