@@ -50,6 +50,7 @@ EVALUATE_FLAGS = ("model", "step", "tokenizer", "processes", "label", "out")
 
 def stages(args: list[str], evaluates: bool = False) -> int:
     """Print the stages of a recipe; UserError for what no number of processes could mend."""
+    all_before_ended = True
     for stage in chain(args):
         config = stage.config
         check_stage(config)
@@ -59,6 +60,9 @@ def stages(args: list[str], evaluates: bool = False) -> int:
             done = "yes" if ended(stage.arguments) == 0 else "no"
         except GateError:
             done = "no"  # its job says so, and stops those after it
+        if not all_before_ended:
+            done = "no"  # its job looks once more whether the one before is still what it began from
+        all_before_ended = done == "yes"
         dump_folder = str(Path(config.job.dump_folder).absolute())
         said = [*config.stage.sbatch, "--", *stage.arguments]
         if not evaluates:

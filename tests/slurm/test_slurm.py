@@ -152,14 +152,14 @@ def time_limit(cluster: Cluster, folder: Path) -> Facts:
 
 @scenario
 def preempted(cluster: Cluster, folder: Path) -> Facts:
-    """By a job of a higher partition: first as here, then where Slurm does not warn the batch script."""
+    """By a job of a higher partition: first as here, then where Slurm does not warn the batch script; an evaluation."""
+    where = ("-w", "node7,node8", "--nodes=2", "--cpus-per-task=16")
     plain = folder / "without_signal.sbatch"
     text = (REPO / "multinode" / "train.sbatch").read_text()
     plain.write_text(text.replace("#SBATCH --signal=B:USR1@300\n", ""))
 
     def trial(name: str, script: Path) -> Facts:
         run = Run(cluster, folder, name)
-        where = ("-w", "node7,node8", "--nodes=2", "--cpus-per-task=16")
         job = run.submit("--partition=low", *where, script=script, TORCHTITAN_REPO=str(REPO))
         with run.held():
             high = cluster.sbatch("--partition=high", *where, "--output=/dev/null", "--wrap", "sleep 1")
@@ -169,7 +169,29 @@ def preempted(cluster: Cluster, folder: Path) -> Facts:
         assert cluster.ended(high) == "COMPLETED"
         return facts(run, job)
 
-    return {"preempted": trial("preempted", REPO / "multinode" / "train.sbatch"), "plain": trial("plain", plain)}
+    def evaluation(out: Path) -> Facts:
+        evaluate = REPO / "multinode" / "evaluate.sbatch"
+        run = Run(cluster, folder, "preempted_evaluation", job__dump_folder=out, evaluation__needle_lengths=120)
+        run.out = out
+        job = run.submit("--partition=low", *where, script=evaluate)
+        program = str(REPO / "scripts" / "evaluate.py")
+        run.until(lambda: run.trainers(1, program), "a process that evaluates")
+        for pid in (stopped := run.trainers(1, program)):
+            os.kill(pid, signal.SIGSTOP)
+        high = cluster.sbatch("--partition=high", *where, "--output=/dev/null", "--wrap", "sleep 1")
+        run.until(lambda: cluster.job(job).get("PreemptTime", "None") != "None", "the preemption")
+        with contextlib.suppress(ProcessLookupError):  # Slurm may have killed it already
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+        assert cluster.ended(high) == "COMPLETED"
+        return facts(run, job)
+
+    trained = trial("preempted", REPO / "multinode" / "train.sbatch")
+    return {
+        "preempted": trained,
+        "plain": trial("plain", plain),
+        "evaluation": evaluation(trained["run"].out),
+    }
 
 
 @scenario
@@ -482,6 +504,14 @@ def test_preempted_it_saves_and_comes_back(outcomes: dict[str, Future[Facts]], n
     check_whole(outcomes, outcome)
     assert outcome["restarts"] >= 1 and "asked to stop; what was done is saved" in outcome["log"]
     assert ("USR1: the trainers are asked" in outcome["log"]) == (name == "preempted")
+
+
+def test_a_preempted_evaluation_comes_back(outcomes: dict[str, Future[Facts]]) -> None:
+    outcome = outcomes["preempted"].result()["evaluation"]
+    assert outcome["state"] == "COMPLETED" and outcome["restarts"] >= 1, outcome["log"]
+    assert "preempted: back into the queue" in outcome["log"] and "error: exit code" not in outcome["log"]
+    found = json.loads((outcome["run"].out / "evaluation" / f"step-{STEPS}.json").read_text())
+    assert found["tasks"]["needle"]["lengths"] == [120]
 
 
 def test_a_start_that_slurm_has_given_up_does_not_go_on(outcomes: dict[str, Future[Facts]]) -> None:

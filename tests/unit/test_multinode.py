@@ -136,6 +136,8 @@ def test_submit_chains_what_has_not_ended(recipe: Path) -> None:
     first = recipe.parent / "a.toml"  # a gate that does not hold: its job is to say so, and to stop what follows
     first.write_text(first.read_text() + '[[stage.gates]]\nmetric = "loss"\nat_most = 1.0\n')
     assert len(dry_run(*arguments).stdout.splitlines()) == 2
+    end(recipe.parent / "out" / "b")  # before what is now to come: its own job is to look at that
+    assert len(dry_run(*arguments).stdout.splitlines()) == 2
 
 
 def test_an_evaluation_follows_each_stage_and_holds_up_none(recipe: Path) -> None:
