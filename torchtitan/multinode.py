@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 
 from torchtitan.chain import ended
-from torchtitan.components.manifest import complete_steps
+from torchtitan.components.manifest import complete_steps, load_step_now
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.chain import chain, without_flags
 from torchtitan.config.checks import check_asked, check_config, check_evaluation, check_stage, resolve_shard_degree
@@ -88,11 +88,13 @@ def is_evaluated(config: JobConfig) -> bool:
 
 def start(nodes: int, per_node: int, args: list[str], unchanged: bool = True) -> int:
     """Print how to train this stage on nodes * per_node processes, or say why it is not to be trained. unchanged: see
-    chain.ended."""
+    chain.ended; False after a start, whose checkpoint.load_step is done."""
     args = args + replicas(args, nodes, per_node)
     config = load_config(args)
     check_config(config, nodes * per_node)
-    if ended(args, unchanged) == 0:
+    folder = Path(config.job.dump_folder) / config.checkpoint.folder
+    goes_back = unchanged and load_step_now(folder, config.checkpoint.load_step) >= 0
+    if not goes_back and ended(args, unchanged) == 0:
         return ENDED
     print(f"DUMP_FOLDER={shlex.quote(str(Path(config.job.dump_folder).absolute()))}")
     print(f"ARGUMENTS=({shlex.join(args)})")

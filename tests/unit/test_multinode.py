@@ -71,6 +71,8 @@ def test_start_says_how_to_train_or_why_not(recipe: Path, capsys: pytest.Capture
     assert main(["start", "2", "4", *args, "--checkpoint.enable", "false"]) == 1
     end(recipe.parent / "out" / "b")
     assert main(["start", "2", "4", *args]) == ENDED
+    back = [*args, "--checkpoint.load_step", "7"]  # at its end that is done
+    assert main(["start", "2", "4", *back]) == 0 and main(["judge", "2", "4", *back]) == ENDED
     recipe.write_text(recipe.read_text() + '[[stage.gates]]\nmetric = "loss"\nat_most = 1.0\n')
     assert main(["start", "2", "4", *args]) == GATE_NOT_HELD
 
