@@ -54,6 +54,10 @@ FACT_SHARE = 0.9
 RARE_SHARE = 0.8
 """Of a document's facts, those that stand near its two ends alone."""
 
+SHORT_SHARE = 0.7
+"""Of the documents of the extensions in rows of LONG: a quarter of their tokens are in documents of up to SHORT, as
+published mixtures keep a part of the text that was there before."""
+
 UNKNOWN, STOP = "<unknown>", "."
 LENGTHS = (256, 512, 1024, 1536, 2048, 3072, 4096)
 EDGES = (0, 256, 512, 768, 1024, 1536, 2048, 2560, 3072, 3584, 4096)
@@ -202,19 +206,24 @@ def make_document(words: Words, length: int, random: np.random.Generator, far: b
 
 def write_corpus(words: Words, file: Path, length: int, tokens: int, far: bool) -> None:
     """Documents of up to `length` words, a word a token. Near: as many tokens in those of 32 to 64 as in those of 64 to
-    128. Far: as many documents, so that half of the tokens are in those of more than half the length; beyond 1K, any
-    length as often, and three quarters of the tokens are in those."""
+    128. Far: as many documents, so that half of the tokens are in those of more than half the length. Of more than 1K:
+    SHORT_SHARE are those of 1K, of the others any length is as often."""
     random = np.random.default_rng([3 * far, length])
     with file.open("w") as out:
         while tokens > 0:
-            if length > SHORT:
-                size = round(random.uniform(SHORTEST, length))
-            elif far:
-                size = round(math.exp(random.uniform(math.log(SHORTEST), math.log(length))))
-            else:
-                size = round(1 / random.uniform(1 / length, 1 / SHORTEST))
+            size = document_size(length, random, far)
             out.write(json.dumps({"text": " ".join(make_document(words, size, random, far))}) + "\n")
             tokens -= size
+
+
+def document_size(length: int, random: np.random.Generator, far: bool) -> int:
+    """Words of a document in write_corpus."""
+    if length > SHORT and random.random() >= SHORT_SHARE:
+        return round(random.uniform(SHORTEST, length))
+    length = min(length, SHORT)
+    if far:
+        return round(math.exp(random.uniform(math.log(SHORTEST), math.log(length))))
+    return round(1 / random.uniform(1 / length, 1 / SHORTEST))
 
 
 def write_assets(words: Words, folder: Path) -> None:
@@ -245,7 +254,8 @@ def recalled(loaded: Loaded, tokens: list[int], count: int) -> bool:
 
 
 def measure(loaded: Loaded, words: Words, documents: int, needles: int) -> dict[str, Any]:
-    """Recall by length, and loss by position, on documents that were not trained on."""
+    """Recall by length, loss by position in documents of LONG words, and the loss of documents of up to SHORT, as those
+    of the second stage; on documents that were not trained on."""
     encode = loaded.tokenizer.encode
     recall = []
     for length in LENGTHS:
@@ -255,7 +265,15 @@ def measure(loaded: Loaded, words: Words, documents: int, needles: int) -> dict[
     random = np.random.default_rng([2, LONG])
     texts = [torch.tensor(encode(" ".join(make_document(words, LONG, random, far=True)))) for _ in range(documents)]
     buckets = loss_by_position(loaded.model, texts, EDGES)
-    return {"recall": recall, "nll": list(buckets.nll), "count": list(buckets.count)}
+    random = np.random.default_rng([4, SHORT])
+    sizes = [document_size(SHORT, random, far=True) for _ in range(8 * documents)]
+    short = [torch.tensor(encode(" ".join(make_document(words, size, random, far=True)))) for size in sizes]
+    return {
+        "recall": recall,
+        "nll": list(buckets.nll),
+        "count": list(buckets.count),
+        "short": loss_by_position(loaded.model, short, (0, SHORT)).mean,
+    }
 
 
 def mean_loss(result: dict[str, Any], begin: int, end: int) -> float:
@@ -266,15 +284,18 @@ def mean_loss(result: dict[str, Any], begin: int, end: int) -> float:
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
-    """A method a line: recall by length, loss by position, and the loss up to 1K against the untouched model's."""
+    """A method a line: recall by length, loss by position, and that of short documents, also against the untouched
+    model's."""
     shown = [length for length in LENGTHS if length >= SHORT]
     spans = [(0, SHORT), *pairwise((SHORT, 2 * SHORT, LONG))]
-    titles = [f"recall at {n:,}" for n in shown] + [f"loss {a:,}-{b:,}" for a, b in spans] + ["short loss"]
+    titles = [f"recall at {n:,}" for n in shown] + [f"loss {a:,}-{b:,}" for a, b in spans]
+    titles += ["short documents", "against untouched"]
     lines = [f"| method | rows | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for name, result in results.items():
         cells = [f"{result['recall'][LENGTHS.index(n)]:.0%}" for n in shown]
         cells += [f"{mean_loss(result, *span):.3f}" for span in spans]
-        change = mean_loss(result, 0, SHORT) / mean_loss(results["untouched"], 0, SHORT) - 1
+        change = result["short"] / results["untouched"]["short"] - 1
+        cells.append(f"{result['short']:.3f}")
         method = METHODS[name]
         lines.append(f"| {method.title} | {method.length:,} | {' | '.join(cells)} | {change:+.1%} |")
     return "\n".join(lines)

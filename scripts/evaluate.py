@@ -1,7 +1,7 @@
 """What a model makes of long text: loss by position on held-out documents, a needle in a haystack, RULER and recall.
 
     python scripts/evaluate.py --job.config_file stage.toml                      # the stage's newest checkpoint
-    python scripts/evaluate.py --model ./SmolLM2 --out before.json --data.add_bos false \\
+    python scripts/evaluate.py --model ./SmolLM2 --out before.json \\
         --evaluation.texts books/*.txt --evaluation.length 16384 --evaluation.needle_lengths 4096 8192 16384
     python scripts/evaluate.py --model outputs/checkpoint/step-1000 --processes 8 \\
         --parallelism.context_parallel_degree 8 --evaluation.needle_lengths 131072 1048576 --out after.json

@@ -1,12 +1,12 @@
 """Tasks of lm-evaluation-harness on a model in any layout.
 
-    python scripts/lm_eval.py --model ./SmolLM2 --tasks arc_easy,wikitext --data.add_bos false --out results.json
+    python scripts/lm_eval.py --model ./SmolLM2 --tasks arc_easy,wikitext --out results.json
     python scripts/lm_eval.py --job.config_file stage.toml --tasks mmlu --num_fewshot 5 --limit 50
     python scripts/lm_eval.py --model outputs/checkpoint/step-1000 --processes 8 --tasks mine --include_path tasks/ \\
         --parallelism.context_parallel_degree 8 --max_length 131072
 
 --model, --step, --processes and every --table.key are as in scripts/evaluate.py. --out, which is
-evaluation/step-N_lm_eval.json of the stage unless it is said, has the harness' own results. Needs `pip install
+evaluation/step-N_lm_eval.json of the stage unless it is said, has the harness' own results. Needs `pip install -e
 ".[eval]"`; docs/evaluation.md says what is the same as in the harness' own model class and what is not.
 """
 
@@ -45,7 +45,7 @@ def main(args: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         if importlib.util.find_spec("lm_eval") is None:
-            raise UserError('lm-evaluation-harness is not installed: pip install ".[eval]"')
+            raise UserError('lm-evaluation-harness is not installed: pip install -e ".[eval]"')
         config, folder = what_is_asked(own, overrides, suffix="_lm_eval")
         check_questions(own)
         if "RANK" not in os.environ and own.processes > 1:
@@ -156,8 +156,8 @@ def load_tasks(own: argparse.Namespace, metadata: dict[str, Any]) -> tuple[Any, 
             except Exception as error:  # what a task's code and a download can do wrong has no end
                 why = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 raise UserError(
-                    f"--tasks {name} could not be loaded ({why}). Most tasks fetch their documents over the network, "
-                    "once: load it where there is one, and keep the folder HF_HOME."
+                    f"--tasks {name} could not be loaded ({why}). Where its documents come over the network: load it "
+                    "once where there is one, and keep the folder HF_HOME."
                 ) from error
             for task_name, task in loaded["tasks"].items():
                 if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):

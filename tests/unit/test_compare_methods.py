@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.scripts import load_script
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config import load_config
 from torchtitan.config.checks import check_config
+from torchtitan.models.transformer import TransformerArgs
 
 compare = load_script("compare_methods")
 
@@ -62,18 +66,37 @@ def test_a_batch_that_rows_do_not_fill_is_refused(tmp_path: Path, capsys: pytest
     assert not (tmp_path / "work").exists()
 
 
+def test_recalled_are_all_the_values_of_a_fact() -> None:
+    """By a stand-in whose likeliest token behind n is n + 1."""
+
+    class Next(torch.nn.Module):
+        args = TransformerArgs(16, 1, 2, 1, 8, 16, 32)
+
+        output: Any = torch.nn.Identity()
+
+        def forward(self, tokens: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return torch.eye(self.args.vocab_size)[tokens + 1]
+
+    loaded: Any = SimpleNamespace(model=Next())
+    assert compare.recalled(loaded, [3, 9, 10, 11, 12], 3)
+    for at in (-1, -2, -3):
+        tokens = [3, 9, 10, 11, 12]
+        tokens[at] += 5
+        assert not compare.recalled(loaded, tokens, 3)
+
+
 def test_the_table_and_the_plot(tmp_path: Path) -> None:
     buckets = len(compare.EDGES) - 1
     counts = list(np.diff(compare.EDGES))
     recall = [1.0] * compare.LENGTHS.index(compare.SHORT) + [0.5] * (
         len(compare.LENGTHS) - compare.LENGTHS.index(compare.SHORT)
     )
-    flat = {"recall": recall, "nll": [2.0] * buckets, "count": counts}
+    flat = {"recall": recall, "nll": [2.0] * buckets, "count": counts, "short": 2.0}
     worse = flat | {"nll": [2.0 if edge < compare.SHORT else 5.0 for edge in compare.EDGES[:-1]]}
-    better = flat | {"nll": [1.9 if edge < compare.SHORT else 1.0 for edge in compare.EDGES[:-1]]}
+    better = flat | {"short": 1.9, "nll": [1.9 if edge < compare.SHORT else 1.0 for edge in compare.EDGES[:-1]]}
     table = compare.markdown({"untouched": worse, "abf": better})
-    assert "| untouched | 1,024 | 50% |" in table and "| 2.000 | 5.000 | 5.000 | +0.0% |" in table
-    assert "| 1.900 | 1.000 | 1.000 | -5.0% |" in table
+    assert "| untouched | 1,024 | 50% |" in table and "| 2.000 | 5.000 | 5.000 | 2.000 | +0.0% |" in table
+    assert "| 1.900 | 1.000 | 1.000 | 1.900 | -5.0% |" in table
     compare.draw({"untouched": worse, "abf": better}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
     assert compare.mean_loss(worse, 0, compare.LONG) == pytest.approx((2 + 3 * 5) / 4)

@@ -94,7 +94,7 @@ def import_wandb() -> Any:
         import wandb
     except ImportError:
         raise UserError(
-            "metrics.enable_wandb = true needs the package wandb: pip install 'torchtitan-longcontext[wandb]'."
+            "metrics.enable_wandb = true needs the package wandb: pip install -e '.[wandb]' in the repository."
         ) from None
     return wandb
 

@@ -63,7 +63,9 @@ class Tokenizer:
     _encode_batch: Callable[[list[str]], list[list[int]]]
     _decode: Callable[[list[int]], str]
     special: dict[str, int] = field(default_factory=dict)
-    _encode_template: Callable[[str], tuple[list[int], list[int]]] | None = None
+    _encode_template: Callable[[str], tuple[list[int], list[tuple[int, int]]]] | None = None
+    adds_bos: bool = False
+    """Whether it puts BOS before a text by itself, in the library that it comes from."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without BOS and EOS; the spelling of a special token is ordinary text."""
@@ -82,9 +84,9 @@ class Tokenizer:
         """encode of each text; on several cores where the library offers that."""
         return self._encode_batch(texts)
 
-    def encode_template(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids of what a chat template made, in which the spelling of a special token is that token, and the index of
-        the character in which each of them begins. Nothing is added at the ends."""
+    def encode_template(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of what a chat template made, in which the spelling of a special token is that token, and of each of them
+        the characters [start, stop) that it has a part of. Nothing is added at the ends."""
         assert self._encode_template is not None
         return self._encode_template(text)
 
@@ -148,14 +150,16 @@ def _load_hugging_face(folder: Path) -> Tokenizer:
         made.no_padding()
         return made
 
-    def encode_template(text: str) -> tuple[list[int], list[int]]:
+    def encode_template(text: str) -> tuple[list[int], list[tuple[int, int]]]:
         encoding = for_templates().encode(text, add_special_tokens=False)
-        return encoding.ids, [start for start, _ in encoding.offsets]
+        return encoding.ids, encoding.offsets
 
     special = {t["content"]: int(t["id"]) for t in description.get("added_tokens", []) if t.get("special")}
     fingerprint = _fingerprint(content, bos, eos)
     size = max(ids.values()) + 1
-    return Tokenizer(str(folder), size, bos, eos, fingerprint, encode_batch, decode, special, encode_template)
+    said = _read_json(folder / "tokenizer_config.json").get("add_bos_token")  # transformers makes it so for Llama
+    adds_bos = bos is not None and (said if isinstance(said, bool) else library.encode("a").ids[:1] == [bos])
+    return Tokenizer(str(folder), size, bos, eos, fingerprint, encode_batch, decode, special, encode_template, adds_bos)
 
 
 def _load_tiktoken(folder: Path) -> Tokenizer:
@@ -182,7 +186,7 @@ def _load_tiktoken(folder: Path) -> Tokenizer:
 
     spelled = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
 
-    def encode_template(text: str) -> tuple[list[int], list[int]]:
+    def encode_template(text: str) -> tuple[list[int], list[tuple[int, int]]]:
         made: list[int] = []
         lengths: list[int] = []  # of each token in bytes; a special token's spelling is one
         for part in spelled.split(text):
@@ -192,11 +196,13 @@ def _load_tiktoken(folder: Path) -> Tokenizer:
         # a token may begin within a character of several bytes: all bytes of one are that character
         is_first = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
         character = np.cumsum(is_first) - 1
-        return made, character[np.cumsum([0, *lengths])[:-1]].tolist() if made else []
+        bounds = np.cumsum([0, *lengths])
+        starts, lasts = (character[at].tolist() if made else [] for at in (bounds[:-1], bounds[1:] - 1))
+        return made, [(start, last + 1) for start, last in zip(starts, lasts, strict=True)]
 
     size = len(ranks) + LLAMA3_SPECIAL_TOKENS
     fingerprint = _fingerprint(content, bos, eos)
-    return Tokenizer(str(folder), size, bos, eos, fingerprint, encode_batch, decode, special, encode_template)
+    return Tokenizer(str(folder), size, bos, eos, fingerprint, encode_batch, decode, special, encode_template, True)
 
 
 def _read_ranks(path: Path, content: bytes) -> dict[bytes, int]:

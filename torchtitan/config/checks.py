@@ -174,6 +174,8 @@ def check_evaluation(config: JobConfig) -> None:
             "evaluation.freq or windows is set, but there is nothing to evaluate: name held-out text in "
             "evaluation.texts, or needle_lengths, or tasks."
         )
+    if e.windows and not e.texts:
+        raise UserError("evaluation.windows is set without texts, whose loss it is about: name held-out text there.")
 
 
 def _check_tokens(config: JobConfig) -> None:

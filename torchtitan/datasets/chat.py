@@ -34,7 +34,7 @@ from torchtitan.datasets.units import ASSISTANT, ROLES
 if TYPE_CHECKING:  # components stand above datasets
     from torchtitan.components.tokenizer import Tokenizer
 
-FORMAT = 2
+FORMAT = 3
 """Version of the way conversations become tokens; part of the key of their corpora."""
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "tool": "tool", "assistant": "assistant"}
@@ -49,10 +49,12 @@ LEFT_OUT = {
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text. parts: [start, stop) of what belongs to a role, and its number; the rest is 0."""
+    """A conversation as text. parts: [start, stop) of what belongs to a role, and its number; the rest is 0. marked:
+    the template says itself which are the assistant's."""
 
     text: str
     parts: list[tuple[int, int, int]]
+    marked: bool = False
 
     def __len__(self) -> int:
         """Characters."""
@@ -82,7 +84,8 @@ class ChatEncoder:
         messages = messages[: last + 1]
         text, responses = self._responses(messages, tools)
         prompts = _prompt_parts(text, messages, responses)
-        return Rendered(text, sorted([*prompts, *((start, stop, ASSISTANT) for start, stop in responses)]))
+        parts = sorted([*prompts, *((start, stop, ASSISTANT) for start, stop in responses)])
+        return Rendered(text, parts, self._template.has_marks(tools))
 
     def encode_batch(self, conversations: Sequence[Rendered | None]) -> list[np.ndarray]:
         """The documents, int32[2, n] each; empty ones for what was left out."""
@@ -94,10 +97,14 @@ class ChatEncoder:
         return {"left_out": dict(left_out)}
 
     def _encode(self, one: Rendered) -> np.ndarray:
-        ids, starts = self._tokenizer.encode_template(one.text)
+        ids, spans = self._tokenizer.encode_template(one.text)
+        starts = [start for start, _ in spans]
         roles = np.zeros(len(ids), np.int32)
         for start, stop, role in one.parts:  # a token belongs where it begins
-            roles[bisect_left(starts, start) : bisect_left(starts, stop)] = role
+            first, end = bisect_left(starts, start), bisect_left(starts, stop)
+            if one.marked and role == ASSISTANT and first and spans[first - 1][1] > start:
+                first -= 1  # but for one that a mark stands in, which is trained: transformers' assistant masks
+            roles[first:end] = role
         return np.stack([np.array(ids, np.int32), roles])
 
     def _reason(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> str:

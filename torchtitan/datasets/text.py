@@ -159,9 +159,10 @@ def _parse_line(line: bytes, wanted: Fields, first: bool) -> dict[str, Any] | No
         raise ValueError(f"the record is a JSON {type(record).__name__}, not an object with a field {wanted.name!r}.")
     if wanted.name not in record:
         there = ", ".join(map(repr, record)) or "none"
-        raise ValueError(
-            f"no field {wanted.name!r}; the record has {there}. Set the source's {wanted.key} to the right one."
-        )
+        hint = f"Set {wanted.key} to the right one."
+        if wanted.key == "text_field" and "messages" in record:
+            hint = 'Conversations are read with messages_field = "messages".'
+        raise ValueError(f"no field {wanted.name!r}; the record has {there}. {hint}")
     return record
 
 

@@ -127,6 +127,6 @@ def _torchao() -> Any:
         import torchao.float8
     except ImportError as error:
         raise UserError(
-            f"quantize.recipe_name needs the package torchao ({error}): pip install 'torchtitan-longcontext[fp8]'."
+            f"quantize.recipe_name needs the package torchao ({error}): pip install -e '.[fp8]' in the repository."
         ) from None
     return torchao.float8

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from torchtitan.components.manifest import MANIFEST, complete_steps, read_manifest
+from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.checks import check_ranges, check_rope, resolve_shard_degree
 from torchtitan.config.job_config import Rope
@@ -97,9 +98,13 @@ def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "
         )
     given = {flag_name(arg) for arg in overrides}
     says_bos = config_file(overrides) is not None or bool(given & {"data.add_bos", "data.no_add_bos"})
-    if (folder / MANIFEST).is_file() and not says_bos:  # as it was trained
-        trained = read_manifest(folder).get("config", {}).get("data", {})
-        config = replace(config, data=replace(config.data, add_bos=trained.get("add_bos", config.data.add_bos)))
+    if not says_bos:
+        if (folder / MANIFEST).is_file():  # as it was trained
+            trained = read_manifest(folder).get("config", {}).get("data", {})
+            add_bos = trained.get("add_bos", config.data.add_bos)
+        else:  # as its tokenizer does it by itself
+            add_bos = load_tokenizer(own.tokenizer or folder).adds_bos
+        config = replace(config, data=replace(config.data, add_bos=add_bos))
     first = os.environ.get("RANK", "0") == "0" and (own.processes == 1 or "RANK" in os.environ)
     if not rescale and in_file != Rope() and not (folder / MANIFEST).is_file() and first:
         print(f"note: {folder} keeps its own RoPE; the stage's [rope] is not applied to it.", file=sys.stderr)

@@ -67,8 +67,8 @@ def fitted(
     first, too_large = best[3], None
     if first > length:
         raise UserError(
-            f"{task} takes at least {first} tokens with this tokenizer (its answer's {first - len(best[1])} included), "
-            f"but the length is {length}."
+            f"{task} takes at least {first} tokens with this tokenizer (its answer's {first - len(best[1])} included; "
+            f"some questions take a few more), but the length is {length}."
         )
     size = 2 * least
     for round_ in range(100):

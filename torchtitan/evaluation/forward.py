@@ -37,6 +37,7 @@ class Ranks:
     cp_rank: int = 0
     cp_group: Any = None
     tp: int = 1
+    tp_group: Any = None
     dp: int = 1
     dp_rank: int = 0
     group: Any = None
@@ -57,6 +58,7 @@ class Ranks:
             cp_rank=dims.cp_rank,
             cp_group=dims.mesh.get_group("cp") if cp > 1 else None,
             tp=dims.size("tp"),
+            tp_group=dims.mesh.get_group("tp") if dims.size("tp") > 1 else None,
             dp=dims.dp_degree,
             dp_rank=dims.dp_rank,
             group=group,
@@ -67,6 +69,15 @@ class Ranks:
         if self.cp_group is not None:
             dist.all_reduce(x, group=self.cp_group)
         return x
+
+    def as_the_first(self, numbers: list[int]) -> list[int]:
+        """Those of the first rank of a row (context and tensor parallel), on all of its ranks."""
+        for group in (self.tp_group, self.cp_group):
+            if group is not None:
+                told = torch.tensor(numbers, device=self.device)
+                dist.broadcast(told, group=group, group_src=0)
+                numbers = told.tolist()
+        return numbers
 
     def largest(self, number: int) -> int:
         """Over all ranks."""

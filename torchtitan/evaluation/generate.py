@@ -269,7 +269,8 @@ def write(
         ranks.sum_over_row(logits)
         del found
         for n in range(longest):
-            chosen = pick(logits, n)
+            # equal logits on all ranks are not certain to the last bit, and ranks that go on differently are lost
+            chosen = ranks.as_the_first(pick(logits, n))
             for b, token in enumerate(chosen):
                 open_[b] = open_[b] and token not in stop_ids
                 if open_[b]:

@@ -178,7 +178,7 @@ def _vt_text(lines: int, letters: int, rng: np.random.Generator) -> tuple[str, l
         "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
         + " ".join(context)
         + f"\nQuestion: Find all variables that are assigned the value {value} in the text above. Answer: According to "
-        f"the chain(s) of variable assignment in the text above, {len(names)} variables are assigned the value "
+        f"the chain(s) of variable assignment in the text above, {len(names)} variables are assgined the value "  # sic
         f"{value}, they are:"
     )
     return text, names

@@ -253,14 +253,18 @@ def asked_in(file: Path) -> dict[str, Any] | None:
 
 def write(result: dict[str, Any], file: Path) -> None:
     """The JSON, whole or not at all, and beside it FILE_TASK.png for each task with depths, FILE_tasks.png for the
-    others and FILE_positions.png, for what there is."""
+    others and FILE_positions.png, for what there is; those of an earlier result that this one has not are deleted."""
     from torchtitan.evaluation import plots
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    for name, figure in plots.task_figures(result).items():
-        plots.save(figure, file.with_name(f"{file.stem}_{name}.png"))
+    figures = plots.task_figures(result)
     if result["perplexity"]:
-        plots.save(plots.position_figure(result), file.with_name(f"{file.stem}_positions.png"))
+        figures["positions"] = plots.position_figure(result)
+    known = {"positions", "tasks", needle.TASK, *(task for tasks in GROUPS.values() for task in tasks)}
+    for name in known - figures.keys():
+        file.with_name(f"{file.stem}_{name}.png").unlink(missing_ok=True)
+    for name, figure in figures.items():
+        plots.save(figure, file.with_name(f"{file.stem}_{name}.png"))
     write_whole(file, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 

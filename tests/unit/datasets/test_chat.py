@@ -246,6 +246,25 @@ def test_bos_by_its_id_alone_is_no_bos_in_a_template(tmp_path: Path) -> None:
     assert made[0][:2].tolist() == [0, 4096] and tokenizer.bos_id == 0
 
 
+def test_a_token_that_a_mark_stands_in_is_trained(tmp_path: Path) -> None:
+    """As in transformers' masks."""
+    from transformers import PreTrainedTokenizerFast
+
+    marks = """{% for m in messages %}{{ m.role + ': ' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}
+{%- endgeneration %}{% else %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}"""
+    encoder, tokenizer = encoder_of(tmp_path, marks)
+    witness = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    chat = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "the river is here"}]
+    (made,) = encoder.encode_batch([encoder.read({"messages": chat})])
+    theirs = witness.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    said = made[1] == ROLES.index("assistant")
+    # the end of the turn, which follows the marks, is trained too
+    mask = np.array(theirs["assistant_masks"], bool)
+    assert made[0].tolist() == theirs["input_ids"] and said[: len(mask) - 1].tolist() == mask[:-1].tolist()
+    first = tokenizer.decode([int(made[0][np.flatnonzero(said)[0]])])
+    assert first.startswith(" ") and first.strip(), "the case: white space of the prompt and a word are one token"
+
+
 def test_equal_messages_and_marks_of_choice_are_taken(tmp_path: Path) -> None:
     """No header is behind a conversation whose two messages end alike; and a thought may be left unmarked."""
     same = [CHAT[0] | {"content": "Hello"}, CHAT[1] | {"content": "Hello"}]

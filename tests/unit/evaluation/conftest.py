@@ -75,7 +75,7 @@ def qa_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         return f"The birds of {words.words()[n]} hill nest in {words.words()[n + 1]} trees. The colour of {n} is c{n}q."
 
     def qa(n: int) -> dict[str, Any]:
-        answers = [{"text": f"c{n}q"}, {"text": f"c{n}q"}]
+        answers = [{"text": f"c{n}q"}, {"text": f"c{n}q"}, {"text": f"a hue called c{n}q"}]
         return {"question": f"The colour of {n}?", "answers": answers, "is_impossible": False}
 
     impossible = {"question": "Why?", "answers": [], "is_impossible": True}

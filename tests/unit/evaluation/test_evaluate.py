@@ -18,16 +18,20 @@ from tests.distributed.harness import ASSETS, TINY
 from tests.scripts import load_script, run_script
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config.checks import longest_asked
-from torchtitan.config.job_config import Evaluation, Job, JobConfig, Rope, Training
+from torchtitan.config.job_config import Data, Evaluation, Job, JobConfig, Rope, Training
 from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.evaluation import needle, plots, stage
 from torchtitan.evaluation.command_line import what_is_asked, write_whole
+from torchtitan.evaluation.forward import Ranks
 from torchtitan.evaluation.items import Item
 from torchtitan.evaluation.loading import Weights
-from torchtitan.evaluation.runner import Outcome, as_grid
+from torchtitan.evaluation.loss_by_position import loss_by_position, token_losses
+from torchtitan.evaluation.runner import Outcome, as_grid, position_losses, stop_ids
 from torchtitan.evaluation.sharded import check_own, weights_for
 from torchtitan.evaluation.stage import StageEvaluation
 from torchtitan.models.huggingface import hf_name, read_config
+from torchtitan.models.rope import RopeArgs
+from torchtitan.models.rope_scaling import DynamicNTKScaling, GeneScaling
 from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import put_aside
@@ -243,7 +247,7 @@ def test_rope_of_the_command_line_counts_and_that_of_a_file_does_not(
         ("own, file", ["--job.config_file", str(config)], []),
         ("auto, file", ["--job.config_file", str(config)], rope),
     ):
-        own = SimpleNamespace(model=model, step=None, processes=1, out=None)
+        own = SimpleNamespace(model=model, step=None, tokenizer=None, processes=1, out=None)
         texts = ["--evaluation.texts", "text.jsonl"]
         configured, folder = what_is_asked(own, [*start, *texts, *extra])  # type: ignore[arg-type]
         weights = weights_for(folder, configured, longest_asked(configured))
@@ -253,7 +257,7 @@ def test_rope_of_the_command_line_counts_and_that_of_a_file_does_not(
         assert ("keeps its own RoPE" in capsys.readouterr().err) == (name == "own, file")
     assert found["own"] == found["own, file"] == TINY["rope_theta"]
     assert found["auto"] == found["auto, file"] > 4 * TINY["rope_theta"]
-    own = SimpleNamespace(model=model, step=None, processes=1, out=None)
+    own = SimpleNamespace(model=model, step=None, tokenizer=None, processes=1, out=None)
     asked = ["--evaluation.length=300", "--evaluation.needle_lengths", "500", "1024", *rope]
     configured, folder = what_is_asked(own, asked)  # type: ignore[arg-type]
     assert weights_for(folder, configured, longest_asked(configured)).args.rope.theta == found["auto"]
@@ -271,10 +275,101 @@ def test_a_checkpoint_is_asked_with_bos_as_it_was_trained(tmp_path: Path):
         (["--data.no_add_bos"], False),
         (["--job.config_file", str(tmp_path / "stage.toml")], True),  # whose default it is
     ):
-        own = SimpleNamespace(model=tmp_path, step=None, processes=1, out=None)
+        own = SimpleNamespace(model=tmp_path, step=None, tokenizer=None, processes=1, out=None)
         for was in (False, True):
             trained(was)
             assert what_is_asked(own, args)[0].data.add_bos == (bos if args else was)  # type: ignore[arg-type]
+
+
+def test_a_hugging_face_folder_is_asked_with_bos_as_its_tokenizer_does(tmp_path: Path):
+    """And the command line is above it. The tokenizer's file says it, or its configuration."""
+    shutil.copytree(ASSETS, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    file, about = tmp_path / "tokenizer.json", json.loads((tmp_path / "tokenizer_config.json").read_text())
+    plain = json.loads(file.read_text())
+    bos = about["bos_token"]["content"] if isinstance(about["bos_token"], dict) else about["bos_token"]
+    first = {"SpecialToken": {"id": bos, "type_id": 0}}
+    text = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    special = {bos: {"id": bos, "ids": [TOKENIZER.bos_id], "tokens": [bos]}}
+    adding = {
+        "type": "TemplateProcessing",
+        "single": [first, text[0]],
+        "pair": [first, *text],
+        "special_tokens": special,
+    }
+    for processor, said, expected in (
+        (None, None, False),
+        (adding, None, True),
+        (adding, False, False),  # what transformers does for Llama's class
+        (None, True, True),
+    ):
+        file.write_text(json.dumps(plain | {"post_processor": processor}))
+        more = {} if said is None else {"add_bos_token": said}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(about | more))
+        own = SimpleNamespace(model=tmp_path, step=None, tokenizer=None, processes=1, out=None)
+        assert what_is_asked(own, [])[0].data.add_bos == expected  # type: ignore[arg-type]
+        for asked in (True, False):
+            args = ["--data.add_bos", str(asked).lower()]
+            assert what_is_asked(own, args)[0].data.add_bos == asked  # type: ignore[arg-type]
+
+
+def test_losses_by_position_are_those_of_each_document_under_its_own_rope():
+    """Against the plain sums of scripts/loss_by_position.py, in ranges that cut documents."""
+    for scaling in (None, DynamicNTKScaling(4.0, 32), GeneScaling(2.0, 32)):
+        rope = RopeArgs(100.0, scaling, max_position_embeddings=32)
+        model = Transformer(TransformerArgs(32, 2, 4, 2, 8, 64, TOKENIZER.vocab_size, rope=rope)).eval()
+        init_weights(model, seed=3)
+        documents, edges = [TEXT[:101], TEXT[200:320], TEXT[50:201]], (0, 7, 8, 64, 100)
+        expected = loss_by_position(model, documents, edges)
+        found = position_losses(model, Ranks(), documents, edges)
+        assert found["count"] == list(expected.count) == [21, 3, 168, 108]
+        assert found["nll"] == pytest.approx(expected.nll, rel=1e-5)
+
+
+def test_windows_are_as_long_as_asked():
+    model = Transformer(TransformerArgs(32, 2, 4, 2, 8, 64, TOKENIZER.vocab_size)).eval()
+    init_weights(model, seed=3)
+    found = stage.evaluate(model, Ranks(), TOKENIZER, stage.Prepared({"text": [TEXT[:91]]}, 90), windows=(16, 40))
+    for window, gain in zip((16, 40), found["perplexity"]["text"]["gains_of_context"], strict=True):
+        losses = torch.zeros(90)
+        for begin in range(0, 90 - window // 2, window // 2):  # each piece alone; the second half of it counts
+            piece = token_losses(model, TEXT[begin : min(begin + window, 90) + 1])
+            kept = 0 if begin == 0 else window - window // 2
+            losses[begin + kept : begin + len(piece)] = piece[kept:]
+        assert gain["nll_cut"] == [pytest.approx(float(losses.mean()), rel=1e-5)] and gain["window"] == window
+
+
+def test_answers_end_where_the_folder_says(tmp_path: Path):
+    shutil.copytree(ASSETS, tmp_path, dirs_exist_ok=True)
+    for named, more in ((None, set()), (9, {9}), ([7, 8], {7, 8})):
+        if named is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+        assert stop_ids(load_tokenizer(tmp_path)) == {TOKENIZER.eos_id, *more}
+
+
+def test_nothing_begins_or_ends_in_a_haystack(tmp_path: Path):
+    """It is made of several documents, each with BOS of its own where it is read for its loss."""
+    lines = [json.dumps({"text": TOKENIZER.decode(TEXT[i : i + 160].tolist())}) for i in range(0, 640, 160)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    e = Evaluation(texts=("text.jsonl",), length=100, needle_lengths=(300,), needle_depths=(0.5,), tasks=("niah_mk_2",))
+    e = replace(e, task_lengths=(600,), task_items=1)
+    config = JobConfig(evaluation=e, data=Data(folder=str(tmp_path), add_bos=True))
+    prepared = stage.prepare(config, TOKENIZER, TransformerArgs(16, 1, 2, 1, 8, 16, TOKENIZER.vocab_size))
+    assert all(document[0] == TOKENIZER.bos_id for document in prepared.texts["text"])
+    special = torch.tensor([*TOKENIZER.special.values()])
+    for item in [item for items in prepared.asked.values() for item in items]:
+        assert item.prompt[0] == TOKENIZER.bos_id and not torch.isin(item.prompt[1:], special).any()
+
+
+def test_pictures_of_an_earlier_result_are_not_left_beside_a_new_one(tmp_path: Path):
+    names = {f"x_{what}.png" for what in ("positions", "tasks", "needle", "json_kv")}
+    others = {"x_y_tasks.png", "x.png", "y_tasks.png"}
+    for name in names | others:
+        (tmp_path / name).write_bytes(b"")
+    grid = {"lengths": [8], "depths": None, "count": [[1]]} | dict.fromkeys(("score", "exact", "logprob"), [[0.5]])
+    stage.write({"label": "x", "perplexity": {}, "tasks": {"vt": grid}}, tmp_path / "x.json")
+    assert {file.name for file in tmp_path.iterdir()} == {"x.json", "x_tasks.png"} | others
+    assert (tmp_path / "x_tasks.png").stat().st_size
 
 
 def test_a_stage_own_results_are_of_its_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -285,7 +380,7 @@ def test_a_stage_own_results_are_of_its_own_model(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("torchtitan.evaluation.command_line.complete_steps", lambda folder: [3])
 
     def asked(*args: str, out: Path | None = None) -> Any:
-        own = SimpleNamespace(model=None, step=None, processes=1, out=out)
+        own = SimpleNamespace(model=None, step=None, tokenizer=None, processes=1, out=out)
         config, folder = what_is_asked(own, ["--job.config_file", str(stage_file), *args])  # type: ignore[arg-type]
         assert folder == checkpoint
         return own, config

@@ -5,19 +5,24 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import random
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from tests.distributed.harness import spawn
+from tests.distributed.harness import ASSETS, spawn
 from tests.scripts import load_script, run_script
+from tests.unit.components.models import LLAMA, ORIGINAL, SCALINGS, save, with_rope
+from torchtitan.components.export import export
 from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.evaluation.forward import Ranks
 from torchtitan.evaluation.lm_eval_model import TorchtitanLM, Writing
+from torchtitan.evaluation.loading import load
 from torchtitan.models.transformer import Transformer
 from torchtitan.tools.errors import UserError
 
@@ -222,6 +227,26 @@ def test_requests_at_the_limit_and_beyond(model: Transformer, folder: Path):
         cutting.generate_until(write(LENGTH, 1))
 
 
+@pytest.mark.parametrize("kind", ["yarn", "longrope", "gene", "dynamic"])
+def test_an_exported_checkpoint_with_rescaled_rope_answers_as_in_the_harness(kind: str, tmp_path: Path):
+    """Below the original length, at it, and beyond it: RoPE may depend on how much is read."""
+    tokenizer = load_tokenizer(ASSETS)
+    args = with_rope(SCALINGS[kind], replace(LLAMA, vocab_size=tokenizer.vocab_size))
+    checkpoint = save(args, tmp_path / "checkpoint")
+    export(checkpoint, tmp_path / "exported", None, ASSETS)
+    hf = hf_model(tmp_path / "exported", max_length=4 * ORIGINAL)
+    ours = our_model(load(checkpoint, "float32", tokenizer_folder=ASSETS).model, ASSETS, max_length=4 * ORIGINAL)
+    draw = random.Random(0)
+    pairs = []
+    for read in (5, *range(ORIGINAL - 2, ORIGINAL + 3), 3 * ORIGINAL):
+        ids = [draw.randrange(2, tokenizer.vocab_size) for _ in range(read + 6)]
+        pairs += [(("", str(len(pairs) + k)), ids[:read], ids[read : read + k]) for k in (1, 2, 6)]
+    alike(ours._loglikelihood_tokens(pairs), hf._loglikelihood_tokens(pairs, disable_tqdm=True))
+    whole = [(" ".join(WORDS * n),) for n in (1, 9)]
+    asked = requests("loglikelihood_rolling", *whole)
+    alike(ours.loglikelihood_rolling(asked), hf.loglikelihood_rolling(asked, disable_tqdm=True))
+
+
 def test_a_tokenizer_with_bos_of_its_own_and_a_chat_template(model: Transformer, folder: Path, tmp_path: Path):
     """As Llama 3's: the harness begins every text with BOS, but one that has it already."""
     home = tmp_path / "with bos"
@@ -356,4 +381,4 @@ def test_mistakes_are_named(
 def test_the_harness_may_be_missing(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert load_script("lm_eval").main(["--model", str(folder), "--tasks", "x"]) == 1
-    assert capsys.readouterr().err == 'error: lm-evaluation-harness is not installed: pip install ".[eval]"\n'
+    assert capsys.readouterr().err == 'error: lm-evaluation-harness is not installed: pip install -e ".[eval]"\n'

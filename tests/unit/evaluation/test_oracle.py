@@ -104,11 +104,18 @@ def test_who_knows_the_answers_scores_all(prepared: Any):
 
 
 def test_answers_count_for_their_own_questions(prepared: Any):
-    """Of each task the first item's answer is wrong: its cell alone falls, to the other items' share."""
-    items = []
-    for several in prepared.asked.values():
-        wrong = torch.flip(several[0].target, [0]) + 1
-        items += [replace(several[0], target=wrong % TOKENIZER.vocab_size), *several[1:]]
+    """Of each task the first item's answer is wrong in one token, the first or the last: its cell alone falls, to the
+    other items' share."""
+    for at in (0, -1):
+        items = []
+        for several in prepared.asked.values():
+            wrong = several[0].target.clone()
+            wrong[at] = (wrong[at] + 1) % TOKENIZER.vocab_size
+            items += [replace(several[0], target=wrong), *several[1:]]
+        check_first_items_are_wrong(items, prepared)
+
+
+def check_first_items_are_wrong(items: list[Item], prepared: Any) -> None:
     for task, grid in grids(Oracle(items), prepared)["tasks"].items():
         first = prepared.asked[task][0]
         for i, length in enumerate(grid["lengths"]):
