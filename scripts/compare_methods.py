@@ -9,10 +9,11 @@ values: those of the first place cannot be known, those of the others can only b
 short documents and of near copies: first come documents of 32 to 1,024 words, with as many tokens of each octave. A
 second stage of 1K has some in which most facts stand at two places only, near the document's two ends, half of the
 tokens in documents of more than 512. Every extension goes on from its checkpoint, with the same number of tokens in as
-many steps: where its rows are of 4K, in such documents of 32 to 4,096 words, any length as often, and all processes
-share a row (context parallelism). Measured on other documents: whether all values of a fact are the likeliest tokens,
-by the length of the document, where the fact is stated at its beginning and recalled at its end alone; and the loss by
-position. All stages are trained by run_train.sh's own code.
+many steps: where its rows are of 4K, in such documents of 32 to 4,096 words, any length as often, and for a quarter of
+the tokens those of the second stage; all processes share a row (context parallelism). Measured on other documents:
+whether all values of a fact are the likeliest tokens, by the length of the document, where the fact is stated at its
+beginning and recalled at its end alone; the loss by position; and the loss of documents like the second stage's, for
+what the extension has cost there. All stages are trained by run_train.sh's own code.
 Leaves results.json, table.md and plot.png in WORK; what is there already is not made again.
 """
 

@@ -51,6 +51,8 @@ def main(args: list[str]) -> int:
             if own.out:
                 write(result, own.out)
                 print(own.out)
+            else:
+                print("note: this is kept nowhere; --out FILE.json does that", file=sys.stderr)
     except UserError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from tests.distributed.harness import flags, run_stage, spawn, write_assets, write_text
+from torchtitan.evaluation.forward import Ranks
 
 ASKED = {
     "freq": 2,
@@ -108,6 +111,21 @@ def test_every_layout_gives_one_process_results(model: str, folder: Path):
     assert expected["tasks"]["niah_mk_2"]["count"] == [[1]]
     pictures = {f"step-2_{what}.png" for what in ("needle", "positions", "tasks")}
     assert {p.name for p in (one / "evaluation").iterdir()} >= pictures
+
+
+def written_by_each(case: None, rank: int, world_size: int) -> list[Any]:
+    """In a row of two by two, each of which would write something else."""
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
+    ranks = Ranks(cp=2, cp_group=mesh.get_group("cp"), tp=2, tp_group=mesh.get_group("tp"))
+    found: list[Any] = [None] * world_size
+    dist.all_gather_object(found, ranks.as_the_first([rank, 7 + rank]))
+    dist.destroy_process_group()
+    return found
+
+
+def test_all_ranks_of_a_row_write_what_its_first_does(tmp_path: Path):
+    assert spawn(4, written_by_each, [None], tmp_path) == [[[0, 7]] * 4]
 
 
 def test_an_evaluation_is_not_repeated_and_a_missing_one_is_made_up_for(folder: Path):

@@ -35,19 +35,8 @@ def draw_positions(results: list[dict[str, Any]], path: Path, title: str = "") -
             )
     for length in sorted({r["trained_length"] for r in results if r["trained_length"]}):
         if length < max(r["length"] for r in results):
-            axes.axvline(length, color="grey", linestyle=":", linewidth=1)
-            axes.annotate(
-                f"trained to {length:,}",
-                (length, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(4, -12),
-                textcoords="offset points",
-                fontsize=8,
-                color="grey",
-            )
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(value)[0] in "25" else "")
+            _mark_trained(axes, length)
+    _plain_log(axes)
     axes.set_xlabel("position in the document (tokens)")
     axes.set_ylabel("perplexity")
     axes.set_title(title, fontsize=10)
@@ -55,6 +44,29 @@ def draw_positions(results: list[dict[str, Any]], path: Path, title: str = "") -
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     save(figure, path)
+
+
+def _mark_trained(axes: Any, length: int) -> None:
+    """A dotted upright line, and what it is."""
+    axes.axvline(length, color="grey", linestyle=":", linewidth=1)
+    axes.annotate(
+        f"trained to {length:,}",
+        (length, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, -12),
+        textcoords="offset points",
+        fontsize=8,
+        color="grey",
+    )
+
+
+def _plain_log(axes: Any) -> None:
+    """Perplexities upwards, as plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    low, high = axes.get_ylim()
+    shown = "25" if high / low > 5 else "123456789"
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(value)[0] in shown else "")
 
 
 def needle_figure(grid: dict[str, Any], title: str = "") -> Any:
@@ -123,7 +135,7 @@ def position_figure(result: dict[str, Any]) -> Any:
         for gain in one["gains_of_context"]:
             label = f"{name}, within {gain['window']:,}"
             draw(gain["edges"], gain["nll_cut"], label=label, color=color, linestyle="--", linewidth=1)
-    axes.set_yscale("log")
+    _plain_log(axes)
     axes.set_xlabel("position in the document (tokens)")
     axes.set_ylabel("perplexity")
     axes.set_title(result["label"], fontsize=10)
@@ -142,7 +154,7 @@ def comparison_figure(
 ) -> Any:
     """Loss by position on the left, scores by length on the right, or one of them; a colour a result.
 
-    results: of stage.evaluate. A dotted upright line marks the trained length.
+    results: of stage.evaluate. A dotted upright line marks the trained length, where the picture goes beyond it.
     """
     figure, panels = plt.subplots(1, bool(texts) + bool(tasks), figsize=(11, 4.5), squeeze=False)
     if texts:
@@ -152,8 +164,8 @@ def comparison_figure(
     for axes in panels[0]:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: _short(round(value)))
-        if trained_length:
-            axes.axvline(trained_length, color="grey", linestyle=":", linewidth=1)
+        if trained_length and trained_length < axes.get_xlim()[1]:
+            _mark_trained(axes, trained_length)
         axes.grid(alpha=0.25, which="both")
         axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
