@@ -120,5 +120,5 @@ def test_what_a_gpu_is_refused(monkeypatch):
 
 def test_without_torchao(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
-    with pytest.raises(UserError, match=r"needs the package torchao.*pip install 'torchtitan-longcontext\[fp8\]'"):
+    with pytest.raises(UserError, match=r"needs the package torchao.*pip install -e '.\[fp8\]'"):
         check_quantize(ARGS, EMULATED, tp=1, tokens=128)
