@@ -179,7 +179,12 @@ def preempted(cluster: Cluster, folder: Path) -> Facts:
         for pid in (stopped := run.trainers(1, program)):
             os.kill(pid, signal.SIGSTOP)
         high = cluster.sbatch("--partition=high", *where, "--output=/dev/null", "--wrap", "sleep 1")
-        run.until(lambda: cluster.job(job).get("PreemptTime", "None") != "None", "the preemption")
+
+        def is_preempted() -> bool:
+            now = cluster.job(job)  # which says so no longer once it is back in the queue
+            return now["Restarts"] != "0" or now.get("PreemptTime", "None") != "None"
+
+        run.until(is_preempted, "the preemption")
         with contextlib.suppress(ProcessLookupError):  # Slurm may have killed it already
             for pid in stopped:
                 os.kill(pid, signal.SIGCONT)
