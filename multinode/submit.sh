@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submit a recipe to Slurm: a job for each stage that has not ended, each after the one before.
+# Submit a recipe to Slurm: a job for each stage from the first that has not ended on, each after the one before.
 #
 #   multinode/submit.sh [--dry-run] [--evaluate] --job.config_file LAST_STAGE.toml [--x.y z ...] [-- SBATCH OPTIONS]
 #   multinode/submit.sh --job.config_file train_configs/prolong_8b/512k.toml -- --nodes=4 --gpus-per-node=8 --time=24:00:00

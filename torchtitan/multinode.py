@@ -8,7 +8,7 @@
 
 `stages` prints shell code, a line a stage, the first one first:
     stage NAME DUMP_FOLDER HAS_ENDED SBATCH_OPTIONS... -- ARGUMENTS...
-and with --evaluate, after each of them,
+(HAS_ENDED is no for all that stand behind one that has not), and with --evaluate, after each of them,
     evaluation NAME DUMP_FOLDER HAS_ENDED_AND_IS_EVALUATED SBATCH_OPTIONS... -- ARGUMENTS...
 `verdict` prints the exit code for the job and a word: ended, failed, saved, asked (to stop, before it could save) or
 lost.

@@ -90,7 +90,7 @@ def one_line(error: BaseException) -> str:
 def _no_field(name: str, fields: Fields, columns: Any) -> str:
     return (
         f"The dataset {name} has no column {fields.name!r} (the source's {fields.key}); it has "
-        f"{', '.join(map(repr, columns)) or 'none'}."
+        f"{', '.join(map(repr, columns)) or 'none'}. {fields.hint(columns)}"
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,12 @@ class Fields:
     key: str
     name: str
     beside: tuple[str, ...] = ()
+
+    def hint(self, there: Iterable[str]) -> str:
+        """What to do about a record that has the fields `there`, and not this one."""
+        if self.key == "text_field" and "messages" in there:
+            return 'Conversations are read with messages_field = "messages".'
+        return f"Set {self.key} to the right one."
 
 
 @dataclass(frozen=True)
@@ -159,10 +165,7 @@ def _parse_line(line: bytes, wanted: Fields, first: bool) -> dict[str, Any] | No
         raise ValueError(f"the record is a JSON {type(record).__name__}, not an object with a field {wanted.name!r}.")
     if wanted.name not in record:
         there = ", ".join(map(repr, record)) or "none"
-        hint = f"Set {wanted.key} to the right one."
-        if wanted.key == "text_field" and "messages" in record:
-            hint = 'Conversations are read with messages_field = "messages".'
-        raise ValueError(f"no field {wanted.name!r}; the record has {there}. {hint}")
+        raise ValueError(f"no field {wanted.name!r}; the record has {there}. {wanted.hint(record)}")
     return record
 
 
@@ -214,7 +217,7 @@ def _read_parquet(span: Span, wanted: Fields, read: Callable[[dict[str, Any]], D
     if wanted.name not in names:
         raise UserError(
             f"{span.path} has no column {wanted.name!r} (the source's {wanted.key}); it has "
-            f"{', '.join(map(repr, names))}."
+            f"{', '.join(map(repr, names))}. {wanted.hint(names)}"
         )
     columns = [wanted.name, *(name for name in wanted.beside if name in names)]
     row = sum(file.metadata.row_group(i).num_rows for i in range(span.start))

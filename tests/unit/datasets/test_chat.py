@@ -20,6 +20,7 @@ from torchtitan.datasets.documents import policy_key
 from torchtitan.datasets.loader import IGNORED_LABEL, MicroBatches
 from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.report import format_report, make_report
+from torchtitan.datasets.text import Fields, read_documents, read_records, spans_of
 from torchtitan.datasets.units import ROLES
 from torchtitan.tools.errors import UserError
 
@@ -494,3 +495,17 @@ def test_parquet_the_hub_and_truncation(tmp_path: Path) -> None:
             row = plan.row(step, slot)
             roles = np.concatenate([one.roles(d)[:n] for d, n in zip(row.documents, row.lengths)])
             assert plan.trained(row).tolist() == (roles == ROLES.index("assistant")).tolist()
+
+
+def test_conversations_that_are_read_as_text_are_told_how(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "chat.jsonl").write_text(json.dumps(GOOD) + "\n")
+    pq.write_table(pa.Table.from_pylist([GOOD]), tmp_path / "chat.parquet")
+    for name in ("chat.jsonl", "chat.parquet"):
+        (span,) = spans_of(str(tmp_path / name), 1 << 20)
+        with pytest.raises(UserError, match=r"no (field|column) 'text'.* messages_field = \"messages\"\.$"):
+            list(read_documents(span, "text"))
+        with pytest.raises(UserError, match=r"no (field|column) 'chat'.* Set messages_field to the right one\.$"):
+            list(read_records(span, Fields("messages_field", "chat"), str))

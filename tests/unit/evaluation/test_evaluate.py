@@ -195,6 +195,10 @@ def evaluate(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str]:
             "windows[0] = 64 must be at least 1 and below evaluation.length = 64",
         ),
         (
+            ["--model", "MODEL", "--evaluation.needle_lengths", "128", "--evaluation.windows", "64"],
+            "windows is set without texts",
+        ),
+        (
             ["--model", "MODEL", "--evaluation.texts", "nowhere.txt", "--evaluation.length", "99"],
             "nowhere.txt, which is not there",
         ),

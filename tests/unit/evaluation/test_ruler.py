@@ -198,11 +198,11 @@ def test_the_wording_is_that_of_the_harness(qa_files: list[Path]):
         return str(config["template"]) if file == "qa_utils.py" else config["template"] + config["answer_prefix"]
 
     source = (folder / "prepare_niah.py").read_text()
-    begins = niah = constant("niah_utils.py", "TEMPLATE")
-    for many, single in (("Some", "A"), ("are all", "is"), ("are", "is")):  # as its code does for a single answer
-        begins = begins.replace(many, single)
+    niah = single = constant("niah_utils.py", "TEMPLATE")
+    for many, word in (("Some", "A"), ("are all", "is"), ("are", "is")):  # as its code does for a single answer
+        single = single.replace(many, word)
     ends = re.findall(r'f"(The special magic [^"]* provided text (?:is|are))"', source)
-    one, niah = (f"{text} {end.replace('[:-1]', '')}" for text, end in zip((begins, niah), ends, strict=True))
+    one, niah = (f"{text} {end.replace('[:-1]', '')}" for text, end in zip((single, niah), ends, strict=True))
     templates = {name: one if KEYS_VALUES_QUERIES[name][1:] == (1, 1) else niah for name in ruler.NIAH}
     templates |= {name: of_config(f"{name}_utils.py") for name in ("vt", "cwe", "fwe")}
     templates |= dict.fromkeys(ruler.QA, of_config("qa_utils.py"))
