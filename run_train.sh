@@ -47,12 +47,12 @@ if ! $has_file && ! $help; then
 fi
 if $plain; then exec "$PYTHON" -m torchtitan.train "$@"; fi
 
-"$PYTHON" -m torchtitan.config "$NGPU" "$@"
+"$PYTHON" -m torchtitan.extensions.cluster.check_config "$NGPU" "$@"
 $has_file || "$PYTHON" scripts/build_demo_corpus.py
 if [[ $gpus -gt 0 ]]; then setup_allocator; fi
 if [[ -z ${OMP_NUM_THREADS:-} ]]; then
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
     export OMP_NUM_THREADS=$((cores > NGPU ? cores / NGPU : 1))
 fi
-if $chain; then exec "$PYTHON" -m torchtitan.chain "$NGPU" "$@"; fi
-exec "$PYTHON" -m torchtitan.tools.launch --nproc "$NGPU" -- "$@"
+if $chain; then exec "$PYTHON" -m torchtitan.extensions.cluster.chain "$NGPU" "$@"; fi
+exec "$PYTHON" -m torchtitan.extensions.cluster.launch --nproc "$NGPU" -- "$@"

@@ -43,7 +43,7 @@ if [[ -z ${PYTHON:-} ]]; then
     setup_find || { echo "error: no Python here has what is needed: activate one, or see multinode/env.sh" >&2; exit 1; }
 fi
 if $evaluate; then arguments=(--evaluate "${arguments[@]}"); fi
-stages=$(PYTHONPATH=$REPO "$PYTHON" -m torchtitan.multinode stages "${arguments[@]}")
+stages=$(PYTHONPATH=$REPO "$PYTHON" -m torchtitan.extensions.cluster.slurm stages "${arguments[@]}")
 
 export TORCHTITAN_REPO=$REPO
 previous="" submitted=()

@@ -4,7 +4,7 @@
 #   multinode/torchrun.sh --nnodes 2 --node-rank 0 --master-addr host0 [--master-port 29500] [--nproc-per-node 8] \
 #       -- --job.config_file my.toml [--x.y z]
 #
-# Flags are torchrun's, what it starts is this project's launcher (torchtitan/tools/launch.py): on SIGTERM the trainers
+# Flags are torchrun's, what it starts is this project's launcher (torchtitan/extensions/cluster/launch.py): on SIGTERM the trainers
 # take as long as their checkpoint needs. Nothing is started again by itself: repeat the command, and it resumes.
 set -euo pipefail
 REPO=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
@@ -41,11 +41,11 @@ if [[ -z $per_node ]]; then per_node=$((gpus > 0 ? gpus : 1)); fi
 [[ $per_node =~ ^[1-9][0-9]*$ ]] || fail "--nproc-per-node $per_node: a number is wanted"
 if [[ $gpus -gt 0 ]]; then setup_allocator; fi
 setup_python
-settings=$("$PYTHON" -m torchtitan.multinode start "$nnodes" "$per_node" "$@") || {
+settings=$("$PYTHON" -m torchtitan.extensions.cluster.slurm start "$nnodes" "$per_node" "$@") || {
     code=$?
     (( code == 10 )) && { echo "this stage has ended already: nothing to do" >&2; exit 0; }
     exit $code
 }
 eval "$settings" # DUMP_FOLDER and ARGUMENTS
-exec "$PYTHON" -m torchtitan.tools.launch --nproc "$per_node" --nnodes "$nnodes" --node-rank "$node_rank" \
+exec "$PYTHON" -m torchtitan.extensions.cluster.launch --nproc "$per_node" --nnodes "$nnodes" --node-rank "$node_rank" \
     --master "$host:$port" -- "${ARGUMENTS[@]}"

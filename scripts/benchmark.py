@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.config import JobConfig, load_config
+from torchtitan.extensions.cluster.launch import launch
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.launch import launch
 
 Interval = tuple[float, float]
 
@@ -80,7 +80,7 @@ def measure(config: JobConfig, steps: int, warmup: int) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from torchtitan.inputs import prepare_inputs
+    from torchtitan.components.setup import prepare_inputs
     from torchtitan.tools.device import peak_flops, peak_memory_gib
     from torchtitan.tools.logging import init_logger
     from torchtitan.trainer import Trainer, Window

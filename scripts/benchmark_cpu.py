@@ -42,7 +42,7 @@ def ours(layers: int):
 
     from torchtitan.attention.segments import Segments
     from torchtitan.components.optimizer import build_optimizer
-    from torchtitan.config.job_config import JobConfig, Optimizer, Training
+    from torchtitan.config.schema import JobConfig, Optimizer, Training
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.distributed.parallelize import build_sharded_model
     from torchtitan.models.registry import FLAVORS
@@ -78,8 +78,8 @@ def theirs(layers: int):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from torchtitan.components.optimizer import build_optimizer
-    from torchtitan.config.job_config import Optimizer
-    from torchtitan.models.huggingface import hf_name
+    from torchtitan.config.schema import Optimizer
+    from torchtitan.models.hf.weights import hf_name
     from torchtitan.models.registry import FLAVORS
     from torchtitan.models.transformer import Transformer, init_weights
 

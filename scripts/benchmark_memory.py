@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from torchtitan.tools.live_memory import LiveBytes
+from torchtitan.extensions.planner.live_memory import LiveBytes
 
 MIB = 2**20
 WORDS = 131072
@@ -64,7 +64,7 @@ def loss(tokens: int, dim: int, tiled: bool) -> Callable[[], Any]:
 def model_step(tokens: int, layers: int, dim: int, options: dict[str, Any], backward: bool) -> Callable[[], Any]:
     """Forward, and backward if asked for, of a model in bfloat16 over documents of 1,024 tokens, behind FSDP2."""
     from torchtitan.attention.segments import Segments
-    from torchtitan.config.job_config import ActivationCheckpoint, JobConfig, Training
+    from torchtitan.config.schema import ActivationCheckpoint, JobConfig, Training
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.distributed.parallelize import build_sharded_model
     from torchtitan.models.transformer import TransformerArgs, init_weights

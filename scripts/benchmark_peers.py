@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torchtitan.tools.launch import launch
+from torchtitan.extensions.cluster.launch import launch
 
 SHARES = (1490, 1021, 640, 385, 260, 150, 101, 49)  # of 4,096 tokens: the documents of a row
 
@@ -147,7 +147,7 @@ def ours(args: Any, own: argparse.Namespace, device: Any, rows: Iterator[Any]) -
 
     from torchtitan.attention.segments import Segments
     from torchtitan.components.optimizer import build_optimizer
-    from torchtitan.config.job_config import ActivationCheckpoint, JobConfig, Optimizer, Training
+    from torchtitan.config.schema import ActivationCheckpoint, JobConfig, Optimizer, Training
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.distributed.parallelize import build_sharded_model
     from torchtitan.models.transformer import init_weights
@@ -184,8 +184,8 @@ def transformers_fsdp2(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from torchtitan.components.optimizer import build_optimizer
-    from torchtitan.config.job_config import Optimizer
-    from torchtitan.models.huggingface import hf_name
+    from torchtitan.config.schema import Optimizer
+    from torchtitan.models.hf.weights import hf_name
     from torchtitan.models.transformer import Transformer, init_weights
 
     cuda = device.type == "cuda"

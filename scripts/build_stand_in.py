@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from torchtitan.config import JobConfig, load_config
-from torchtitan.config.job_config import Data, Source
-from torchtitan.datasets.source_files import source_path
-from torchtitan.datasets.units import ASSISTANT
+from torchtitan.config.schema import Data, Source
+from torchtitan.extensions.ingest.source_files import source_path
+from torchtitan.extensions.ingest.units import ASSISTANT
 from torchtitan.tools.errors import UserError
 
 VOCABULARY = 256

@@ -147,7 +147,7 @@ def torment(
     assert cluster.ended(job) == "COMPLETED", final.log.read_text()[-2000:]
     print(f"{sum(chaos.done.values())} kills ({dict(chaos.done)}) over {last} steps; comparing with a run without any")
     whole = Run(cluster, folder, "whole", **overrides, parallelism__data_parallel_replicate_degree=2)
-    command = [sys.executable, "-m", "torchtitan.tools.launch", "--nproc", "2", "--", *whole.arguments]
+    command = [sys.executable, "-m", "torchtitan.extensions.cluster.launch", "--nproc", "2", "--", *whole.arguments]
     done = cluster.run(*command, PYTHONPATH=str(Path(__file__).resolve().parents[1]))
     assert done.returncode == 0, done.stderr
     check(final, whole, last)

@@ -66,7 +66,7 @@ def export_all(folder: Path) -> None:
     sys.path.insert(0, str(REPOSITORY))
     from safetensors.torch import save_file
 
-    from tests.unit.components.models import (
+    from tests.unit.extensions.convert.models import (
         ARCHITECTURES,
         ORIGINAL,
         SCALINGS,
@@ -77,7 +77,7 @@ def export_all(folder: Path) -> None:
         some_tokens,
         with_rope,
     )
-    from torchtitan.components.export import export
+    from torchtitan.extensions.convert.export import export
 
     shutil.rmtree(folder, ignore_errors=True)
     cases = {name: with_rope(scaling) for name, scaling in SCALINGS.items()}

@@ -70,7 +70,7 @@ def main(args: list[str]) -> int:
             labels = [str(path) for path in own.results]
         print(compare(results, labels, own.short))
         if own.plot:
-            from torchtitan.evaluation import plots  # matplotlib takes a second
+            from torchtitan.extensions.evaluation import plots  # matplotlib takes a second
 
             texts, tasks = (shared(result[part] for result in results) for part in ("perplexity", "tasks"))
             figure = plots.comparison_figure(results, labels, texts, tasks, own.short or trained_length(results[0]))

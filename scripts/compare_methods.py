@@ -37,8 +37,8 @@ import torch
 from torch import nn
 
 from torchtitan.attention.segments import Segments
-from torchtitan.evaluation.loading import Loaded, load
-from torchtitan.evaluation.loss_by_position import loss_by_position, rope_for
+from torchtitan.extensions.evaluation.loading import Loaded, load
+from torchtitan.extensions.evaluation.loss_by_position import loss_by_position, rope_for
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.work_folder import begin_or_go_on
 
@@ -351,7 +351,7 @@ def train(work: Path, name: str, steps: int, processes: int) -> Path:
     """The last checkpoint of a stage, trained unless it is there."""
     last = work / name / "checkpoint" / f"step-{steps}"
     if not last.exists():
-        command = [sys.executable, "-m", "torchtitan.tools.launch", "--nproc", str(processes), "--"]
+        command = [sys.executable, "-m", "torchtitan.extensions.cluster.launch", "--nproc", str(processes), "--"]
         subprocess.run([*command, "--job.config_file", str(work / f"{name}.toml")], check=True)
     return last
 

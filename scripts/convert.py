@@ -16,10 +16,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from torchtitan.components.conversion import about, open_any, with_progress
-from torchtitan.components.export import SHARD_BYTES, TOKENIZER_FILES, write_hugging_face
-from torchtitan.components.foreign import write_meta, write_torchtitan
-from torchtitan.components.weights import DTYPES, Weights, write_checkpoint
+from torchtitan.extensions.convert.conversion import about, open_any, with_progress
+from torchtitan.extensions.convert.export import SHARD_BYTES, TOKENIZER_FILES, write_hugging_face
+from torchtitan.extensions.convert.torchtitan_and_meta import write_meta, write_torchtitan
+from torchtitan.extensions.convert.weights import DTYPES, Weights, write_checkpoint
 from torchtitan.models.rope_config import describe_rope
 from torchtitan.tools.errors import UserError
 

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from torchtitan.config import load_config
 from torchtitan.config.manager import config_file
-from torchtitan.multinode import replicas
+from torchtitan.extensions.cluster.slurm import replicas
 from torchtitan.tools.errors import UserError
 
 
@@ -81,13 +81,13 @@ def estimate(own: argparse.Namespace, overrides: list[str]) -> int:
     from torchtitan.config.checks import check_config
 
     check_config(config, own.world_size)
-    from torchtitan.distributed.context_parallel.ulysses import check_ulysses
+    from torchtitan.components.setup import architecture
+    from torchtitan.distributed.options.ulysses import check_ulysses
     from torchtitan.distributed.tensor_parallel import check_tensor_parallel
-    from torchtitan.inputs import architecture
-    from torchtitan.planner.advice import changes, cheapest, single_tricks
-    from torchtitan.planner.job import job_of
-    from torchtitan.planner.report import advice_as_text, as_dict, as_text, fit_toml
-    from torchtitan.planner.speed import step_of
+    from torchtitan.extensions.planner.advice import changes, cheapest, single_tricks
+    from torchtitan.extensions.planner.job import job_of
+    from torchtitan.extensions.planner.report import advice_as_text, as_dict, as_text, fit_toml
+    from torchtitan.extensions.planner.speed import step_of
 
     args, p = architecture(config.model), config.parallelism
     check_tensor_parallel(args, p.tensor_parallel_degree)

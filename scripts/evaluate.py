@@ -27,9 +27,9 @@ from typing import Any
 
 from torchtitan.config import JobConfig
 from torchtitan.config.checks import check_asked, check_evaluation, longest_asked
-from torchtitan.evaluation.command_line import make_folder, parser_of, what_is_asked
+from torchtitan.extensions.cluster.launch import launch
+from torchtitan.extensions.evaluation.command_line import make_folder, parser_of, what_is_asked
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.launch import launch
 
 
 def main(args: list[str]) -> int:
@@ -45,7 +45,7 @@ def main(args: list[str]) -> int:
             return launch([sys.executable, __file__, *args], own.processes)
         result = run(own, config, folder)
         if rank == 0:
-            from torchtitan.evaluation.stage import write
+            from torchtitan.extensions.evaluation.stage import write
 
             print(as_table(result))
             if own.out:
@@ -73,8 +73,8 @@ def check_questions(own: argparse.Namespace, config: JobConfig) -> None:
 def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, Any]:
     """On every rank: build, load, ask. The result, in the form that docs/evaluation.md describes."""
     # PyTorch takes seconds to import: a mistake on the command line should not
-    from torchtitan.evaluation.sharded import check_own, loaded, rank_and_world_size, weights_for
-    from torchtitan.evaluation.stage import asked_in, evaluate, prepare
+    from torchtitan.extensions.evaluation.sharded import check_own, loaded, rank_and_world_size, weights_for
+    from torchtitan.extensions.evaluation.stage import asked_in, evaluate, prepare
     from torchtitan.tools.device import peak_memory_gib
     from torchtitan.tools.logging import init_logger
 
@@ -159,7 +159,7 @@ HOW = (("exact", "answer is the likeliest"), ("score", "found in what was writte
 
 def tables_of_tasks(result: dict[str, Any]) -> list[str]:
     """Tasks that have no depths, and the means of groups, by length."""
-    from torchtitan.evaluation.tasks import at_length, group_name
+    from torchtitan.extensions.evaluation.tasks import at_length, group_name
 
     grids = {task: grid for task, grid in result["tasks"].items() if not grid["depths"]}
     lines = []

@@ -132,7 +132,7 @@ def main(args: list[str]) -> int:
     write_stage(own, work, gpu)
     last = work / "out/checkpoint" / f"step-{own.steps}"
     if not last.exists():
-        launch = [sys.executable, "-m", "torchtitan.tools.launch", "--nproc", str(own.processes), "--"]
+        launch = [sys.executable, "-m", "torchtitan.extensions.cluster.launch", "--nproc", str(own.processes), "--"]
         if code := subprocess.run([*launch, "--job.config_file", str(work / "stage.toml")]).returncode:
             return code
     for name, folder, label, extra in (

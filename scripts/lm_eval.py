@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.config import JobConfig
-from torchtitan.evaluation.command_line import make_folder, parser_of, what_is_asked, write_whole
+from torchtitan.extensions.cluster.launch import launch
+from torchtitan.extensions.evaluation.command_line import make_folder, parser_of, what_is_asked, write_whole
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.launch import launch
 
 
 def main(args: list[str]) -> int:
@@ -79,9 +79,9 @@ def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, A
     """On every rank: tasks, model, answers. On rank 0 the harness' results with a few words of ours; else nothing."""
     from lm_eval.evaluator import simple_evaluate
 
-    from torchtitan.evaluation.lm_eval_model import TorchtitanLM
-    from torchtitan.evaluation.sharded import check_own, loaded, rank_and_world_size, weights_for
-    from torchtitan.evaluation.stage import warn_beyond
+    from torchtitan.extensions.evaluation.lm_eval_model import TorchtitanLM
+    from torchtitan.extensions.evaluation.sharded import check_own, loaded, rank_and_world_size, weights_for
+    from torchtitan.extensions.evaluation.stage import warn_beyond
     from torchtitan.tools.logging import init_logger, logger
 
     rank, _, world_size = rank_and_world_size()

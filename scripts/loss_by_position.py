@@ -26,7 +26,7 @@ from typing import Any
 
 from torchtitan.config import load_config
 from torchtitan.config.checks import check_config
-from torchtitan.config.job_config import Data, Rope, Source
+from torchtitan.config.schema import Data, Rope, Source
 from torchtitan.tools.errors import UserError
 
 
@@ -61,7 +61,7 @@ def main(args: list[str]) -> int:
             if own.out:
                 own.out.write_text(json.dumps(results[0], indent=1) + "\n")
         if own.plot:
-            from torchtitan.evaluation.plots import draw_positions
+            from torchtitan.extensions.evaluation.plots import draw_positions
 
             draw_positions(results, own.plot, own.title)
             print(own.plot)
@@ -110,9 +110,9 @@ def measure(own: argparse.Namespace, rope: Rope) -> dict[str, Any]:
         if min(values, default=1) < 1:
             raise UserError(f"--{key} = {min(values)} must be 1 or more.")
     # PyTorch takes seconds to import: a mistake on the command line should not.
-    from torchtitan.evaluation.documents import long_documents
-    from torchtitan.evaluation.loading import load
-    from torchtitan.evaluation.loss_by_position import check_edges, default_edges, loss_by_position
+    from torchtitan.extensions.evaluation.documents import long_documents
+    from torchtitan.extensions.evaluation.loading import load
+    from torchtitan.extensions.evaluation.loss_by_position import check_edges, default_edges, loss_by_position
     from torchtitan.models.rope_config import build_rope
     from torchtitan.tools.device import device_type
 

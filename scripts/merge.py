@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from torchtitan.components.conversion import about, open_any, with_progress
 from torchtitan.components.manifest import complete_steps
-from torchtitan.components.weights import DTYPES, Weights, write_checkpoint
+from torchtitan.extensions.convert.conversion import about, open_any, with_progress
+from torchtitan.extensions.convert.weights import DTYPES, Weights, write_checkpoint
 from torchtitan.tools.errors import UserError
 
 

@@ -69,10 +69,10 @@ def search(own: argparse.Namespace) -> str:
     # PyTorch takes seconds to import: a mistake on the command line should not.
     import numpy as np
 
-    from torchtitan.evaluation.documents import long_documents
-    from torchtitan.evaluation.loading import load
-    from torchtitan.evaluation.needle_prompts import answer_losses, needle_prompt
-    from torchtitan.evaluation.rope_search import Candidate, Space, evolve
+    from torchtitan.extensions.evaluation.documents import long_documents
+    from torchtitan.extensions.evaluation.loading import load
+    from torchtitan.extensions.evaluation.needle_prompts import answer_losses, needle_prompt
+    from torchtitan.extensions.evaluation.rope_search import Candidate, Space, evolve
     from torchtitan.models.rope import RopeArgs
     from torchtitan.models.rope_scaling import LongRopeScaling, YarnScaling
     from torchtitan.tools.device import device_type

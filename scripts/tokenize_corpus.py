@@ -15,13 +15,13 @@ from dataclasses import dataclass, fields
 
 import tyro
 
-from torchtitan.components.tokenizer import load_tokenizer
 from torchtitan.config import load_config
-from torchtitan.config.job_config import Data, Source
+from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import is_tokenized, open_corpus
-from torchtitan.datasets.hub import is_hub
-from torchtitan.datasets.source_files import source_path
-from torchtitan.datasets.tokenize import tokenize_shard
+from torchtitan.datasets.tokenizer import load_tokenizer
+from torchtitan.extensions.ingest.hub import is_hub
+from torchtitan.extensions.ingest.source_files import source_path
+from torchtitan.extensions.ingest.tokenize import tokenize_shard
 from torchtitan.tools.errors import UserError
 
 

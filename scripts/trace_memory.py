@@ -40,10 +40,10 @@ def main(args: list[str]) -> int:
 
 
 def compare(config: JobConfig, world_size: int) -> int:
+    from torchtitan.components.setup import model_args
     from torchtitan.config.checks import check_config
-    from torchtitan.inputs import model_args
-    from torchtitan.planner.job import job_of
-    from torchtitan.planner.memory import peak
+    from torchtitan.extensions.planner.job import job_of
+    from torchtitan.extensions.planner.memory import peak
 
     check_config(config, world_size)
     if config.optimizer.implementation != "fused":
@@ -74,7 +74,7 @@ def trace(config: JobConfig, args: object, world_size: int) -> int:
     from torchtitan.distributed.context_parallel.shard import shard
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.distributed.parallelize import build_sharded_model
-    from torchtitan.tools.live_memory import LiveBytes
+    from torchtitan.extensions.planner.live_memory import LiveBytes
     from torchtitan.tools.torch_compat import fake_process_group
 
     p, t = config.parallelism, config.training

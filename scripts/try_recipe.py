@@ -25,7 +25,7 @@ import tempfile
 from pathlib import Path
 
 from torchtitan.config import JobConfig, dump_toml, load_config
-from torchtitan.config.job_config import Data, Evaluation, Rope, Source
+from torchtitan.config.schema import Data, Evaluation, Rope, Source
 from torchtitan.tools.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -60,7 +60,14 @@ def main(args: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    trainer = ["torchtitan.tools.launch", "--nproc", str(own.processes), "--", "--job.config_file", str(toml)]
+    trainer = [
+        "torchtitan.extensions.cluster.launch",
+        "--nproc",
+        str(own.processes),
+        "--",
+        "--job.config_file",
+        str(toml),
+    ]
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     code = subprocess.run([sys.executable, "-m", *trainer], env=environment).returncode

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchtitan.attention.segments import Segments
-from torchtitan.datasets.chat import ChatEncoder
-from torchtitan.datasets.chat_template import load_chat_template
-from torchtitan.datasets.units import ASSISTANT
-from torchtitan.evaluation.loading import Loaded, load
+from torchtitan.extensions.evaluation.loading import Loaded, load
+from torchtitan.extensions.ingest.chat import ChatEncoder
+from torchtitan.extensions.ingest.chat_template import load_chat_template
+from torchtitan.extensions.ingest.units import ASSISTANT
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.work_folder import begin_or_go_on
 
@@ -96,7 +96,7 @@ def main(args: list[str]) -> int:
     (work / "sft.toml").write_text(STAGE.format(work=work, steps=own.steps))
     last = work / "out/checkpoint" / f"step-{own.steps}"
     if not last.exists():
-        command = [sys.executable, "-m", "torchtitan.tools.launch", "--nproc", "1", "--"]
+        command = [sys.executable, "-m", "torchtitan.extensions.cluster.launch", "--nproc", "1", "--"]
         code = subprocess.run([*command, "--job.config_file", str(work / "sft.toml")]).returncode
         if code:
             return code

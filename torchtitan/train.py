@@ -43,8 +43,8 @@ def main(args: list[str]) -> int:
         from torchtitan.config.checks import check_config
 
         check_config(config, world_size)
-        from torchtitan.components.watch import BadLossError
-        from torchtitan.inputs import prepare_inputs
+        from torchtitan.components.setup import prepare_inputs
+        from torchtitan.extensions.cluster.health import BadLossError
         from torchtitan.trainer import Trainer
 
         trainer = Trainer(config, prepare_inputs(config, world_size), rank, local_rank, world_size)

@@ -29,39 +29,48 @@ from torchtitan.components.checkpoint import (
     saved_parts,
     set_random_state,
 )
-from torchtitan.components.export import export, publish
-from torchtitan.components.gates import flat, gate_failure
 from torchtitan.components.loss import position_bucket, train_micro_batch
 from torchtitan.components.lr_scheduler import lr_factor
 from torchtitan.components.manifest import digest, export_folder, read_manifest
 from torchtitan.components.metrics import MetricsLogger, duration, log_step
 from torchtitan.components.optimizer import build_optimizer, clip_gradients, optimizer_state
-from torchtitan.components.stage import Start, differences, shown
-from torchtitan.components.watch import BadLossError, Heartbeat, LossWatch, Pace, StackDump, roll_call, stragglers
+from torchtitan.components.setup import StageInputs, report_of
+from torchtitan.components.start import Start, differences, shown
 from torchtitan.config import JobConfig, as_tables, dump_toml
 from torchtitan.config.checks import accumulation_steps, is_asked_for, resolve_shard_degree
 from torchtitan.datasets.loader import IGNORED_LABEL, build_loader
-from torchtitan.datasets.report import format_report
 from torchtitan.distributed.context_parallel.shard import LocalBatch, shard
 from torchtitan.distributed.fully_shard import reduce_over_replicas
-from torchtitan.distributed.node_check import check_nodes
-from torchtitan.distributed.offload import host_bytes, host_memory_warning
+from torchtitan.distributed.options.offload import host_bytes, host_memory_warning
+from torchtitan.distributed.options.quantize import describe_quantize
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import build_sharded_model
-from torchtitan.distributed.quantize import describe_quantize
 from torchtitan.distributed.self_check import run_self_check
-from torchtitan.evaluation.command_line import results_file
-from torchtitan.evaluation.forward import Ranks
-from torchtitan.evaluation.stage import StageEvaluation
-from torchtitan.inputs import StageInputs, report_of
+from torchtitan.extensions.cluster.gates import flat, gate_failure
+from torchtitan.extensions.cluster.health import (
+    BadLossError,
+    Heartbeat,
+    LossWatch,
+    Pace,
+    StackDump,
+    roll_call,
+    stragglers,
+)
+from torchtitan.extensions.cluster.node_check import check_nodes
+from torchtitan.extensions.cluster.profiling import profiled
+from torchtitan.extensions.convert.export import export, publish
+from torchtitan.extensions.evaluation.command_line import results_file
+from torchtitan.extensions.evaluation.forward import Ranks
+from torchtitan.extensions.evaluation.stage import StageEvaluation
+from torchtitan.extensions.planner.data_report import format_report
+from torchtitan.extensions.planner.job import job_of
 from torchtitan.models.architecture import as_json
-from torchtitan.models.huggingface import load_weights
+from torchtitan.models.hf.weights import load_weights
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_config import describe_rope, rope_warnings
 from torchtitan.models.rope_scaling import GeneScaling
 from torchtitan.models.transformer import init_weights, parameter_counts
-from torchtitan.planner.job import job_of
-from torchtitan.planner.work import Recomputed, Work, work_of
+from torchtitan.models.work import Recomputed, Work, work_of
 from torchtitan.tools.device import (
     GarbageCollection,
     available_host_memory,
@@ -76,7 +85,6 @@ from torchtitan.tools.errors import GateError, UserError
 from torchtitan.tools.flops import forward_flops, training_flops
 from torchtitan.tools.folders import put_aside
 from torchtitan.tools.logging import logger, step_progress
-from torchtitan.tools.profiling import profiled
 from torchtitan.tools.torch_compat import compilations, default_store, set_timeout
 
 STACK_SHARE = 0.8  # of comm.train_timeout_seconds: late enough to mean something, early enough to be written

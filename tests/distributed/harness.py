@@ -119,8 +119,8 @@ path = "{text}"
 
 def run_stage(args: list[str], rank: int, world_size: int) -> list[dict[str, Any]]:
     """Train in this process; the numbers of every step."""
+    from torchtitan.components.setup import prepare_inputs
     from torchtitan.config import load_config
-    from torchtitan.inputs import prepare_inputs
     from torchtitan.trainer import Trainer
 
     config = load_config(args)

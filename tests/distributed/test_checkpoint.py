@@ -56,7 +56,7 @@ def steps_of(out: Path) -> dict[int, dict[str, Any]]:
 
 
 def launch(args: list[str], processes: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torchtitan.tools.launch", "--nproc", str(processes), "--", *args]
+    command = [sys.executable, "-m", "torchtitan.extensions.cluster.launch", "--nproc", str(processes), "--", *args]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.distributed.harness import flags, run_stage, spawn, write_assets, write_text
-from torchtitan.evaluation.forward import Ranks
+from torchtitan.extensions.evaluation.forward import Ranks
 
 ASKED = {
     "freq": 2,

@@ -27,8 +27,8 @@ from tests.distributed.test_watch import Messages
 from torchtitan.components import checkpoint as checkpoint_module
 from torchtitan.components.checkpoint import load
 from torchtitan.components.manifest import complete_steps, find_damage
+from torchtitan.components.setup import prepare_inputs
 from torchtitan.config import load_config
-from torchtitan.inputs import prepare_inputs
 from torchtitan.tools.errors import UserError
 from torchtitan.trainer import Trainer
 

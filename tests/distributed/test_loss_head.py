@@ -10,8 +10,8 @@ import torch
 
 from tests.distributed.harness import TINY, Collectives, flags, spawn, write_assets
 from torchtitan.components.loss import train_micro_batch
+from torchtitan.components.setup import prepare_inputs
 from torchtitan.config import load_config
-from torchtitan.inputs import prepare_inputs
 from torchtitan.models import loss_head
 from torchtitan.trainer import Trainer
 

@@ -14,12 +14,12 @@ from torch.distributed.tensor import DTensor
 
 from tests.distributed.harness import TINY, Collectives, flags, run_stage, spawn, write_assets
 from torchtitan.components.loss import train_micro_batch
+from torchtitan.components.setup import prepare_inputs
 from torchtitan.config import load_config
-from torchtitan.config.job_config import JobConfig
+from torchtitan.config.schema import JobConfig
 from torchtitan.datasets.loader import IGNORED_LABEL
 from torchtitan.distributed.fully_shard import reduce_over_replicas
 from torchtitan.distributed.parallelize import build_sharded_model
-from torchtitan.inputs import prepare_inputs
 from torchtitan.models.transformer import Transformer, init_weights
 from torchtitan.trainer import Trainer
 

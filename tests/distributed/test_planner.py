@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.harness import ASSETS, flags, spawn, write_text
-from torchtitan.tools.live_memory import LiveBytes
+from torchtitan.extensions.planner.live_memory import LiveBytes
 
 LONG = {"seq_len": 1024, "loss_tile_mib": 1, "global_batch_size": 2, "mixed_precision_param": "float32"}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -29,10 +29,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def peaks(case: tuple[str, str, dict[str, Any]], rank: int, world_size: int) -> tuple[int, float]:
     """Bytes at the peak of the second step, the first having made what is made once; counted and planned."""
+    from torchtitan.components.setup import prepare_inputs
     from torchtitan.config import load_config
-    from torchtitan.inputs import prepare_inputs
-    from torchtitan.planner.job import job_of
-    from torchtitan.planner.memory import peak
+    from torchtitan.extensions.planner.job import job_of
+    from torchtitan.extensions.planner.memory import peak
     from torchtitan.trainer import Trainer, Window
 
     folder, assets, overrides = case

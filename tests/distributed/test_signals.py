@@ -20,7 +20,7 @@ from torchtitan.tools.errors import LOST_A_RANK, STOPPED
 
 TIMEOUT_SECONDS = 4
 SLACK_SECONDS = 20  # for processes that share a busy machine
-# torchtitan.components.watch, torchtitan.train and torchtitan.tools.launch: what follows after the time-out
+# extensions/cluster/health.py, train.py and extensions/cluster/launch.py: what follows after the time-out
 ROLL_CALL_SECONDS, GRACE_SECONDS, KILL_SECONDS, RANK_0_SECONDS = 6, 2, 10, 10
 
 
@@ -79,7 +79,15 @@ def test_the_node_check_by_itself_finds_a_node_that_is_held_up(tmp_path: Path):
     """Two ranks as two hosts, started as a launcher would; one of them may run a fifth of the time only."""
     folder = tmp_path / "outputs"
     port = str(_free_ports(1)[0])
-    command = [sys.executable, "-m", "torchtitan.distributed.node_check", "--folder", str(folder), "--seconds", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torchtitan.extensions.cluster.node_check",
+        "--folder",
+        str(folder),
+        "--seconds",
+        "2",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(Path(__file__).parents[2])}
     ranks = [

@@ -17,18 +17,18 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.harness import flags, spawn, write_assets
-from torchtitan.chain import run_chain
-from torchtitan.components.gates import failed_gate, gate_failure
 from torchtitan.components.manifest import complete_steps, has_ended, read_manifest
-from torchtitan.components.stage import differences, find_start
-from torchtitan.components.weights import open_checkpoint, open_hugging_face
+from torchtitan.components.setup import prepare_inputs
+from torchtitan.components.start import differences, find_start
 from torchtitan.config import as_tables, load_config
-from torchtitan.config.__main__ import main as config_main
-from torchtitan.config.chain import chain
-from torchtitan.config.job_config import Gate, JobConfig, Stage
-from torchtitan.inputs import prepare_inputs
+from torchtitan.config.schema import Gate, JobConfig, Stage
+from torchtitan.extensions.cluster.chain import run_chain
+from torchtitan.extensions.cluster.check_config import main as config_main
+from torchtitan.extensions.cluster.gates import failed_gate, gate_failure
+from torchtitan.extensions.cluster.stages import chain
+from torchtitan.extensions.convert.weights import open_checkpoint, open_hugging_face
 from torchtitan.models.architecture import as_json
-from torchtitan.models.huggingface import read_config
+from torchtitan.models.hf.weights import read_config
 from torchtitan.tools.errors import UserError
 from torchtitan.trainer import Trainer
 
@@ -373,7 +373,7 @@ def losses(out: Path) -> list[float]:
 
 def test_a_chain_killed_in_either_stage_goes_on_in_the_right_one(folder: Path, runs: dict[str, dict[str, Any]]):
     out = folder / "killed"
-    command = [sys.executable, "-m", "torchtitan.chain", "1", *chain_command(folder, out)]
+    command = [sys.executable, "-m", "torchtitan.extensions.cluster.chain", "1", *chain_command(folder, out)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     for name, step in (("stage", 2), ("two", 1)):
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)

@@ -14,14 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import torchtitan.distributed.node_check as node_check
+import torchtitan.extensions.cluster.node_check as node_check
 import torchtitan.trainer as trainer_module
 from tests.distributed.harness import flags, spawn, write_assets
 from torchtitan.components.manifest import complete_steps, read_manifest
-from torchtitan.components.watch import BadLossError
+from torchtitan.components.setup import prepare_inputs
 from torchtitan.config import load_config
-from torchtitan.distributed import shared_folder
-from torchtitan.inputs import prepare_inputs
+from torchtitan.extensions.cluster import shared_folder
+from torchtitan.extensions.cluster.health import BadLossError
 from torchtitan.tools.errors import UserError
 from torchtitan.trainer import Trainer
 

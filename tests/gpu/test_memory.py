@@ -11,10 +11,10 @@ import torch
 
 from torchtitan.attention import flex
 from torchtitan.attention.segments import Segments
-from torchtitan.config.job_config import ActivationCheckpoint
+from torchtitan.config.schema import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
-from torchtitan.distributed.offload import HostCopies
-from torchtitan.distributed.tiled_mlp import apply_tiled_mlp
+from torchtitan.distributed.options.offload import HostCopies
+from torchtitan.distributed.options.tiled_mlp import apply_tiled_mlp
 from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
 
 pytestmark = pytest.mark.gpu

@@ -61,7 +61,7 @@ def facts(run: Run, job: str, **more: Any) -> Facts:
 def unbroken(cluster: Cluster, folder: Path) -> Facts:
     """Without Slurm: two processes of one machine; and what a second start of a stage that has ended does."""
     run = Run(cluster, folder, "unbroken", parallelism__data_parallel_replicate_degree=2)
-    command = [sys.executable, "-m", "torchtitan.tools.launch", "--nproc", "2", "--", *run.arguments]
+    command = [sys.executable, "-m", "torchtitan.extensions.cluster.launch", "--nproc", "2", "--", *run.arguments]
     done = cluster.run(*command, PYTHONPATH=str(REPO))
     assert done.returncode == 0, done.stderr
     again = cluster.run(
@@ -77,7 +77,9 @@ def one_machine(cluster: Cluster, folder: Path) -> Facts:
     """Without Slurm: the two-stage recipe in one process."""
     run = Run(cluster, folder, "one_machine")
     arguments = ["--job.config_file", folder / "two.toml", *run.arguments[2:]]
-    done = cluster.run(sys.executable, "-m", "torchtitan.chain", "1", *arguments, PYTHONPATH=str(REPO))
+    done = cluster.run(
+        sys.executable, "-m", "torchtitan.extensions.cluster.chain", "1", *arguments, PYTHONPATH=str(REPO)
+    )
     assert done.returncode == 0, done.stderr
     return {"run": run}
 
@@ -260,7 +262,7 @@ def hopeless(cluster: Cluster, folder: Path) -> Facts:
     python = folder / "python"
     python.write_text(f"""#!{sys.executable}
 import os, signal, sys, time
-if "torchtitan.tools.launch" in sys.argv:
+if "torchtitan.extensions.cluster.launch" in sys.argv:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.argv[sys.argv.index("--node-rank") + 1] == "0":
         sys.exit(76)
@@ -309,7 +311,7 @@ def slow_node(cluster: Cluster, folder: Path) -> Facts:
     found: list[int] = []
 
     def is_connected() -> bool:
-        found[:] = run.trainers(2, "torchtitan.distributed.node_check")
+        found[:] = run.trainers(2, "torchtitan.extensions.cluster.node_check")
         with contextlib.suppress(OSError, IndexError):
             files = list(Path(f"/proc/{found[0]}/fd").iterdir())
             return any(os.readlink(file).startswith("socket:") for file in files)

@@ -18,13 +18,9 @@ FLOORS = {  # a room may import its own floor and those below
     "models": 3,
     "distributed": 4,
     "components": 5,
-    "evaluation": 5,
-    "planner": 5,
-    "inputs.py": 6,
     "trainer.py": 7,
+    "extensions": 7,
     "train.py": 8,
-    "chain.py": 8,
-    "multinode.py": 8,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

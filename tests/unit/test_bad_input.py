@@ -22,12 +22,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import torchtitan.inputs
+import torchtitan.components.setup
 import torchtitan.trainer
 from tests.distributed.harness import TINY, flags, write_assets, write_text
+from torchtitan.components.setup import prepare_inputs
 from torchtitan.config import load_config
-from torchtitan.inputs import prepare_inputs
-from torchtitan.models.huggingface import hf_name, read_config
+from torchtitan.models.hf.weights import hf_name, read_config
 from torchtitan.models.transformer import Transformer
 from torchtitan.tools import device
 from torchtitan.tools.errors import UserError
@@ -299,9 +299,9 @@ CORPORA: dict[str, tuple[Callable[[Path, Path], None], list[str]]] = {
 def test_a_corpus_that_is_not_what_it_was(
     case: str, folder: Path, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from torchtitan.components.tokenizer import load_tokenizer
-    from torchtitan.config.job_config import Data, Source
-    from torchtitan.datasets.tokenize import tokenize_source
+    from torchtitan.config.schema import Data, Source
+    from torchtitan.datasets.tokenizer import load_tokenizer
+    from torchtitan.extensions.ingest.tokenize import tokenize_source
 
     mine = tmp_path / "mine.jsonl"
     shutil.copy(folder / "text.jsonl", mine)
@@ -320,7 +320,7 @@ def test_a_disk_that_fills_up_while_text_is_tokenized(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("torchtitan.datasets.units._write_dataset_files", full)
+    monkeypatch.setattr("torchtitan.extensions.ingest.units._write_dataset_files", full)
     message = ends_with(flags(folder, assets, data__cache_folder=tmp_path), monkeypatch)
     assert "data.cache_folder" in message and "No space left" in message and "GiB" in message
     assert all(p.name.startswith(".unfinished-") for p in tmp_path.iterdir() if p.is_dir()), "nothing looks finished"
@@ -330,7 +330,7 @@ def test_a_disk_that_fills_up_while_text_is_tokenized(
 
 
 def launch(args: list[str], nproc: int = 2) -> tuple[int, str]:
-    command = [sys.executable, "-m", "torchtitan.tools.launch", "--nproc", str(nproc), "--", *args]
+    command = [sys.executable, "-m", "torchtitan.extensions.cluster.launch", "--nproc", str(nproc), "--", *args]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     ended = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
@@ -431,7 +431,7 @@ def test_interrupted_while_starting(folder: Path, assets: Path, monkeypatch: pyt
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torchtitan.inputs, "prepare_inputs", interrupted)
+    monkeypatch.setattr(torchtitan.components.setup, "prepare_inputs", interrupted)
     monkeypatch.setattr(faulthandler, "enable", lambda: None)
     monkeypatch.setattr(console, "file", written := io.StringIO())
     assert main(flags(folder, assets)) == 130

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from tests.scripts import load_script
-from torchtitan.components.tokenizer import load_tokenizer
+from torchtitan.components.setup import make_plan, model_args, prepare_inputs
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.checks import check_config, dp_degree, rows_per_step
 from torchtitan.config.toml_file import tomllib
-from torchtitan.inputs import make_plan, model_args, prepare_inputs
+from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.models.rope import RopeArgs, inverse_frequencies
 from torchtitan.models.rope_config import lost_rope, rope_warnings
 from torchtitan.models.transformer import Transformer

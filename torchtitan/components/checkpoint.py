@@ -40,7 +40,7 @@ from torchtitan.components.manifest import (
     note_load_step,
     size_and_crc,
 )
-from torchtitan.config.job_config import Checkpoint
+from torchtitan.config.schema import Checkpoint
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import sync
 from torchtitan.tools.logging import logger

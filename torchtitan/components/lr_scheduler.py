@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from torchtitan.config.job_config import LRScheduler
+from torchtitan.config.schema import LRScheduler
 
 
 def lr_factor(step: int, steps: int, config: LRScheduler) -> float:

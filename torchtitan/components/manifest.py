@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from torchtitan.config.job_config import JobConfig
+from torchtitan.config.schema import JobConfig
 from torchtitan.tools.errors import UserError
 
 MANIFEST = "manifest.json"

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torchtitan.config.job_config import Metrics
+from torchtitan.config.schema import Metrics
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from torchtitan.config.job_config import Optimizer
+from torchtitan.config.schema import Optimizer
 
 
 class MixedAdamW(torch.optim.AdamW):

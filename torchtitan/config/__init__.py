@@ -3,7 +3,7 @@
 Importing this package does not import torch: `--help` and a misspelt key are answered at once.
 """
 
-from torchtitan.config.job_config import JobConfig
 from torchtitan.config.manager import as_tables, dump_toml, load_config
+from torchtitan.config.schema import JobConfig
 
 __all__ = ["JobConfig", "as_tables", "dump_toml", "load_config"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torchtitan.config.job_config import JobConfig, Rope, Source
+from torchtitan.config.schema import JobConfig, Rope, Source
 from torchtitan.config.toml_file import known_names
 from torchtitan.tools.errors import UserError
 

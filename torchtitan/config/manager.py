@@ -17,7 +17,7 @@ from typing import Any
 import tomli_w
 import tyro
 
-from torchtitan.config.job_config import Data, Gate, JobConfig, Source, Stage
+from torchtitan.config.schema import Data, Gate, JobConfig, Source, Stage
 from torchtitan.config.toml_file import element_table, fields_of, known_names, load_tables, own_keys, suggest
 from torchtitan.tools.errors import UserError
 

@@ -69,7 +69,7 @@ _EXPLANATIONS: dict[str, str] = {
     "profiling.trace_dir": "it is called profiling.save_traces_folder",
     "comm.save_traces_file_prefix": "the flight recorder's files are called rank_0, rank_1, ...: remove it",
     "job.custom_config_module": "there are no plug-in configurations: remove it; a new option is a new field in"
-    " torchtitan/config/job_config.py",
+    " torchtitan/config/schema.py",
     "job.use_for_integration_test": "tests live in tests/: remove it",
     "experimental*": "there is no [experimental] table: remove it",
     "memory_estimation*": "memory is not estimated in this version: remove it",

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from torchtitan.config.job_config import JobConfig
 from torchtitan.config.migration import explain
+from torchtitan.config.schema import JobConfig
 from torchtitan.tools.errors import UserError
 
 if sys.version_info >= (3, 11):

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchtitan.config.job_config import Data, Source
-from torchtitan.datasets.chat_template import load_chat_template
-from torchtitan.datasets.hub import is_hub
-from torchtitan.datasets.source_files import hash_file, source_path
-from torchtitan.datasets.tokenize import tokenize_source
-from torchtitan.datasets.units import CORPUS_FILE, FORMAT
+from torchtitan.config.schema import Data, Source
+from torchtitan.extensions.ingest.chat_template import load_chat_template
+from torchtitan.extensions.ingest.hub import is_hub
+from torchtitan.extensions.ingest.source_files import hash_file, source_path
+from torchtitan.extensions.ingest.tokenize import tokenize_source
+from torchtitan.extensions.ingest.units import CORPUS_FILE, FORMAT
 from torchtitan.tools.errors import UserError
 
 if TYPE_CHECKING:  # components stand above datasets
-    from torchtitan.components.tokenizer import Tokenizer
+    from torchtitan.datasets.tokenizer import Tokenizer
 
 STATE_FILE = "state.json"  # of datasets' save_to_disk; names the Arrow files in order
 

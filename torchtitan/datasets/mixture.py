@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from torchtitan.config.job_config import Data, Source
+from torchtitan.config.schema import Data, Source
 from torchtitan.tools.errors import UserError
 
 Kind = Literal["all", "long", "short"]

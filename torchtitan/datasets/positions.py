@@ -25,7 +25,7 @@ import numpy as np
 from torchtitan.tools.errors import UserError
 
 if TYPE_CHECKING:
-    from torchtitan.components.tokenizer import Tokenizer
+    from torchtitan.datasets.tokenizer import Tokenizer
 
 CREAM_SIGMA = 3.0
 """The default of CREAM's released training script; its published commands do not set another."""

@@ -13,9 +13,9 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from torchtitan.attention import flex
-from torchtitan.config.job_config import ActivationCheckpoint
-from torchtitan.distributed.offload import HostCopies
-from torchtitan.distributed.tiled_mlp import inside_tile
+from torchtitan.config.schema import ActivationCheckpoint
+from torchtitan.distributed.options.offload import HostCopies
+from torchtitan.distributed.options.tiled_mlp import inside_tile
 from torchtitan.models.transformer import Transformer, TransformerBlock
 from torchtitan.tools.torch_compat import attention_operators
 

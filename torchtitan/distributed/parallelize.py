@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from torchtitan.attention.backends import choose_backend
-from torchtitan.config.job_config import JobConfig
+from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.distributed.context_parallel.attention import apply_context_parallel
 from torchtitan.distributed.fully_shard import apply_fully_shard
+from torchtitan.distributed.options.quantize import apply_quantize
+from torchtitan.distributed.options.tiled_mlp import apply_tiled_mlp
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.quantize import apply_quantize
 from torchtitan.distributed.tensor_parallel import apply_tensor_parallel
-from torchtitan.distributed.tiled_mlp import apply_tiled_mlp
 from torchtitan.models.transformer import Transformer, TransformerArgs, TransformerBlock
 from torchtitan.tools.device import device_type
 from torchtitan.tools.errors import UserError

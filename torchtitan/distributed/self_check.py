@@ -21,14 +21,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torchtitan.attention.backends import choose_backend
 from torchtitan.attention.segments import Segments
-from torchtitan.config.job_config import JobConfig, Quantize
+from torchtitan.config.schema import JobConfig, Quantize
 from torchtitan.datasets.loader import IGNORED_LABEL, PackedBatch
 from torchtitan.datasets.positions import reset_positions
 from torchtitan.distributed.context_parallel import shard as sharding
 from torchtitan.distributed.fully_shard import reduce_over_replicas
+from torchtitan.distributed.options.quantize import MULTIPLE, apply_quantize, fp8_layers
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import build_sharded_model
-from torchtitan.distributed.quantize import MULTIPLE, apply_quantize, fp8_layers
 from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger

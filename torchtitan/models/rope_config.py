@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any, Literal
 
-from torchtitan.config.job_config import Rope
+from torchtitan.config.schema import Rope
 from torchtitan.models.rope import RopeArgs, longest_wavelength
 from torchtitan.models.rope_scaling import (
     DynamicNTKScaling,

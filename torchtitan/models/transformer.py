@@ -118,7 +118,7 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.ffn_norm(x))
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, dim] -> [T, dim]. distributed/tiled_mlp.py puts a function here that takes some tokens at a time."""
+        """x [T, dim] -> [T, dim]. options/tiled_mlp.py puts a function here that takes some tokens at a time."""
         return self.feed_forward(x)
 
 

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from torchtitan.components.metrics import MetricsLogger, duration
-from torchtitan.config.job_config import Metrics
+from torchtitan.config.schema import Metrics
 from torchtitan.tools.errors import UserError
 
 

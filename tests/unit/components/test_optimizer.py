@@ -11,7 +11,7 @@ from torch import nn
 
 from torchtitan.components.lr_scheduler import lr_factor
 from torchtitan.components.optimizer import build_optimizer, clip_gradients, optimizer_state
-from torchtitan.config.job_config import LRScheduler, Optimizer
+from torchtitan.config.schema import LRScheduler, Optimizer
 
 
 @pytest.fixture(scope="module", autouse=True)

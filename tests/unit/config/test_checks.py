@@ -11,7 +11,7 @@ import pytest
 
 from torchtitan.config import checks
 from torchtitan.config.checks import accumulation_steps, check_config, dp_degree, resolve_shard_degree, rows_per_step
-from torchtitan.config.job_config import Gate, JobConfig, Source
+from torchtitan.config.schema import Gate, JobConfig, Source
 from torchtitan.config.toml_file import fields_of, known_names
 from torchtitan.tools.errors import UserError
 

@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from torchtitan.config import JobConfig, dump_toml, job_config, load_config
+from torchtitan.config import JobConfig, dump_toml, load_config
+from torchtitan.config import schema as job_config
 from torchtitan.config.migration import _EXPLANATIONS, explain
 from torchtitan.config.toml_file import element_table, fields_of, known_names
 from torchtitan.tools.errors import UserError
@@ -390,7 +391,11 @@ def test_help_can_be_cut_short() -> None:
 
 def test_a_configuration_can_be_checked_without_being_run(tmp_path: Path) -> None:
     def check(*arguments: str) -> tuple[int, str]:
-        ended = subprocess.run([sys.executable, "-m", "torchtitan.config", *arguments], capture_output=True, text=True)
+        ended = subprocess.run(
+            [sys.executable, "-m", "torchtitan.extensions.cluster.check_config", *arguments],
+            capture_output=True,
+            text=True,
+        )
         return ended.returncode, ended.stderr
 
     path = str(write(tmp_path, a='[[data.sources]]\nname = "x"\npath = "p"\n'))

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torchtitan.components.tokenizer import Tokenizer
-from torchtitan.config.job_config import Data, Source
-from torchtitan.datasets import tokenize
+from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import Corpus, open_corpus, resolve_source
-from torchtitan.datasets.tokenize import tokenize_source
+from torchtitan.datasets.tokenizer import Tokenizer
+from torchtitan.extensions.ingest import tokenize
+from torchtitan.extensions.ingest.tokenize import tokenize_source
 from torchtitan.tools.errors import UserError
 
 MakeSource = Callable[..., Source]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from torchtitan.attention.segments import Segments
-from torchtitan.config.job_config import Data, Source
+from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.loader import IGNORED_LABEL, PADDING_SOURCE, MicroBatches, PackedBatch, build_loader, pack
 from torchtitan.datasets.plan import Plan

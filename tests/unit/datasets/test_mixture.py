@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.unit.datasets.conftest import DOMAINS, domain_data
-from torchtitan.config.job_config import Data, Source
+from tests.unit.conftest import DOMAINS, domain_data
+from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.mixture import Stream, build_streams, check_epochs, merge
 from torchtitan.tools.errors import UserError

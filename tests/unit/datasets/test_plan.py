@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.unit.datasets.conftest import DOMAINS, domain_data, expected_tokens
-from torchtitan.config.job_config import Data, Source
+from tests.unit.conftest import DOMAINS, domain_data, expected_tokens
+from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.plan import Plan, changed_inputs
 from torchtitan.datasets.row_table import PADDING_SEGMENT

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torchtitan.components.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.datasets.positions import (
     CREAM_SIGMA,
     cream,
@@ -26,6 +25,7 @@ from torchtitan.datasets.positions import (
     sentence_end_ids,
     sentence_ends,
 )
+from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.tools.errors import UserError
 
 SHORT = ("pose", "longrecipe", "cream", "random")

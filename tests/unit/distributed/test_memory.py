@@ -11,10 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.attention.segments import Segments
-from torchtitan.config.job_config import ActivationCheckpoint, JobConfig, Optimizer, Parallelism, Training
-from torchtitan.distributed import offload
+from torchtitan.config.schema import ActivationCheckpoint, JobConfig, Optimizer, Parallelism, Training
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
-from torchtitan.distributed.tiled_mlp import apply_tiled_mlp
+from torchtitan.distributed.options import offload
+from torchtitan.distributed.options.tiled_mlp import apply_tiled_mlp
 from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
 
 LAYERS, TOKENS, DIM = 4, 96, 32

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from torchtitan.config.job_config import Quantize
-from torchtitan.distributed.quantize import apply_quantize, check_quantize, describe_quantize, fp8_layers
+from torchtitan.config.schema import Quantize
+from torchtitan.distributed.options.quantize import apply_quantize, check_quantize, describe_quantize, fp8_layers
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.transformer import Transformer, TransformerArgs
 from torchtitan.tools.errors import UserError

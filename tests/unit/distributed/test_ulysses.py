@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from torchtitan.distributed.context_parallel.ulysses import check_ulysses, head_chunks
+from torchtitan.distributed.options.ulysses import check_ulysses, head_chunks
 from torchtitan.tools.errors import UserError
 
 

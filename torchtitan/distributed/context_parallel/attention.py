@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from torchtitan.distributed.context_parallel.exchange import GatheredAttention
-from torchtitan.distributed.context_parallel.ulysses import UlyssesAttention
+from torchtitan.distributed.options.ulysses import UlyssesAttention
 from torchtitan.models.attention import Attention
 from torchtitan.models.transformer import Transformer
 

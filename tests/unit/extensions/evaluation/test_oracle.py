@@ -1,0 +1,133 @@
+"""The whole way from a question to a table of scores, with models whose answers are known: one that writes what is
+asked for scores 100% on every task in both ways, one that knows nothing 0%."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.harness import ASSETS
+from torchtitan.config.schema import Data, Evaluation, JobConfig
+from torchtitan.datasets.tokenizer import load_tokenizer
+from torchtitan.extensions.evaluation.forward import Ranks
+from torchtitan.extensions.evaluation.items import Item
+from torchtitan.extensions.evaluation.stage import evaluate, prepare
+from torchtitan.extensions.evaluation.tasks import GROUPS
+from torchtitan.models.rope import RopeArgs
+from torchtitan.models.transformer import Transformer, TransformerArgs
+
+TOKENIZER = load_tokenizer(ASSETS)
+ARGS = TransformerArgs(16, 1, 2, 1, 8, 16, TOKENIZER.vocab_size, rope=RopeArgs(1e4, max_position_embeddings=4096))
+
+
+class Uniform(Transformer):
+    """Logits that prefer nothing."""
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, mask: Any, **options: Any) -> Any:
+        if options.get("labels") is not None:
+            return None, torch.zeros(len(tokens))
+        return torch.zeros(len(options["rows"]), self.args.vocab_size)
+
+
+class Oracle(Uniform):
+    """Knows the answer behind each prompt, then ends. It sees what the evaluation gives it: a stream of documents,
+    prompts and answers, and after that one new token of each prompt."""
+
+    def __init__(self, items: Sequence[Item]):
+        super().__init__(ARGS)
+        self.items = items
+        self.read: list[list[int]] = []
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, mask: Any, **options: Any) -> Any:
+        logits = super().forward(tokens, positions, mask, **options)
+        if options.get("labels") is not None:
+            return logits
+        if positions[0] == 0:
+            begins = torch.nonzero(positions == 0)[:, 0].tolist()
+            documents = [part.tolist() for part in tokens.tensor_split(begins[1:])]
+            asked = [
+                [d[: at + 1] for at in range(len(d)) if b + at in options["rows"]] for d, b in zip(documents, begins)
+            ]
+            seen = [text for several in asked for text in several]
+            self.read = [several[0] for several in asked]  # a prompt, and not the answer behind it
+        else:
+            assert positions.tolist() == [len(text) for text in self.read]
+            self.read = [[*text, token] for text, token in zip(self.read, tokens.tolist(), strict=True)]
+            seen = self.read
+        for row, text in zip(logits, seen, strict=True):
+            row[self.behind(text)] = 9.0
+        return logits
+
+    def behind(self, text: list[int]) -> int:
+        for item in self.items:
+            prompt = item.prompt.tolist()
+            if text[: len(prompt)] == prompt:
+                answer = [*item.target.tolist(), TOKENIZER.eos_id]
+                return answer[min(len(text) - len(prompt), len(answer) - 1)]
+        raise AssertionError("a text that begins with no prompt")
+
+
+@pytest.fixture(scope="module")
+def prepared(qa_files: list[Path]) -> Any:
+    names = ("ruler", "recall")
+    e = Evaluation(
+        needle_lengths=(300, 420),
+        needle_depths=(0.0, 0.7),
+        tasks=names,  # type: ignore[arg-type]
+        task_lengths=(2400,),
+        task_items=2,
+        qa_files=tuple(str(file) for file in qa_files),
+        generate=True,
+    )
+    return prepare(JobConfig(evaluation=e, data=Data(add_bos=True)), TOKENIZER, ARGS)
+
+
+def grids(model: Transformer, prepared: Any) -> dict[str, Any]:
+    result = evaluate(model.eval(), Ranks(), TOKENIZER, prepared, generate=True)
+    assert result["tasks"].keys() == {"needle", *GROUPS["ruler"], *GROUPS["recall"]}
+    return result
+
+
+def test_who_knows_the_answers_scores_all(prepared: Any):
+    model = Oracle([item for items in prepared.asked.values() for item in items])
+    result = grids(model, prepared)
+    for task, grid in result["tasks"].items():
+        assert {cell for what in ("score", "exact") for row in grid[what] for cell in row} == {1.0}, task
+        assert sum(map(sum, grid["count"])) == len(prepared.asked[task])
+        assert all(cut == 0 for row in grid["cut"] for cut in row), "the answer ends by itself"
+    assert {n for group in result["groups"].values() for what in ("score", "exact") for n in group[what]} == {1.0}
+
+
+def test_answers_count_for_their_own_questions(prepared: Any):
+    """Of each task the first item's answer is wrong in one token, the first or the last: its cell alone falls, to the
+    other items' share."""
+    for at in (0, -1):
+        items = []
+        for several in prepared.asked.values():
+            wrong = several[0].target.clone()
+            wrong[at] = (wrong[at] + 1) % TOKENIZER.vocab_size
+            items += [replace(several[0], target=wrong), *several[1:]]
+        check_first_items_are_wrong(items, prepared)
+
+
+def check_first_items_are_wrong(items: list[Item], prepared: Any) -> None:
+    for task, grid in grids(Oracle(items), prepared)["tasks"].items():
+        first = prepared.asked[task][0]
+        for i, length in enumerate(grid["lengths"]):
+            for d, depth in enumerate(grid["depths"] or [None]):
+                hit = length == first.length and (grid["depths"] is None or depth == first.depth)
+                count = grid["count"][i][d]
+                assert grid["exact"][i][d] == (count - hit) / count, task
+
+
+def test_who_knows_nothing_scores_none(prepared: Any):
+    result = grids(Uniform(ARGS), prepared)
+    for task, grid in result["tasks"].items():
+        assert {cell for what in ("score", "exact") for row in grid[what] for cell in row} == {0.0}, task
+        expected = -torch.tensor(float(ARGS.vocab_size)).log().item()
+        assert all(cell == pytest.approx(expected) for row in grid["logprob"] for cell in row)

@@ -1,0 +1,132 @@
+"""scripts/convert.py and merge.py from the command line, in this process: main(arguments) -> exit code."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from tests.scripts import load_script
+from tests.unit.extensions.convert.models import ARCHITECTURES, LLAMA, SCALINGS, random_weights, save, with_rope
+from torchtitan.components.manifest import find_damage, read_manifest
+from torchtitan.datasets.tokenizer import load_tokenizer
+from torchtitan.extensions.convert.weights import Weights, open_checkpoint, open_hugging_face
+from torchtitan.models.architecture import as_json
+
+REPOSITORY = Path(__file__).parents[3]
+ASSETS = REPOSITORY / "assets" / "tokenizer"
+ARGS = with_rope(SCALINGS["yarn"])
+
+
+convert, merge = load_script("convert"), load_script("merge")
+
+
+def same(a: Weights, b: Weights) -> bool:
+    return list(a.shapes) == list(b.shapes) and all(torch.equal(a.read(name), b.read(name)) for name in a.shapes)
+
+
+def run(module: ModuleType, *arguments: object) -> int:
+    return module.main([str(a) for a in arguments])
+
+
+def test_through_every_format_and_back(tmp_path: Path):
+    """Ours -> Hugging Face -> torchtitan -> Meta -> ours, each known by its files alone."""
+    args = with_rope(None)
+    start, before = save(args, tmp_path / "a"), random_weights(args)
+    hf = tmp_path / "hf"
+    assert run(convert, start, hf, "--to", "huggingface", "--shard-gb", "0.00005", "--assets", ASSETS) == 0
+    assert run(convert, hf, tmp_path / "titan", "--to", "torchtitan") == 0
+    assert run(convert, tmp_path / "titan", tmp_path / "meta", "--to", "meta", "--architecture", hf) == 0
+    more = ("--max-position-embeddings", 256, "--assets", ASSETS)
+    assert run(convert, tmp_path / "meta", tmp_path / "b", "--to", "checkpoint", *more) == 0
+    back = open_checkpoint(tmp_path / "b" / "step-0")
+    assert same(back, before) and back.args == args
+    assert find_damage(tmp_path / "b" / "step-0") is None
+    manifest = read_manifest(tmp_path / "b" / "step-0")
+    assert (manifest["step"], manifest["seq_len"]) == (0, 256)
+    assert manifest["tokenizer"] == load_tokenizer(ASSETS).fingerprint
+    assert manifest["architecture"] == as_json(args)
+    # as the trainer reads it: nested, straight into parameters
+    state = {"model": {name: torch.empty(shape) for name, shape in before.shapes.items()}}
+    dcp.load(state, checkpoint_id=tmp_path / "b" / "step-0", no_dist=True)
+    assert all(torch.equal(tensor, before.read(name)) for name, tensor in state["model"].items())
+
+
+def test_dtype_and_complaints(tmp_path: Path, capsys: pytest.CaptureFixture):
+    start = save(ARGS, tmp_path / "a")
+    assert run(convert, start, tmp_path / "hf", "--to", "huggingface", "--dtype", "bfloat16") == 0
+    half = open_hugging_face(tmp_path / "hf")
+    name = "layers.1.attention.wk.weight"
+    assert torch.equal(half.read(name), random_weights(ARGS).read(name).bfloat16())
+    (tmp_path / "empty").mkdir()
+    dcp.save({"tok_embeddings.weight": torch.zeros(2)}, checkpoint_id=tmp_path / "titan", no_dist=True)
+    for source, to, says in (
+        (tmp_path / "a", "huggingface", "a/step-0"),
+        (start, "meta", "params.json"),
+        (tmp_path / "hf", "checkpoint", "Give --assets"),
+        (tmp_path / "titan", "meta", "give --architecture"),
+        (tmp_path / "empty", "meta", "There: nothing"),
+        (tmp_path / "absent", "meta", "not a folder"),
+    ):
+        assert run(convert, source, tmp_path / "out", "--to", to) == 1
+        assert says in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+    assert run(convert, start, tmp_path / "hf", "--to", "huggingface") == 1  # is not overwritten
+    assert "exists" in capsys.readouterr().err
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """checkpoint/ with steps 10, 20, 30 of different weights."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for i in (1, 2, 3):
+        made = save(ARGS, tmp_path / f"made-{i}", seed=i)
+        made.rename(folder / f"step-{i}0")
+    return folder
+
+
+def test_average(run_folder: Path, tmp_path: Path):
+    assert run(merge, "average", run_folder, "--out", tmp_path / "three") == 0
+    three = open_checkpoint(tmp_path / "three" / "step-0")
+    models = [random_weights(ARGS, i) for i in (1, 2, 3)]
+    for name in three.shapes:
+        expected = torch.stack([m.read(name).double() for m in models]).mean(0)
+        assert torch.allclose(three.read(name).double(), expected, atol=1e-6)
+    assert three.args == ARGS and find_damage(tmp_path / "three" / "step-0") is None
+    named = [run_folder / "step-10", run_folder / "step-10", run_folder / "step-10"]
+    assert run(merge, "average", *named, "--out", tmp_path / "same") == 0
+    assert same(open_checkpoint(tmp_path / "same" / "step-0"), models[0])
+    assert run(merge, "average", run_folder, "--last", 4, "--out", tmp_path / "four") == 1
+
+
+def test_mix_with_a_hugging_face_folder(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    base = replace(ARGS, rope=with_rope(None).rope)
+    other = save(base, tmp_path / "other", seed=9)
+    assert run(convert, other, tmp_path / "hf", "--to", "huggingface", "--assets", ASSETS) == 0
+    arguments = (run_folder / "step-20", tmp_path / "hf", "--weight", 0.3)
+    assert run(merge, "mix", *arguments, "--out", tmp_path / "out") == 0
+    assert "RoPE differs" in capsys.readouterr().out
+    mixed = open_checkpoint(tmp_path / "out" / "step-0")
+    assert mixed.args == ARGS
+    long, short = random_weights(ARGS, 2), random_weights(base, 9)
+    for name in mixed.shapes:
+        assert torch.allclose(mixed.read(name), 0.3 * long.read(name) + 0.7 * short.read(name), atol=1e-6)
+    assert (
+        run(merge, "mix", run_folder / "step-20", tmp_path / "hf", "--dtype", "bfloat16", "--out", tmp_path / "h") == 0
+    )
+    assert set(open_checkpoint(tmp_path / "h" / "step-0").dtypes.values()) == {torch.bfloat16}
+
+
+def test_unlike_architectures_are_named(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    tied = save(with_rope(SCALINGS["yarn"], replace(ARCHITECTURES["tied"], ffn_dim=100)), tmp_path / "tied")
+    assert run(merge, "mix", run_folder / "step-20", tied, "--out", tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert "ffn_dim 96 and 100" in said and "tied_embeddings False and True" in said
+    assert json.loads((tied / "manifest.json").read_text())["architecture"]["dim"] == LLAMA.dim
+    assert not (tmp_path / "out").exists()

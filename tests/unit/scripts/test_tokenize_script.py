@@ -1,0 +1,141 @@
+"""scripts/tokenize_corpus.py: the sources of a stage, one source, shards, and what can be asked wrongly."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from torchtitan.datasets.corpus import open_corpus
+
+ROOT = Path(__file__).parents[3]
+SCRIPT = ROOT / "scripts" / "tokenize_corpus.py"
+
+
+@pytest.fixture(autouse=True)
+def logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The log is looked at, whatever a test before has done to it."""
+    monkeypatch.setattr(logging.getLogger("torchtitan"), "propagate", True)
+    caplog.set_level(logging.INFO, "torchtitan")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """main() of the script with the given words; what it prints, or the message that it ends with."""
+    spec = importlib.util.spec_from_file_location("tokenize_corpus", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "tokenize_corpus", script)
+    spec.loader.exec_module(script)
+
+    def main(*words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["tokenize_corpus.py", *map(str, words)])
+        try:
+            script.main()
+        except SystemExit as end:
+            return str(end)
+        return capsys.readouterr().out
+
+    return main
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Path:
+    """A stage with two sources, whose paths start at data.folder, without BOS."""
+    for name, texts in {"books": ["one book", "another"], "web": ["a page"]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path = tmp_path / "stage.toml"
+    path.write_text(
+        f"""
+[model]
+hf_assets_path = "{ROOT / "assets" / "tokenizer"}"
+[data]
+folder = "{tmp_path}"
+cache_folder = "{tmp_path / "cache"}"
+add_bos = false
+[[data.sources]]
+name = "books"
+path = "books.jsonl"
+[[data.sources]]
+name = "web"
+path = "web.jsonl"
+"""
+    )
+    return path
+
+
+def made(stage: Path) -> dict[str, Path]:
+    return {path.name.rpartition("-")[0]: path for path in (stage.parent / "cache").glob("[!.]*")}
+
+
+def test_the_sources_of_a_stage(run: Callable[..., str], stage: Path) -> None:
+    assert "web: 1 documents" in run("--config-file", stage, "--source", "web", "--num-proc", 1)
+    assert list(made(stage)) == ["web"]
+    printed = run("--config-file", stage, "--num-proc", 1)
+    assert "books: 2 documents" in printed and "web: 1 documents" in printed
+    assert json.loads((made(stage)["books"] / "corpus.json").read_text())["add_bos"] is False
+    stage.write_text(stage.read_text().replace("web.jsonl", f"cache/{made(stage)['web'].name}"))
+    assert "is tokenized already" in run("--config-file", stage)
+
+
+def test_shards_of_a_stage(run: Callable[..., str], stage: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One unit each: shard 0 makes all, shard 1 finds nothing to do, in either order."""
+    assert run("--config-file", stage, "--shard-index", 1, "--num-shards", 2) == ""
+    assert "units 0 of 1 done; shards 0 are still to come" in caplog.text
+    assert "books: 2 documents" in run("--config-file", stage, "--shard-index", 0, "--num-shards", 2)
+
+
+def test_one_source(run: Callable[..., str], stage: Path) -> None:
+    printed = run(
+        *("--path", stage.parent / "*.jsonl", "--out-name", "all", "--cache-folder", stage.parent / "cache"),
+        *("--assets", ROOT / "assets" / "tokenizer", "--no-bos", "--num-proc", 1),
+    )
+    assert "all: 3 documents" in printed
+    assert open_corpus(made(stage)["all"]).tokens < 30
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        ([], ["--config-file", "--path"]),
+        (["--config-file", "STAGE", "--path", "x"], ["either"]),
+        (["--path", "x", "--source", "web"], ["--source", "--config-file"]),
+        (["--config-file", "STAGE", "--no-bos", "--cache-folder", "x"], ["--cache-folder, --bos", "--config-file"]),
+        (["--config-file", "STAGE", "--source", "wiki"], ["wiki", "books, web"]),
+        (["--config-file", "nothing.toml"], ["nothing.toml"]),
+        (["--config-file", "STAGE", "--shard-index", "2", "--num-shards", "2"], ["--shard-index 2", "0 to 1"]),
+        (["--path", "nothing", "--cache-folder", "CACHE"], ["'nothing'"]),
+    ],
+)
+def test_what_can_be_asked_wrongly(run: Callable[..., str], stage: Path, words: list[str], parts: list[str]) -> None:
+    places = {"STAGE": str(stage), "CACHE": str(stage.parent / "cache")}
+    message = run(*(places.get(word, word) for word in words))
+    assert message.startswith("error: ")
+    assert all(part in message for part in parts), message
+
+
+def test_a_script_that_is_killed_goes_on(stage: Path, run: Callable[..., str]) -> None:
+    """As a user does it: the whole program, its workers too, ended by SIGKILL, and started again."""
+    texts = [f"document {i} " + "some words of it " * 3000 for i in range(400)]
+    (stage.parent / "books.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    command = [sys.executable, str(SCRIPT), "--config-file", str(stage), "--source", "books", "--num-proc", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    program = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    cache = stage.parent / "cache"
+    while not (done := list(cache.glob(".unfinished-*/unit-*.json"))):
+        assert program.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    program.kill()
+    assert program.wait() == -signal.SIGKILL
+    kept = done[0].with_suffix(".arrow").stat().st_ino
+    assert "books: 400 documents" in run("--config-file", stage, "--source", "books")
+    assert kept in [path.stat().st_ino for path in made(stage)["books"].glob("*.arrow")], "it was not written again"

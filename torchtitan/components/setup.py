@@ -1,0 +1,207 @@
+"""What a stage is made of, read and checked before anything is allocated and before ranks talk to each other.
+
+Whatever a user can have wrong is found here, so that it costs seconds and one paragraph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torchtitan.attention.backends import choose_backend
+from torchtitan.attention.varlen import check_window
+from torchtitan.components.manifest import check_load_step, complete_steps, load_step_now, newest_manifest
+from torchtitan.components.metrics import import_wandb
+from torchtitan.components.start import Start, check_start, find_start, hugging_face_start, lineage
+from torchtitan.config import JobConfig
+from torchtitan.config.checks import check_config, dp_degree, rows_per_step
+from torchtitan.config.schema import Model
+from torchtitan.datasets.corpus import resolve_source
+from torchtitan.datasets.plan import Plan, changed_inputs
+from torchtitan.datasets.positions import sentence_end_ids
+from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.distributed.options.quantize import check_quantize
+from torchtitan.distributed.options.ulysses import check_ulysses
+from torchtitan.distributed.parallelize import check_backend
+from torchtitan.distributed.tensor_parallel import check_tensor_parallel
+from torchtitan.extensions.cluster.gates import check_before, flat
+from torchtitan.extensions.planner.data_report import make_report
+from torchtitan.models.architecture import as_json, complete, rope_from_manifest
+from torchtitan.models.hf.config import config_json
+from torchtitan.models.hf.weights import check_weights, read_config
+from torchtitan.models.registry import FLAVORS
+from torchtitan.models.rope import RopeArgs
+from torchtitan.models.rope_config import build_rope
+from torchtitan.models.rope_scaling import LongRopeScaling
+from torchtitan.models.transformer import TransformerArgs
+from torchtitan.models.work import work_of
+from torchtitan.tools.device import device_type
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.flops import training_flops
+from torchtitan.tools.folders import make_writable
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """What a stage is made of, read and checked without allocating a model or talking to another rank."""
+
+    tokenizer: Tokenizer
+    args: TransformerArgs
+    plan: Plan
+
+    start: Start | None
+    """What a fresh run starts from; None where there is a checkpoint to resume from, or it starts from scratch."""
+
+    stages_before: list[dict[str, Any]]
+    """lineage() of the stage before, from the first one on."""
+
+    rope_before: RopeArgs | None = None
+    """Of what a fresh run starts from, or started from."""
+
+
+def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
+    """Everything that can be wrong with a stage is found here: UserError."""
+    check_config(config, world_size)
+    assets = Path(config.model.hf_assets_path)
+    tokenizer = load_tokenizer(assets)
+    own = _own_manifest(config)
+    check_before(config, own)
+    start = None if own else find_start(config)
+    stages_before = own.get("stages_before", []) if own else lineage(start.manifest if start else None)
+    from_hf = hugging_face_start(assets) if config.checkpoint.initial_load_in_hf and not own else None
+    known = start or from_hf
+    rope_before = rope_from_manifest(stages_before[-1]["rope"]) if stages_before else None
+    if known and known.args and not rope_before:
+        rope_before = known.args.rope
+    if own and own.get("rope_before"):  # what it started from may be gone, or have been Hugging Face's
+        rope_before = rope_from_manifest(own["rope_before"])
+    args = model_args(config, rope_before)
+    if known:
+        check_start(known, args, tokenizer.fingerprint, config.rope.type)
+    if start and start.manifest is None:
+        check_weights(start.path, args, f"checkpoint.initial_load_path = {start.path}")
+    if config.checkpoint.last_save_in_hf:
+        config_json(args, config.checkpoint.export_dtype, {})  # refuses what has no form there
+    p = config.parallelism
+    check_tensor_parallel(args, p.tensor_parallel_degree)
+    if p.context_parallel_exchange == "ulysses" and p.context_parallel_degree > 1:
+        check_ulysses(args.n_heads, p.context_parallel_degree, p.tensor_parallel_degree, p.context_parallel_head_chunks)
+    if choose_backend(config.model.attention_backend, device_type()) == "varlen" and args.sliding_window is not None:
+        check_window(args.sliding_window)
+    if config.compile.enable:
+        check_backend(config.compile.backend)
+    tokens = config.training.seq_len * config.training.local_batch_size // p.context_parallel_degree
+    check_quantize(args, config.quantize, p.tensor_parallel_degree, tokens, config.training.mlp_tile_tokens)
+    if tokenizer.vocab_size > args.vocab_size:
+        says = f"{assets}/config.json" if config.model.flavor == "auto" else f'model.flavor = "{config.model.flavor}"'
+        raise UserError(
+            f"The tokenizer in model.hf_assets_path = {assets} has {tokenizer.vocab_size} tokens, but the model of "
+            f"{says} has a vocabulary of {args.vocab_size}: they do not belong together. Name the assets of that "
+            "model, or another flavor."
+        )
+    if config.checkpoint.initial_load_in_hf:
+        check_weights(assets, args, f"checkpoint.initial_load_in_hf = true, with model.hf_assets_path = {assets}")
+    plan = make_plan(config, world_size, tokenizer, args)
+    if own:
+        _check_resumable(config, own, args, tokenizer, plan)
+    if config.metrics.enable_wandb:
+        import_wandb()
+    make_writable("job.dump_folder", Path(config.job.dump_folder))
+    if config.checkpoint.enable:
+        make_writable("job.dump_folder / checkpoint.folder", Path(config.job.dump_folder) / config.checkpoint.folder)
+    return StageInputs(tokenizer, args, plan, start, stages_before, rope_before)
+
+
+def make_plan(config: JobConfig, world_size: int, tokenizer: Tokenizer, args: TransformerArgs) -> Plan:
+    """The data plan of the stage; tokenizes what is not in the cache yet."""
+    data, cache = config.data, Path(config.data.cache_folder).expanduser()
+    vocab_size, mixed = args.vocab_size, config.rope.mixed_window
+    make_writable("data.cache_folder", cache)
+    corpora = [resolve_source(source, tokenizer, data) for source in data.sources]
+    for source, corpus in zip(data.sources, corpora, strict=True):
+        if corpus.max_token_id is not None and corpus.max_token_id >= vocab_size:
+            raise UserError(
+                f'Source "{source.name}" holds token {corpus.max_token_id}, but the model\'s vocabulary ends at '
+                f"{vocab_size - 1}: data.sources.path = {source.path} was made with another tokenizer."
+            )
+    return Plan(
+        data,
+        corpora,
+        seq_len=config.training.seq_len,
+        rows_per_step=rows_per_step(config, world_size),
+        steps=config.training.steps,
+        seed=config.training.seed,
+        separators=[tokenizer.encode(source.separator) for source in data.sources],
+        sentence_end_ids=sentence_end_ids(tokenizer) if data.positions == "longrecipe" else (),
+        cache=cache,
+        short_window=args.rope.scaling.original_max_position_embeddings if mixed else None,  # type: ignore[union-attr]
+    )
+
+
+def report_of(plan: Plan, config: JobConfig, world_size: int, args: TransformerArgs) -> dict[str, Any]:
+    """What the plan will read (plan.json), with the work of the model's ranks."""
+    work = work_of(args)
+    return make_report(
+        plan,
+        dp_degree(config, world_size),
+        config.training.local_batch_size,
+        flops_per_token=training_flops(work.parameters, 1, work.width, 0),
+        flops_per_pair=training_flops(work.parameters, 0, work.width, 1),
+    )
+
+
+def architecture(model: Model) -> TransformerArgs:
+    """The architecture that [model] names: a flavor, or a folder's config.json."""
+    if model.flavor == "auto":
+        return read_config(Path(model.hf_assets_path))
+    if model.flavor not in FLAVORS:
+        raise UserError(f'model.flavor = "{model.flavor}" is not known; there are auto, {", ".join(FLAVORS)}.')
+    return FLAVORS[model.flavor]
+
+
+def model_args(config: JobConfig, rope_before: RopeArgs | None = None) -> TransformerArgs:
+    """The architecture that [model] names, with what [rope] changes; rope_before: that of its weights."""
+    args = architecture(config.model)
+    length = config.data.target_seq_len or config.training.seq_len
+    rope = build_rope(config.rope, args.rope, args.head_dim, args.n_kv_heads, length, rope_before)
+    longrope = rope.scaling if isinstance(rope.scaling, LongRopeScaling) else None
+    if config.rope.mixed_window and not longrope:
+        raise UserError("rope.mixed_window = true tells rows apart for LongRoPE's two lists, which this model has not.")
+    if longrope and longrope.short_factor != longrope.long_factor and not config.rope.mixed_window:
+        raise UserError(
+            "RoPE has a short list for texts up to rope.original_max_position_embeddings = "
+            f"{longrope.original_max_position_embeddings}, which is used for them at inference, but every row would be "
+            "trained with the long one. Set rope.mixed_window = true, which tells rows apart, or one list for both "
+            '(rope.type = "longrope" with long_factor alone).'
+        )
+    return replace(args, rope=rope)
+
+
+def _own_manifest(config: JobConfig) -> dict[str, Any] | None:
+    """Of the newest checkpoint of this very stage that can be read; None where there is none."""
+    if not config.checkpoint.enable:
+        return None
+    folder = Path(config.job.dump_folder) / config.checkpoint.folder
+    steps = complete_steps(folder)
+    check_load_step(folder, load_step_now(folder, config.checkpoint.load_step), steps)
+    return newest_manifest(config)[1]
+
+
+def _check_resumable(
+    config: JobConfig, manifest: dict[str, Any], args: TransformerArgs, tokenizer: Tokenizer, plan: Plan
+) -> None:
+    """Refuse a checkpoint folder of another model or of other data, rather than overwrite or mix."""
+    folder = Path(config.job.dump_folder) / config.checkpoint.folder
+    steps = complete_steps(folder)
+    was, now = flat(complete(manifest["architecture"])), flat(as_json(args))
+    differences = [f"{k} {was.get(k)} -> {now.get(k)}" for k in {**was, **now} if was.get(k) != now.get(k)]
+    if manifest["tokenizer"] != tokenizer.fingerprint:
+        differences.append("the tokenizer")
+    differences += changed_inputs(manifest["plan"], plan.inputs)
+    if differences:
+        raise UserError(
+            f"{folder} holds checkpoints of another run ({', '.join(f'step {s}' for s in steps[-3:])}), which this one "
+            f"would resume from and overwrite. Changed: {'; '.join(differences)}. Set that back, choose another "
+            "job.dump_folder, or delete that folder."
+        )

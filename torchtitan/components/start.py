@@ -1,0 +1,204 @@
+"""The boundary between two stages: where a stage starts from, what may not change there, and what did.
+
+A stage is one TOML file. Its checkpoints carry a manifest with the configuration, the architecture and the tokenizer
+it was trained with, and the stages before it; the next stage reads all of that here, takes the tensors that stage.carry
+names, and nothing else: RoPE, schedule, step counter and data are those of its own TOML.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchtitan.components.manifest import complete_steps, digest, read_manifest
+from torchtitan.config.schema import JobConfig
+from torchtitan.extensions.cluster.gates import flat, folder_before, gate_failure, stage_as_run
+from torchtitan.models.architecture import args_from_manifest, as_json
+from torchtitan.models.hf.weights import read_config
+from torchtitan.models.rope_config import lost_rope
+from torchtitan.models.transformer import TransformerArgs
+from torchtitan.tools.errors import UserError
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a fresh run starts from."""
+
+    path: Path
+    """A checkpoint's step-N folder, or a Hugging Face folder."""
+
+    parts: tuple[str, ...]
+    """Of "model" and "optimizer", those that are taken."""
+
+    manifest: dict[str, Any] | None
+    """The checkpoint's; None for a Hugging Face folder."""
+
+    args: TransformerArgs | None
+    """What the weights were trained as; None for a Hugging Face folder without config.json."""
+
+
+def find_start(config: JobConfig) -> Start | None:
+    """Where [stage] and [checkpoint] say that a fresh run starts from; None: from scratch, or initial_load_in_hf."""
+    if config.stage.after:
+        return _stage_before(config)
+    if config.checkpoint.initial_load_path:
+        return _elsewhere(config)
+    return None
+
+
+def _stage_before(config: JobConfig) -> Start:
+    after = Path(config.stage.after or "")
+    if not after.is_file():
+        what = "is a folder" if after.is_dir() else "does not exist"
+        raise UserError(f"stage.after = {after} {what}: it must name the TOML file of the stage before.")
+    before, dump_folder = stage_as_run(config), folder_before(config)
+    folder = dump_folder / before.checkpoint.folder
+    how = (
+        f"Train it first (./run_train.sh --job.config_file {after}, or this stage with --stage.run_chain), name where "
+        'it wrote (stage.after_dump_folder), or try this stage alone (--stage.after "").'
+    )
+    steps = complete_steps(folder)
+    if not steps:
+        state = "is an empty folder" if folder.is_dir() else "does not exist"
+        left = sorted(p.name for p in folder.glob("step-*"))
+        unfinished = f" (there are {', '.join(left)}, which are not complete)" if left else ""
+        raise UserError(
+            f"stage.after = {after}: there is no complete checkpoint of that stage. Looked for {folder}/step-N, and "
+            f"{folder} {'holds none' if left else state}{unfinished}. {how}"
+        )
+    manifest = _sound_manifest(folder / f"step-{steps[-1]}")
+    wanted = manifest.get("config", {}).get("training", {}).get("steps", before.training.steps)
+    if manifest["step"] < wanted:
+        raise UserError(
+            f"stage.after = {after}: that stage has not ended. Its newest complete checkpoint, "
+            f"{folder}/step-{steps[-1]}, is of step {manifest['step']} of {wanted}. {how}"
+        )
+    if failure := gate_failure(before, dump_folder):
+        raise UserError(f"stage.after = {after}: a gate of that stage does not hold: {failure}.")
+    return _start(folder / f"step-{steps[-1]}", config.stage.carry, manifest)
+
+
+def _start(path: Path, parts: tuple[str, ...], manifest: dict[str, Any]) -> Start:
+    return Start(path, parts, manifest, args_from_manifest(manifest["architecture"]))
+
+
+def hugging_face_start(path: Path) -> Start:
+    """A folder of safetensors; its config.json says what the weights were trained as."""
+    return Start(path, ("model",), None, read_config(path) if (path / "config.json").is_file() else None)
+
+
+def _elsewhere(config: JobConfig) -> Start:
+    path = Path(config.checkpoint.initial_load_path or "").expanduser()
+    parts = tuple(p for p in config.stage.carry if p not in config.checkpoint.exclude_from_loading)
+    key = f"checkpoint.initial_load_path = {path}"
+    if "model" not in parts:
+        raise UserError(
+            f"{key} without the model loads nothing: it must be in stage.carry, and not in "
+            "checkpoint.exclude_from_loading."
+        )
+    if not path.is_dir():
+        raise UserError(f"{key} is not a folder.")
+    if (path / "manifest.json").is_file():
+        return _start(path, parts, _sound_manifest(path))
+    if next(path.glob("*.safetensors"), None):
+        return hugging_face_start(path)
+    for folder in (path, path / config.checkpoint.folder):
+        if steps := complete_steps(folder):
+            newest = folder / f"step-{steps[-1]}"
+            return _start(newest, parts, _sound_manifest(newest))
+    if (path / ".metadata").is_file():
+        raise UserError(
+            f"{key} is a DCP checkpoint without this project's manifest.json, torchtitan's perhaps: turn it into one "
+            "with scripts/convert.py."
+        )
+    raise UserError(
+        f"{key} holds neither a checkpoint (manifest.json, or folders step-N) nor a Hugging Face model (*.safetensors)."
+    )
+
+
+def _sound_manifest(path: Path) -> dict[str, Any]:
+    # only whether the files are there: the trainer's ranks share the reading of all of them
+    manifest = read_manifest(path)
+    missing = [name for name in manifest.get("files", {}) if not (path / name).is_file()]
+    if missing:
+        raise UserError(f"{path} is damaged: {missing[0]} is missing.")
+    return manifest
+
+
+def check_start(start: Start, args: TransformerArgs, tokenizer: str, rope_type: str) -> None:
+    """UserError where what a run starts from and the stage cannot go together.
+
+    tokenizer: the stage's fingerprint; rope_type: the TOML's rope.type.
+    """
+    if start.args is None:
+        return
+    old, new = flat(as_json(start.args)), flat(as_json(args))
+    differences = [
+        f"{key} {old.get(key)} -> {new.get(key)}"
+        for key in {**old, **new}
+        if not key.startswith("rope.") and old.get(key) != new.get(key)
+    ]
+    if differences:
+        raise UserError(f"{start.path} is of another architecture: {'; '.join(differences)}.")
+    if start.manifest and start.manifest["tokenizer"] != tokenizer:
+        raise UserError(
+            f"{start.path} was trained with another tokenizer than that of model.hf_assets_path: its embeddings would "
+            "stand for other tokens."
+        )
+    if lost := lost_rope(start.args.rope, args.rope, args.head_dim):
+        raise UserError(
+            f"{start.path} was trained with RoPE that this stage would take back: {lost}. A stage's RoPE is that of "
+            f'its own TOML (rope.type = "{rope_type}") and model.flavor, nothing of it is carried over: write there '
+            "what it was trained with, or more."
+        )
+
+
+def lineage(manifest: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The stages up to and with that of a manifest, the first one first: what the next one's manifest says of them."""
+    if manifest is None:
+        return []
+    own = {key: manifest.get(key) for key in ("stage", "step", "tokens_seen", "seq_len", "tokenizer")}
+    own |= {"rope": manifest["architecture"]["rope"], "digest": digest(manifest)}
+    return [*manifest.get("stages_before", []), own]
+
+
+QUIET = ("job", "stage", "metrics", "profiling", "comm", "checkpoint", "rope")
+"""Tables whose differences say nothing about what is trained; rope's are shown as the architecture has them."""
+
+
+def differences(was: dict[str, Any], config: dict[str, Any], architecture: dict[str, Any]) -> list[str]:
+    """What changes from the stage of manifest `was` to this one, a line each: 'rope.theta 8e+06 -> 1.28e+08'."""
+    old, new = dict(was.get("config", {})), dict(config)
+    before = {"rope": was["architecture"]["rope"]} | {k: v for k, v in old.items() if k not in QUIET}
+    after = {"rope": architecture["rope"]} | {k: v for k, v in new.items() if k not in QUIET}
+    a, b = flat(before), flat(after)
+    mixture_before, mixture_after = (flat_mixture(x.pop("data.sources", ())) for x in (a, b))
+    lines = [f"{key} {shown(a.get(key))} -> {shown(b.get(key))}" for key in {**a, **b} if a.get(key) != b.get(key)]
+    for name in {**mixture_before, **mixture_after}:
+        x, y = mixture_before.get(name, "none"), mixture_after.get(name, "none")
+        if x != y:
+            lines.append(f"data source {name}: {x} -> {y}")
+    return lines
+
+
+def flat_mixture(sources: Any) -> dict[str, str]:
+    """Source -> its share of the tokens and what else it says."""
+    total = sum(source["weight"] for source in sources) or 1.0
+    quiet = ("name", "weight", "path", "text_field", "hub_split", "hub_revision")
+    usual = {"separator": "", "messages_field": "", "hub_subset": "", "long_document": "split", "min_length": 0}
+    return {
+        source["name"]: f"{source['weight'] / total:.1%}"
+        + "".join(f", {k} {v}" for k, v in source.items() if k not in quiet and v != usual.get(k))
+        for source in sources
+    }
+
+
+def shown(value: Any) -> str:
+    """A value in a line: numbers short, lists shortened, None as unset."""
+    if value is None:
+        return "unset"
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,130 @@
+"""Tensors that wait in host memory: the inputs of recomputed blocks between forward and backward.
+
+The copy to the host runs on a stream of its own while the next block computes, and comes back while the block behind it
+runs backward (as in ALST, arXiv 2506.13996). On the CPU the same copies are made, without a stream and without gain.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from typing import Any
+
+import torch
+
+from torchtitan.config.schema import JobConfig
+from torchtitan.models.transformer import TransformerArgs, parameter_counts
+
+USED_BY_OTHERS = 0.1
+"""Share of the available host memory that is left to everything else: loaders, the page cache, Python."""
+
+IN_FLIGHT = 2
+"""Tensors on their way to the host that are still held on the device; beyond, computation waits for the oldest copy."""
+
+
+class HostCopies:
+    """Hooks on saved tensors that keep them in host memory, for a backward in the reverse order of forward."""
+
+    def __init__(self) -> None:
+        self.stream: Any = None
+        """The side stream, made when the first CUDA tensor comes."""
+        self.leaving: deque[tuple[torch.Tensor, Any]] = deque()
+        """Tensors and the events after their copies."""
+        self.last: weakref.ref[_Copy] | None = None
+        """The copy made last; it knows the one before."""
+
+    def hooks(self) -> Any:
+        """A context in which tensors that autograd saves are kept in host memory."""
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+
+    def pack(self, tensor: torch.Tensor) -> _Copy:
+        """Start the tensor's way to the host."""
+        cuda = tensor.device.type == "cuda"
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda)
+        if cuda:
+            self.stream = self.stream or torch.cuda.Stream(tensor.device)
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                host.copy_(tensor, non_blocking=True)
+            # The tensor's memory belongs to the current stream, which may use it again only after the copy. It is held
+            # until that stream has been told to wait for the copy, later, so that it need not wait in fact.
+            self.leaving.append((tensor.detach(), self.stream.record_event()))
+            self._let_go(IN_FLIGHT)
+        else:
+            host.copy_(tensor)
+        copy = _Copy(host, tensor.device, self.last)
+        self.last = weakref.ref(copy)
+        return copy
+
+    def unpack(self, copy: _Copy) -> torch.Tensor:
+        """The tensor on its device again; the one that was saved before it sets out, too."""
+        self._let_go(0)
+        tensor = self._fetched(copy)
+        if copy.arrived is not None:
+            torch.cuda.current_stream().wait_event(copy.arrived)
+        copy.device_copy = copy.arrived = None
+        if copy.before is not None and (before := copy.before()) is not None:
+            self._fetched(before)
+        return tensor
+
+    def _let_go(self, keep: int) -> None:
+        while len(self.leaving) > keep:
+            _, event = self.leaving.popleft()
+            torch.cuda.current_stream().wait_event(event)
+
+    def _fetched(self, copy: _Copy) -> torch.Tensor:
+        """The copy's tensor on the device, under way if it was not yet."""
+        if copy.device_copy is None:
+            # allocated on the current stream, where it is used and freed; what had this memory before may still run
+            copy.device_copy = torch.empty_like(copy.host, device=copy.device)
+            if copy.device.type == "cuda":
+                self.stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self.stream):
+                    copy.device_copy.copy_(copy.host, non_blocking=True)
+                copy.arrived = self.stream.record_event()
+            else:
+                copy.device_copy.copy_(copy.host)
+        return copy.device_copy
+
+
+class _Copy:
+    """A tensor in host memory, and its way back."""
+
+    def __init__(self, host: torch.Tensor, device: torch.device, before: weakref.ref[_Copy] | None):
+        self.host, self.device, self.before = host, device, before
+        self.device_copy: torch.Tensor | None = None
+        self.arrived: Any = None
+        """The event after the copy to the device."""
+
+
+def host_bytes(args: TransformerArgs, config: JobConfig, shards: int) -> int:
+    """Host memory of a rank under the configuration's offloads, estimated; shards: ranks that share the parameters.
+
+    Pinned memory is handed out in powers of two, so a kept input counts as the next one.
+    """
+    total, t = 0, config.training
+    if t.enable_cpu_offload:
+        stored = getattr(torch, t.dtype).itemsize
+        moment = getattr(torch, config.optimizer.state_dtype or t.dtype).itemsize
+        total += parameter_counts(args)[0] * (2 * stored + 2 * moment) // shards
+    if config.activation_checkpoint.offload:
+        p = config.parallelism
+        tokens = t.seq_len * t.local_batch_size // (p.context_parallel_degree * p.tensor_parallel_degree)
+        kept = tokens * args.dim * getattr(torch, t.mixed_precision_param).itemsize
+        every = config.activation_checkpoint.selective_ac_option
+        of = int(every) if config.activation_checkpoint.mode == "selective" and every != "op" else 1
+        total += -(-args.n_layers // of) * (1 << (kept - 1).bit_length())
+    return total
+
+
+def host_memory_warning(bytes_a_rank: int, ranks: int, available: int | None) -> str | None:
+    """What to log where ranks of one host are going to need more of its memory than there is."""
+    needed = bytes_a_rank * ranks
+    if available is None or needed <= available * (1 - USED_BY_OTHERS):
+        return None
+    return (
+        f"training.enable_cpu_offload and activation_checkpoint.offload need about {needed / 2**30:.1f} GiB of host "
+        f"memory ({bytes_a_rank / 2**30:.1f} GiB a rank, {ranks} on this host), and {available / 2**30:.1f} GiB are "
+        f"available: more ranks that share the parameters, more hosts, or a higher context_parallel_degree need less "
+        "a host."
+    )

@@ -1,0 +1,127 @@
+"""Run the stages of a recipe in order.
+
+    python -m torchtitan.extensions.cluster.chain NPROC <arguments of torchtitan.train>
+
+run_train.sh does so for --stage.run_chain. Stages that have ended are passed over, so that the same command, started
+again after whatever ended it, goes on in the stage and at the step where it was.
+
+    python -m torchtitan.extensions.cluster.chain --has-ended <arguments of torchtitan.train>
+
+asks of one stage whether anything is left to do: exit code 0 if it has ended and its gates hold, NOT_ENDED if it has
+not, GATE_NOT_HELD or, for a mistake in the configuration, FAILED. PyTorch is not imported, so a launcher can ask often.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torchtitan.components.manifest import has_ended, newest_manifest
+from torchtitan.config import JobConfig, as_tables, load_config
+from torchtitan.config.checks import check_config
+from torchtitan.config.schema import Source
+from torchtitan.extensions.cluster.gates import check_before, flat, gate_failure
+from torchtitan.extensions.cluster.launch import launch
+from torchtitan.extensions.cluster.stages import chain
+from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, NOT_ENDED, STOPPED, GateError, UserError
+
+
+def run_chain(args: list[str], nproc: int) -> int:
+    """Train the stages that have not ended, one after the other; the exit code of the first that fails."""
+    stages = chain(args)
+    for stage in stages:
+        check_config(stage.config, nproc)
+        if not stage.config.checkpoint.enable:
+            raise UserError(f"stage {stage.config.stage.name}: a chain needs checkpoints (checkpoint.enable = true).")
+    names = " -> ".join(stage.config.stage.name for stage in stages)
+    print(f"chain: {names}", file=sys.stderr, flush=True)
+    for stage in stages:
+        config = stage.config
+        if not has_ended(config):
+            print(f"chain: stage {config.stage.name}, into {config.job.dump_folder}", file=sys.stderr, flush=True)
+            code = launch([sys.executable, "-m", "torchtitan.train", *stage.arguments], nproc)
+            if code == STOPPED:  # it has saved and says so
+                print(f"chain: stopped in stage {config.stage.name}; start again to go on", file=sys.stderr, flush=True)
+                return code
+            if code:
+                print(f"chain: stage {config.stage.name} failed; the chain stops", file=sys.stderr, flush=True)
+                return code
+        else:
+            _check_unchanged(config)
+            print(f"chain: stage {config.stage.name} has ended", file=sys.stderr, flush=True)
+        _check_gates(config)
+    return 0
+
+
+DECISIVE = ("model.flavor", "rope.", "data.", "training.seq_len", "training.global_batch_")
+INDIFFERENT = ("data.num_workers", "data.cache_folder", "data.folder")
+
+
+def _check_unchanged(config: JobConfig) -> None:
+    """UserError where a stage that has ended is not what it would be now, for its own configuration or for the stage
+    before, which has been trained anew."""
+    _, manifest = newest_manifest(config)
+    assert manifest  # it has ended
+    check_before(config, manifest)
+    if changes := changed_since(manifest, config):
+        raise UserError(
+            f"Stage {config.stage.name} has ended, but with another configuration than it has now: "
+            f"{'; '.join(changes)}. Set that back, choose another job.dump_folder, or delete "
+            f"{config.job.dump_folder} to train it anew."
+        )
+
+
+def changed_since(manifest: dict[str, Any], config: JobConfig) -> list[str]:
+    """What is another model or other data now than in the last manifest of the stage, as 'rope.theta 1e4 -> 2e4'."""
+    saved = manifest.get("config", {})
+    # what an older manifest lacks had its default
+    was, now = _values(as_tables(JobConfig())) | _values(saved), _values(as_tables(config))
+    return [
+        f"{key} {was.get(key)} -> {now.get(key)}"
+        for key in {**was, **now}
+        if saved and key.startswith(DECISIVE) and key not in INDIFFERENT and was.get(key) != now.get(key)
+    ]
+
+
+def _values(tables: dict[str, Any]) -> dict[str, Any]:
+    """'data.sources.0.path' and the like -> value."""
+    values = flat(tables)
+    for i, source in enumerate(values.pop("data.sources", ())):
+        values |= flat(asdict(Source()) | source, f"data.sources.{i}.")
+    return values
+
+
+def ended(args: list[str], unchanged: bool = True) -> int:
+    """0 if the stage that args describe has ended and its gates hold, NOT_ENDED if it has not ended.
+
+    unchanged: UserError if it ended as something else than it is now."""
+    config = load_config(args)
+    if not config.checkpoint.enable:
+        raise UserError("checkpoint.enable = false: whether a stage has ended is read from its checkpoints.")
+    if not has_ended(config):
+        return NOT_ENDED
+    if unchanged:
+        _check_unchanged(config)
+    _check_gates(config)
+    return 0
+
+
+def _check_gates(config: JobConfig) -> None:
+    if failure := gate_failure(config, Path(config.job.dump_folder)):
+        raise GateError(f"A gate of stage {config.stage.name} does not hold: {failure}. The chain stops.")
+
+
+def main(args: list[str]) -> int:
+    try:
+        if args[:1] == ["--has-ended"]:
+            return ended(args[1:])
+        return run_chain(args[1:], int(args[0]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return GATE_NOT_HELD if isinstance(error, GateError) else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

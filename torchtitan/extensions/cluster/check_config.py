@@ -1,0 +1,30 @@
+"""Is this configuration right? `python -m torchtitan.config WORLD_SIZE <arguments of torchtitan.train>`
+
+run_train.sh asks before it starts anything: a mistake is then told once and at once, rather than by every process after
+it has imported torch.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from torchtitan.config.checks import check_config
+from torchtitan.config.manager import load_config
+from torchtitan.extensions.cluster.stages import chain
+from torchtitan.tools.errors import UserError
+
+
+def main(args: list[str]) -> int:
+    try:
+        config = load_config(args[1:])
+        # a mistake in the last stage is told before the first one is paid for
+        for each in [stage.config for stage in chain(args[1:])] if config.stage.run_chain else [config]:
+            check_config(each, int(args[0]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

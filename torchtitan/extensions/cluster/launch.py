@@ -1,0 +1,240 @@
+"""Start one trainer process for each device of this machine, and end as they end.
+
+    python -m torchtitan.extensions.cluster.launch --nproc N -- <arguments of torchtitan.train>
+    # on each of M machines:
+    python -m torchtitan.extensions.cluster.launch --nproc N --nnodes M --node-rank R --master HOST:PORT -- ...
+
+torchrun does more than this needs, and less: unless told otherwise it kills the trainers 30 seconds after SIGTERM, in
+the middle of their checkpoint. Here a signal is passed on once and the trainers take as long as they need. The trainers
+of several machines find each other as torchrun's do, in a c10d store that rank 0 opens on HOST:PORT; the trainer reads
+the same environment variables from either. What a dead machine leaves behind is for Slurm to end (multinode/).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from torchtitan.tools.errors import FAILED, STOPPED
+
+GRACE_SECONDS = 2.0
+"""What the others have to end by themselves when one process has failed; then they are asked to, by SIGTERM."""
+
+KILL_SECONDS = 10.0
+"""And this long after that they are killed."""
+
+OWNER_SECONDS = 5.0
+"""How often the owner file is read."""
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """This machine's place among those of the run, each with as many processes."""
+
+    nnodes: int = 1
+    node_rank: int = 0
+
+    master: tuple[str, int] | None = None
+    """Host and port of rank 0's store; None: this machine, and a port that is free."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A file whose text names the start that may write to a dump folder. Another text there: this one is a ghost.
+
+    Slurm starts a job anew elsewhere when a node's daemon is lost, whose processes may live on unseen.
+    """
+
+    file: Path
+    text: str
+
+    def is_another(self) -> bool:
+        try:
+            return self.file.read_text().strip() != self.text
+        except OSError:  # a file system that stutters proves nothing
+            return False
+
+
+def launch(
+    command: list[str],
+    nproc: int,
+    grace_seconds: float = GRACE_SECONDS,
+    kill_seconds: float = KILL_SECONDS,
+    nodes: Nodes = Nodes(),
+    owner: Owner | None = None,
+) -> int:
+    """Run `command` as this machine's nproc ranks; 0, STOPPED, or the code of the first to fail (128 + signal).
+
+    The processes inherit this one's standard streams and have RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE,
+    MASTER_ADDR and MASTER_PORT. SIGTERM, SIGINT and SIGHUP are passed on to them, the first only, and SIGUSR1 as
+    SIGTERM: Slurm sends it to every process of a job, so that the trainers and their data loaders ignore it. They die
+    with this process, and are killed when they have another owner.
+    """
+    signals: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        signals.append(signum)
+
+    stops = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the terminal was closed, or ssh dropped; nohup ignores it
+        stops.append(signal.SIGHUP)
+    before = {signum: signal.signal(signum, note) for signum in stops}
+    host, port = nodes.master or ("127.0.0.1", _free_port())
+    before_program = _before_program()
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for local_rank in range(nproc):
+            environment = {
+                **os.environ,
+                "RANK": str(nodes.node_rank * nproc + local_rank),
+                "LOCAL_RANK": str(local_rank),
+                "WORLD_SIZE": str(nodes.nnodes * nproc),
+                "LOCAL_WORLD_SIZE": str(nproc),
+                "MASTER_ADDR": host,
+                "MASTER_PORT": str(port),
+            }
+            # A session of its own: Ctrl-C in the terminal reaches this process only, which passes it on once, and
+            # never a trainer's data loaders.
+            processes.append(
+                subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=before_program)
+            )
+        return _wait(processes, nodes.node_rank * nproc, signals, grace_seconds, kill_seconds, owner)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _wait(
+    processes: list[subprocess.Popen[bytes]],
+    first_rank: int,
+    signals: list[int],
+    grace_seconds: float,
+    kill_seconds: float,
+    owner: Owner | None,
+) -> int:
+    """Wait for all processes, passing on the first of `signals`; the exit code for the whole."""
+    code, failed_at, passed_on, told, terminated = 0, 0.0, False, False, False
+    owner_read_at = time.monotonic()
+    while True:
+        if owner and time.monotonic() - owner_read_at > OWNER_SECONDS:
+            owner_read_at = time.monotonic()
+            if owner.is_another():
+                _say(f"{owner.file} says that another start has taken over: ending without saving")
+                return FAILED  # the caller kills what is left
+        running = [process for process in processes if process.poll() is None]
+        if not code:
+            for rank, process in enumerate(processes, first_rank):
+                if process.returncode and process.returncode != STOPPED:
+                    code, failed_at = process.returncode, time.monotonic()
+                    if code < 0 and not passed_on:  # it could not explain itself
+                        why = " (killed by the system when memory runs out?)" if code == -signal.SIGKILL else ""
+                        _say(f"rank {rank} was ended by {signal.Signals(-code).name}{why}")
+                    break
+        if not running:
+            if not code and any(process.returncode for process in processes):
+                return STOPPED
+            return 128 - code if code < 0 else code
+        if signals and not passed_on:
+            passed_on = True
+            passed = signal.SIGTERM if signals[0] == signal.SIGUSR1 else signals[0]
+            _say(f"{signal.Signals(signals[0]).name}: a trainer that has begun finishes its step and saves")
+            for process in running:
+                process.send_signal(passed)
+        elif len(signals) > 1 and not told:
+            told = True
+            _say(f"still waiting for the trainers; kill -9 {os.getpid()} ends them without saving")
+        overdue = time.monotonic() - failed_at - grace_seconds if code else 0.0
+        if overdue > 0 and not terminated:
+            terminated = True
+            for process in running:
+                process.terminate()
+        if overdue > kill_seconds:
+            for process in running:
+                process.kill()
+        time.sleep(0.05)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _before_program() -> Callable[[], None]:
+    """What a child runs before its program: SIGUSR1 is not for it, and it dies with this process (Linux)."""
+    # looked up here: a forked child should do next to nothing
+    prctl = ctypes.CDLL(None, use_errno=True).prctl if sys.platform.startswith("linux") else None
+
+    def run() -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # stays so in the program and in its children
+        if prctl:
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    return run
+
+
+def _say(message: str) -> None:
+    print(f"launch: {message}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]) -> int:
+    split = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m torchtitan.extensions.cluster.launch", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--nproc", type=int, required=True, help="number of processes")
+    parser.add_argument("--module", default="torchtitan.train", help="what each of them runs: a module, or a file.py")
+    parser.add_argument("--nnodes", type=int, default=1, help="number of machines")
+    parser.add_argument("--node-rank", type=int, default=0, help="which of them this is, from 0")
+    parser.add_argument("--master", help="HOST:PORT, the same on all: the name of machine 0 and a port free there")
+    parser.add_argument("--owner", nargs=2, metavar=("FILE", "TEXT"), help="end when FILE holds something else")
+    options = parser.parse_args(argv[:split])
+    if options.nproc < 1:
+        parser.error(f"--nproc {options.nproc}: at least 1 process is needed")
+    if not 0 <= options.node_rank < options.nnodes:
+        parser.error(f"--node-rank {options.node_rank}: it must be 0 to {options.nnodes - 1} (--nnodes less 1)")
+    if options.nnodes > 1 and not options.master:
+        parser.error("--nnodes > 1 needs --master HOST:PORT, the same on all machines")
+    nodes = Nodes(options.nnodes, options.node_rank, _host_and_port(parser, options.master))
+    owner = Owner(Path(options.owner[0]), options.owner[1]) if options.owner else None
+    program = [options.module] if options.module.endswith(".py") else ["-m", options.module]
+    command = [sys.executable, *program, *argv[split + 1 :]]
+    return launch(command, options.nproc, nodes=nodes, owner=owner)
+
+
+def _host_and_port(parser: argparse.ArgumentParser, master: str | None) -> tuple[str, int] | None:
+    """Of HOST:PORT, or an end with the reason."""
+    if not master:
+        return None
+    host, _, port = master.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        parser.error(f"--master {master}: it must be HOST:PORT")
+    try:
+        socket.getaddrinfo(host, int(port))
+    except OSError as error:
+        parser.error(
+            f"--master {master}: the name {host} does not resolve on {socket.gethostname()} ({error.strerror}). Name "
+            "the first machine as all of them know it, or by its address."
+        )
+    return host, int(port)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,190 @@
+"""What the scripts under multinode/ ask about a configuration. Imports no PyTorch: a login node may lack it.
+
+    python -m torchtitan.extensions.cluster.slurm QUESTION ...
+
+    stages [--evaluate] <arguments of torchtitan.train>                     the stages of a recipe
+    start NODES PER_NODE <arguments of torchtitan.train>                    may this stage start?
+    newest <arguments of torchtitan.train>                                  its newest checkpoint's step
+    verdict CODE ASKED NODE_CODES NODES PER_NODE <...>                      how did a start of it end?
+    evaluation NODES PER_NODE <arguments of scripts/evaluate.py>            can it be evaluated?
+
+`stages` prints shell code, a line a stage, the first one first:
+    stage NAME DUMP_FOLDER HAS_ENDED SBATCH_OPTIONS... -- ARGUMENTS...
+(HAS_ENDED is no for all that stand behind one that has not), and with --evaluate, after each of them,
+    evaluation NAME DUMP_FOLDER HAS_ENDED_AND_IS_EVALUATED SBATCH_OPTIONS... -- ARGUMENTS...
+`verdict` prints the exit code for the job and a word: ended, failed, saved, asked (to stop, before it could save) or
+lost.
+`start` prints the dump folder and the arguments to train with as shell code, and ends with 0; with ENDED or
+GATE_NOT_HELD for a stage that has ended already, with FAILED and the reason for one that cannot work. `evaluation`
+prints the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shlex
+import sys
+from pathlib import Path
+
+from torchtitan.components.manifest import complete_steps, load_step_now
+from torchtitan.config import JobConfig, load_config
+from torchtitan.config.checks import check_asked, check_config, check_evaluation, check_stage, resolve_shard_degree
+from torchtitan.config.manager import config_file, flag_name
+from torchtitan.config.toml_file import load_tables
+from torchtitan.extensions.cluster.chain import ended
+from torchtitan.extensions.cluster.stages import chain, without_flags
+from torchtitan.extensions.evaluation.command_line import results_file
+from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, LOST_A_RANK, STOPPED, GateError, UserError
+
+ENDED = 10
+"""Exit code of `start`: the stage has ended, and well."""
+
+TERMINATED = 128 + 15
+"""Exit code of a node whose trainers had nothing to save when SIGTERM came."""
+
+DEGREES = ("data_parallel_replicate_degree", "data_parallel_shard_degree")
+
+
+EVALUATE_FLAGS = ("model", "step", "tokenizer", "processes", "label", "out")
+"""Those of scripts/evaluate.py that are no keys of a stage."""
+
+
+def stages(args: list[str], evaluates: bool = False) -> int:
+    """Print the stages of a recipe; UserError for what no number of processes could mend."""
+    all_before_ended = True
+    for stage in chain(args):
+        config = stage.config
+        check_stage(config)
+        if not config.checkpoint.enable:
+            raise UserError(f"stage {config.stage.name}: Slurm's jobs need checkpoints (checkpoint.enable = true).")
+        try:
+            done = "yes" if ended(stage.arguments) == 0 else "no"
+        except GateError:
+            done = "no"  # its job says so, and stops those after it
+        if not all_before_ended:
+            done = "no"  # its job looks once more whether the one before is still what it began from
+        all_before_ended = done == "yes"
+        dump_folder = str(Path(config.job.dump_folder).absolute())
+        said = [*config.stage.sbatch, "--", *stage.arguments]
+        if not evaluates:
+            print(shlex.join(["stage", config.stage.name, dump_folder, done, *said]))
+            continue
+        try:
+            check_asked(config)
+            check_evaluation(config)
+        except UserError as error:
+            raise UserError(f"--evaluate, stage {config.stage.name}: {error}") from None
+        at_end = [] if any(flag_name(arg) == "evaluation.at_end" for arg in args) else ["--evaluation.at_end", "false"]
+        print(shlex.join(["stage", config.stage.name, dump_folder, done, *said, *at_end]))
+        known = "yes" if done == "yes" and is_evaluated(config) else "no"
+        print(shlex.join(["evaluation", config.stage.name, dump_folder, known, *said]))
+    return 0
+
+
+def is_evaluated(config: JobConfig) -> bool:
+    """Whether the newest checkpoint has its results, where scripts/evaluate.py leaves them."""
+    steps = complete_steps(Path(config.job.dump_folder) / config.checkpoint.folder)
+    return bool(steps) and results_file(config, steps[-1]).is_file()
+
+
+def start(nodes: int, per_node: int, args: list[str], unchanged: bool = True) -> int:
+    """Print how to train this stage on nodes * per_node processes, or say why it is not to be trained. unchanged: see
+    chain.ended; False after a start, whose checkpoint.load_step is done."""
+    args = args + replicas(args, nodes, per_node)
+    config = load_config(args)
+    check_config(config, nodes * per_node)
+    folder = Path(config.job.dump_folder) / config.checkpoint.folder
+    goes_back = unchanged and load_step_now(folder, config.checkpoint.load_step) >= 0
+    if not goes_back and ended(args, unchanged) == 0:
+        return ENDED
+    print(f"DUMP_FOLDER={shlex.quote(str(Path(config.job.dump_folder).absolute()))}")
+    print(f"ARGUMENTS=({shlex.join(args)})")
+    return 0
+
+
+def evaluation(nodes: int, per_node: int, args: list[str]) -> int:
+    """Print how to evaluate on nodes * per_node processes, in the layout of training, or say why it cannot be."""
+    said = without_flags(args, *EVALUATE_FLAGS)
+    more = replicas(said, nodes, per_node)
+    config = load_config(said + more)
+    check_asked(config)
+    check_evaluation(config)
+    resolve_shard_degree(config, nodes * per_node)
+    print(f"DUMP_FOLDER={shlex.quote(str(Path(config.job.dump_folder).absolute()))}")
+    print(f"ARGUMENTS=({shlex.join(args + more)})")
+    return 0
+
+
+def replicas(args: list[str], nodes: int, per_node: int) -> list[str]:
+    """HSDP inside the node: arguments for a copy of the model a node, unless TOML or command line say otherwise.
+
+    data_parallel_shard_degree is then what context and tensor parallelism leave of a node. Where these two span nodes
+    nothing is added: the parameters are sharded over a row's ranks, on whatever nodes they are.
+    """
+    path = config_file(args)
+    said = load_tables(Path(path)).get("parallelism", {}) if path else {}
+    flags = {flag_name(arg) for arg in args}
+    p = load_config(args).parallelism
+    a_row = p.context_parallel_degree * p.tensor_parallel_degree
+    if nodes == 1 or per_node % a_row or any(key in said or f"parallelism.{key}" in flags for key in DEGREES):
+        return []
+    print(
+        f"HSDP: a copy of the model on each of the {nodes} nodes, sharded over its {per_node} processes. Too large? "
+        "--parallelism.data_parallel_replicate_degree 1 shards it over all.",
+        file=sys.stderr,
+    )
+    return ["--parallelism.data_parallel_replicate_degree", str(nodes)]
+
+
+def verdict(code: int, node_codes: list[int], asked: bool, stage: int) -> tuple[int, str]:
+    """The job's exit code and how this start ended, from what each node noted rather than from srun's code.
+
+    stage: what `start` now says of it. A failure of one node explains what became of the others, not the other way
+    round: Slurm ends those with SIGTERM, which alone would be a wish to stop.
+    """
+    if code == 0 and stage == ENDED:
+        return 0, "ended"
+    if stage == GATE_NOT_HELD:
+        return GATE_NOT_HELD, "failed"
+    code = code or LOST_A_RANK  # srun says 0 of a node that was lost, too
+    failed = [c for c in node_codes if 0 < c < 128 and c not in (STOPPED, LOST_A_RANK)]
+    if failed:
+        return failed[0], "failed"
+    if STOPPED in node_codes or code == STOPPED:
+        return STOPPED, "saved" if node_codes else "asked"
+    lost = any(c == LOST_A_RANK or (c >= 128 and c != TERMINATED) for c in node_codes)
+    if asked or (TERMINATED in node_codes and not lost):
+        return STOPPED, "asked"
+    if LOST_A_RANK in node_codes:
+        code = LOST_A_RANK  # and not what Slurm made of the others
+    return code, "lost" if code == LOST_A_RANK or code >= 128 else "failed"
+
+
+def main(argv: list[str]) -> int:
+    """See above; exit code 1 and one paragraph for what the user has wrong."""
+    verb, args = argv[0], without_flags(argv[1:], "stage.run_chain")
+    try:
+        if verb == "stages":
+            evaluates = args[:1] == ["--evaluate"]
+            return stages(args[evaluates:], evaluates)
+        if verb == "newest":
+            config = load_config(args)
+            print(*complete_steps(Path(config.job.dump_folder) / config.checkpoint.folder)[-1:])
+            return 0
+        if verb == "verdict":
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                # what this job has trained has ended, though its file may be another by now
+                stage = main(["judge", *args[3:]])
+            print(*verdict(int(args[0]), [int(c) for c in args[2].split()], bool(args[1]), stage))
+            return 0
+        if verb == "evaluation":
+            return evaluation(int(args[0]), int(args[1]), args[2:])
+        return start(int(args[0]), int(args[1]), args[2:], unchanged=verb != "judge")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return GATE_NOT_HELD if isinstance(error, GateError) else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,87 @@
+"""The stages of a recipe in order: a TOML file, the one it comes after, and so on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchtitan.config.manager import check_circle, config_file, flag_name, load_config
+from torchtitan.config.schema import JobConfig
+from torchtitan.tools.errors import UserError
+
+
+@dataclass(frozen=True)
+class ChainedStage:
+    """One stage of a chain: the command line that trains it alone, and its configuration."""
+
+    arguments: list[str]
+    config: JobConfig
+
+
+def chain(args: list[str]) -> list[ChainedStage]:
+    """The stages that `args` (a command line with --job.config_file) leads to, the first one first.
+
+    Overrides hold for every stage, but for job.dump_folder, of which each stage gets a folder of its name.
+    UserError for a file that does not exist, stages that go round in a circle, and two that would write to one folder.
+    """
+    path = config_file(args)
+    if path is None:
+        raise UserError("--stage.run_chain needs --job.config_file: the last stage's TOML file.")
+    files, after = [Path(path)], load_config(without_flags(args, "stage.run_chain")).stage.after
+    while after:
+        check_circle(after, tuple(str(file.resolve()) for file in reversed(files)))
+        if not Path(after).is_file():
+            raise UserError(f"{files[-1]} comes after {after}, which does not exist (stage.after).")
+        files.append(Path(after))
+        after = load_config(["--job.config_file", after]).stage.after
+    shared = without_flags(
+        args,
+        "stage.run_chain",
+        "job.config_file",
+        "job.dump_folder",
+        "stage.after",
+        "stage.name",
+        "stage.after_dump_folder",
+    )
+    top = _value(args, "job.dump_folder")
+    stages: list[ChainedStage] = []
+    overridden = _value(args, "stage.after")
+    for file in reversed(files):
+        arguments = ["--job.config_file", str(file), *shared]
+        if file == files[0] and overridden is not None:
+            arguments += ["--stage.after", overridden]
+        if top is not None:
+            name = load_config(arguments).stage.name
+            arguments += ["--job.dump_folder", os.path.join(top, name)]
+        if stages:
+            arguments += ["--stage.after_dump_folder", stages[-1].config.job.dump_folder]
+        config = load_config(arguments)
+        for other in stages:
+            if Path(other.config.job.dump_folder).resolve() == Path(config.job.dump_folder).resolve():
+                raise UserError(
+                    f"The stages {other.config.stage.name} and {config.stage.name} would both write to "
+                    f"{config.job.dump_folder}: give each its own job.dump_folder (or stage.name)."
+                )
+        stages.append(ChainedStage(arguments, config))
+    return stages
+
+
+def without_flags(args: list[str], *names: str) -> list[str]:
+    """`args` without these flags and their values."""
+    kept, rest = [], list(args)
+    while rest:
+        arg = rest.pop(0)
+        if flag_name(arg) not in names:
+            kept.append(arg)
+        elif "=" not in arg and rest and not rest[0].startswith("--"):
+            rest.pop(0)
+    return kept
+
+
+def _value(args: list[str], name: str) -> str | None:
+    value = None
+    for i, arg in enumerate(args):
+        if flag_name(arg) == name:
+            value = arg.partition("=")[2] if "=" in arg else args[i + 1] if i + 1 < len(args) else None
+    return value

@@ -1,0 +1,82 @@
+"""What scripts that read one model and write another share: opening any kind of folder, and a line of progress."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchtitan.datasets.tokenizer import load_tokenizer
+from torchtitan.extensions.convert.torchtitan_and_meta import open_meta, open_torchtitan
+from torchtitan.extensions.convert.weights import Weights, open_checkpoint, open_hugging_face
+from torchtitan.models.hf.weights import read_config
+from torchtitan.models.registry import FLAVORS
+from torchtitan.models.transformer import TransformerArgs
+from torchtitan.tools.errors import UserError
+
+
+def open_any(folder: Path, architecture: str | None = None) -> Weights:
+    """The weights in a folder of any kind that is read here."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder.")
+    if (folder / "manifest.json").is_file() or any(folder.glob("step-*/manifest.json")):
+        return open_checkpoint(folder)
+    if (folder / ".metadata").is_file():
+        return open_torchtitan(folder, named_architecture(folder, architecture))
+    if any(folder.glob("consolidated.*.pth")):
+        return open_meta(folder, named_architecture(folder, architecture) if architecture else None)
+    if any(folder.glob("*.safetensors")):
+        return open_hugging_face(folder)
+    raise UserError(
+        f"{folder} is none of: a checkpoint of ours (manifest.json), of torchtitan (.metadata), of Meta "
+        f"(consolidated.*.pth), a Hugging Face folder (*.safetensors). "
+        f"There: {', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}."
+    )
+
+
+def named_architecture(folder: Path, architecture: str | None) -> TransformerArgs:
+    """A flavor, or what a config.json says: that of the folder that is named, or of the input itself."""
+    if architecture is not None and architecture in FLAVORS:
+        return FLAVORS[architecture]
+    source = Path(architecture) if architecture else folder
+    if not (source / "config.json").is_file():
+        raise UserError(
+            f"{folder} does not say what model it holds: give --architecture, one of {', '.join(FLAVORS)}, or a folder "
+            "with config.json."
+        )
+    return read_config(source)
+
+
+def about(weights: Weights, assets: Path) -> dict[str, Any]:
+    """What a manifest says beside the architecture."""
+    known: dict[str, Any] = {"seq_len": weights.args.rope.max_position_embeddings}
+    known |= {k: weights.manifest[k] for k in ("tokenizer", "seq_len", "tokens_seen") if k in weights.manifest}
+    if known.get("tokenizer") is None:
+        try:
+            known["tokenizer"] = load_tokenizer(assets).fingerprint
+        except UserError as error:
+            raise UserError(f"A checkpoint names its tokenizer. {error} Give --assets.") from None
+    return known
+
+
+def with_progress(weights: Weights) -> Weights:
+    """The same weights; every tensor that is read moves a line on standard error."""
+    total, start = len(weights.shapes), time.monotonic()
+    count = read_bytes = 0
+
+    def read(name: str) -> torch.Tensor:
+        nonlocal count, read_bytes
+        tensor = weights.read(name)
+        count, read_bytes = count + 1, read_bytes + tensor.nbytes
+        seconds = time.monotonic() - start
+        end = "\n" if count == total else "" if sys.stderr.isatty() else None
+        if end is not None:
+            line = f"{count} of {total} tensors, {read_bytes / 1e9:.2f} GB, {seconds:.0f} s"
+            print(f"\r{line}", end=end, file=sys.stderr, flush=True)
+        return tensor
+
+    return replace(weights, read=read)

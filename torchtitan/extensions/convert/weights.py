@@ -1,0 +1,191 @@
+"""A model's weights on disk, whatever the format: names and shapes at once, tensors one at a time.
+
+Every reader gives a `Weights` with our parameter names and half-split rotary pairs; every writer takes one. So a
+conversion, an average and a merge are each one function, and none holds more than a tensor (two, while a reader
+assembles one from its pieces). Nothing here is collective.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from torchtitan.components.checkpoint import WholeWriter, explain_failure
+from torchtitan.components.manifest import FORMAT, MANIFEST, complete_steps, read_manifest
+from torchtitan.models.architecture import args_from_manifest, as_json
+from torchtitan.models.hf.weights import check_weights, hf_name, read_config
+from torchtitan.models.transformer import TransformerArgs, parameter_shapes
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import new_folder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OF_SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the parameters of a model can be read from."""
+
+    where: Path
+    args: TransformerArgs
+    shapes: dict[str, tuple[int, ...]]
+    """By our names, in the model's order; a tied output matrix is not among them."""
+    dtypes: dict[str, torch.dtype]
+    read: Callable[[str], torch.Tensor]
+    """A parameter by name, whole, on the CPU."""
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def cast(self, dtype: str | None) -> Weights:
+        """The same in another dtype; None: as they are."""
+        if dtype is None:
+            return self
+        if dtype not in DTYPES:
+            raise UserError(f'dtype = "{dtype}" is not one of {", ".join(DTYPES)}.')
+        to, read = DTYPES[dtype], self.read
+        return replace(self, dtypes=dict.fromkeys(self.shapes, to), read=lambda name: read(name).to(to))
+
+
+def check_shapes(weights: Weights) -> Weights:
+    """The weights with exactly the model's parameters, in its order; UserError with the first that do not fit."""
+    wanted, found = parameter_shapes(weights.args), dict(weights.shapes)
+    if weights.args.tied_embeddings:
+        found.pop("output.weight", None)
+    wrong = [
+        f"{name} should be {list(wanted[name]) if name in wanted else 'absent'} and is "
+        f"{list(found[name]) if name in found else 'missing'}"
+        for name in [*wanted, *(n for n in found if n not in wanted)]
+        if wanted.get(name) != found.get(name)
+    ]
+    if wrong:
+        raise UserError(
+            f"The weights in {weights.where} do not fit the model: {len(wanted)} tensors are wanted, {len(wrong)} "
+            f"differ. First: {'; '.join(wrong[:5])}. Name the architecture that they were trained with."
+        )
+    return replace(weights, shapes=wanted)
+
+
+class _Reader(FileSystemReader):
+    """Reads .metadata once, not once a tensor."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata
+
+
+def read_dcp(folder: Path) -> tuple[dict[str, TensorStorageMetadata], Callable[[str], torch.Tensor]]:
+    """The tensors of a DCP folder by key, and a function that reads one whole, however it was sharded."""
+    reader = _Reader(str(folder))
+    try:
+        entries = reader.read_metadata().state_dict_metadata
+    except Exception as e:  # it is a pickle: anything can happen
+        raise UserError(
+            f"{folder / '.metadata'} cannot be read: {type(e).__name__} {e}. Is the folder whole?"
+        ) from None
+    tensors = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+    def read(key: str) -> torch.Tensor:
+        tensor = torch.empty(tensors[key].size, dtype=tensors[key].properties.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*single process.*")  # which is what we want
+            try:
+                dcp.load({key: tensor}, storage_reader=reader, no_dist=True)
+            except CheckpointException as e:  # a BaseException, which `except Exception` would let through
+                raise UserError(f"{key} cannot be read from {folder}, it is damaged: {e}.") from None
+        return tensor
+
+    return tensors, read
+
+
+def open_checkpoint(folder: Path) -> Weights:
+    """Our step-N folder."""
+    if not (folder / MANIFEST).is_file() and (steps := complete_steps(folder)):
+        raise UserError(
+            f"{folder} holds several checkpoints; name one: {', '.join(f'{folder.name}/step-{s}' for s in steps[-5:])}."
+        )
+    manifest = read_manifest(folder)
+    for name, (size, _) in manifest.get("files", {}).items():
+        there = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if there != size:
+            raise UserError(f"{folder / name} should have {size} bytes and {there or 'none'} are there: it is damaged.")
+    tensors, read = read_dcp(folder)
+    of = {key.removeprefix("model."): entry for key, entry in tensors.items() if key.startswith("model.")}
+    return check_shapes(
+        Weights(
+            folder,
+            args_from_manifest(manifest["architecture"]),
+            {name: tuple(entry.size) for name, entry in of.items()},
+            {name: entry.properties.dtype for name, entry in of.items()},
+            lambda name: read(f"model.{name}"),
+            manifest,
+        )
+    )
+
+
+def open_hugging_face(folder: Path) -> Weights:
+    """A folder with config.json and *.safetensors."""
+    args = read_config(folder)
+    check_weights(folder, args)
+    shapes = parameter_shapes(args)
+    name_of = {hf_name(name): name for name in shapes}
+    file_of: dict[str, Path] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as f:
+            for key in set(f.keys()) & set(name_of):
+                kind = f.get_slice(key).get_dtype()
+                if kind not in _OF_SAFETENSORS:
+                    raise UserError(f"{file}: {key} is {kind}; quantized weights cannot be converted, dequantize them.")
+                file_of[name_of[key]], dtypes[name_of[key]] = file, _OF_SAFETENSORS[kind]
+
+    def read(name: str) -> torch.Tensor:
+        with safe_open(file_of[name], framework="pt") as f:
+            return f.get_tensor(hf_name(name))
+
+    return Weights(folder, args, shapes, dtypes, read)
+
+
+class _StreamingPlanner(DefaultSavePlanner):
+    """Plans with tensors that are not there, and reads each when it is written."""
+
+    def __init__(self, read: Callable[[str], torch.Tensor]):
+        super().__init__()
+        self._read = read
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self._read(index.fqn).contiguous()
+
+
+def write_dcp(writer: FileSystemWriter, tensors: dict[str, torch.Tensor], read: Callable[[str], torch.Tensor]) -> None:
+    """One process writes a DCP folder, tensor by tensor; tensors: on the meta device, by key.
+
+    The writer needs single_file_per_rank = False: PyTorch's holds every tensor of a file until the file is closed.
+    """
+    assert not writer.single_file_per_rank
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process.*")
+        dcp.save(tensors, storage_writer=writer, planner=_StreamingPlanner(read), no_dist=True)
+
+
+def write_checkpoint(weights: Weights, out: Path, manifest: dict[str, Any]) -> Path:
+    """out/step-0/ with the model only: what checkpoint.initial_load_path can start from. manifest: beside the model."""
+    target = new_folder(out / "step-0")
+    about = {"format": FORMAT, "step": 0, "tokens_seen": 0, "stage": "converted", "tokenizer": None, "seq_len": None}
+    about |= {"plan": {}, "world_size": 1, **manifest, "architecture": as_json(weights.args)}
+    tensors = {f"model.{n}": torch.empty(s, dtype=weights.dtypes[n], device="meta") for n, s in weights.shapes.items()}
+    with explain_failure(out):
+        writer = WholeWriter(target, about, single_file_per_rank=False)
+        write_dcp(writer, tensors, lambda key: weights.read(key.removeprefix("model.")))
+    return target

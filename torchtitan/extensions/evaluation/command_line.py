@@ -1,0 +1,112 @@
+"""What scripts/evaluate.py and scripts/lm_eval.py have in common: the command line, and where results go. Without
+PyTorch, which takes seconds to import: a mistake should not."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from torchtitan.components.manifest import MANIFEST, complete_steps, read_manifest
+from torchtitan.config import JobConfig, load_config
+from torchtitan.config.checks import check_ranges, check_rope, resolve_shard_degree
+from torchtitan.config.manager import config_file, flag_name
+from torchtitan.config.schema import Rope
+from torchtitan.datasets.tokenizer import load_tokenizer
+from torchtitan.tools.errors import UserError
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """With arguments that say which weights, and in how many processes; every other --table.key is left to
+    load_config."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="every other --table.key is one of a stage's TOML (./run_train.sh --help)",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", type=Path, help="Hugging Face folder or checkpoint, instead of the stage's own")
+    parser.add_argument("--step", type=int, help="the stage's checkpoint of this step, not its newest")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the model's or the run's")
+    parser.add_argument("--processes", type=int, default=1, help="to start here (1)")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    return parser
+
+
+def results_file(config: JobConfig, step: int, suffix: str = "") -> Path:
+    """Where a stage keeps the results of its checkpoint of a step."""
+    return Path(config.job.dump_folder) / "evaluation" / f"step-{step}{suffix}.json"
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Whole or not at all; its folder is made."""
+    make_folder(file)
+    aside = file.with_name(file.name + ".partial")
+    aside.write_text(text)
+    aside.replace(file)
+
+
+def make_folder(file: Path) -> None:
+    """For a file that is to be written there; UserError if that cannot be."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}: {error.filename}") from None
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"{file} cannot be written: no permission to write to {file.parent}")
+
+
+def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "") -> tuple[JobConfig, Path]:
+    """The configuration, in the dtype of its products, and the folder of the weights.
+
+    Its rope is the TOML's and the command line's if the latter says anything of it, and else none: a stage's checkpoint
+    has the RoPE of the TOML already, and other weights have their own. own.out of a stage is set, if it is not:
+    results_file(), and own.of_stage says so. UserError for what cannot be.
+    """
+    config = load_config(overrides)
+    rescale = any(flag_name(arg).startswith("rope.") for arg in overrides)
+    in_file, config = config.rope, config if rescale else replace(config, rope=Rope())
+    if own.processes < 1:
+        raise UserError(f"--processes = {own.processes} must be at least 1.")
+    if own.model is None and config_file(overrides) is None:
+        raise UserError("Nothing to evaluate: give --model FOLDER, or --job.config_file STAGE.toml.")
+    if own.model is not None and own.step is not None:
+        raise UserError("--step is of a stage's own checkpoints: --model names one by its folder (.../step-1000).")
+    check_ranges(config)
+    check_rope(config)
+    resolve_shard_degree(config, int(os.environ.get("WORLD_SIZE", own.processes)))
+    folder, own.of_stage = own.model, False
+    if folder is None:
+        checkpoints = Path(config.job.dump_folder) / config.checkpoint.folder
+        steps = complete_steps(checkpoints)
+        if own.step is not None and own.step not in steps:
+            raise UserError(f"--step = {own.step}: {checkpoints} has {', '.join(map(str, steps)) or 'none'}.")
+        if not steps:
+            raise UserError(f"{checkpoints} has no complete checkpoint: train the stage first, or give --model.")
+        step = steps[-1] if own.step is None else own.step
+        folder = checkpoints / f"step-{step}"
+        if own.out is None:
+            own.out, own.of_stage = results_file(config, step, suffix), True
+    if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
+        steps = complete_steps(folder) if folder.is_dir() else []
+        there = f"; it holds checkpoints: name one, such as {folder / f'step-{steps[-1]}'}" if steps else ""
+        raise UserError(
+            f"--model {folder} has neither config.json nor manifest.json{there}. It should be a Hugging Face folder, "
+            "or a checkpoint of a run (outputs/checkpoint/step-1000)."
+        )
+    given = {flag_name(arg) for arg in overrides}
+    says_bos = config_file(overrides) is not None or bool(given & {"data.add_bos", "data.no_add_bos"})
+    if not says_bos:
+        if (folder / MANIFEST).is_file():  # as it was trained
+            trained = read_manifest(folder).get("config", {}).get("data", {})
+            add_bos = trained.get("add_bos", config.data.add_bos)
+        else:  # as its tokenizer does it by itself
+            add_bos = load_tokenizer(own.tokenizer or folder).adds_bos
+        config = replace(config, data=replace(config.data, add_bos=add_bos))
+    first = os.environ.get("RANK", "0") == "0" and (own.processes == 1 or "RANK" in os.environ)
+    if not rescale and in_file != Rope() and not (folder / MANIFEST).is_file() and first:
+        print(f"note: {folder} keeps its own RoPE; the stage's [rope] is not applied to it.", file=sys.stderr)
+    training = replace(config.training, dtype=config.training.mixed_precision_param)
+    return replace(config, training=training), folder

@@ -1,0 +1,66 @@
+"""Long documents to evaluate on: text files or a tokenized corpus -> the first tokens of those that are long enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from torchtitan.config.schema import Data, Source
+from torchtitan.datasets.corpus import is_tokenized, open_corpus
+from torchtitan.datasets.tokenizer import Tokenizer
+from torchtitan.extensions.ingest.text import find_text_files, read_documents, spans_of
+from torchtitan.tools.errors import UserError
+
+SPAN = 64 << 20  # bytes of a .jsonl file that are read before the next are
+
+
+def long_documents(
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    tokens: int,
+    most: int,
+    text_field: str = "text",
+    add_bos: bool = False,
+    pieces: int = 1,
+    called: str = "--text",
+) -> list[torch.Tensor]:
+    """The first `tokens` tokens, int64, of the first `most` documents that have so many; UserError if there is none.
+
+    pieces: of each document so many pieces at most, one after the other, instead of the first alone.
+
+    called: what the user calls it.
+
+    paths: .txt, .jsonl and .parquet files, folders of such, and tokenized folders (whose BOS stays as it is).
+    """
+    if add_bos and tokenizer.bos_id is None:
+        raise UserError(f"--add_bos, but the tokenizer in {tokenizer.folder} has no BOS token.")
+    bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
+    found: list[torch.Tensor] = []
+    seen = longest = 0
+    for path in paths:
+        for ids in _documents(path, tokenizer, bos, text_field):
+            seen, longest = seen + 1, max(longest, len(ids))
+            found += [piece for piece in ids.split(tokens)[:pieces] if len(piece) == tokens]
+            if len(found) >= most:
+                return found[:most]
+    if not found:
+        raise UserError(
+            f"None of the {seen} documents of {called} has {tokens:,} tokens; the longest has {longest:,}. Give longer "
+            "text, or a smaller length."
+        )
+    return found
+
+
+def _documents(path: Path, tokenizer: Tokenizer, bos: list[int], text_field: str) -> Iterator[torch.Tensor]:
+    if is_tokenized(path):
+        corpus = open_corpus(path, tokenizer.fingerprint)
+        for i in range(len(corpus)):
+            yield torch.from_numpy(corpus.document(i).astype("int64"))
+        return
+    source = Source(name="--text", path=str(path.absolute()), text_field=text_field)
+    for file in find_text_files(source, Data()):
+        for span in spans_of(str(file), SPAN):
+            for text in read_documents(span, text_field):
+                yield torch.tensor(bos + tokenizer.encode(text), dtype=torch.int64)

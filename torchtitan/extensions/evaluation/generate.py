@@ -1,0 +1,302 @@
+"""Text that a model writes: prompts through the training path once, then a token at a time on cached keys and values.
+
+With context parallelism each rank keeps the keys and values of its own tokens, wherever the layout put them, and never
+more: a new token's query sees each rank's part, and the parts are merged by their log-sum-exp (FlashAttention, arXiv
+2205.14135). New tokens' keys go to the ranks in turn. Everything else of a new token is computed on all ranks of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from torchtitan.attention.backends import AttentionCore, Mask
+from torchtitan.attention.segments import Segments
+from torchtitan.distributed.context_parallel.shard import LocalBatch
+from torchtitan.extensions.evaluation.forward import Ranks, lay_out_answers, logits_of
+from torchtitan.extensions.evaluation.loss_by_position import rope_for
+from torchtitan.models.rope import RopeArgs
+from torchtitan.models.transformer import Transformer
+
+BATCH_TOKENS = 65536
+BATCH_PROMPTS = 16
+"""Prompts that are read together have at most so many tokens, each counted as the longest, and are so many, or it is
+one."""
+
+NO_ANSWER = torch.zeros(1, dtype=torch.int64)
+"""As a target: nothing more than the prompt is read."""
+
+
+class Places:
+    """Of each of B prompts, which tokens this rank has the keys of; the same in all layers. What is behind a prompt's
+    length in its document is not kept."""
+
+    def __init__(self, local: LocalBatch, lengths: list[int], new_tokens: int, ranks: Ranks):
+        self.ranks = ranks
+        kept = [(local.source == b) & (local.index < length) for b, length in enumerate(lengths)]
+        self.rows = [torch.nonzero(rows)[:, 0].to(ranks.device) for rows in kept]
+        here = [len(rows) for rows in self.rows]
+        self.capacity = max(here) + -(-new_tokens // ranks.cp)
+        self.batch = torch.arange(len(lengths), device=ranks.device)
+        self.filled = torch.tensor(here, device=ranks.device)
+        """int64 [B]."""
+        self.index = torch.zeros(len(lengths), self.capacity, dtype=torch.int64, device=ranks.device)
+        """int64 [B, capacity]: how many tokens come before."""
+        for index, rows in zip(self.index, self.rows, strict=True):
+            index[: len(rows)] = local.index.to(ranks.device)[rows]
+        self.position = torch.tensor(lengths, device=ranks.device)
+        """int64 [B]: tokens so far; the next one's index."""
+        self.step = 0
+        self._unseen: dict[int | None, torch.Tensor] = {}
+
+    @property
+    def mine(self) -> bool:
+        """Whether the next token's keys stay here."""
+        return self.step % self.ranks.cp == self.ranks.cp_rank
+
+    def begin(self) -> None:
+        """A new token of every prompt comes."""
+        if self.mine:
+            self.index[self.batch, self.filled] = self.position
+            self.filled += 1
+        self._unseen = {}
+
+    def end(self) -> None:
+        self.position = self.position + 1
+        self.step += 1
+
+    def unseen(self, window: int | None) -> torch.Tensor:
+        """bool [B, capacity]: what the new token's query may not see, and what is not filled."""
+        if window not in self._unseen:
+            unseen = torch.arange(self.capacity, device=self.filled.device) >= self.filled[:, None]
+            if window is not None:
+                unseen = unseen | (self.index <= self.position[:, None] - window)
+            self._unseen[window] = unseen
+        return self._unseen[window]
+
+
+class CachedAttention:
+    """What a layer's attention calls during generation, in place of `core`."""
+
+    def __init__(self, core: AttentionCore, places: Places):
+        self.core, self.places = core, places
+        self.backend = core.backend
+        self.cache: tuple[torch.Tensor, ...] = ()
+        """Keys and values [B, Hkv, capacity, D]."""
+
+    @torch.compiler.disable
+    def start(self, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> Any:
+        """k and v [T, Hkv, D]: of this rank's tokens of the prompts, then of a new token of each prompt."""
+        places = self.places
+        if not self.cache:
+            # zeros: a value that is not there yet has no weight, but nothing times NaN is NaN
+            size = (len(places.batch), k.shape[1], places.capacity, k.shape[2])
+            self.cache = k.new_zeros(size), v.new_zeros(size)
+            for cached, x in zip(self.cache, (k, v), strict=True):
+                for b, rows in enumerate(places.rows):
+                    cached[b, :, : len(rows)] = x[rows].transpose(0, 1)
+            return self.core.start(k, v, mask)
+        if places.mine:
+            for cached, x in zip(self.cache, (k, v), strict=True):
+                cached[places.batch, :, places.filled - 1] = x[: len(places.batch)]
+        return None
+
+    @torch.compiler.disable
+    def finish(self, q: torch.Tensor, started: Any, mask: Mask) -> torch.Tensor:
+        """q [T, H, D] -> [T, H, D]."""
+        if started is not None:
+            return self.core.finish(q, started, mask)
+        out, lse = self._attend(q[: len(self.places.batch)], mask.segments.window)
+        if self.places.ranks.cp_group is not None:
+            out = merge(out, lse, self.places.ranks.cp_group)
+        padding = q.new_zeros(len(q) - len(out), *q.shape[1:])
+        return torch.cat((out.to(q.dtype), padding))
+
+    def _attend(self, q: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [B, H, D] of the new tokens on this rank's keys -> output [B, H, D] and log-sum-exp [B, H], float32."""
+        keys, values = (x.float() for x in self.cache)  # [B, Hkv, capacity, D]
+        grouped = q.float().unflatten(1, (keys.shape[1], -1))
+        scores = grouped @ keys.transpose(2, 3) / q.shape[-1] ** 0.5  # [B, Hkv, H / Hkv, capacity]
+        scores = scores.masked_fill(self.places.unseen(window)[:, None, None], float("-inf"))
+        lse = scores.logsumexp(-1)
+        # where a rank has no key that is seen, its share is nothing, and not 0/0
+        weights = (scores - lse.nan_to_num(neginf=0.0)[..., None]).exp()
+        return (weights @ values).flatten(1, 2), lse.flatten(1)
+
+
+def merge(out: torch.Tensor, lse: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Outputs [B, H, D] and log-sum-exps [B, H] over each rank's keys -> the output over all keys, on every rank."""
+    top = lse.clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    share = (lse - top).exp()[..., None]
+    both = torch.cat((out * share, share), dim=-1)
+    dist.all_reduce(both, group=group)
+    return both[..., :-1] / both[..., -1:]
+
+
+@contextmanager
+def caching(model: Transformer, places: Places) -> Iterator[None]:
+    """Attention with a cache, for the prompts that come first and the tokens after them."""
+    layers: list[Any] = [block.attention for block in model.layers.values()]
+    cores = [attention.core for attention in layers]
+    for attention in layers:
+        attention.core = CachedAttention(attention.core, places)
+    try:
+        yield
+    finally:
+        for attention, core in zip(layers, cores, strict=True):
+            attention.core = core
+
+
+def groups_of(
+    prompts: Sequence[torch.Tensor], new_tokens: Sequence[int], rope: RopeArgs, together: int = BATCH_PROMPTS
+) -> list[tuple[RopeArgs, list[int]]]:
+    """Which prompts are read together, by their indices: those of about a length, the longest first, that with their
+    new tokens are read under the same RoPE (which can depend on the length). together: no more than so many."""
+    by_rope: dict[RopeArgs, list[int]] = {}
+    sizes = [len(prompt) + new for prompt, new in zip(prompts, new_tokens, strict=True)]
+    for i in sorted(range(len(prompts)), key=lambda i: -sizes[i]):
+        by_rope.setdefault(rope_for(rope, sizes[i]), []).append(i)
+    groups: list[tuple[RopeArgs, list[int]]] = []
+    for used, members in by_rope.items():
+        group: list[int] = []
+        for i in members:
+            if not group or len(group) == together or (len(group) + 1) * sizes[group[0]] > BATCH_TOKENS:
+                groups.append((used, group := []))
+            group.append(i)
+    return groups
+
+
+def choose(
+    logits: torch.Tensor,
+    n: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    draws: Sequence[tuple[int, ...]] = (),
+) -> list[int]:
+    """logits [B, vocab_size] -> the n-th token of each; draws: what each one's randomness is a function of, with n."""
+    if temperature == 0:
+        return logits.argmax(-1).tolist()
+    chosen = []
+    for row, draw in zip(logits.cpu(), draws, strict=True):
+        probabilities, order = (row / temperature).softmax(-1).sort(descending=True)
+        before = probabilities.cumsum(-1) - probabilities
+        share = probabilities.masked_fill(before >= top_p, 0)
+        u = np.random.default_rng((*draw, n)).random()
+        total = share.double().cumsum(-1)
+        at = int(torch.searchsorted(total, torch.tensor(u * float(total[-1]), dtype=torch.float64), right=True))
+        chosen.append(int(order[min(at, int((share > 0).sum()) - 1)]))
+    return chosen
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    ranks: Ranks,
+    prompts: Sequence[torch.Tensor],
+    max_new_tokens: int,
+    stop_ids: frozenset[int] = frozenset(),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    rope: RopeArgs | None = None,
+    numbers: Sequence[int] | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """What the model writes behind each prompt (int64 [P], P >= 1): up to max_new_tokens tokens, the stopping one left
+    out. Collective over all ranks: those of a row are given the same prompts, others may be given others, or none.
+
+    temperature: 0 takes the likeliest token; else tokens are drawn, from the fewest that have top_p of the probability
+    (nucleus sampling, arXiv 1904.09751). A draw is a function of (seed, number of the prompt, number of the token).
+    rope: instead of the model's own. It is used as for prompts of a prompt's length and max_new_tokens together.
+    numbers: the prompts' numbers, if they are not 0, 1, 2, ...
+    stop: told all tokens written behind a prompt, whether to end there, the last one kept.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens = {max_new_tokens}")
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("a prompt without a token")
+    written: list[list[int]] = [[] for _ in prompts]
+    rope = rope or model.args.rope
+    numbers = range(len(prompts)) if numbers is None else numbers
+    groups = groups_of(prompts, [max_new_tokens] * len(prompts), rope)
+    for g in range(ranks.largest(len(groups))):
+        used, batch = groups[g] if g < len(groups) else (rope, [])
+        # with nothing left to write a rank still takes part
+        some = [prompts[i] for i in batch] or [torch.zeros(1, dtype=torch.int64)]
+        draws = [(seed, numbers[i]) for i in batch] or [(seed, 0)]
+        pick = partial(choose, temperature=temperature, top_p=top_p, draws=draws)
+        limits = [max_new_tokens] * len(some)
+        found, _ = write(model, ranks, some, [NO_ANSWER] * len(some), limits, stop_ids, used, bool(batch), pick, stop)
+        for i, tokens in zip(batch, found):
+            written[i] = tokens
+    return written
+
+
+@torch.no_grad()
+def write(
+    model: Transformer,
+    ranks: Ranks,
+    prompts: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
+    limits: Sequence[int],
+    stop_ids: frozenset[int],
+    rope: RopeArgs,
+    needed: bool = True,
+    pick: Callable[[torch.Tensor, int], list[int]] = choose,
+    stop: Callable[[list[int]], bool] | None = None,
+) -> tuple[list[list[int]], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """generate() for prompts that go through the model together, and answer_scores() of targets, for which they are
+    read but once. limits: of each prompt's new tokens. needed: otherwise this rank only takes part. pick: choose(),
+    with its last arguments given."""
+    answers = lay_out_answers(model, ranks, prompts, targets)
+    lengths = [len(prompt) for prompt in prompts]
+    longest = ranks.largest(max(limits))  # what other ranks write, this one goes through too
+    places = Places(answers.local, lengths, longest, ranks)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    open_ = [needed] * len(prompts)
+    with caching(model, places):
+        found = logits_of(model, ranks, answers.local, answers.rows, rope)
+        scores = answers.scores(ranks, found)
+        logits = found.new_zeros(len(prompts), model.args.vocab_size)
+        logits[answers.source[answers.first].to(found.device)] = found[answers.first.to(found.device)]
+        ranks.sum_over_row(logits)
+        del found
+        for n in range(longest):
+            # equal logits on all ranks are not certain to the last bit, and ranks that go on differently are lost
+            chosen = ranks.as_the_first(pick(logits, n))
+            for b, token in enumerate(chosen):
+                open_[b] = open_[b] and token not in stop_ids
+                if open_[b]:
+                    tokens[b].append(token)
+                    open_[b] = len(tokens[b]) < limits[b] and (stop is None or not stop(tokens[b]))
+            if n + 1 == longest or not ranks.largest(int(any(open_))):
+                break
+            places.begin()
+            logits = _next_logits(model, ranks, chosen, [length + n for length in lengths], rope)
+            places.end()
+    return tokens, scores
+
+
+def _next_logits(
+    model: Transformer, ranks: Ranks, tokens: list[int], positions: list[int], rope: RopeArgs
+) -> torch.Tensor:
+    """float32 [B, vocab_size] behind one new token of each prompt."""
+    padding = -len(tokens) % ranks.tp
+    args, device = model.args, ranks.device
+    segments = Segments.whole(np.arange(len(tokens) + padding + 1))
+    full, windowed = Mask(segments, None), None
+    if args.sliding_window is not None:
+        windowed = Mask(Segments.whole(segments.cu_seqlens, args.sliding_window), None)
+    mask = full if windowed is None else windowed
+    if windowed is not None and args.sliding_share < 1:
+        mask = Mask(segments, None, sliding=windowed)
+    inputs, where = (torch.tensor([*x, *[0] * padding], device=device) for x in (tokens, positions))
+    rows = torch.arange(len(tokens), device=device)
+    return model(inputs, where, mask, rope=rope, rows=rows).float()

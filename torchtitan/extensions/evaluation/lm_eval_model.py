@@ -1,0 +1,314 @@
+"""Our model as lm-evaluation-harness sees one: its requests on a model in any layout.
+
+To the harness every process is the only one: all build all requests, and what is shared out among data-parallel ranks
+is shared out here. The harness' own way, a part of each task's documents for each rank, hangs where a task has fewer
+documents than there are ranks. Text becomes tokens, long requests are cut and generated text ends as in its `hf` model,
+so that the same weights have the same numbers (tests/unit/extensions/evaluation/test_lm_eval.py).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows
+from tqdm import tqdm
+
+from torchtitan.datasets.tokenizer import Tokenizer
+from torchtitan.extensions.evaluation.forward import Ranks, answer_scores, losses_of_documents
+from torchtitan.extensions.evaluation.generate import BATCH_PROMPTS, generate, groups_of
+from torchtitan.extensions.evaluation.runner import NOTHING, stop_ids
+from torchtitan.extensions.ingest.chat_template import ChatTemplate, load_chat_template
+from torchtitan.models.transformer import Transformer
+from torchtitan.tools.errors import UserError
+
+SCORED_TOGETHER = 64
+"""Requests that are scored in one forward pass at most, and a pass has at most generate.BATCH_TOKENS tokens: what there
+are logits of is the continuations."""
+
+MAX_LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What tasks call the tokens that may be generated; the first that is there counts, as in the harness."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a request wants its text."""
+
+    until: tuple[str, ...]
+    new_tokens: int
+    temperature: float
+    top_p: float
+
+    @staticmethod
+    def of(asked: dict[str, Any], new_tokens: int) -> Writing:
+        """Of a task's generation_kwargs. new_tokens: where they say none. UserError for what is not known here."""
+        left = dict(asked)
+        until = left.pop("until", None) or []
+        counts = [left.pop(name, None) for name in MAX_LENGTH_NAMES]
+        said, top_p = left.pop("temperature", None), left.pop("top_p", None)
+        samples = left.pop("do_sample", None)
+        temperature = 1.0 if samples and said is None else float(said or 0)  # as transformers has it
+        if samples is False:
+            temperature = 0.0
+        top_p = 1.0 if top_p is None else float(top_p)
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise UserError(
+                f"generation_kwargs of a task has temperature = {said} and top_p = {top_p}: the first must not be "
+                "below 0, the second must be above 0 and at most 1."
+            )
+        if temperature == 0:
+            left.pop("top_k", None)
+        neutral = {"num_beams": 1, "repetition_penalty": 1, "num_return_sequences": 1, "top_k": 0}
+        if other := [key for key, value in left.items() if value is not None and neutral.get(key) != value]:
+            raise UserError(
+                f"generation_kwargs of a task has {other[0]} = {left[other[0]]!r}, which is not known here."
+            )
+        new_tokens = int(next((n for n in counts if n is not None), new_tokens))
+        if new_tokens < 1:
+            raise UserError(f"generation_kwargs of a task has max_gen_toks = {new_tokens}: it must be at least 1.")
+        return Writing(
+            until=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
+            new_tokens=new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+        )
+
+
+class TorchtitanLM(TemplateLM):
+    """A model on its ranks. Every method that takes requests is collective, and all ranks must be given the same."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        ranks: Ranks,
+        tokenizer: Tokenizer,
+        max_length: int,
+        add_bos: bool = False,
+        truncate: bool = False,
+        silent: bool = False,
+    ) -> None:
+        """max_length: tokens that the model may read; of a scored request the last token is not read.
+
+        add_bos: begin every text that does not begin with BOS with it. truncate: cut longer requests from the left,
+        instead of a UserError; `truncated` counts them. silent: without progress bars.
+        """
+        super().__init__()
+        self.model, self.ranks, self._tokens = model, ranks, tokenizer
+        self.max_length, self.add_bos, self.truncate, self.silent = max_length, add_bos, truncate, silent
+        self.truncated = 0
+        self._device = ranks.device
+        self._special = frozenset(tokenizer.special.values())
+        if tokenizer.bos_id is None and tokenizer.eos_id is None:
+            raise UserError(
+                f"The tokenizer in {tokenizer.folder} names neither BOS nor EOS: lm-eval puts one of them before a "
+                "text that has nothing before it."
+            )
+
+    # what the harness asks of a model beside its answers
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self._tokens.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has nothing before it: BOS, or EOS where there is none."""
+        found = self._tokens.bos_id if self._tokens.bos_id is not None else self._tokens.eos_id
+        assert found is not None
+        return found
+
+    @property
+    def max_gen_toks(self) -> int:
+        return 256  # lm-eval's default
+
+    @property
+    def tokenizer_name(self) -> str:
+        return f"{Path(self._tokens.folder).name}-{self._tokens.fingerprint[:12]}"
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """UserError where the tokenizer's folder has none."""
+        return load_chat_template(self._tokens)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Its fingerprint: the harness only notes it down."""
+        return self.template.fingerprint if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as text, up to where the model's answer begins, or, without add_generation_prompt, goes
+        on. UserError where the template does not take it."""
+        try:
+            text = self.template.render(chat_history, answering=add_generation_prompt)
+        except ValueError as error:
+            raise UserError(f"{error}") from error
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].strip()
+        return text[: text.rindex(last) + len(last)]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids of a text, in which a special token's spelling is that token, as in lm-eval's `hf` model: benchmarks are
+        no training data. With BOS if add_special_tokens says so; unset, add_bos does, and never twice."""
+        ids = self._tokens.encode_template(string)[0]
+        bos = self._tokens.bos_id
+        if add_special_tokens is None:
+            add_special_tokens = self.add_bos and ids[:1] != [bos]
+        ids = [bos, *ids] if add_special_tokens and bos is not None else ids
+        if max(ids, default=0) >= self.model.args.vocab_size:
+            raise UserError(
+                f"The tokenizer in {self._tokens.folder} gives the id {max(ids)}, but the model has "
+                f"{self.model.args.vocab_size} ids: they do not belong together."
+            )
+        return ids
+
+    # answers
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Of each (context, continuation): the continuation's log-likelihood, and whether greedy generation writes
+        it."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.silent)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        self._check_alike([(context, continuation) for _, context, continuation in requests])
+        pairs = []
+        for _, context, continuation in requests:
+            if not continuation:
+                raise UserError(f"A request has a continuation without a token behind {self._shown(context)}.")
+            # the last token is scored and not read
+            cut = self._cut(context, self.max_length + 1 - len(continuation), len(continuation), "to score")
+            pairs.append((torch.tensor(cut), torch.tensor(continuation)))
+        mine = self._deal([len(prompt) + len(target) for prompt, target in pairs])
+        rope, found = self.model.args.rope, {}
+        # of a continuation all tokens but the last are read
+        groups = groups_of([pairs[i][0] for i in mine], [len(pairs[i][1]) - 1 for i in mine], rope, SCORED_TOGETHER)
+        for g in self._rounds(len(groups), "log-likelihoods"):
+            used, members = groups[g] if g < len(groups) else (rope, [])
+            some = [pairs[mine[j]] for j in members] or [(NOTHING, NOTHING)]
+            prompts, targets = zip(*some, strict=True)
+            answers = answer_scores(self.model, self.ranks, prompts, targets, used)
+            for j, (scores, likeliest) in zip(members, answers):
+                found[mine[j]] = float(scores.sum()), bool(likeliest.all())
+        return self._collect(found, len(pairs))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Of each (text,): its log-likelihood behind the prefix token, in windows of max_length that share one token;
+        the last window reads max_length too, and scores what has not been."""
+        texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
+        self._check_alike(texts)
+        windows: list[tuple[int, torch.Tensor, int]] = []
+        for n, text in enumerate(texts):
+            for read, scored in get_rolling_token_windows(text, self.prefix_token_id, self.max_length, 1):
+                windows.append((n, torch.tensor([*read, scored[-1]]), len(scored)))
+        mine = self._deal([len(tokens) for _, tokens, _ in windows])
+        rope, found = self.model.args.rope, {}
+        groups = groups_of([windows[i][1][:-1] for i in mine], [0] * len(mine), rope, SCORED_TOGETHER)
+        for g in self._rounds(len(groups), "rolling log-likelihoods"):
+            used, members = groups[g] if g < len(groups) else (rope, [])
+            some = [windows[mine[j]][1] for j in members] or [NOTHING]
+            for j, losses in zip(members, losses_of_documents(self.model, self.ranks, some, used)):
+                found[mine[j]] = -float(losses[-windows[mine[j]][2] :].double().sum())
+        sums = [0.0] * len(texts)
+        for (n, _, _), score in zip(windows, self._collect(found, len(windows)), strict=True):
+            sums[n] += score
+        return sums
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes behind each (context, generation_kwargs), up to the first string of `until`."""
+        self._check_alike([request.args for request in requests])
+        prompts: list[torch.Tensor] = []
+        by_writing: dict[Writing, list[int]] = {}
+        for i, request in enumerate(requests):
+            context, asked = request.args
+            writing = Writing.of(asked, self.max_gen_toks)
+            read = self.tok_encode(context) or [self.prefix_token_id]
+            read = self._cut(read, self.max_length - writing.new_tokens, writing.new_tokens, "to write")
+            prompts.append(torch.tensor(read))
+            by_writing.setdefault(writing, []).append(i)
+        found: dict[int, str] = {}
+        for writing, members in by_writing.items():
+            mine = [members[j] for j in self._deal([len(prompts[i]) for i in members])]
+            for g in self._rounds(-(-len(mine) // BATCH_PROMPTS), "texts"):
+                some = mine[g * BATCH_PROMPTS : (g + 1) * BATCH_PROMPTS]
+                written = generate(
+                    self.model,
+                    self.ranks,
+                    [prompts[i] for i in some],
+                    writing.new_tokens,
+                    stop_ids(self._tokens),
+                    writing.temperature,
+                    writing.top_p,
+                    numbers=some,
+                    stop=partial(self._ends, writing.until),
+                )
+                found |= {i: self._text(tokens, writing.until) for i, tokens in zip(some, written, strict=True)}
+        return self._collect(found, len(requests))
+
+    def _ends(self, until: Sequence[str], tokens: list[int]) -> bool:
+        """Whether one of `until` has been written; special tokens are spelled out, as one may be the end of a turn."""
+        if not until:
+            return False
+        enough = max(len(text.encode()) for text in until) + 8  # a token has a byte at least
+        return all(
+            any(text in written for text in until)
+            for written in (self._tokens.decode(tokens[-enough:]), self._tokens.decode(tokens))
+        )
+
+    def _text(self, tokens: list[int], until: Sequence[str]) -> str:
+        """The text without special tokens, and without the first of `until` and what follows."""
+        written = self._tokens.decode([token for token in tokens if token not in self._special])
+        for text in until:
+            written = written.split(text)[0]
+        return written
+
+    # sharing out
+
+    def _cut(self, context: list[int], room: int, more: int, why: str) -> list[int]:
+        """The last `room` tokens of a context, if it may be cut; `more` tokens come behind it."""
+        if len(context) <= room:
+            return context
+        if room < 1:
+            raise UserError(
+                f"A request has {more:,} tokens {why}, and max_length = {self.max_length:,} leaves no room before them."
+            )
+        if not self.truncate:
+            raise UserError(
+                f"A request has {len(context):,} tokens to read and {more:,} {why}: {len(context) - room:,} more than "
+                f"max_length = {self.max_length:,} has room for. It begins {self._shown(context)}. Give a larger "
+                "--max_length, or --truncate to cut such requests from the left."
+            )
+        self.truncated += 1
+        return context[-room:]
+
+    def _shown(self, tokens: list[int]) -> str:
+        return repr(self._tokens.decode(tokens[:12]))
+
+    def _check_alike(self, requests: Sequence[Any]) -> None:
+        """Ranks that are asked other things would give numbers of neither."""
+        code = zlib.crc32(repr(requests).encode())
+        if self.ranks.largest(code) != -self.ranks.largest(-code):
+            raise RuntimeError("lm-eval made other requests on other ranks: a task draws without a seed.")
+
+    def _deal(self, sizes: Sequence[int]) -> list[int]:
+        """Indices of this data-parallel rank's requests, the longest first."""
+        order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+        return order[self.ranks.dp_rank :: self.ranks.dp]
+
+    def _rounds(self, own: int, what: str) -> Iterable[int]:
+        """As many on every rank, as parameters may be shared (FSDP)."""
+        return tqdm(range(self.ranks.largest(own)), desc=what, disable=self.silent)
+
+    def _collect(self, found: dict[int, Any], count: int) -> list[Any]:
+        """Everyone's answers, in the order of the requests."""
+        everything: dict[int, Any] = {}
+        for part in self.ranks.gather(found):
+            everything |= part
+        return [everything[i] for i in range(count)]

@@ -1,0 +1,276 @@
+"""RULER's thirteen tasks (Hsieh et al., arXiv 2404.06654; github.com/NVIDIA/RULER) in its own words, made anew.
+
+Needles in four kinds of haystack (niah_*), variables that are assigned to each other (vt), words that are common (cwe)
+or frequent (fwe) in a list, and questions about documents (qa_1, qa_2 in ruler_qa.py). A length counts the prompt and
+the tokens that may be written, as RULER's does. What differs from the original is in docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import pi
+
+import numpy as np
+
+from torchtitan.datasets.tokenizer import Tokenizer
+from torchtitan.extensions.evaluation.fitting import Question, Render, fitted, generator, listed
+from torchtitan.extensions.evaluation.items import Item, Task
+from torchtitan.extensions.evaluation.words import pair, singles, words
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+NEEDLE = "One of the special magic {kind} for {key} is: {value}."
+DEPTHS = 40
+"""Places in an essay at which needles may stand."""
+VALUES, KEYS = 4, 4
+HOPS = 4
+VT_SHOT_LINES = 10
+"""Of noise in the worked example: what fits RULER's 500 tokens for it."""
+COMMON = 10
+SHORT = 4096
+"""Below this length cwe repeats its words less often."""
+CODE_LETTERS = 6
+TOKENS_A_CODE = 50
+"""A vocabulary of fwe has one coded word for so many tokens of the length."""
+
+
+def string_match_all(text: str, answers: Sequence[str]) -> float:
+    """Share of the answers that are in the text, whatever their case."""
+    return sum(answer.lower() in text.lower() for answer in answers) / len(answers)
+
+
+def string_match_part(text: str, answers: Sequence[str]) -> float:
+    """1 if one of the answers is in the text, whatever its case: they are spellings of the same."""
+    return float(any(answer.lower() in text.lower() for answer in answers))
+
+
+@dataclass(frozen=True)
+class Niah:
+    """A kind of needles in a kind of haystack."""
+
+    haystack: str
+    """noise, essay, or needles: others of the same form."""
+
+    key: str = "words"
+    value: str = "numbers"
+    keys: int = 1
+    values: int = 1
+    """For each key."""
+
+    queries: int = 1
+
+
+NIAH = {
+    "niah_single_1": Niah("noise"),
+    "niah_single_2": Niah("essay"),
+    "niah_single_3": Niah("essay", value="uuids"),
+    "niah_multikey_1": Niah("essay", keys=KEYS),
+    "niah_multikey_2": Niah("needles"),
+    "niah_multikey_3": Niah("needles", key="uuids", value="uuids"),
+    "niah_multivalue": Niah("essay", values=VALUES),
+    "niah_multiquery": Niah("essay", keys=KEYS, queries=KEYS),
+}
+
+
+def drawn(kind: str, rng: np.random.Generator) -> str:
+    """An adjective-noun, a number of seven digits, or a UUID."""
+    if kind == "words":
+        return pair(rng)
+    if kind == "numbers":
+        return str(rng.integers(10**6, 10**7))
+    return str(uuid.UUID(bytes=rng.bytes(16), version=4))
+
+
+def distinct(count: int, draw: Callable[[], str], but: Sequence[str] = ()) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        if (one := draw()) not in but:
+            found[one] = None
+    return list(found)
+
+
+@lru_cache(2)  # the same prose for all items
+def _prose(text: str) -> list[str]:
+    return text.split()
+
+
+def niah_question(task: Niah, text: str, rng: np.random.Generator, hay: np.random.Generator, join: str) -> Render:
+    """A needle question by the size of its haystack: noise in lines, essays in words, needles in needles.
+
+    hay: of the haystack alone. join: stands between the question and the beginning of its answer.
+    """
+    keys = distinct(task.keys, lambda: drawn(task.key, rng))
+    values = distinct(task.keys * task.values, lambda: drawn(task.value, rng))
+    told = [(keys[i // task.values], value) for i, value in enumerate(values)]
+    told = [told[i] for i in rng.permutation(len(told))]
+    needles = [NEEDLE.format(kind=task.value, key=key, value=value) for key, value in told]
+    asked = [keys[i] for i in rng.permutation(len(keys))[: task.queries]]
+    by_query = [value for query in asked for key, value in told if key == query]
+    shares = np.sort(rng.random(len(needles)))
+    depths = np.sort(rng.permutation(DEPTHS)[: len(needles)]) / (DEPTHS - 1)
+    prose = _prose(text) if task.haystack == "essay" else []
+    begin = int(hay.integers(len(prose))) if prose else 0
+    others: list[str] = []  # grows with the sizes that are asked for: the same ones whatever these are
+
+    def pieces(size: int) -> list[str]:
+        if task.haystack == "noise":
+            return [NOISE] * size
+        if task.haystack == "needles":
+            while len(others) < size:
+                key = distinct(1, lambda: drawn(task.key, hay), but=keys)[0]
+                others.append(NEEDLE.format(kind=task.value, key=key, value=drawn(task.value, hay)))
+            return others[:size]
+        there = (prose[begin:] + prose * (-(-size // len(prose))))[:size]
+        return re.split(r"(?<=[.!?]) ", " ".join(there))
+
+    one = task.queries * task.values == 1
+    kind = task.value[:-1] if one else task.value
+    some, are, are_all, hidden = ("A", "is", "is", "is") if one else ("Some", "are", "are all", "are")
+    query = listed(asked)
+
+    def render(size: int) -> Question:
+        hay = pieces(size)
+        at = depths if task.haystack == "essay" else shares
+        context: list[str] = []
+        last = 0
+        for needle, share in zip(needles, at, strict=True):
+            place = int(share * len(hay))
+            context += [*hay[last:place], needle]
+            last = place
+        context += hay[last:]
+        prompt = (
+            f"{some} special magic {kind} {hidden} hidden within the following text. Make sure to memorize it. I will "
+            f"quiz you about the {kind} afterwards.\n"
+            + (" " if task.haystack == "essay" else "\n").join(context)
+            + f"\nWhat {are_all} the special magic {kind} for {query} mentioned in the provided text?{join}"
+            f"The special magic {kind} for {query} mentioned in the provided text {are}"
+        )
+        return Question(prompt, " " + listed(by_query), tuple(by_query))
+
+    return render
+
+
+def niah_task(name: str, task: Niah, budget: int = 128, join: str = " ") -> Task:
+    def build(length: int, text: str, seed: int, n: int) -> Render:
+        rng, hay = (generator(seed, name, length, n, part) for part in range(2))
+        return niah_question(task, text, rng, hay, join)
+
+    return task_of(name, build, budget, least=2)
+
+
+def _vt_text(lines: int, letters: int, rng: np.random.Generator) -> tuple[str, list[str]]:
+    """The task with `lines` of noise, up to the beginning of the answer; the variables."""
+    names = distinct(HOPS + 1, lambda: "".join(string.ascii_uppercase[i] for i in rng.integers(26, size=letters)))
+    value = int(rng.integers(10_000, 99_999))
+    # the space behind a variable's name is RULER's
+    told = [f"VAR {names[0]} = {value}", *(f"VAR {names[i + 1]} = VAR {names[i]} " for i in range(HOPS))]
+    before = np.sort(rng.permutation(lines)[: len(told)])  # of which line each statement stands
+    context, last = [], 0
+    for statement, place in zip(told, before, strict=True):
+        context += [NOISE + "\n"] * (place - last) + [statement]
+        last = place
+    context += [NOISE + "\n"] * (lines - last)
+    text = (
+        "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+        + " ".join(context)
+        + f"\nQuestion: Find all variables that are assigned the value {value} in the text above. Answer: According to "
+        f"the chain(s) of variable assignment in the text above, {len(names)} variables are assgined the value "  # sic
+        f"{value}, they are:"
+    )
+    return text, names
+
+
+def _vt_render(length: int, text: str, seed: int, n: int) -> Render:
+    example, found = _vt_text(VT_SHOT_LINES, 3, generator(seed, "vt", length, n))
+
+    def render(lines: int) -> Question:
+        asked, names = _vt_text(lines, 5, generator(seed, "vt", length, n, 1))
+        prompt = f"{example} {' '.join(found)}\n\n\n\n{asked}"
+        return Question(prompt, " " + " ".join(names), tuple(names))
+
+    return render
+
+
+def _numbered(some: Sequence[str]) -> str:
+    return " ".join(f"{i}. {word}" for i, word in enumerate(some, 1))
+
+
+def _cwe_text(count: int, common: int, others: int, rng: np.random.Generator) -> tuple[str, list[str]]:
+    """The task with `count` different words, the first COMMON of them repeated `common` times."""
+    vocabulary = max(count, singles())
+    some = [words()[i] for i in rng.choice(vocabulary, size=count, replace=False)]
+    every = some[:COMMON] * common + some[COMMON:] * others
+    every = [every[i] for i in rng.permutation(len(every))]
+    text = (
+        "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
+        f"appear most often.\n{_numbered(every)}\nQuestion: What are the 10 most common words in the above list? "
+        "Answer: The top 10 words that appear most often in the list are:"
+    )
+    return text, some[:COMMON]
+
+
+def _cwe_render(length: int, text: str, seed: int, n: int) -> Render:
+    shot, repeats = ((20, 3, 1), (6, 1)) if length < SHORT else ((40, 10, 3), (30, 3))
+    example, found = _cwe_text(*shot, generator(seed, "cwe", length, n))
+
+    def render(count: int) -> Question:
+        asked, common = _cwe_text(count, *repeats, generator(seed, "cwe", length, n, 1))
+        # no space behind the colon in the example, so the answer has none
+        return Question(f"{example}{_numbered(found)}\n{asked}", _numbered(common), tuple(common))
+
+    return render
+
+
+def _fwe_render(length: int, text: str, seed: int, n: int) -> Render:
+    rng = generator(seed, "fwe", length, n)
+    letters = string.ascii_lowercase
+    size = max(length // TOKENS_A_CODE, 6)
+    codes = distinct(size, lambda: "".join(letters[i] for i in rng.integers(26, size=CODE_LETTERS)))
+    codes[0] = "..."  # the most frequent is noise
+    frequent = codes[1:4]
+    shares = np.arange(1, size + 1) ** -2.0 / (pi**2 / 6)  # a zeta distribution with alpha 2
+
+    def render(count: int) -> Question:
+        every = np.repeat(np.arange(size), (count * shares).astype(int))
+        context = " ".join(codes[i] for i in generator(seed, "fwe", length, n, 1).permutation(every))
+        prompt = (
+            "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
+            f"appeared coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots "
+            "'....'. What are the three most frequently appeared words in the above coded text? Answer: According to "
+            "the coded text above, the three most frequently appeared words are:"
+        )
+        return Question(prompt, " " + listed(frequent), tuple(frequent))
+
+    return render
+
+
+def task_of(
+    name: str, build: Callable[[int, str, int, int], Render], budget: int, least: int, most: int | None = None
+) -> Task:
+    """build: (length, prose, seed, number) -> an item's question; least, most: its smallest and largest size, the
+    latter where it is of words()."""
+    runs_out = f"there are {len(words())} words to choose from, with which the prompt has"
+
+    def make(tokenizer: Tokenizer, text: str, length: int, count: int, seed: int, bos_id: int | None) -> list[Item]:
+        return [
+            fitted(tokenizer, name, length, budget, bos_id, build(length, text, seed, n), least, most, runs_out)
+            for n in range(count)
+        ]
+
+    return Task(name, make, string_match_all, budget)
+
+
+TASKS = {
+    **{name: niah_task(name, task) for name, task in NIAH.items()},
+    "vt": task_of("vt", _vt_render, budget=30, least=HOPS + 2),
+    "cwe": task_of("cwe", _cwe_render, budget=120, least=COMMON + 2, most=len(words())),
+    # fewer words, and the fourth is as frequent as the fifth
+    "fwe": task_of("fwe", _fwe_render, budget=50, least=100),
+}
+"""The eleven that need no file."""
+QA = ("qa_1", "qa_2")
+ALL = (*TASKS, *QA)

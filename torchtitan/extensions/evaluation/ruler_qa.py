@@ -1,0 +1,129 @@
+"""RULER's qa_1 and qa_2: a question of SQuAD 2.0 or HotpotQA, its documents among as many others as fit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from torchtitan.datasets.tokenizer import Tokenizer
+from torchtitan.extensions.evaluation.fitting import Question, Render, fitted, generator
+from torchtitan.extensions.evaluation.items import Item, Task
+from torchtitan.extensions.evaluation.ruler import QA, string_match_part
+from torchtitan.tools.errors import UserError
+
+BUDGET = 32
+FILES = {
+    "qa_1": "SQuAD 2.0's dev-v2.0.json (rajpurkar.github.io/SQuAD-explorer)",
+    "qa_2": "HotpotQA's hotpot_dev_distractor_v1.json (hotpotqa.github.io)",
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question; indices into the documents of those that answer it, and of those to put beside them first."""
+
+    question: str
+    answers: tuple[str, ...]
+    needed: tuple[int, ...]
+    near: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Documents:
+    """texts, and questions about them; task: which of QA the file is for."""
+
+    task: str
+    texts: tuple[str, ...]
+    asked: tuple[Asked, ...]
+
+
+@cache
+def read(file: Path) -> Documents:
+    """A file in SQuAD 2.0's or HotpotQA's form, told apart by what it holds. UserError for anything else."""
+    if not file.is_file():
+        raise UserError(f"evaluation.qa_files names {file}, which is not there.")
+    try:
+        content = json.loads(file.read_bytes())
+        found = _squad(content["data"]) if isinstance(content, dict) else _hotpot(content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"evaluation.qa_files names {file}, which is neither {FILES['qa_1']} nor {FILES['qa_2']} nor of their form "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    if not found.asked:
+        raise UserError(f"evaluation.qa_files names {file}, which has no question that can be answered.")
+    return found
+
+
+def _squad(articles: list[dict]) -> Documents:
+    texts = list(dict.fromkeys(p["context"] for article in articles for p in article["paragraphs"]))
+    index = {text: i for i, text in enumerate(texts)}
+    asked = []
+    for article in articles:
+        same = dict.fromkeys(index[p["context"]] for p in article["paragraphs"])
+        for p in article["paragraphs"]:
+            here = index[p["context"]]
+            near = tuple(i for i in same if i != here)
+            for one in p["qas"]:
+                answers = tuple(dict.fromkeys(a["text"] for a in one["answers"]))
+                if not one.get("is_impossible") and answers:
+                    asked.append(Asked(one["question"], answers, (here,), near))
+    return Documents("qa_1", tuple(texts), tuple(asked))
+
+
+def _hotpot(entries: list[dict]) -> Documents:
+    def text(title: str, sentences: list[str]) -> str:
+        return f"{title}\n{''.join(sentences)}"
+
+    index: dict[str, int] = {}
+    asked = []
+    for one in entries:
+        needed = tuple(index.setdefault(text(*pair), len(index)) for pair in one["context"])
+        asked.append(Asked(one["question"], (one["answer"],), needed))
+    return Documents("qa_2", tuple(index), tuple(asked))
+
+
+def _render(found: Documents, name: str, length: int, seed: int, n: int) -> tuple[Render, int]:
+    """And the number of documents that the question needs."""
+    # the same questions at all lengths
+    order = generator(seed, name, 0, 0).permutation(len(found.asked))
+    one = found.asked[order[n % len(order)]]
+    rng = generator(seed, name, length, n)
+    near = [one.near[i] for i in rng.permutation(len(one.near))]
+    ours = {*one.needed, *near}
+    far = [int(i) for i in rng.permutation(len(found.texts)) if int(i) not in ours]
+    ranked = [*one.needed, *near, *far]
+
+    def render(size: int) -> Question:
+        some = generator(seed, name, length, n, 1).permutation(ranked[:size])
+        context = "\n\n".join(f"Document {i}:\n{found.texts[k]}" for i, k in enumerate(some, 1))
+        task = "Answer the question based on the given documents. Only give me the answer and do not output any other "
+        prompt = (
+            f"{task}words.\n\nThe following are given documents.\n\n{context}\n\n{task}words.\n\n"
+            f"Question: {one.question} Answer:"
+        )
+        return Question(prompt, f" {one.answers[0]}", one.answers)
+
+    return render, len(one.needed)
+
+
+def qa_task(name: str, files: tuple[Path, ...]) -> Task:
+    """qa_1 or qa_2 of the first file that is for it; UserError if there is none."""
+    assert name in QA
+    found = next((documents for documents in map(read, files) if documents.task == name), None)
+    if found is None:
+        raise UserError(f"{name} needs a file: name {FILES[name]} in evaluation.qa_files.")
+    documents = found
+
+    def make(tokenizer: Tokenizer, text: str, length: int, count: int, seed: int, bos_id: int | None) -> list[Item]:
+        items = []
+        for n in range(count):
+            render, least = _render(documents, name, length, seed, n)
+            runs_out = f"there are {len(documents.texts)} documents, with which the prompt has"
+            most = len(documents.texts)
+            items.append(fitted(tokenizer, name, length, BUDGET, bos_id, render, least, most, runs_out))
+        return items
+
+    return Task(name, make, string_match_part, BUDGET)

@@ -1,0 +1,236 @@
+"""Text files -> documents: .jsonl and .parquet (some fields of each record) and .txt (a file is a document).
+
+A file is cut into spans, each of which one worker reads without looking at the rest. What cannot be read is a
+UserError that names the file and, where there are lines, the line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torchtitan.config.schema import Data, Source
+from torchtitan.extensions.ingest.source_files import files_below, matching_files, source_path
+from torchtitan.tools.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+EXTENSIONS = (".jsonl", ".parquet", ".txt")
+
+Document = TypeVar("Document")
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What is read of a record: the field `name`, which the source's key `key` names, and those of `beside` that are
+    there."""
+
+    key: str
+    name: str
+    beside: tuple[str, ...] = ()
+
+    def hint(self, there: Iterable[str]) -> str:
+        """What to do about a record that has the fields `there`, and not this one."""
+        if self.key == "text_field" and "messages" in there:
+            return 'Conversations are read with messages_field = "messages".'
+        return f"Set {self.key} to the right one."
+
+
+@dataclass(frozen=True)
+class Span:
+    """Part of a file: the lines of a .jsonl that begin at bytes [start, stop), the row groups [start, stop) of a
+    .parquet, or a whole .txt. size is its bytes of text, for sharing out the work."""
+
+    path: str
+    start: int
+    stop: int
+    size: int
+
+
+def find_text_files(source: Source, data: Data) -> list[Path]:
+    """The files of source.path, sorted. In a folder, hidden files and other extensions are passed over."""
+    path = source_path(source, data)
+    where = f"the path {source.path!r} of data source {source.name!r}"
+    if path.is_dir():
+        found = files_below(path)
+        files = [p for p in found if p.suffix in EXTENSIONS]
+        others = sorted({p.suffix or p.name for p in found} - set(EXTENSIONS))
+        if not files:
+            there = f"only {', '.join(others[:8])}" if others else "nothing"
+            raise UserError(f"There is no {', '.join(EXTENSIONS)} file in {where}; the folder holds {there}.")
+        if others:
+            logger.info("%s: passing over %s in %s", source.name, ", ".join(others[:8]), source.path)
+    else:
+        files = matching_files(source, data)
+        if not files:
+            raise UserError(f"No file matches {where} (looked for {path.absolute()}; data.folder = {data.folder!r}).")
+        wrong = sorted(p.name for p in files if p.suffix not in EXTENSIONS)
+        if wrong:
+            raise UserError(
+                f"{wrong[0]} in {where} has the extension {Path(wrong[0]).suffix!r}; text is read from "
+                f"{', '.join(EXTENSIONS)} (uncompressed)."
+            )
+    return sorted(p.absolute() for p in files)
+
+
+def spans_of(path: str, target: int) -> Iterator[Span]:
+    """The spans of a file in order, each of about `target` bytes at most where the file can be cut."""
+    size = os.path.getsize(path)
+    if path.endswith(".jsonl"):
+        parts = -(-size // target)
+        cuts = [size * part // parts for part in range(parts + 1)] if parts else []
+        for start, stop in zip(cuts, cuts[1:]):
+            yield Span(path, start, stop, stop - start)
+    elif path.endswith(".parquet"):
+        groups = _open_parquet(path).metadata
+        for index in range(groups.num_row_groups):
+            yield Span(path, index, index + 1, groups.row_group(index).total_byte_size)
+    else:
+        yield Span(path, 0, size, size)
+
+
+def read_documents(span: Span, text_field: str) -> Iterator[str]:
+    """The texts of a span in order, empty ones too."""
+    return read_records(span, Fields("text_field", text_field), lambda r: as_text(r[text_field], text_field))
+
+
+def read_records(span: Span, wanted: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
+    """What `read` makes of each record of a span, in order; a ValueError of it becomes a UserError that says where."""
+    if span.path.endswith(".jsonl"):
+        return _read_jsonl(span, wanted, read)
+    if span.path.endswith(".parquet"):
+        return _read_parquet(span, wanted, read)
+    return _read_txt(span, wanted, read)
+
+
+def _read_txt(span: Span, wanted: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
+    with open(span.path, "rb") as file:
+        content = file.read()
+    try:
+        text = content.decode("utf-8-sig")  # -sig: a byte order mark is not text
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{span.path} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}. Convert it "
+            "(e.g. iconv -f latin1 -t utf-8) or take it out of the source."
+        ) from error
+    try:
+        yield read({wanted.name: text})
+    except ValueError as error:
+        raise UserError(f"{span.path}: {error}") from error
+
+
+def _read_jsonl(span: Span, wanted: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
+    with open(span.path, "rb") as file:
+        if span.start:  # the line that begins before the span belongs to the span before
+            file.seek(span.start - 1)
+            file.readline()
+        while (start := file.tell()) < span.stop:
+            line = file.readline()
+            try:
+                record = _parse_line(line, wanted, first=start == 0)
+                if record is None:
+                    continue
+                document = read(record)
+            except ValueError as error:
+                number = _line_number(span.path, start)
+                raise UserError(f"{span.path} line {number}: {error}") from error
+            yield document
+
+
+def _parse_line(line: bytes, wanted: Fields, first: bool) -> dict[str, Any] | None:
+    """Record of a line, None for a blank line; ValueError says what is wrong with it."""
+    try:
+        decoded = line.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"not UTF-8: byte {error.start} of the line is 0x{line[error.start]:02x}. Convert the file (e.g. iconv -f "
+            "latin1 -t utf-8) or take the line out."
+        ) from error
+    if not decoded.strip():
+        return None
+    try:
+        record = json.loads(decoded)
+    except json.JSONDecodeError as error:
+        what = error.msg.removesuffix(" at")
+        raise ValueError(
+            f"broken JSON: {what} at character {error.pos} of {len(decoded)}. A .jsonl file has one whole JSON object "
+            "a line; mend the line or take it out."
+        ) from error
+    if not isinstance(record, dict):
+        raise ValueError(f"the record is a JSON {type(record).__name__}, not an object with a field {wanted.name!r}.")
+    if wanted.name not in record:
+        there = ", ".join(map(repr, record)) or "none"
+        raise ValueError(f"no field {wanted.name!r}; the record has {there}. {wanted.hint(record)}")
+    return record
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the keys whose value is None, at any depth: a column has every key of any of its records in all
+    of them, so that absent and null cannot be told apart."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [without_nulls(inner) for inner in value]
+    return value
+
+
+def as_text(value: Any, text_field: str) -> str:
+    """A field of a record as text, "" for None; ValueError says why it is none."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"the field {text_field!r} is a {type(value).__name__}, not text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise ValueError(
+            f"not UTF-8: character {error.start} of {text_field!r} is half of a surrogate pair."
+        ) from error
+    return value
+
+
+def _line_number(path: str, offset: int) -> int:
+    with open(path, "rb") as file:
+        return 1 + sum(file.read(min(1 << 20, offset - at)).count(b"\n") for at in range(0, offset, 1 << 20))
+
+
+def _open_parquet(path: str) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a Parquet file that can be read: {error}.") from error
+
+
+def _read_parquet(span: Span, wanted: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
+    import pyarrow as pa
+
+    file = _open_parquet(span.path)
+    names = file.schema_arrow.names
+    if wanted.name not in names:
+        raise UserError(
+            f"{span.path} has no column {wanted.name!r} (the source's {wanted.key}); it has "
+            f"{', '.join(map(repr, names))}. {wanted.hint(names)}"
+        )
+    columns = [wanted.name, *(name for name in wanted.beside if name in names)]
+    row = sum(file.metadata.row_group(i).num_rows for i in range(span.start))
+    try:
+        for batch in file.iter_batches(64, row_groups=list(range(span.start, span.stop)), columns=columns):
+            for index in range(len(batch)):
+                row += 1
+                yield read({name: without_nulls(batch.column(name)[index].as_py()) for name in columns})
+    except UnicodeDecodeError as error:
+        raise UserError(f"{span.path} row {row}: {wanted.name!r} is not UTF-8 at byte {error.start}.") from error
+    except ValueError as error:
+        if isinstance(error, pa.ArrowException):
+            raise UserError(f"{span.path} is damaged near row {row}: {error}.") from error
+        raise UserError(f"{span.path} row {row}: {error}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{span.path} is damaged near row {row}: {error}.") from error

@@ -1,0 +1,140 @@
+"""Processes that work on units side by side, and what is said of their progress."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from torchtitan.extensions.ingest.units import Counts
+
+logger = logging.getLogger(__name__)
+
+LOG_SECONDS = 30.0
+"""Longest time without a line about the progress, where there is no terminal to show a bar."""
+
+
+class WorkerKilledError(Exception):
+    """A worker process ended without a word."""
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_work: Callable[[int], Counts] | None = None  # inherited by fork, not sent
+
+
+def run_units(
+    work: Callable[[int], Counts], indices: Sequence[int], num_proc: int, progress: Progress
+) -> Iterator[tuple[int, Counts]]:
+    """work(index) of every index, by num_proc processes (1: this one), as they are done.
+
+    What work raises is raised here, once the units that were begun have ended; WorkerKilledError for a process that
+    was killed.
+    """
+    global _work
+    if num_proc <= 1:
+        with progress:
+            for index in indices:
+                yield index, work(index)
+        return
+    _work = work
+    fork = multiprocessing.get_context("fork")
+    # An executor, since it notices a worker that was killed; a Pool waits for ever.
+    with ProcessPoolExecutor(num_proc, mp_context=fork, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
+        futures: dict[Future[Counts], int] = {pool.submit(_run_one, index): index for index in indices}
+        try:
+            with progress:  # only now: it may start a thread, and the workers were forked with the first unit
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise WorkerKilledError(str(error)) from error
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        finally:
+            _work = None
+
+
+def _start_worker(parent: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed would wait for work for ever, perhaps with the parent's lock in its hands."""
+    while os.getppid() == parent:
+        time.sleep(0.3)
+    os._exit(1)
+
+
+def _run_one(index: int) -> Counts:
+    assert _work is not None
+    return _work(index)
+
+
+class Progress:
+    """What is done of a source: a bar on a terminal, else a line in the log every LOG_SECONDS. A context manager.
+
+    units: how many there are, None where nobody knows. size: what they are together, in any measure; 0 where nobody
+    knows. done, size_done: how much of either was done before.
+    """
+
+    def __init__(self, title: str, units: int | None, size: float, done: int = 0, size_done: float = 0.0) -> None:
+        self.title, self.units, self.size = title, units, size
+        self.done, self.size_done, self._size_before = done, size_done, size_done
+        self.tokens = 0
+        self._bar: Any = None
+        self._ended = threading.Event()
+
+    def advance(self, units: int, size: float, tokens: int) -> None:
+        """So much more is done."""
+        self.done += units
+        self.size_done += size
+        self.tokens += tokens
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self.size_done, tokens=self.tokens)
+
+    def line(self) -> str:
+        """For the log: units, speed, and the time that is left."""
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        text = f"{self.title}: {self.done}{'' if self.units is None else f' of {self.units}'} units"
+        text += f", {self.tokens / seconds:,.0f} tokens/s"
+        speed = (self.size_done - self._size_before) / seconds
+        if self.size and speed > 0:
+            text += f", about {(self.size - self.size_done) / speed / 60:.1f} minutes left"
+        return text
+
+    def __enter__(self) -> Progress:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._start = time.monotonic()
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[tokens]:,} tokens"))
+            self._bar = Bar(*columns, TimeRemainingColumn(), console=console)
+            total = self.size or None
+            self._bar.add_task(self.title, total=total, completed=self.size_done, tokens=0)
+            self._bar.start()
+        else:
+            threading.Thread(target=self._log, daemon=True).start()
+        return self
+
+    def _log(self) -> None:
+        while not self._ended.wait(LOG_SECONDS):
+            logger.info(self.line())
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,261 @@
+"""What a plan will read: the numbers of plan.json, and the tables that are logged at start."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from torchtitan.datasets.dealing import deal, imbalance, undealt
+from torchtitan.datasets.mixture import piece_limit
+from torchtitan.datasets.plan import Plan
+from torchtitan.extensions.ingest.chat import LEFT_OUT
+from torchtitan.extensions.ingest.units import ASSISTANT, ROLES
+
+UNIGRAM_SAMPLE = 4_000_000
+"""Tokens that the unigram model is counted on."""
+
+WINDOW = 100
+"""Steps in which shares are to hold, to TOLERANCE."""
+
+TOLERANCE = 0.005
+
+STEPS_DEALT = 1000
+"""Steps, spread over the stage, over which the imbalance between ranks is averaged."""
+
+REPEATED = 4.0
+"""Epochs up to which repeated text is almost as good as new (Muennighoff et al., arXiv 2305.16264)."""
+
+
+def make_report(
+    plan: Plan, dp_degree: int, local_batch_size: int, flops_per_token: float, flops_per_pair: float
+) -> dict[str, Any]:
+    """The report as JSON values. dp_degree ranks read different rows.
+
+    flops_per_token, flops_per_pair: of the model, forward and backward, linear layers and attention (tools/flops.py).
+    """
+    table = plan.table
+    rows = plan.steps * plan.rows_per_step
+    tokens = int(table.length.sum(dtype=np.int64))
+    whole_rows = rows * (plan.seq_len * (plan.seq_len + 1) // 2)
+    sources = [_source_report(plan, source, tokens) for source in range(len(plan.names))]
+    return {
+        "fingerprint": plan.fingerprint,
+        "inputs": plan.inputs,
+        "long_threshold": plan.data.long_threshold,
+        "steps": plan.steps,
+        "rows": rows,
+        "tokens": tokens,
+        "trained_tokens": sum(source["trained_tokens"] for source in sources),
+        "padding_tokens": rows * plan.seq_len - tokens,
+        "padding": 1 - tokens / (rows * plan.seq_len),
+        "attention_work": float(table.work.sum(dtype=np.float64)) / whole_rows,
+        "imbalance": _imbalance(plan, dp_degree, local_batch_size, flops_per_token, flops_per_pair),
+        "unigram_nats": unigram_nats(plan),
+        "sources": sources,
+    }
+
+
+def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
+    table, corpus, left_out = plan.table, plan.corpora[source], plan.left_out[source]
+    mine = table.source == source
+    document, length, start, epoch = (c[mine] for c in (table.document, table.length, table.start, table.epoch))
+    tokens = int(length.sum(dtype=np.int64))
+    whole = corpus.lengths[document]  # of each part's document, without a separator
+    partial = length < whole
+    # a document read once is known by its epoch; its parts add up to what is used of it
+    ids = epoch[partial].astype(np.int64) * len(corpus) + document[partial]
+    _, first, parts = np.unique(ids, return_index=True, return_counts=True)
+    in_parts = whole[partial][first][parts > 1]
+    limit = min(plan.seq_len, piece_limit(plan.data.sources[source], plan.data, plan.seq_len) or plan.seq_len)
+    streams = [s for s in plan.streams if s.source == source]
+    long = whole > plan.data.long_threshold
+    truncated = 0
+    if plan.data.sources[source].long_document == "truncate":
+        truncated = int((whole[start == 0] - np.minimum(whole[start == 0], limit)).sum())
+    return {
+        "name": plan.names[source],
+        "folder": corpus.folder,
+        "documents": len(corpus),
+        "tokens": corpus.tokens,
+        "longest_document": int(corpus.lengths.max()),
+        "left_out": asdict(left_out),
+        "conversations_left_out": corpus.left_out,
+        "share_asked": sum(s.share for s in streams),
+        "share": tokens / all_tokens,
+        "tokens_read": tokens,
+        **_roles_report(plan, source, document, start, length),
+        "parts_read": len(length),
+        "documents_split": int((in_parts > limit).sum()),
+        "documents_split_that_fit": int((in_parts <= limit).sum()),
+        "truncated_tokens": truncated,
+        "long_share": float(length[long].sum(dtype=np.int64) / max(1, tokens)),
+        "worst_window": _worst_window(plan, mine, sum(s.share for s in streams)),
+        "epochs": [
+            {"documents": s.kind, "tokens": s.tokens, "share_asked": s.share, "epochs": plan.tokens_of(s) / s.tokens}
+            for s in streams
+        ],
+        "documents_by_length_from": _histogram(corpus.lengths),
+        "parts_by_length_from": _histogram(length),
+    }
+
+
+def _roles_report(
+    plan: Plan, source: int, document: np.ndarray, start: np.ndarray, length: np.ndarray
+) -> dict[str, Any]:
+    """Tokens that are read by role, where a source has roles, and those that the loss is on: a part's first is on no
+    label. Parts of documents: int32[P] each."""
+    corpus = plan.corpora[source]
+    if not corpus.has_roles:
+        return {"trained_tokens": int(length.sum(dtype=np.int64)) - len(length)}
+    counts = np.zeros(len(ROLES), np.int64)
+    trained = 0
+    parts, times = np.unique(np.stack([document, start, length]), axis=1, return_counts=True)
+    for (index, first, tokens), read in zip(parts.T.tolist(), times.tolist()):
+        roles = corpus.roles(index)[first : first + tokens]
+        counts += read * np.bincount(roles, minlength=len(ROLES))
+        trained += read * int((roles[1:] == ASSISTANT).sum())
+    return {"trained_tokens": trained, "tokens_by_role": dict(zip(ROLES, counts.tolist()))}
+
+
+def _worst_window(plan: Plan, mine: np.ndarray, share: float) -> float:
+    """How far the share of a source (parts `mine`) is from what was asked in the worst WINDOW steps on end."""
+    ends = plan.table.offsets[:: plan.rows_per_step]
+    by_step = [
+        np.add.reduceat(column, ends[:-1], dtype=np.int64) for column in (plan.table.length * mine, plan.table.length)
+    ]
+    width = min(WINDOW, plan.steps)
+    sums = [np.cumsum(np.append(0, column)) for column in by_step]
+    got, every = (column[width:] - column[:-width] for column in sums)
+    return float(np.abs(got / every - share).max())
+
+
+def _histogram(lengths: np.ndarray) -> dict[str, dict[str, int]]:
+    """Documents and tokens in buckets of powers of two, named by their smallest length."""
+    exponents = np.frexp(np.maximum(lengths, 1))[1] - 1
+    counts = np.bincount(exponents)
+    tokens = np.bincount(exponents, weights=lengths)
+    return {
+        str(1 << e): {"documents": int(counts[e]), "tokens": int(tokens[e])} for e in range(len(counts)) if counts[e]
+    }
+
+
+def _imbalance(
+    plan: Plan, dp_degree: int, local_batch_size: int, flops_per_token: float, flops_per_pair: float
+) -> dict[str, Any]:
+    """Work of the rank that has most over the ranks' mean, averaged over steps; before dealing and after."""
+    picked = np.unique(np.linspace(0, plan.steps - 1, min(plan.steps, STEPS_DEALT)).astype(np.int64))
+    linear = flops_per_token * plan.seq_len
+    sums: dict[str, np.ndarray] = {}
+    for step in picked:
+        pairs = plan.work(int(step))
+        dealt = deal(pairs, dp_degree, local_batch_size)
+        as_they_come = undealt(len(pairs), dp_degree, local_batch_size)
+        for name, work in (("attention", pairs), ("all", pairs * flops_per_pair + linear)):
+            for when, rows in (("before", as_they_come), ("after", dealt)):
+                key = f"{name}_{when}"
+                sums[key] = sums.get(key, np.zeros(2)) + imbalance(work, rows)
+    means = {key: value / len(picked) for key, value in sums.items()}
+    return {
+        "ranks": dp_degree,
+        "rows_a_rank": plan.rows_per_step // dp_degree,
+        "local_batch_size": local_batch_size,
+        "step": {key: float(value[0]) for key, value in means.items()},
+        "micro_batch": {key: float(value[1]) for key, value in means.items()},
+    }
+
+
+def unigram_nats(plan: Plan) -> float:
+    """Cross-entropy in nats of the unigram model of the planned data: what a model that ignores context reaches.
+
+    The entropy of the frequencies, in rows spread over the plan, of the tokens that the loss is on.
+    """
+    rows = plan.steps * plan.rows_per_step
+    picked = np.linspace(0, rows - 1, min(rows, math.ceil(UNIGRAM_SAMPLE / plan.seq_len))).astype(np.int64)
+    picked_rows = [plan.row(*divmod(int(index), plan.rows_per_step)) for index in picked]
+    tokens = [plan.tokens(row)[plan.trained(row)] for row in picked_rows]
+    counts = np.unique(np.concatenate(tokens), return_counts=True)[1]
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as short tables for the log, with a line for everything that a user should not miss."""
+    inputs, balance = report["inputs"], report["imbalance"]
+    width = max(12, *(len(s["name"]) for s in report["sources"]))
+    lines = [
+        f"data plan {report['fingerprint']}: {report['steps']} steps of {inputs['rows_per_step']} rows of "
+        f"{inputs['seq_len']} tokens; {report['tokens']:,} tokens, {report['padding']:.3%} padding; unigram "
+        f"cross-entropy {report['unigram_nats']:.3f} nats",
+        f"strategy {inputs['strategy']}, packing {inputs['packing']}, positions {inputs['positions']}, cross-document "
+        f"attention {'on' if inputs['cross_document_attention'] else 'off'}"
+        f"{', rows with an anchor' if inputs['anchor_attention'] else ''}: attention is "
+        f"{report['attention_work']:.1%} of whole rows'",
+        f"{'source':<{width}} {'documents':>11} {'tokens':>15} {'longest':>9} {'asked':>7} {'share':>7} {'epochs':>13} "
+        f"{'long':>6} {'split':>8} {'cut':>7}",
+    ]
+    for s in report["sources"]:
+        # of the long and of the short documents, where they are told apart
+        epochs = " / ".join(f"{e['epochs']:,.{2 if e['epochs'] < 100 else 0}f}" for e in s["epochs"]) or "0"
+        lines.append(
+            f"{s['name']:<{width}} {s['documents']:>11,} {s['tokens']:>15,} {s['longest_document']:>9,} "
+            f"{s['share_asked']:>7.2%} {s['share']:>7.2%} {epochs:>13} {s['long_share']:>6.1%} "
+            f"{s['documents_split']:>8,} {s['documents_split_that_fit']:>7,}"
+        )
+    threshold = report["long_threshold"]
+    window = min(WINDOW, report["steps"])
+    lines.append(
+        f"(long: share of tokens in documents over {threshold:,}; split: documents longer than a piece "
+        "may be; cut: others, that packing cut; epochs of long / short documents where one of them is raised)"
+    )
+    if inputs["anchor_attention"] and inputs["positions"] != "continue":
+        lines.append(
+            f'warning: data.anchor_attention with positions = "{inputs["positions"]}": in the paper they run on in a '
+            'row ("continue")'
+        )
+    step, micro = balance["step"], balance["micro_batch"]
+    if balance["ranks"] > 1:
+        lines.append(
+            f"work of the busiest of {balance['ranks']} ranks over the mean, {balance['rows_a_rank']} rows each: "
+            f"{step['all_after']:.3f} dealt, {step['all_before']:.3f} as they come; attention alone "
+            f"{step['attention_after']:.3f}, {step['attention_before']:.3f}; where ranks meet in every micro-batch "
+            f"{micro['all_after']:.3f}, {micro['all_before']:.3f}"
+        )
+    for s in report["sources"]:
+        most = max(s["epochs"], key=lambda entry: entry["epochs"], default=None)
+        if most and most["epochs"] > REPEATED:
+            which = "" if most["documents"] == "all" else f"{most['documents']} documents' "
+            lines.append(
+                f"warning: source {s['name']} is read {most['epochs']:.1f} times: its {which}{most['tokens']:,} tokens "
+                f"are to be {most['share_asked']:.1%} of the stage"
+            )
+        if s["worst_window"] > TOLERANCE:
+            lines.append(
+                f"warning: source {s['name']} is up to {s['worst_window']:.2%} of the tokens off its share in {window} "
+                "steps on end: its pieces are no small part of so few rows"
+            )
+        if inputs["strategy"] == "per_source_upsampling" and s["tokens_read"] and s["long_share"] == 0:
+            lines.append(f"warning: source {s['name']} has no document of more than {threshold:,} tokens to raise")
+        if "tokens_by_role" in s:
+            roles = ", ".join(f"{role} {n:,}" for role, n in s["tokens_by_role"].items())
+            share = s["trained_tokens"] / max(1, s["tokens_read"])
+            lines.append(f"{s['name']}: the loss is on {s['trained_tokens']:,} tokens ({share:.1%}); by role: {roles}")
+        for reason, count in s["conversations_left_out"].items():
+            lines.append(f"left out of {s['name']}: {count:,} conversations {LEFT_OUT[reason]}")
+        reasons = {
+            "below_min_length": "shorter than min_length",
+            "above_max_length": "longer than max_length",
+            "dropped": 'dropped by long_document = "drop"',
+            "beyond_max_documents": "beyond max_documents",
+            "truncated": 'cut short by long_document = "truncate"',
+        }
+        for key, reason in reasons.items():
+            documents, tokens = s["left_out"][key]
+            if documents:
+                share = tokens / max(1, s["tokens"])
+                lines.append(
+                    f"left out of {s['name']}: {documents:,} documents {reason}, {tokens:,} tokens ({share:.1%})"
+                )
+    return "\n".join(lines)
