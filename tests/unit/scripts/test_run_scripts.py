@@ -21,7 +21,7 @@ note() { echo "$*" >>"$CALLS"; }
 case "$*" in
     *check_environment.py*) echo "lacks something"; [[ -e $here/whole ]] ;;
     "-m torchtitan.extensions.cluster.slurm start "*) echo "DUMP_FOLDER=out ARGUMENTS=()" ;;
-    "-m torchtitan.config "*) exit "${CONFIG_CHECK:-0}" ;;
+    "-m torchtitan.extensions.cluster.check_config "*) exit "${CONFIG_CHECK:-0}" ;;
     -V) echo "Python 3.x" ;;
     "-c "*) [[ -z ${OLD_PYTHON:-} ]] ;;
     "-m venv "*) note "venv"; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
@@ -162,8 +162,10 @@ def test_without_a_file_the_demo_is_built_and_trained_with_the_overrides(clone: 
     clone.whole().run("--training.steps", "5")
     build, train = clone.lines()
     assert build.startswith("run scripts/build_demo_corpus.py |") and f"cwd={clone.root} " in build
-    arguments = "-m torchtitan.extensions.cluster.chain 2 --job.config_file train_configs/demo/4k.toml "
+    arguments = (
+        "-m torchtitan.extensions.cluster.chain 2 --job.config_file train_configs/demo/4k.toml "
         "--stage.run_chain --training.steps 5"
+    )
     assert arguments in train and f"cwd={clone.root} " in train
 
 
