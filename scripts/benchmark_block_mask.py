@@ -20,7 +20,8 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from torchtitan.attention.block_mask import block_mask, block_ranges, mask_of_ranges
-from torchtitan.attention.segments import BLOCK, Segments
+from torchtitan.attention.segments import Segments
+from torchtitan.tools.constants import BLOCK
 
 RANKS = 8
 

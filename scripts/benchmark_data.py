@@ -133,7 +133,7 @@ def imbalance(args: argparse.Namespace) -> None:
     from torchtitan.config.schema import Data, Source
     from torchtitan.datasets import dealing
     from torchtitan.datasets.plan import Plan
-    from torchtitan.tools.flops import training_flops
+    from torchtitan.models.work import training_flops
 
     ranks, per_rank = 8, 16
     random = np.random.default_rng(0)

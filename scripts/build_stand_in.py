@@ -21,8 +21,8 @@ import numpy as np
 
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.schema import Data, Source
+from torchtitan.datasets.corpus import ASSISTANT
 from torchtitan.extensions.ingest.source_files import source_path
-from torchtitan.extensions.ingest.units import ASSISTANT
 from torchtitan.tools.errors import UserError
 
 VOCABULARY = 256

@@ -70,7 +70,7 @@ def trace(config: JobConfig, args: object, world_size: int) -> int:
     from torchtitan.components.loss import train_micro_batch
     from torchtitan.components.optimizer import build_optimizer
     from torchtitan.config.checks import accumulation_steps, resolve_shard_degree
-    from torchtitan.datasets.loader import PackedBatch
+    from torchtitan.datasets.batch import PackedBatch
     from torchtitan.distributed.context_parallel.shard import shard
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.distributed.parallelize import build_sharded_model

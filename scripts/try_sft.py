@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchtitan.attention.segments import Segments
+from torchtitan.datasets.corpus import ASSISTANT
 from torchtitan.extensions.evaluation.loading import Loaded, load
 from torchtitan.extensions.ingest.chat import ChatEncoder
 from torchtitan.extensions.ingest.chat_template import load_chat_template
-from torchtitan.extensions.ingest.units import ASSISTANT
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.work_folder import begin_or_go_on
 

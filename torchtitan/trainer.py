@@ -29,16 +29,17 @@ from torchtitan.components.checkpoint import (
     saved_parts,
     set_random_state,
 )
+from torchtitan.components.lineage import differences, flat, shown
 from torchtitan.components.loss import position_bucket, train_micro_batch
 from torchtitan.components.lr_scheduler import lr_factor
-from torchtitan.components.manifest import digest, export_folder, read_manifest
+from torchtitan.components.manifest import digest, export_folder, read_manifest, results_file
 from torchtitan.components.metrics import MetricsLogger, duration, log_step
 from torchtitan.components.optimizer import build_optimizer, clip_gradients, optimizer_state
 from torchtitan.components.setup import StageInputs, report_of
-from torchtitan.components.start import Start, differences, shown
+from torchtitan.components.start import Start
 from torchtitan.config import JobConfig, as_tables, dump_toml
 from torchtitan.config.checks import accumulation_steps, is_asked_for, resolve_shard_degree
-from torchtitan.datasets.loader import IGNORED_LABEL, build_loader
+from torchtitan.datasets.loader import build_loader
 from torchtitan.distributed.context_parallel.shard import LocalBatch, shard
 from torchtitan.distributed.fully_shard import reduce_over_replicas
 from torchtitan.distributed.options.offload import host_bytes, host_memory_warning
@@ -46,7 +47,7 @@ from torchtitan.distributed.options.quantize import describe_quantize
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import build_sharded_model
 from torchtitan.distributed.self_check import run_self_check
-from torchtitan.extensions.cluster.gates import flat, gate_failure
+from torchtitan.extensions.cluster.gates import gate_failure
 from torchtitan.extensions.cluster.health import (
     BadLossError,
     Heartbeat,
@@ -59,7 +60,6 @@ from torchtitan.extensions.cluster.health import (
 from torchtitan.extensions.cluster.node_check import check_nodes
 from torchtitan.extensions.cluster.profiling import profiled
 from torchtitan.extensions.convert.export import export, publish
-from torchtitan.extensions.evaluation.command_line import results_file
 from torchtitan.extensions.evaluation.forward import Ranks
 from torchtitan.extensions.evaluation.stage import StageEvaluation
 from torchtitan.extensions.planner.data_report import format_report
@@ -70,7 +70,8 @@ from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_config import describe_rope, rope_warnings
 from torchtitan.models.rope_scaling import GeneScaling
 from torchtitan.models.transformer import init_weights, parameter_counts
-from torchtitan.models.work import Recomputed, Work, work_of
+from torchtitan.models.work import Recomputed, Work, forward_flops, training_flops, work_of
+from torchtitan.tools.constants import IGNORED_LABEL
 from torchtitan.tools.device import (
     GarbageCollection,
     available_host_memory,
@@ -82,7 +83,6 @@ from torchtitan.tools.device import (
     record_collectives,
 )
 from torchtitan.tools.errors import GateError, UserError
-from torchtitan.tools.flops import forward_flops, training_flops
 from torchtitan.tools.folders import put_aside
 from torchtitan.tools.logging import logger, step_progress
 from torchtitan.tools.torch_compat import compilations, default_store, set_timeout

@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from tests.distributed.harness import spawn
 from torchtitan.attention.backends import BACKENDS, Mask, dense
 from torchtitan.attention.segments import Segments
-from torchtitan.distributed.context_parallel.exchange import BLOCK, GatheredAttention, in_blocks, plan_exchange
+from torchtitan.distributed.context_parallel.exchange import GatheredAttention, in_blocks, plan_exchange
 from torchtitan.distributed.context_parallel.layout import LAYOUTS
 from torchtitan.distributed.options.ulysses import HeadTransfer, UlyssesAttention
+from torchtitan.tools.constants import BLOCK
 
 # Of KV heads 4 divide by 2 and 4 ranks, 1 is fewer than ranks, 3 divide by neither.
 HEADS = ((4, 4), (12, 3), (4, 2), (8, 1))

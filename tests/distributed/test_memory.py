@@ -17,10 +17,10 @@ from torchtitan.components.loss import train_micro_batch
 from torchtitan.components.setup import prepare_inputs
 from torchtitan.config import load_config
 from torchtitan.config.schema import JobConfig
-from torchtitan.datasets.loader import IGNORED_LABEL
 from torchtitan.distributed.fully_shard import reduce_over_replicas
 from torchtitan.distributed.parallelize import build_sharded_model
 from torchtitan.models.transformer import Transformer, init_weights
+from torchtitan.tools.constants import IGNORED_LABEL
 from torchtitan.trainer import Trainer
 
 Z_LOSS = 0.01

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.harness import flags, spawn, write_assets
+from torchtitan.components.lineage import differences
 from torchtitan.components.manifest import complete_steps, has_ended, read_manifest
 from torchtitan.components.setup import prepare_inputs
-from torchtitan.components.start import differences, find_start
+from torchtitan.components.start import find_start
 from torchtitan.config import as_tables, load_config
 from torchtitan.config.schema import Gate, JobConfig, Stage
 from torchtitan.extensions.cluster.chain import run_chain

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from torchtitan.attention.segments import BLOCK, Segments
+from torchtitan.attention.segments import Segments
+from torchtitan.tools.constants import BLOCK
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,10 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-BLOCK = 128
-"""Tokens of a block: the tile of FlexAttention's and FlashAttention's kernels, and the unit that context parallelism
-hands to ranks."""
-
 
 @dataclass(frozen=True, eq=False)
 class Segments:

@@ -116,3 +116,8 @@ def size_and_crc(path: Path) -> list[int]:
         while block := f.read(1 << 24):
             crc, size = zlib.crc32(block, crc), size + len(block)
     return [size, crc]
+
+
+def results_file(config: JobConfig, step: int, suffix: str = "") -> Path:
+    """Where a stage keeps the results of its checkpoint of a step."""
+    return Path(config.job.dump_folder) / "evaluation" / f"step-{step}{suffix}.json"

@@ -11,13 +11,13 @@ from typing import Any
 
 from torchtitan.attention.backends import choose_backend
 from torchtitan.attention.varlen import check_window
+from torchtitan.components.lineage import check_before, flat, lineage
 from torchtitan.components.manifest import check_load_step, complete_steps, load_step_now, newest_manifest
 from torchtitan.components.metrics import import_wandb
-from torchtitan.components.start import Start, check_start, find_start, hugging_face_start, lineage
+from torchtitan.components.start import Start, check_start, find_start, hugging_face_start
 from torchtitan.config import JobConfig
 from torchtitan.config.checks import check_config, dp_degree, rows_per_step
 from torchtitan.config.schema import Model
-from torchtitan.datasets.corpus import resolve_source
 from torchtitan.datasets.plan import Plan, changed_inputs
 from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
@@ -25,7 +25,7 @@ from torchtitan.distributed.options.quantize import check_quantize
 from torchtitan.distributed.options.ulysses import check_ulysses
 from torchtitan.distributed.parallelize import check_backend
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
-from torchtitan.extensions.cluster.gates import check_before, flat
+from torchtitan.extensions.ingest.resolve import resolve_source
 from torchtitan.extensions.planner.data_report import make_report
 from torchtitan.models.architecture import as_json, complete, rope_from_manifest
 from torchtitan.models.hf.config import config_json
@@ -35,10 +35,9 @@ from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_config import build_rope
 from torchtitan.models.rope_scaling import LongRopeScaling
 from torchtitan.models.transformer import TransformerArgs
-from torchtitan.models.work import work_of
+from torchtitan.models.work import training_flops, work_of
 from torchtitan.tools.device import device_type
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.flops import training_flops
 from torchtitan.tools.folders import make_writable
 
 

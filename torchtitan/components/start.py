@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchtitan.components.manifest import complete_steps, digest, read_manifest
+from torchtitan.components.lineage import flat, folder_before, stage_as_run
+from torchtitan.components.manifest import complete_steps, read_manifest
 from torchtitan.config.schema import JobConfig
-from torchtitan.extensions.cluster.gates import flat, folder_before, gate_failure, stage_as_run
+from torchtitan.extensions.cluster.gates import gate_failure
 from torchtitan.models.architecture import args_from_manifest, as_json
 from torchtitan.models.hf.weights import read_config
 from torchtitan.models.rope_config import lost_rope
@@ -152,53 +153,3 @@ def check_start(start: Start, args: TransformerArgs, tokenizer: str, rope_type: 
             f'its own TOML (rope.type = "{rope_type}") and model.flavor, nothing of it is carried over: write there '
             "what it was trained with, or more."
         )
-
-
-def lineage(manifest: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The stages up to and with that of a manifest, the first one first: what the next one's manifest says of them."""
-    if manifest is None:
-        return []
-    own = {key: manifest.get(key) for key in ("stage", "step", "tokens_seen", "seq_len", "tokenizer")}
-    own |= {"rope": manifest["architecture"]["rope"], "digest": digest(manifest)}
-    return [*manifest.get("stages_before", []), own]
-
-
-QUIET = ("job", "stage", "metrics", "profiling", "comm", "checkpoint", "rope")
-"""Tables whose differences say nothing about what is trained; rope's are shown as the architecture has them."""
-
-
-def differences(was: dict[str, Any], config: dict[str, Any], architecture: dict[str, Any]) -> list[str]:
-    """What changes from the stage of manifest `was` to this one, a line each: 'rope.theta 8e+06 -> 1.28e+08'."""
-    old, new = dict(was.get("config", {})), dict(config)
-    before = {"rope": was["architecture"]["rope"]} | {k: v for k, v in old.items() if k not in QUIET}
-    after = {"rope": architecture["rope"]} | {k: v for k, v in new.items() if k not in QUIET}
-    a, b = flat(before), flat(after)
-    mixture_before, mixture_after = (flat_mixture(x.pop("data.sources", ())) for x in (a, b))
-    lines = [f"{key} {shown(a.get(key))} -> {shown(b.get(key))}" for key in {**a, **b} if a.get(key) != b.get(key)]
-    for name in {**mixture_before, **mixture_after}:
-        x, y = mixture_before.get(name, "none"), mixture_after.get(name, "none")
-        if x != y:
-            lines.append(f"data source {name}: {x} -> {y}")
-    return lines
-
-
-def flat_mixture(sources: Any) -> dict[str, str]:
-    """Source -> its share of the tokens and what else it says."""
-    total = sum(source["weight"] for source in sources) or 1.0
-    quiet = ("name", "weight", "path", "text_field", "hub_split", "hub_revision")
-    usual = {"separator": "", "messages_field": "", "hub_subset": "", "long_document": "split", "min_length": 0}
-    return {
-        source["name"]: f"{source['weight'] / total:.1%}"
-        + "".join(f", {k} {v}" for k, v in source.items() if k not in quiet and v != usual.get(k))
-        for source in sources
-    }
-
-
-def shown(value: Any) -> str:
-    """A value in a line: numbers short, lists shortened, None as unset."""
-    if value is None:
-        return "unset"
-    if isinstance(value, float):
-        return f"{value:g}"
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -11,6 +11,7 @@ from typing import Any
 
 from torchtitan.config.schema import JobConfig, Rope, Source
 from torchtitan.config.toml_file import known_names
+from torchtitan.tools.constants import BLOCK
 from torchtitan.tools.errors import UserError
 
 # Every numeric key of the schema is in exactly one of these (a test sees to it); unset keys are not checked.
@@ -182,12 +183,13 @@ def _check_tokens(config: JobConfig) -> None:
     training, p = config.training, config.parallelism
     cp, tp = p.context_parallel_degree, p.tensor_parallel_degree
     tokens = training.seq_len * training.local_batch_size
-    unit = math.lcm(cp * 128, cp * tp) if cp > 1 else tp  # what a seq_len that works is a multiple of
+    unit = math.lcm(cp * BLOCK, cp * tp) if cp > 1 else tp  # what a seq_len that works is a multiple of
     product = f"training.seq_len * training.local_batch_size = {training.seq_len} * {training.local_batch_size}"
-    if cp > 1 and tokens % (cp * 128):
+    blocks = cp * BLOCK
+    if cp > 1 and tokens % blocks:
         raise UserError(
-            f"{product} = {tokens} is not divisible by parallelism.context_parallel_degree * 128 = {cp} * 128 = "
-            f"{cp * 128} (ranks hold blocks of 128 tokens): {tokens} / {cp * 128} = {tokens / (cp * 128):.2f}. A "
+            f"{product} = {tokens} is not divisible by parallelism.context_parallel_degree * {BLOCK} = {cp} * {BLOCK} "
+            f"= {blocks} (ranks hold blocks of {BLOCK} tokens): {tokens} / {blocks} = {tokens / blocks:.2f}. A "
             f"seq_len of {_multiples(training.seq_len, unit)} works."
         )
     if tokens // cp % tp:

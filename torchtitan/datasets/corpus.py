@@ -11,22 +11,28 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from torchtitan.config.schema import Data, Source
-from torchtitan.extensions.ingest.chat_template import load_chat_template
-from torchtitan.extensions.ingest.hub import is_hub
-from torchtitan.extensions.ingest.source_files import hash_file, source_path
-from torchtitan.extensions.ingest.tokenize import tokenize_source
-from torchtitan.extensions.ingest.units import CORPUS_FILE, FORMAT
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import hash_file, read_json
 
-if TYPE_CHECKING:  # components stand above datasets
-    from torchtitan.datasets.tokenizer import Tokenizer
+pass
 
+CORPUS_FILE = "corpus.json"
 STATE_FILE = "state.json"  # of datasets' save_to_disk; names the Arrow files in order
+
+FORMAT = 1
+"""Version of corpus.json and of the way text becomes tokens; part of every key."""
+
+ROLES = ("other", "system", "user", "tool", "assistant")
+"""What a token of a conversation belongs to, by its number in the column `roles`; other: what is around the messages.
+The loss is on the assistant's alone."""
+
+ASSISTANT = ROLES.index("assistant")
+
+MAKE_AGAIN = "Delete the folder and make it again."
 
 
 class Corpus:
@@ -34,7 +40,7 @@ class Corpus:
 
     folder: str. lengths: int64[n], tokens of every document. tokens: their sum. fingerprint: hex, of the content.
     max_token_id: largest id in the corpus, None where the folder does not say. has_roles: whether its tokens have
-    roles (units.ROLES), so that the assistant's alone are trained on. left_out: conversations that were left out of it,
+    roles (ROLES), so that the assistant's alone are trained on. left_out: conversations that were left out of it,
     by reason.
     """
 
@@ -81,46 +87,6 @@ class Corpus:
         return part, slice(*self._offsets[part][index - self._first[part] :][:2])
 
 
-def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
-    """The corpus of a source: its tokenized folder, or what tokenize_source makes of it in data.cache_folder."""
-    path = source_path(source, data)
-    if is_hub(source) or not is_tokenized(path):
-        # The cache was just found by its content, so that is not looked at a second time.
-        return open_corpus(tokenize_source(source, tokenizer, data), tokenizer.fingerprint, check_text=False)
-    about = _read_json(path / CORPUS_FILE) if (path / CORPUS_FILE).is_file() else {}
-    for key, wanted in (("add_bos", data.add_bos), ("add_eos", data.add_eos)):
-        if about.get(key, wanted) != wanted:
-            has, asked = str(about[key]).lower(), str(wanted).lower()
-            raise UserError(
-                f"data.{key} = {asked}, but {path} of data source {source.name!r} was tokenized with {key} = {has}: "
-                f"set data.{key} = {has}, or tokenize the text again."
-            )
-    corpus = open_corpus(path, tokenizer.fingerprint)
-    _check_chat(source, path, about, corpus, tokenizer)
-    return corpus
-
-
-def _check_chat(source: Source, path: Path, about: dict[str, Any], corpus: Corpus, tokenizer: Tokenizer) -> None:
-    """Whether a tokenized folder is what messages_field says, and of the template that the model has now."""
-    if source.messages_field and not corpus.has_roles:
-        raise UserError(
-            f"Data source {source.name!r} has messages_field = {source.messages_field!r}, but {path} was tokenized as "
-            "text: it has no column roles. Name the conversations as the source, or leave messages_field out to train "
-            "on every token."
-        )
-    made_by = about.get("chat_template")
-    if made_by and not source.messages_field:
-        raise UserError(
-            f"{path} of data source {source.name!r} holds conversations: set messages_field = "
-            f'"{about["messages_field"]}", so that they are treated as such.'
-        )
-    if made_by and made_by != (now := load_chat_template(tokenizer)).fingerprint:
-        raise UserError(
-            f"{path} was made with another chat template ({made_by}) than {now.path} has ({now.fingerprint}): name the "
-            "conversations as the source to have them tokenized again, or put the template back."
-        )
-
-
 def is_tokenized(path: Path) -> bool:
     """Whether the path is a folder of tokens (of ours or datasets') rather than text."""
     return any((path / name).is_file() for name in (CORPUS_FILE, STATE_FILE, "dataset_dict.json"))
@@ -135,17 +101,17 @@ def open_corpus(
     """
     path = Path(folder).expanduser()
     if (path / "dataset_dict.json").is_file():
-        splits = _read_json(path / "dataset_dict.json").get("splits", [])
+        splits = read_json(path / "dataset_dict.json", MAKE_AGAIN).get("splits", [])
         raise UserError(f"{path} holds the splits {', '.join(splits)}: name one of them, e.g. {path / splits[0]}.")
     if not (path / STATE_FILE).is_file():
         raise UserError(
             f"{path} is not a tokenized corpus: it has no {STATE_FILE}, which datasets' save_to_disk writes. Make the "
             "folder again, or name the text as the source."
         )
-    about = _read_json(path / CORPUS_FILE) if (path / CORPUS_FILE).is_file() else None
+    about = read_json(path / CORPUS_FILE, MAKE_AGAIN) if (path / CORPUS_FILE).is_file() else None
     if about is not None:
         _check(path, about, tokenizer_fingerprint, check_text)
-    names = [str(entry["filename"]) for entry in _read_json(path / STATE_FILE).get("_data_files", [])]
+    names = [str(entry["filename"]) for entry in read_json(path / STATE_FILE, MAKE_AGAIN).get("_data_files", [])]
     mapped = [part for name in names for part in _map_shard(path / name)]
     shards = [(offsets, values) for offsets, values, _ in mapped]
     roles = [part for _, _, part in mapped if part is not None]
@@ -241,12 +207,3 @@ def _map_shard(file: Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | No
         return parts
     except (pa.ArrowException, OSError, EOFError) as error:
         raise UserError(f"{file} is a damaged Arrow file ({error}): delete the corpus and tokenize again.") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-        assert isinstance(value, dict)
-    except (ValueError, AssertionError) as error:
-        raise UserError(f"{path} is damaged: {error}. Delete the folder and tokenize again.") from error
-    return value

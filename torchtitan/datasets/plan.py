@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 
 from torchtitan.config.schema import Data, Source
-from torchtitan.datasets.corpus import Corpus
+from torchtitan.datasets.corpus import ASSISTANT, Corpus
 from torchtitan.datasets.mixture import Stream, build_streams, check_epochs, normalize
 from torchtitan.datasets.row_table import RowTable, build_table, load_table, lock_table, save_table
-from torchtitan.extensions.ingest.units import ASSISTANT
 
 logger = logging.getLogger(__name__)
 

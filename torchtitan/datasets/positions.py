@@ -18,14 +18,11 @@ contiguous text.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.tools.errors import UserError
-
-if TYPE_CHECKING:
-    from torchtitan.datasets.tokenizer import Tokenizer
 
 CREAM_SIGMA = 3.0
 """The default of CREAM's released training script; its published commands do not set another."""

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.attention.backends import choose_backend
 from torchtitan.attention.segments import Segments
 from torchtitan.config.schema import JobConfig, Quantize
-from torchtitan.datasets.loader import IGNORED_LABEL, PackedBatch
+from torchtitan.datasets.batch import PackedBatch
 from torchtitan.datasets.positions import reset_positions
 from torchtitan.distributed.context_parallel import shard as sharding
 from torchtitan.distributed.fully_shard import reduce_over_replicas
@@ -30,6 +30,7 @@ from torchtitan.distributed.options.quantize import MULTIPLE, apply_quantize, fp
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import build_sharded_model
 from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
+from torchtitan.tools.constants import BLOCK, IGNORED_LABEL
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
@@ -116,7 +117,7 @@ def _first_failure(
             small.sliding_share,
         )
 
-    blocks = 128 * BLOCKS_A_RANK
+    blocks = BLOCK * BLOCKS_A_RANK
     total = cp * math.lcm(blocks, tp)  # sequence parallelism divides a rank's tokens once more
     rng = np.random.default_rng([dims.dp_rank, 2026])
     anchors = config.data.anchor_attention

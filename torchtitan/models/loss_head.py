@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from torchtitan.datasets.loader import IGNORED_LABEL
+from torchtitan.tools.constants import IGNORED_LABEL
 
 SMALLEST_TILE = 128  # tokens
 

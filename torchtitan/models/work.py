@@ -1,4 +1,10 @@
-"""What a model multiplies: parameters and attention, once in forward, twice in backward, and again where recomputed."""
+"""What a model multiplies: parameters and attention, once in forward, twice in backward, and again if recomputed.
+
+FLOPs count only the attention that the mask allows: they are what MFU and HFU are made of. MFU counts what the model
+needs, forward and backward; HFU what the hardware is made to do, recomputation included (PaLM, arXiv 2204.02311,
+appendix B; Korthikanti et al., arXiv 2205.05198). Neither counts padding, nor the logits that a flash kernel computes
+again inside its backward.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +28,7 @@ class Work:
 
     output: float
     width: float
-    """layers * heads * head_dim: see tools/flops.py."""
+    """layers * heads * head_dim: see forward_flops."""
 
     @property
     def parameters(self) -> float:
@@ -83,3 +89,18 @@ def recomputed(
     if chunked_heads:
         width = work.width
     return Recomputed(projections + inner + outer, width)
+
+
+def training_flops(matmul_parameters: float, tokens: float, attention_width: float, attended_pairs: float) -> float:
+    """FLOPs of forward and backward without recomputation.
+
+    Each parameter that multiplies activations costs 6 a token (PaLM, appendix B). Each allowed (query, key) pair costs,
+    for each unit of attention_width = layers * heads * head_dim, 2 for the logit and 2 for the value, three times over
+    for forward and backward.
+    """
+    return 3 * forward_flops(matmul_parameters, tokens, attention_width, attended_pairs)
+
+
+def forward_flops(matmul_parameters: float, tokens: float, attention_width: float, attended_pairs: float) -> float:
+    """FLOPs of forward alone, or of its recomputation."""
+    return 2.0 * matmul_parameters * tokens + 4.0 * attention_width * attended_pairs

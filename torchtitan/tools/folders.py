@@ -1,17 +1,22 @@
-"""Folders that a run writes to, tried before it needs them, and how what is written reaches the disk.
-
-A full or foreign disk should not end a run after an hour.
-"""
+"""Files and folders: tried before a run needs them, written whole or not at all, read with an error that names them."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import logging
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torchtitan.tools.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def sync(path: Path) -> None:
@@ -53,6 +58,48 @@ def put_aside(folder: Path, after: int) -> Path | None:
     return aside
 
 
+@contextlib.contextmanager
+def written(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Yields where to write a file that shall be at `path`: it is there complete or not at all.
+
+    The name beside it is path.partial; it becomes `path` when the block ends, and is deleted if the block raises.
+    Whatever was at `path` stays until then. durable: the bytes and the name survive a power loss (fsync). The parent
+    folder must exist. A process that is killed leaves path.partial, which the next writer overwrites.
+    """
+    aside = path.with_name(path.name + ".partial")
+    try:
+        yield aside
+        if durable:
+            sync(aside)
+        aside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync(path.parent)
+
+
+def write_text(path: Path, text: str, durable: bool = False) -> None:
+    """`text` as UTF-8 at `path`, whole or not at all: see written."""
+    with written(path, durable) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path, mend: str = "") -> dict[str, Any]:
+    """The JSON object in a file; UserError that names the file, and then says `mend`, if it holds anything else.
+
+    OSError if the file cannot be read.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}. {mend}".rstrip()) from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {type(value).__name__}, but a JSON object is expected. {mend}".rstrip())
+    return value
+
+
 def partial_of(out: Path) -> Path:
     """Where a folder is written before it is renamed to `out`, so that it is complete or absent."""
     return out.with_name(out.name + ".partial")
@@ -65,3 +112,29 @@ def new_folder(out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial_of(out), ignore_errors=True)
     return out
+
+
+@contextlib.contextmanager
+def lock(cache: Path, name: str) -> Iterator[None]:
+    """Hold the file lock cache/.NAME.lock; says so where it has to wait. The system frees it when its owner dies."""
+    import filelock
+
+    held = filelock.FileLock(cache / f".{name}.lock")
+    try:
+        held.acquire(timeout=2)
+    except filelock.Timeout:
+        logger.info("waiting for another process that works on %s", cache / name)
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def hash_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -14,9 +14,9 @@ from torchtitan.attention.backends import choose_backend, dense
 from torchtitan.attention.sdpa import _lower_right
 from torchtitan.attention.sdpa import attend as sdpa
 from torchtitan.attention.segments import Segments
-from torchtitan.datasets.loader import IGNORED_LABEL
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.transformer import Transformer, init_weights
+from torchtitan.tools.constants import IGNORED_LABEL
 from torchtitan.tools.errors import UserError
 
 

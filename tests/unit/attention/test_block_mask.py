@@ -10,7 +10,8 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from torchtitan.attention.block_mask import block_mask, block_ranges
-from torchtitan.attention.segments import BLOCK, Segments
+from torchtitan.attention.segments import Segments
+from torchtitan.tools.constants import BLOCK
 
 SIDES = ("kv", "full_kv", "q", "full_q")
 

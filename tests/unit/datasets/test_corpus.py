@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from torchtitan.config.schema import Data, Source
-from torchtitan.datasets.corpus import Corpus, open_corpus, resolve_source
+from torchtitan.datasets.corpus import Corpus, open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest import tokenize
+from torchtitan.extensions.ingest.resolve import resolve_source
 from torchtitan.extensions.ingest.tokenize import tokenize_source
 from torchtitan.tools.errors import UserError
 

@@ -9,7 +9,7 @@ from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.dealing import deal, imbalance, undealt
 from torchtitan.datasets.plan import Plan
-from torchtitan.tools.flops import training_flops
+from torchtitan.models.work import training_flops
 
 LAYOUTS = [(1, 1), (2, 1), (8, 1), (2, 4), (4, 2), (16, 4), (64, 1)]
 

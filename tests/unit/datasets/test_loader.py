@@ -11,10 +11,12 @@ import torch
 
 from torchtitan.attention.segments import Segments
 from torchtitan.config.schema import Data, Source
+from torchtitan.datasets.batch import PADDING_SOURCE, PackedBatch
 from torchtitan.datasets.corpus import Corpus
-from torchtitan.datasets.loader import IGNORED_LABEL, PADDING_SOURCE, MicroBatches, PackedBatch, build_loader, pack
+from torchtitan.datasets.loader import MicroBatches, build_loader, pack
 from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.row_table import PADDING_SEGMENT
+from torchtitan.tools.constants import IGNORED_LABEL
 from torchtitan.tools.errors import UserError
 
 SEQ_LEN = 24

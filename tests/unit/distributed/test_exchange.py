@@ -13,11 +13,12 @@ import torch
 
 from torchtitan.attention.backends import BACKENDS, dense
 from torchtitan.attention.segments import Segments
-from torchtitan.datasets.loader import IGNORED_LABEL, PackedBatch
-from torchtitan.distributed.context_parallel.exchange import BLOCK, Exchange, in_blocks, kv_received, plan_exchange
+from torchtitan.datasets.batch import PackedBatch
+from torchtitan.distributed.context_parallel.exchange import Exchange, in_blocks, kv_received, plan_exchange
 from torchtitan.distributed.context_parallel.layout import LAYOUTS
 from torchtitan.distributed.context_parallel.shard import LocalBatch, shard
 from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
+from torchtitan.tools.constants import BLOCK, IGNORED_LABEL
 
 DEGREES = (2, 3, 4, 8)
 HEADS = ((4, 4), (4, 2), (8, 1))

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torchtitan.datasets.loader import IGNORED_LABEL
 from torchtitan.models import loss_head
 from torchtitan.models.loss_head import OutputHead
+from torchtitan.tools.constants import IGNORED_LABEL
 
 TOKENS, DIM, WORDS = 600, 24, 97
 

@@ -16,8 +16,7 @@ from torchtitan.config.schema import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.distributed.options.tiled_mlp import apply_tiled_mlp
 from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
-from torchtitan.models.work import recomputed, work_of
-from torchtitan.tools.flops import forward_flops, training_flops
+from torchtitan.models.work import forward_flops, recomputed, training_flops, work_of
 
 ARGS = TransformerArgs(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=48, vocab_size=64)
 WINDOWS = replace(ARGS, layer_types=("sliding_attention", "full_attention", "sliding_attention"), sliding_window=5)

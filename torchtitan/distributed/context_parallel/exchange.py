@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from torchtitan.attention.backends import Backend, Mask
-from torchtitan.attention.segments import BLOCK, Segments
+from torchtitan.attention.segments import Segments
+from torchtitan.tools.constants import BLOCK
 
 # Renamed in PyTorch 2.13, the old names deprecated.
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from torchtitan.attention.segments import BLOCK, Segments
+from torchtitan.attention.segments import Segments
+from torchtitan.tools.constants import BLOCK
 
 EVEN = 0.004
 """Share of a rank's work by which `balanced` lets a rank miss its target to spare a cut through a document."""

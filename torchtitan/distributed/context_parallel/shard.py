@@ -13,9 +13,10 @@ import torch
 
 from torchtitan.attention.backends import BACKENDS, Mask
 from torchtitan.attention.segments import Segments
-from torchtitan.datasets.loader import IGNORED_LABEL, PackedBatch
-from torchtitan.distributed.context_parallel.exchange import BLOCK, plan_exchange
+from torchtitan.datasets.batch import PackedBatch
+from torchtitan.distributed.context_parallel.exchange import plan_exchange
 from torchtitan.distributed.context_parallel.layout import LAYOUTS, block_work
+from torchtitan.tools.constants import BLOCK, IGNORED_LABEL
 
 
 @dataclass(frozen=True)

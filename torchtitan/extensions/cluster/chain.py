@@ -18,11 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torchtitan.components.lineage import check_before, flat
 from torchtitan.components.manifest import has_ended, newest_manifest
 from torchtitan.config import JobConfig, as_tables, load_config
 from torchtitan.config.checks import check_config
 from torchtitan.config.schema import Source
-from torchtitan.extensions.cluster.gates import check_before, flat, gate_failure
+from torchtitan.extensions.cluster.gates import gate_failure
 from torchtitan.extensions.cluster.launch import launch
 from torchtitan.extensions.cluster.stages import chain
 from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, NOT_ENDED, STOPPED, GateError, UserError

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from torchtitan.components.manifest import complete_steps, digest, read_manifest
-from torchtitan.config import load_config
+from torchtitan.components.lineage import flat, folder_before
 from torchtitan.config.schema import Gate, JobConfig
 from torchtitan.tools.errors import UserError
 
@@ -48,56 +46,6 @@ def metrics_before(config: JobConfig) -> Path | None:
     return folder_before(config) / "metrics.jsonl" if config.stage.after else None
 
 
-def folder_before(config: JobConfig) -> Path:
-    """The dump folder of the stage before, which config.stage.after must name."""
-    if config.stage.after_dump_folder:
-        return Path(config.stage.after_dump_folder)
-    return Path(load_config(["--job.config_file", config.stage.after or ""]).job.dump_folder)
-
-
-def stage_as_run(config: JobConfig) -> JobConfig:
-    """The configuration of the stage before: as it was run (config.toml in its dump folder, which holds the overrides),
-    else as its file says."""
-    as_run = folder_before(config) / "config.toml"
-    return load_config(["--job.config_file", str(as_run) if as_run.is_file() else config.stage.after or ""])
-
-
-def check_before(config: JobConfig, manifest: dict[str, Any] | None) -> None:
-    """UserError where a stage and the one before it share a dump folder, or where the stage before is not what this one
-    went on from any more: it has been trained anew, or for longer.
-
-    manifest: of this stage's newest checkpoint, None without one.
-    """
-    if not config.stage.after:
-        return
-    try:
-        before = folder_before(config)
-    except UserError:
-        return  # a run that starts from there says so; one that is resumed needs nothing of it
-    if before.resolve() == Path(config.job.dump_folder).resolve():
-        raise UserError(
-            f"stage {config.stage.name} and the stage before it ({config.stage.after}) have one job.dump_folder, "
-            f"{before}, and would be taken for one another: give this stage another."
-        )
-    lineage = (manifest or {}).get("stages_before") or [{}]
-    step, known = lineage[-1].get("step"), lineage[-1].get("digest")
-    if not known:
-        return
-    try:
-        folder = before / stage_as_run(config).checkpoint.folder
-        newest = complete_steps(folder)[-1]
-        same = newest == step and digest(read_manifest(folder / f"step-{newest}")) == known
-    except (IndexError, UserError):
-        return  # not there any more, or damaged: nothing of it is needed
-    if not same:
-        raise UserError(
-            f"Stage {config.stage.name} went on from step {step} of {config.stage.after}, which has been trained anew "
-            f"or for longer since: {folder}/step-{newest} is another checkpoint. Delete {config.job.dump_folder} to "
-            "train this stage from it, choose another job.dump_folder, or name where the old one is "
-            "(stage.after_dump_folder)."
-        )
-
-
 def _mean(path: Path, gate: Gate) -> float:
     """Over the last `gate.over` lines that have the metric."""
     values: list[float] = []
@@ -117,11 +65,3 @@ def _mean(path: Path, gate: Gate) -> float:
         )
     recent = values[-gate.over :]
     return sum(recent) / len(recent)
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"rope": {"theta": 1}} -> {"rope.theta": 1}."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return result

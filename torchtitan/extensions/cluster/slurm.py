@@ -27,14 +27,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from torchtitan.components.manifest import complete_steps, load_step_now
+from torchtitan.components.manifest import complete_steps, load_step_now, results_file
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.checks import check_asked, check_config, check_evaluation, check_stage, resolve_shard_degree
 from torchtitan.config.manager import config_file, flag_name
 from torchtitan.config.toml_file import load_tables
 from torchtitan.extensions.cluster.chain import ended
 from torchtitan.extensions.cluster.stages import chain, without_flags
-from torchtitan.extensions.evaluation.command_line import results_file
 from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, LOST_A_RANK, STOPPED, GateError, UserError
 
 ENDED = 10

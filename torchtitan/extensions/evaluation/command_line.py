@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from torchtitan.components.manifest import MANIFEST, complete_steps, read_manifest
+from torchtitan.components.manifest import MANIFEST, complete_steps, read_manifest, results_file
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.checks import check_ranges, check_rope, resolve_shard_degree
 from torchtitan.config.manager import config_file, flag_name
@@ -33,11 +33,6 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=int, default=1, help="to start here (1)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser
-
-
-def results_file(config: JobConfig, step: int, suffix: str = "") -> Path:
-    """Where a stage keeps the results of its checkpoint of a step."""
-    return Path(config.job.dump_folder) / "evaluation" / f"step-{step}{suffix}.json"
 
 
 def write_whole(file: Path, text: str) -> None:

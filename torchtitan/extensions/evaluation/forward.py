@@ -16,13 +16,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from torchtitan.datasets.loader import IGNORED_LABEL, PADDING_SOURCE, PackedBatch
+from torchtitan.datasets.batch import PADDING_SOURCE, PackedBatch
 from torchtitan.distributed.context_parallel.shard import LocalBatch, shard
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.transformer import Transformer
-
-BLOCK = 128
+from torchtitan.tools.constants import BLOCK, IGNORED_LABEL
 
 
 @dataclass(frozen=True)

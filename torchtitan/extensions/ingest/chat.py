@@ -23,16 +23,14 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from torchtitan.datasets.corpus import ASSISTANT, ROLES
+from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.chat_template import MARKS, ChatTemplate
 from torchtitan.extensions.ingest.text import Fields
-from torchtitan.extensions.ingest.units import ASSISTANT, ROLES
-
-if TYPE_CHECKING:  # components stand above datasets
-    from torchtitan.datasets.tokenizer import Tokenizer
 
 FORMAT = 3
 """Version of the way conversations become tokens; part of the key of their corpora."""

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from jinja2 import nodes
@@ -21,10 +21,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.tools.errors import UserError
-
-if TYPE_CHECKING:  # components stand above datasets
-    from torchtitan.datasets.tokenizer import Tokenizer
 
 BEGINS, ENDS = "_generation_begins", "_generation_ends"
 MARKS = ("\ufdd0", "\ufdd1")

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from torchtitan.config.schema import Data, Source
+from torchtitan.datasets.corpus import FORMAT
+from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest import chat
 from torchtitan.extensions.ingest.chat import ChatEncoder
 from torchtitan.extensions.ingest.chat_template import load_chat_template
 from torchtitan.extensions.ingest.text import Fields, as_text
-from torchtitan.extensions.ingest.units import FORMAT, Counts
+from torchtitan.extensions.ingest.units import Counts
 from torchtitan.tools.errors import UserError
-
-if TYPE_CHECKING:  # components stand above datasets
-    from torchtitan.datasets.tokenizer import Tokenizer
 
 EMPTY = np.empty(0, np.int32)
 

@@ -15,9 +15,11 @@ import re
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchtitan.config.schema import Data, Source
+from torchtitan.datasets.corpus import CORPUS_FILE
+from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.chat import ChatEncoder
 from torchtitan.extensions.ingest.documents import Encoder, make_encoder, policy_about, policy_key
 from torchtitan.extensions.ingest.hub_stream import (
@@ -29,23 +31,10 @@ from torchtitan.extensions.ingest.hub_stream import (
     open_dataset,
 )
 from torchtitan.extensions.ingest.source_files import check_unchanged, files_below, hash_files
-from torchtitan.extensions.ingest.units import (
-    CORPUS_FILE,
-    Counts,
-    Place,
-    begin,
-    cut_of,
-    finish,
-    folder_name,
-    is_made,
-    lock,
-    write_unit,
-)
+from torchtitan.extensions.ingest.units import Counts, Place, begin, cut_of, finish, folder_name, is_made, write_unit
 from torchtitan.extensions.ingest.workers import Progress
 from torchtitan.tools.errors import UserError
-
-if TYPE_CHECKING:  # components stand above datasets
-    from torchtitan.datasets.tokenizer import Tokenizer
+from torchtitan.tools.folders import lock
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from torchtitan.extensions.ingest.units import ASSISTANT
+from torchtitan.datasets.corpus import ASSISTANT
 from torchtitan.tools.errors import UserError
 
 INDEX_FILE = "index.json"

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.config.schema import Data, Source
-from torchtitan.extensions.ingest.units import lock
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import hash_file, lock
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +64,6 @@ def files_below(folder: Path) -> list[Path]:
     """All files in a folder and the folders in it, hidden ones left out; sorted."""
     found = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
     return sorted(p for p in found if p.is_file())
-
-
-def hash_file(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def hash_files(paths: list[Path], cache: Path) -> list[SourceFile]:

@@ -14,11 +14,12 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from torchtitan.config.schema import Data, Source
+from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.chat import ChatEncoder
 from torchtitan.extensions.ingest.documents import Encoder, make_encoder, policy_about, policy_key
 from torchtitan.extensions.ingest.hub import is_hub, stream_source
@@ -33,16 +34,12 @@ from torchtitan.extensions.ingest.units import (
     finish,
     folder_name,
     is_made,
-    lock,
     unit_counts,
     write_unit,
 )
 from torchtitan.extensions.ingest.workers import Progress, WorkerKilledError, cores, run_units
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import make_writable
-
-if TYPE_CHECKING:  # components stand above datasets
-    from torchtitan.datasets.tokenizer import Tokenizer
+from torchtitan.tools.folders import lock, make_writable
 
 logger = logging.getLogger(__name__)
 

@@ -26,26 +26,18 @@ from typing import Any
 
 import numpy as np
 
+from torchtitan.datasets.corpus import CORPUS_FILE, ROLES
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import sync
+from torchtitan.tools.folders import lock, sync
 
 logger = logging.getLogger(__name__)
 
-CORPUS_FILE = "corpus.json"
-FORMAT = 1
-"""Version of corpus.json and of the way text becomes tokens; part of every key."""
 
 RECORD_BATCH_TOKENS = 4 << 20  # held by a worker at a time
 
 Counts = dict[str, Any]
 """Of a unit: documents, tokens, empty, max_token_id, bytes (of its .arrow file), tokens_by_role where they have roles,
 and what its writer adds."""
-
-ROLES = ("other", "system", "user", "tool", "assistant")
-"""What a token of a conversation belongs to, by its number in the column `roles`; other: what is around the messages.
-The loss is on the assistant's alone."""
-
-ASSISTANT = ROLES.index("assistant")
 
 
 @dataclass(frozen=True)
@@ -81,23 +73,6 @@ def folder_name(source_name: str, key: list[Any]) -> str:
 def cut_of(*parts: Any) -> str:
     """8 hex digits over how the work is cut into units and the units into record batches."""
     return hashlib.sha256(json.dumps([RECORD_BATCH_TOKENS, *parts]).encode()).hexdigest()[:8]
-
-
-@contextlib.contextmanager
-def lock(cache: Path, name: str) -> Iterator[None]:
-    """Hold the file lock cache/.NAME.lock; says so where it has to wait. The system frees it when its owner dies."""
-    import filelock
-
-    held = filelock.FileLock(cache / f".{name}.lock")
-    try:
-        held.acquire(timeout=2)
-    except filelock.Timeout:
-        logger.info("waiting for another process that works on %s", cache / name)
-        held.acquire()
-    try:
-        yield
-    finally:
-        held.release()
 
 
 def is_made(cache: Path, name: str) -> bool:

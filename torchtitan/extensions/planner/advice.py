@@ -19,6 +19,7 @@ from torchtitan.extensions.planner.job import Job, job_of
 from torchtitan.extensions.planner.memory import host, peak_gib
 from torchtitan.extensions.planner.speed import step_of
 from torchtitan.models.transformer import TransformerArgs
+from torchtitan.tools.constants import BLOCK
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.gpus import Gpu
 
@@ -64,7 +65,7 @@ def options(config: JobConfig, args: TransformerArgs, world_size: int) -> list[l
         return [{}, *(keys for keys in (_changed(config, k) for k in wanted) if keys)]
 
     tokens = t.seq_len * t.local_batch_size
-    degrees = [cp for cp in _doubled(p.context_parallel_degree, world_size) if tokens % (128 * cp) == 0]
+    degrees = [cp for cp in _doubled(p.context_parallel_degree, world_size) if tokens % (BLOCK * cp) == 0]
     rows: Keys = {}
     if t.global_batch_size is None and t.global_batch_tokens is None:  # else a step would have fewer rows
         rows = {"training.global_batch_tokens": rows_per_step(config, world_size) * t.seq_len}

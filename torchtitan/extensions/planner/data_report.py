@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from torchtitan.datasets.corpus import ASSISTANT, ROLES
 from torchtitan.datasets.dealing import deal, imbalance, undealt
 from torchtitan.datasets.mixture import piece_limit
 from torchtitan.datasets.plan import Plan
 from torchtitan.extensions.ingest.chat import LEFT_OUT
-from torchtitan.extensions.ingest.units import ASSISTANT, ROLES
 
 UNIGRAM_SAMPLE = 4_000_000
 """Tokens that the unigram model is counted on."""
@@ -34,7 +34,7 @@ def make_report(
 ) -> dict[str, Any]:
     """The report as JSON values. dp_degree ranks read different rows.
 
-    flops_per_token, flops_per_pair: of the model, forward and backward, linear layers and attention (tools/flops.py).
+    flops_per_token, flops_per_pair: of the model, forward and backward, linear layers and attention (models/work.py).
     """
     table = plan.table
     rows = plan.steps * plan.rows_per_step

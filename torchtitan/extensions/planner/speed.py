@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torchtitan.extensions.planner.job import Job
 from torchtitan.extensions.planner.memory import repeated_kv, sizes, stream
-from torchtitan.models.work import work_of
-from torchtitan.tools.flops import forward_flops, training_flops
+from torchtitan.models.work import forward_flops, training_flops, work_of
 from torchtitan.tools.gpus import Gpu
 
 GPUS_A_NODE = 8

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 
 from torchtitan.config.schema import Data, Source
-from torchtitan.datasets.corpus import Corpus, resolve_source
-from torchtitan.datasets.loader import IGNORED_LABEL, MicroBatches
+from torchtitan.datasets.corpus import ROLES, Corpus
+from torchtitan.datasets.loader import MicroBatches
 from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.extensions.ingest.chat import ChatEncoder
 from torchtitan.extensions.ingest.chat_template import load_chat_template
 from torchtitan.extensions.ingest.documents import policy_key
+from torchtitan.extensions.ingest.resolve import resolve_source
 from torchtitan.extensions.ingest.text import Fields, read_documents, read_records, spans_of
-from torchtitan.extensions.ingest.units import ROLES
 from torchtitan.extensions.planner.data_report import format_report, make_report
+from torchtitan.tools.constants import IGNORED_LABEL
 from torchtitan.tools.errors import UserError
 
 ASSETS = Path(__file__).parents[4] / "assets" / "tokenizer"

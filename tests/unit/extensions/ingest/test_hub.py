@@ -22,9 +22,9 @@ import pytest
 
 from tests.unit.extensions.ingest.hub_server import COMMIT, serve
 from torchtitan.config.schema import Data, Source
-from torchtitan.datasets.corpus import resolve_source
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest import hub, hub_stream, units
+from torchtitan.extensions.ingest.resolve import resolve_source
 from torchtitan.extensions.ingest.tokenize import tokenize_shard, tokenize_source
 from torchtitan.tools.errors import UserError
 

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from torchtitan.config.schema import Data, Source
-from torchtitan.datasets.corpus import open_corpus, resolve_source
+from torchtitan.datasets.corpus import ASSISTANT, open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest import tokenize
 from torchtitan.extensions.ingest.mds import find_mds, read_index, read_shard
+from torchtitan.extensions.ingest.resolve import resolve_source
 from torchtitan.extensions.ingest.tokenize import tokenize_source
-from torchtitan.extensions.ingest.units import ASSISTANT
 from torchtitan.tools.errors import UserError
 
 FIXTURES = Path(__file__).parent / "data"  # make_mds.py in there wrote them

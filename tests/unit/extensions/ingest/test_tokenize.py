@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from torchtitan.config.schema import Data, Source
-from torchtitan.datasets.corpus import open_corpus, resolve_source
+from torchtitan.datasets.corpus import open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest import source_files, tokenize, units
+from torchtitan.extensions.ingest.resolve import resolve_source
 from torchtitan.extensions.ingest.tokenize import tokenize_source
 from torchtitan.tools.errors import UserError
 
