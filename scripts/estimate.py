@@ -85,15 +85,15 @@ def estimate(own: argparse.Namespace, overrides: list[str]) -> int:
     from torchtitan.distributed.options.ulysses import check_ulysses
     from torchtitan.distributed.tensor_parallel import check_tensor_parallel
     from torchtitan.extensions.planner.advice import changes, cheapest, single_tricks
-    from torchtitan.extensions.planner.job import job_of
-    from torchtitan.extensions.planner.report import advice_as_text, as_dict, as_text, fit_toml
+    from torchtitan.extensions.planner.estimate_report import advice_as_text, as_dict, as_text, fit_toml
     from torchtitan.extensions.planner.speed import step_of
+    from torchtitan.extensions.planner.stage_numbers import numbers_of
 
     args, p = architecture(config.model), config.parallelism
     check_tensor_parallel(args, p.tensor_parallel_degree)
     if p.context_parallel_exchange == "ulysses" and p.context_parallel_degree > 1:
         check_ulysses(args.n_heads, p.context_parallel_degree, p.tensor_parallel_degree, p.context_parallel_head_chunks)
-    job = job_of(config, args, own.world_size, "cuda" if gpu else "cpu", own.document_length)
+    job = numbers_of(config, args, own.world_size, "cuda" if gpu else "cpu", own.document_length)
     step = step_of(job, gpu) if gpu else None
     ranks_a_host = min(own.gpus_per_node, own.world_size)
     plan = as_dict(job, gpu, step, ranks_a_host)

@@ -80,9 +80,9 @@ def choose_world_size(config: JobConfig, asked: int | None, ngpu: str | None) ->
 def plan_stage(config: JobConfig, world_size: int) -> tuple[str, dict]:
     """The report as text and as JSON values."""
     # PyTorch takes seconds to import: a mistake in the TOML should not.
-    from torchtitan.components.setup import make_plan, model_args, report_of
+    from torchtitan.components.setup import make_plan, model_args
     from torchtitan.datasets.tokenizer import load_tokenizer
-    from torchtitan.extensions.planner.data_report import format_report
+    from torchtitan.extensions.planner.data_report import format_report, report_of
     from torchtitan.tools.folders import make_writable
 
     if config.rope.theta == "auto":  # the stage before may not have been trained; rows do not depend on the base

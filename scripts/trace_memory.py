@@ -42,8 +42,8 @@ def main(args: list[str]) -> int:
 def compare(config: JobConfig, world_size: int) -> int:
     from torchtitan.components.setup import model_args
     from torchtitan.config.checks import check_config
-    from torchtitan.extensions.planner.job import job_of
     from torchtitan.extensions.planner.memory import peak
+    from torchtitan.extensions.planner.stage_numbers import numbers_of
 
     check_config(config, world_size)
     if config.optimizer.implementation != "fused":
@@ -52,7 +52,7 @@ def compare(config: JobConfig, world_size: int) -> int:
             'there: only "fused" can be traced.'
         )
     args = model_args(config, None)
-    planned = peak(job_of(config, args, world_size, "cpu"))
+    planned = peak(numbers_of(config, args, world_size, "cpu"))
     start = time.perf_counter()
     traced = trace(config, args, world_size)
     apart = planned.total / traced - 1

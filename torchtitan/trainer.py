@@ -6,8 +6,6 @@ distributed/parallelize.py; every other part gets what it needs as arguments.
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -35,14 +33,13 @@ from torchtitan.components.lr_scheduler import lr_factor
 from torchtitan.components.manifest import digest, export_folder, read_manifest, results_file
 from torchtitan.components.metrics import MetricsLogger, duration, log_step
 from torchtitan.components.optimizer import build_optimizer, clip_gradients, optimizer_state
-from torchtitan.components.setup import StageInputs, report_of
+from torchtitan.components.setup import StageInputs
 from torchtitan.components.start import Start
 from torchtitan.config import JobConfig, as_tables, dump_toml
 from torchtitan.config.checks import accumulation_steps, is_asked_for, resolve_shard_degree
 from torchtitan.datasets.loader import build_loader
 from torchtitan.distributed.context_parallel.shard import LocalBatch, shard
 from torchtitan.distributed.fully_shard import reduce_over_replicas
-from torchtitan.distributed.options.offload import host_bytes, host_memory_warning
 from torchtitan.distributed.options.quantize import describe_quantize
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import build_sharded_model
@@ -62,19 +59,18 @@ from torchtitan.extensions.cluster.profiling import profiled
 from torchtitan.extensions.convert.export import export, publish
 from torchtitan.extensions.evaluation.forward import Ranks
 from torchtitan.extensions.evaluation.stage import StageEvaluation
-from torchtitan.extensions.planner.data_report import format_report
-from torchtitan.extensions.planner.job import job_of
+from torchtitan.extensions.planner.data_report import DataReport
+from torchtitan.extensions.planner.host_memory import HostMemoryCheck
 from torchtitan.models.architecture import as_json
 from torchtitan.models.hf.weights import load_weights
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_config import describe_rope, rope_warnings
 from torchtitan.models.rope_scaling import GeneScaling
 from torchtitan.models.transformer import init_weights, parameter_counts
-from torchtitan.models.work import Recomputed, Work, forward_flops, training_flops, work_of
+from torchtitan.models.work import Recomputed, Work, forward_flops, recomputed_by, training_flops, work_of
 from torchtitan.tools.constants import IGNORED_LABEL
 from torchtitan.tools.device import (
     GarbageCollection,
-    available_host_memory,
     init_process_group,
     make_deterministic,
     peak_flops,
@@ -128,12 +124,12 @@ class Trainer:
             run_self_check(
                 inputs.args, config, self.dims, self.device, self.cpu_group, self.accumulation, train_micro_batch
             )
-        self._check_host_memory()
+        HostMemoryCheck().configured(self)
         self.evaluation = self._prepared_evaluation()
         self.model = build_sharded_model(inputs.args, config, self.dims, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.work = work_of(inputs.args)
-        self.recomputed = job_of(config, inputs.args, world_size).recomputed
+        self.recomputed = recomputed_by(config, inputs.args)
         self.step = self.tokens_seen = 0
         self.stop_requested = False
         self.compiled_in_first_step = 0
@@ -204,8 +200,6 @@ class Trainer:
     def _write_inputs(self) -> None:
         self.dump_folder.mkdir(parents=True, exist_ok=True)
         (self.dump_folder / "config.toml").write_text(dump_toml(self.config))
-        report = report_of(self.inputs.plan, self.config, dist.get_world_size(), self.inputs.args)
-        (self.dump_folder / "plan.json").write_text(json.dumps(report, indent=1) + "\n")
         total = parameter_counts(self.inputs.args)[0]
         sizes = ", ".join(f"{name} {self.dims.size(name)}" for name in ("dp_replicate", "dp_shard", "cp", "tp"))
         logger.info(f"stage {self.config.stage.name}: {self.config.job.description}".rstrip(": "))
@@ -218,16 +212,7 @@ class Trainer:
         if quantize.recipe_name != "none":
             logger.info(describe_quantize(self.inputs.args, quantize, self.dims.size("tp")))
         logger.info(f"model {self.config.model.flavor}: {total / 1e6:,.1f}M parameters on {self.device.type}; {sizes}")
-        for line in format_report(report).splitlines():
-            logger.info(line)
-
-    def _check_host_memory(self) -> None:
-        """Warn, before anything is allocated, where offloading needs more memory than this host has."""
-        shards = math.prod(self.dims.size(name) for name in ("dp_shard", "cp", "tp"))
-        ranks = self.hosts.count(self.hosts[self.rank])
-        needed = host_bytes(self.inputs.args, self.config, shards)
-        if warning := host_memory_warning(needed, ranks, available_host_memory()):
-            logger.warning(warning)
+        DataReport().started(self)
 
     def _prepared_evaluation(self) -> StageEvaluation | None:
         """What [evaluation] asks for, its texts read; None if nothing."""

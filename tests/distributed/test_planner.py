@@ -31,8 +31,8 @@ def peaks(case: tuple[str, str, dict[str, Any]], rank: int, world_size: int) -> 
     """Bytes at the peak of the second step, the first having made what is made once; counted and planned."""
     from torchtitan.components.setup import prepare_inputs
     from torchtitan.config import load_config
-    from torchtitan.extensions.planner.job import job_of
     from torchtitan.extensions.planner.memory import peak
+    from torchtitan.extensions.planner.stage_numbers import numbers_of
     from torchtitan.trainer import Trainer, Window
 
     folder, assets, overrides = case
@@ -44,7 +44,7 @@ def peaks(case: tuple[str, str, dict[str, Any]], rank: int, world_size: int) -> 
         live.reset()
         trainer.train_step(Window())
     trainer.close()
-    return live.peak, peak(job_of(config, inputs.args, world_size, "cpu")).total
+    return live.peak, peak(numbers_of(config, inputs.args, world_size, "cpu")).total
 
 
 def test_planned_peak_is_what_is_allocated(tmp_path: Path):

@@ -16,7 +16,7 @@ from torchtitan.components.manifest import check_load_step, complete_steps, load
 from torchtitan.components.metrics import import_wandb
 from torchtitan.components.start import Start, check_start, find_start, hugging_face_start
 from torchtitan.config import JobConfig
-from torchtitan.config.checks import check_config, dp_degree, rows_per_step
+from torchtitan.config.checks import check_config, rows_per_step
 from torchtitan.config.schema import Model
 from torchtitan.datasets.plan import Plan, changed_inputs
 from torchtitan.datasets.positions import sentence_end_ids
@@ -26,7 +26,6 @@ from torchtitan.distributed.options.ulysses import check_ulysses
 from torchtitan.distributed.parallelize import check_backend
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.extensions.ingest.resolve import resolve_source
-from torchtitan.extensions.planner.data_report import make_report
 from torchtitan.models.architecture import as_json, complete, rope_from_manifest
 from torchtitan.models.hf.config import config_json
 from torchtitan.models.hf.weights import check_weights, read_config
@@ -35,7 +34,6 @@ from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_config import build_rope
 from torchtitan.models.rope_scaling import LongRopeScaling
 from torchtitan.models.transformer import TransformerArgs
-from torchtitan.models.work import training_flops, work_of
 from torchtitan.tools.device import device_type
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import make_writable
@@ -135,18 +133,6 @@ def make_plan(config: JobConfig, world_size: int, tokenizer: Tokenizer, args: Tr
         sentence_end_ids=sentence_end_ids(tokenizer) if data.positions == "longrecipe" else (),
         cache=cache,
         short_window=args.rope.scaling.original_max_position_embeddings if mixed else None,  # type: ignore[union-attr]
-    )
-
-
-def report_of(plan: Plan, config: JobConfig, world_size: int, args: TransformerArgs) -> dict[str, Any]:
-    """What the plan will read (plan.json), with the work of the model's ranks."""
-    work = work_of(args)
-    return make_report(
-        plan,
-        dp_degree(config, world_size),
-        config.training.local_batch_size,
-        flops_per_token=training_flops(work.parameters, 1, work.width, 0),
-        flops_per_pair=training_flops(work.parameters, 0, work.width, 1),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torchtitan.config.schema import JobConfig
 from torchtitan.models.transformer import TransformerArgs
 
 
@@ -53,6 +54,45 @@ def work_of(args: TransformerArgs) -> Work:
         outer=layers * dim * ffn,
         output=args.vocab_size * dim,
         width=layers * heads,
+    )
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """Which results of a model's blocks backward computes anew, by [activation_checkpoint]."""
+
+    blocks: float
+    """The share of blocks that are recomputed."""
+
+    keeps_attention: bool
+    """Recomputed blocks keep the output of their attention."""
+
+    kept_products: int
+    """Those that do also keep every n-th of their matrix products; 0: none."""
+
+
+def checkpointing_of(config: JobConfig, args: TransformerArgs) -> Checkpointing:
+    """What distributed/activation_checkpoint.py does with a model under this configuration."""
+    ac = config.activation_checkpoint
+    option = ac.selective_ac_option if ac.mode == "selective" else ""
+    every = 0 if ac.mode == "none" else int(option) if option not in ("", "op") else 1
+    return Checkpointing(
+        blocks=-(-args.n_layers // every) / args.n_layers if every else 0,
+        keeps_attention=option == "op",
+        kept_products=0 if config.compile.enable else ac.selective_ac_matmuls,
+    )
+
+
+def recomputed_by(config: JobConfig, args: TransformerArgs) -> Recomputed:
+    """What backward computes a second time under this configuration; over the whole model."""
+    kept = checkpointing_of(config, args)
+    return recomputed(
+        args,
+        kept.blocks,
+        kept.keeps_attention,
+        kept.kept_products,
+        tiled_mlp=config.training.mlp_tile_tokens is not None,
+        chunked_heads=config.parallelism.context_parallel_head_chunks > 1,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.attention.segments import Segments
-from torchtitan.config.schema import ActivationCheckpoint, JobConfig, Optimizer, Parallelism, Training
+from torchtitan.config.schema import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.distributed.options import offload
 from torchtitan.distributed.options.tiled_mlp import apply_tiled_mlp
@@ -106,28 +106,3 @@ def test_only_block_inputs_go_to_the_host_and_come_back_in_time(monkeypatch: pyt
     for i in reversed(range(LAYERS - 1)):
         expected += [("fetched", i), ("needed", i)]
     assert events == expected
-
-
-def test_host_memory_of_offloads():
-    """8 ranks that share the parameters: 4 numbers each, two of them in bfloat16; 1,024 tokens of 4 layers."""
-    parameters = sum(p.numel() for p in Transformer(ARGS).parameters())
-    config = JobConfig(
-        training=Training(seq_len=4096, enable_cpu_offload=True),
-        parallelism=Parallelism(context_parallel_degree=2, tensor_parallel_degree=2),
-        optimizer=Optimizer(state_dtype="bfloat16"),
-    )
-    assert offload.host_bytes(ARGS, config, 8) == parameters * (4 + 4 + 2 + 2) // 8
-    every = ActivationCheckpoint(mode="selective", selective_ac_option="2", offload=True)
-    kept = offload.host_bytes(ARGS, JobConfig(training=config.training, activation_checkpoint=every), 8)
-    assert kept == parameters * 16 // 8 + 2 * 4096 * DIM * 2
-    full = JobConfig(
-        training=Training(seq_len=4096),
-        parallelism=config.parallelism,
-        activation_checkpoint=ActivationCheckpoint(mode="full", offload=True),
-    )
-    assert offload.host_bytes(ARGS, full, 8) == LAYERS * 1024 * DIM * 2
-    assert offload.host_bytes(ARGS, JobConfig(), 8) == 0
-    assert offload.host_memory_warning(2**30, 8, available=9 * 2**30) is None
-    assert offload.host_memory_warning(2**30, 8, available=None) is None
-    told = offload.host_memory_warning(2**30, 8, available=8 * 2**30)
-    assert told and "enable_cpu_offload" in told and "8.0 GiB of host" in told and "context_parallel_degree" in told

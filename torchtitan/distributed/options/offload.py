@@ -12,12 +12,6 @@ from typing import Any
 
 import torch
 
-from torchtitan.config.schema import JobConfig
-from torchtitan.models.transformer import TransformerArgs, parameter_counts
-
-USED_BY_OTHERS = 0.1
-"""Share of the available host memory that is left to everything else: loaders, the page cache, Python."""
-
 IN_FLIGHT = 2
 """Tensors on their way to the host that are still held on the device; beyond, computation waits for the oldest copy."""
 
@@ -95,36 +89,3 @@ class _Copy:
         self.device_copy: torch.Tensor | None = None
         self.arrived: Any = None
         """The event after the copy to the device."""
-
-
-def host_bytes(args: TransformerArgs, config: JobConfig, shards: int) -> int:
-    """Host memory of a rank under the configuration's offloads, estimated; shards: ranks that share the parameters.
-
-    Pinned memory is handed out in powers of two, so a kept input counts as the next one.
-    """
-    total, t = 0, config.training
-    if t.enable_cpu_offload:
-        stored = getattr(torch, t.dtype).itemsize
-        moment = getattr(torch, config.optimizer.state_dtype or t.dtype).itemsize
-        total += parameter_counts(args)[0] * (2 * stored + 2 * moment) // shards
-    if config.activation_checkpoint.offload:
-        p = config.parallelism
-        tokens = t.seq_len * t.local_batch_size // (p.context_parallel_degree * p.tensor_parallel_degree)
-        kept = tokens * args.dim * getattr(torch, t.mixed_precision_param).itemsize
-        every = config.activation_checkpoint.selective_ac_option
-        of = int(every) if config.activation_checkpoint.mode == "selective" and every != "op" else 1
-        total += -(-args.n_layers // of) * (1 << (kept - 1).bit_length())
-    return total
-
-
-def host_memory_warning(bytes_a_rank: int, ranks: int, available: int | None) -> str | None:
-    """What to log where ranks of one host are going to need more of its memory than there is."""
-    needed = bytes_a_rank * ranks
-    if available is None or needed <= available * (1 - USED_BY_OTHERS):
-        return None
-    return (
-        f"training.enable_cpu_offload and activation_checkpoint.offload need about {needed / 2**30:.1f} GiB of host "
-        f"memory ({bytes_a_rank / 2**30:.1f} GiB a rank, {ranks} on this host), and {available / 2**30:.1f} GiB are "
-        f"available: more ranks that share the parameters, more hosts, or a higher context_parallel_degree need less "
-        "a host."
-    )

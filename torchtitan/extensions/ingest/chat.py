@@ -37,13 +37,6 @@ FORMAT = 3
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "tool": "tool", "assistant": "assistant"}
 
-LEFT_OUT = {
-    "no_response": "without a message of the assistant",
-    "empty_response": "with an empty message of the assistant",
-    "special_token": "that spell a special token",
-}
-"""Why conversations are left out, and how the report says it."""
-
 
 @dataclass(frozen=True)
 class Rendered:

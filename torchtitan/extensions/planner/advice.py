@@ -15,9 +15,10 @@ from typing import Any
 from torchtitan.config.checks import check_config, rows_per_step
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.options.ulysses import check_ulysses
-from torchtitan.extensions.planner.job import Job, job_of
-from torchtitan.extensions.planner.memory import host, peak_gib
+from torchtitan.extensions.planner.host_memory import host_bytes
+from torchtitan.extensions.planner.memory import peak_gib
 from torchtitan.extensions.planner.speed import step_of
+from torchtitan.extensions.planner.stage_numbers import StageNumbers, numbers_of
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.constants import BLOCK
 from torchtitan.tools.errors import UserError
@@ -39,7 +40,7 @@ class Change:
 
     keys: Keys
     config: JobConfig
-    job: Job
+    stage: StageNumbers
     gib: float
     slower: float
     """Step time a token over that of the stage as it is, less 1."""
@@ -134,7 +135,7 @@ def changes(
 def _maker(
     config: JobConfig, args: TransformerArgs, world_size: int, gpu: Gpu, document: int | None
 ) -> Callable[[Keys], Change | None]:
-    before = job_of(config, args, world_size, document=document)
+    before = numbers_of(config, args, world_size, document=document)
     time_before = step_of(before, gpu).middle / before.step_tokens
 
     def make(keys: Keys) -> Change | None:
@@ -149,25 +150,27 @@ def _maker(
                     p.tensor_parallel_degree,
                     p.context_parallel_head_chunks,
                 )
-            job = job_of(changed, args, world_size, document=document)
+            stage = numbers_of(changed, args, world_size, document=document)
         except UserError:
             return None
-        slower = step_of(job, gpu).middle / job.step_tokens / time_before - 1
+        slower = step_of(stage, gpu).middle / stage.step_tokens / time_before - 1
         rounded = PRICE_OF_ROUNDED_STATE * ("optimizer.state_dtype" in keys)
-        return Change(keys, changed, job, peak_gib(job), slower, max(slower, 0) + PRICE_OF_A_KEY * len(keys) + rounded)
+        return Change(
+            keys, changed, stage, peak_gib(stage), slower, max(slower, 0) + PRICE_OF_A_KEY * len(keys) + rounded
+        )
 
     return make
 
 
-def host_gib(job: Job, ranks: int) -> float:
+def host_gib(stage: StageNumbers, ranks: int) -> float:
     """Host memory that the ranks of a machine need together."""
-    return sum(host(job).values()) * ranks / 2**30
+    return host_bytes(stage) * ranks / 2**30
 
 
 def cheapest(candidates: list[Change], gpu: Gpu, ranks_a_host: int, host_memory_gib: float) -> Change | None:
     """The cheapest that fits the GPU and the host; None where none does. Of those that cost about the same, by less
     than the price of a key, that with the lowest peak: the model of the time is coarser than that."""
-    fitting = [c for c in candidates if c.fits(gpu) and host_gib(c.job, ranks_a_host) <= host_memory_gib]
+    fitting = [c for c in candidates if c.fits(gpu) and host_gib(c.stage, ranks_a_host) <= host_memory_gib]
     least = min((c.cost for c in fitting), default=0.0)
     return min((c for c in fitting if c.cost < least + PRICE_OF_A_KEY), key=lambda c: c.gib, default=None)
 

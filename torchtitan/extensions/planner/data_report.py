@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
+from torchtitan.components.hooks import Hook
+from torchtitan.config.checks import dp_degree
+from torchtitan.config.schema import JobConfig
 from torchtitan.datasets.corpus import ASSISTANT, ROLES
 from torchtitan.datasets.dealing import deal, imbalance, undealt
 from torchtitan.datasets.mixture import piece_limit
 from torchtitan.datasets.plan import Plan
-from torchtitan.extensions.ingest.chat import LEFT_OUT
+from torchtitan.models.transformer import TransformerArgs
+from torchtitan.models.work import training_flops, work_of
+from torchtitan.tools.folders import write_text
+from torchtitan.tools.logging import logger
 
 UNIGRAM_SAMPLE = 4_000_000
 """Tokens that the unigram model is counted on."""
@@ -181,81 +190,139 @@ def unigram_nats(plan: Plan) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
+def report_of(plan: Plan, config: JobConfig, world_size: int, args: TransformerArgs) -> dict[str, Any]:
+    """make_report for a stage's ranks and its model's FLOPs."""
+    work = work_of(args)
+    return make_report(
+        plan,
+        dp_degree(config, world_size),
+        config.training.local_batch_size,
+        flops_per_token=training_flops(work.parameters, 1, work.width, 0),
+        flops_per_pair=training_flops(work.parameters, 0, work.width, 1),
+    )
+
+
+class DataReport(Hook):
+    """Writes plan.json into the dump folder, and logs its tables."""
+
+    def started(self, trainer: Any) -> None:
+        """Rank 0 alone does it."""
+        if trainer.rank == 0:
+            report = report_of(trainer.inputs.plan, trainer.config, dist.get_world_size(), trainer.inputs.args)
+            write_text(trainer.dump_folder / "plan.json", json.dumps(report, indent=1) + "\n")
+            for line in format_report(report).splitlines():
+                logger.info(line)
+
+
+Columns = tuple[tuple[str, int, Callable[[dict[str, Any]], str]], ...]
+
+COLUMNS: Columns = (
+    ("documents", 11, lambda s: f"{s['documents']:,}"),
+    ("tokens", 15, lambda s: f"{s['tokens']:,}"),
+    ("longest", 9, lambda s: f"{s['longest_document']:,}"),
+    ("asked", 7, lambda s: f"{s['share_asked']:.2%}"),
+    ("share", 7, lambda s: f"{s['share']:.2%}"),
+    (
+        "epochs",
+        13,
+        lambda s: " / ".join(f"{e['epochs']:,.{2 if e['epochs'] < 100 else 0}f}" for e in s["epochs"]) or "0",
+    ),
+    ("long", 6, lambda s: f"{s['long_share']:.1%}"),
+    ("split", 8, lambda s: f"{s['documents_split']:,}"),
+    ("cut", 7, lambda s: f"{s['documents_split_that_fit']:,}"),
+)
+"""The table of sources: title, width, and the cell of a source's entry in the report."""
+
+LEFT_OUT = {
+    "below_min_length": "shorter than min_length",
+    "above_max_length": "longer than max_length",
+    "dropped": 'dropped by long_document = "drop"',
+    "beyond_max_documents": "beyond max_documents",
+    "truncated": 'cut short by long_document = "truncate"',
+}
+"""Why documents are left out, and how the report says it."""
+
+CONVERSATIONS_LEFT_OUT = {
+    "no_response": "without a message of the assistant",
+    "empty_response": "with an empty message of the assistant",
+    "special_token": "that spell a special token",
+}
+"""The same of conversations: reasons in a corpus's left_out."""
+
+
 def format_report(report: dict[str, Any]) -> str:
     """The report as short tables for the log, with a line for everything that a user should not miss."""
-    inputs, balance = report["inputs"], report["imbalance"]
-    width = max(12, *(len(s["name"]) for s in report["sources"]))
-    lines = [
-        f"data plan {report['fingerprint']}: {report['steps']} steps of {inputs['rows_per_step']} rows of "
-        f"{inputs['seq_len']} tokens; {report['tokens']:,} tokens, {report['padding']:.3%} padding; unigram "
-        f"cross-entropy {report['unigram_nats']:.3f} nats",
-        f"strategy {inputs['strategy']}, packing {inputs['packing']}, positions {inputs['positions']}, cross-document "
-        f"attention {'on' if inputs['cross_document_attention'] else 'off'}"
-        f"{', rows with an anchor' if inputs['anchor_attention'] else ''}: attention is "
-        f"{report['attention_work']:.1%} of whole rows'",
-        f"{'source':<{width}} {'documents':>11} {'tokens':>15} {'longest':>9} {'asked':>7} {'share':>7} {'epochs':>13} "
-        f"{'long':>6} {'split':>8} {'cut':>7}",
-    ]
-    for s in report["sources"]:
-        # of the long and of the short documents, where they are told apart
-        epochs = " / ".join(f"{e['epochs']:,.{2 if e['epochs'] < 100 else 0}f}" for e in s["epochs"]) or "0"
-        lines.append(
-            f"{s['name']:<{width}} {s['documents']:>11,} {s['tokens']:>15,} {s['longest_document']:>9,} "
-            f"{s['share_asked']:>7.2%} {s['share']:>7.2%} {epochs:>13} {s['long_share']:>6.1%} "
-            f"{s['documents_split']:>8,} {s['documents_split_that_fit']:>7,}"
-        )
-    threshold = report["long_threshold"]
-    window = min(WINDOW, report["steps"])
-    lines.append(
-        f"(long: share of tokens in documents over {threshold:,}; split: documents longer than a piece "
-        "may be; cut: others, that packing cut; epochs of long / short documents where one of them is raised)"
+    inputs, sources = report["inputs"], report["sources"]
+    width = max(12, *(len(s["name"]) for s in sources))
+    rows = [("source", [title for title, _, _ in COLUMNS])]
+    rows += [(s["name"], [cell(s) for _, _, cell in COLUMNS]) for s in sources]
+    return "\n".join(
+        [
+            f"data plan {report['fingerprint']}: {report['steps']} steps of {inputs['rows_per_step']} rows of "
+            f"{inputs['seq_len']} tokens; {report['tokens']:,} tokens, {report['padding']:.3%} padding; unigram "
+            f"cross-entropy {report['unigram_nats']:.3f} nats",
+            f"strategy {inputs['strategy']}, packing {inputs['packing']}, positions {inputs['positions']}, "
+            f"cross-document attention {'on' if inputs['cross_document_attention'] else 'off'}"
+            f"{', rows with an anchor' if inputs['anchor_attention'] else ''}: attention is "
+            f"{report['attention_work']:.1%} of the work of rows without document boundaries",
+            *(
+                " ".join([name.ljust(width), *(c.rjust(w) for c, (_, w, _) in zip(cells, COLUMNS, strict=True))])
+                for name, cells in rows
+            ),
+            f"(long: share of tokens in documents over {report['long_threshold']:,}; split: documents longer than a "
+            "piece may be; cut: other documents that packing cut; epochs of long / short documents if one of them is "
+            "raised)",
+            *_notes(report),
+            *(note for source in sources for note in _source_notes(report, source)),
+        ]
     )
-    if inputs["anchor_attention"] and inputs["positions"] != "continue":
-        lines.append(
-            f'warning: data.anchor_attention with positions = "{inputs["positions"]}": in the paper they run on in a '
-            'row ("continue")'
-        )
+
+
+def _notes(report: dict[str, Any]) -> Iterator[str]:
+    """On the whole plan."""
+    inputs, balance = report["inputs"], report["imbalance"]
     step, micro = balance["step"], balance["micro_batch"]
+    if inputs["anchor_attention"] and inputs["positions"] != "continue":
+        yield (
+            f'warning: data.anchor_attention with positions = "{inputs["positions"]}": in the paper, positions run on '
+            'through a row ("continue")'
+        )
     if balance["ranks"] > 1:
-        lines.append(
+        yield (
             f"work of the busiest of {balance['ranks']} ranks over the mean, {balance['rows_a_rank']} rows each: "
             f"{step['all_after']:.3f} dealt, {step['all_before']:.3f} as they come; attention alone "
-            f"{step['attention_after']:.3f}, {step['attention_before']:.3f}; where ranks meet in every micro-batch "
+            f"{step['attention_after']:.3f}, {step['attention_before']:.3f}; if ranks meet in every micro-batch "
             f"{micro['all_after']:.3f}, {micro['all_before']:.3f}"
         )
-    for s in report["sources"]:
-        most = max(s["epochs"], key=lambda entry: entry["epochs"], default=None)
-        if most and most["epochs"] > REPEATED:
-            which = "" if most["documents"] == "all" else f"{most['documents']} documents' "
-            lines.append(
-                f"warning: source {s['name']} is read {most['epochs']:.1f} times: its {which}{most['tokens']:,} tokens "
-                f"are to be {most['share_asked']:.1%} of the stage"
+
+
+def _source_notes(report: dict[str, Any], s: dict[str, Any]) -> Iterator[str]:
+    """On one source: what is repeated, uneven, masked or left out."""
+    name = s["name"]
+    most = max(s["epochs"], key=lambda entry: entry["epochs"], default=None)
+    if most and most["epochs"] > REPEATED:
+        which = "" if most["documents"] == "all" else f"{most['documents']} documents' "
+        yield (
+            f"warning: source {name} is read {most['epochs']:.1f} times: its {which}{most['tokens']:,} tokens "
+            f"must make up {most['share_asked']:.1%} of the stage"
+        )
+    if s["worst_window"] > TOLERANCE:
+        yield (
+            f"warning: source {name} is up to {s['worst_window']:.2%} of the tokens off its share in "
+            f"{min(WINDOW, report['steps'])} steps on end: its pieces are large beside so few rows"
+        )
+    if report["inputs"]["strategy"] == "per_source_upsampling" and s["tokens_read"] and s["long_share"] == 0:
+        yield f"warning: source {name} has no document of more than {report['long_threshold']:,} tokens to raise"
+    if "tokens_by_role" in s:
+        roles = ", ".join(f"{role} {n:,}" for role, n in s["tokens_by_role"].items())
+        share = s["trained_tokens"] / max(1, s["tokens_read"])
+        yield f"{name}: the loss is on {s['trained_tokens']:,} tokens ({share:.1%}); by role: {roles}"
+    for reason, count in s["conversations_left_out"].items():
+        yield f"left out of {name}: {count:,} conversations {CONVERSATIONS_LEFT_OUT[reason]}"
+    for key, reason in LEFT_OUT.items():
+        documents, tokens = s["left_out"][key]
+        if documents:
+            yield (
+                f"left out of {name}: {documents:,} documents {reason}, {tokens:,} tokens "
+                f"({tokens / max(1, s['tokens']):.1%})"
             )
-        if s["worst_window"] > TOLERANCE:
-            lines.append(
-                f"warning: source {s['name']} is up to {s['worst_window']:.2%} of the tokens off its share in {window} "
-                "steps on end: its pieces are no small part of so few rows"
-            )
-        if inputs["strategy"] == "per_source_upsampling" and s["tokens_read"] and s["long_share"] == 0:
-            lines.append(f"warning: source {s['name']} has no document of more than {threshold:,} tokens to raise")
-        if "tokens_by_role" in s:
-            roles = ", ".join(f"{role} {n:,}" for role, n in s["tokens_by_role"].items())
-            share = s["trained_tokens"] / max(1, s["tokens_read"])
-            lines.append(f"{s['name']}: the loss is on {s['trained_tokens']:,} tokens ({share:.1%}); by role: {roles}")
-        for reason, count in s["conversations_left_out"].items():
-            lines.append(f"left out of {s['name']}: {count:,} conversations {LEFT_OUT[reason]}")
-        reasons = {
-            "below_min_length": "shorter than min_length",
-            "above_max_length": "longer than max_length",
-            "dropped": 'dropped by long_document = "drop"',
-            "beyond_max_documents": "beyond max_documents",
-            "truncated": 'cut short by long_document = "truncate"',
-        }
-        for key, reason in reasons.items():
-            documents, tokens = s["left_out"][key]
-            if documents:
-                share = tokens / max(1, s["tokens"])
-                lines.append(
-                    f"left out of {s['name']}: {documents:,} documents {reason}, {tokens:,} tokens ({share:.1%})"
-                )
-    return "\n".join(lines)

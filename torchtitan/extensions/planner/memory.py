@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from torchtitan.extensions.planner.job import Job
+from torchtitan.extensions.planner.stage_numbers import StageNumbers
 from torchtitan.models.transformer import TransformerArgs, parameter_shapes
 
 WIDE = 4
@@ -55,9 +55,9 @@ class Sizes:
     blocks: int
 
 
-def sizes(job: Job) -> Sizes:
+def sizes(stage: StageNumbers) -> Sizes:
     """Matrices and their biases are cut over tensor-parallel ranks, norms are not."""
-    return _sizes(job.args, job.tp)
+    return _sizes(stage.args, stage.tp)
 
 
 @lru_cache(maxsize=64)
@@ -74,51 +74,40 @@ def _sizes(args: TransformerArgs, tp: int) -> Sizes:
     return Sizes(blocks // args.n_layers, embedding, head, blocks)
 
 
-def shard(job: Job) -> float:
+def shard(stage: StageNumbers) -> float:
     """Parameters that a rank stores."""
-    s = sizes(job)
-    return (s.blocks + s.embedding + s.head) / job.fsdp
+    s = sizes(stage)
+    return (s.blocks + s.embedding + s.head) / stage.fsdp
 
 
 # ---- parameters, gradients, optimizer, and what FSDP moves -----------------------------------------------------------
 
 
-def on_device(job: Job, size: float) -> float:
+def on_device(stage: StageNumbers, size: float) -> float:
     """0 where parameters, gradients and optimizer state live in host memory and that is another."""
-    return 0 if job.offload_parameters and job.device == "cuda" else size
+    return 0 if stage.offload_parameters and stage.device == "cuda" else size
 
 
-def parameters(job: Job) -> float:
-    return shard(job) * job.stored
+def parameters(stage: StageNumbers) -> float:
+    return shard(stage) * stage.stored
 
 
-def gradients(job: Job) -> float:
+def gradients(stage: StageNumbers) -> float:
     """Of all parameters: from the first backward to the optimizer's step."""
-    return shard(job) * job.stored
+    return shard(stage) * stage.stored
 
 
-def optimizer(job: Job) -> float:
+def optimizer(stage: StageNumbers) -> float:
     """AdamW's two moments."""
-    return shard(job) * 2 * job.state
+    return shard(stage) * 2 * stage.state
 
 
-def host(job: Job) -> Kinds:
-    """What a rank keeps in host memory. Pinned memory is handed out in powers of two."""
-    kinds: dict[str, float] = {}
-    if job.offload_parameters:
-        kinds |= {"parameters": parameters(job), "gradients": gradients(job), "optimizer": optimizer(job)}
-    if job.offload_checkpoints:
-        layers = round(job.args.n_layers * job.recomputed_blocks)
-        kinds["checkpoints of blocks"] = layers * (1 << (int(stream(job)) - 1).bit_length())
-    return kinds
-
-
-def gathered(job: Job, numel: int, buffers: int = 1) -> float:
+def gathered(stage: StageNumbers, numel: int, buffers: int = 1) -> float:
     """Parameters in full, in the type of the computation: a copy to compute with, and FSDP's flat buffers."""
-    return numel * job.computed * (1 + buffers)
+    return numel * stage.computed * (1 + buffers)
 
 
-def reduced(job: Job, numel: int) -> float:
+def reduced(stage: StageNumbers, numel: int) -> float:
     """FSDP's flat input of a reduce-scatter, in float32; it stays until the next one."""
     return numel * WIDE
 
@@ -126,136 +115,136 @@ def reduced(job: Job, numel: int) -> float:
 # ---- what autograd keeps of a block ----------------------------------------------------------------------------------
 
 
-def stream(job: Job, copies: float = 1) -> float:
+def stream(stage: StageNumbers, copies: float = 1) -> float:
     """The residual stream [T, dim], cut along its tokens by tensor parallelism."""
-    return copies * job.tokens / job.tp * job.args.dim * job.computed
+    return copies * stage.tokens / stage.tp * stage.args.dim * stage.computed
 
 
-def gathered_stream(job: Job, copies: float = 1) -> float:
+def gathered_stream(stage: StageNumbers, copies: float = 1) -> float:
     """The same on every tensor-parallel rank whole: the input of matrices that are cut by their outputs."""
-    return copies * job.tokens * job.args.dim * job.computed
+    return copies * stage.tokens * stage.args.dim * stage.computed
 
 
-def norm_extra(job: Job, width: float) -> float:
+def norm_extra(stage: StageNumbers, width: float) -> float:
     """What RMSNorm keeps of an input [T, width] beside its result, which the next matrix keeps.
 
     CUDA's fused kernel keeps the input. On the CPU it is a chain of operators that keeps a float32 copy, where that is
     one, and the normalised float32 values.
     """
-    numel = job.tokens * width
-    if job.device == "cuda":
-        return numel * job.computed
+    numel = stage.tokens * width
+    if stage.device == "cuda":
+        return numel * stage.computed
     return numel * WIDE * 2
 
 
-def head_widths(job: Job) -> tuple[float, float]:
+def head_widths(stage: StageNumbers) -> tuple[float, float]:
     """Width of a rank's query heads, and of its key or value heads."""
-    args = job.args
-    return args.n_heads * args.head_dim / job.tp, args.n_kv_heads * args.head_dim / job.tp
+    args = stage.args
+    return args.n_heads * args.head_dim / stage.tp, args.n_kv_heads * args.head_dim / stage.tp
 
 
-def repeated_kv(job: Job) -> float:
+def repeated_kv(stage: StageNumbers) -> float:
     """How often ulysses repeats key-value heads so that every rank has a whole number of them."""
-    if job.exchange != "ulysses" or job.cp == 1:
+    if stage.exchange != "ulysses" or stage.cp == 1:
         return 1
-    heads = job.args.n_kv_heads // job.tp
-    return math.lcm(heads, job.cp) / heads
+    heads = stage.args.n_kv_heads // stage.tp
+    return math.lcm(heads, stage.cp) / heads
 
 
-def kv_buffer(job: Job) -> float:
+def kv_buffer(stage: StageNumbers) -> float:
     """The keys and values that attention reads: a rank's own, or with context parallelism a buffer of all it sees."""
-    width = head_widths(job)[1] * repeated_kv(job)
-    if job.exchange == "ulysses":
-        return job.stream * 2 * width / job.cp * job.computed / job.head_chunks
-    return job.keys * 2 * width * job.computed
+    width = head_widths(stage)[1] * repeated_kv(stage)
+    if stage.exchange == "ulysses":
+        return stage.stream * 2 * width / stage.cp * stage.computed / stage.head_chunks
+    return stage.keys * 2 * width * stage.computed
 
 
-def attention_kept(job: Job) -> Kinds:
+def attention_kept(stage: StageNumbers) -> Kinds:
     """Queries, keys, values, output, and the log-sum-exp of each query and head."""
-    queries, kv = head_widths(job)
-    t, w = job.tokens, job.computed
-    heads = job.args.n_heads / job.tp
+    queries, kv = head_widths(stage)
+    t, w = stage.tokens, stage.computed
+    heads = stage.args.n_heads / stage.tp
     kept = t * (2 * queries * w + heads * WIDE)
-    if job.cp > 1 and job.exchange == "ulysses":
+    if stage.cp > 1 and stage.exchange == "ulysses":
         kept += t * queries * w  # the output once more, back in the order of tokens, for the matrix behind it
-    if job.args.qk_norm:
-        kept += norm_extra(job, queries + kv)
-    return {"attention": kept, "keys and values": kv_buffer(job)}
+    if stage.args.qk_norm:
+        kept += norm_extra(stage, queries + kv)
+    return {"attention": kept, "keys and values": kv_buffer(stage)}
 
 
-def kept_anyway(job: Job) -> float:
+def kept_anyway(stage: StageNumbers) -> float:
     """Of a recomputed block, what selective checkpointing keeps: attention's output and log-sum-exp, and the results of
     every n-th matrix product."""
-    if not job.keeps_attention:
+    if not stage.keeps_attention:
         return 0
-    args, (queries, kv) = job.args, head_widths(job)
-    kept = job.tokens * (queries * job.computed + args.n_heads / job.tp * WIDE)
-    if job.kept_products:
-        inner = [] if job.mlp_tile is not None else [args.ffn_dim / job.tp] * 2 + [args.dim]
+    args, (queries, kv) = stage.args, head_widths(stage)
+    kept = stage.tokens * (queries * stage.computed + args.n_heads / stage.tp * WIDE)
+    if stage.kept_products:
+        inner = [] if stage.mlp_tile is not None else [args.ffn_dim / stage.tp] * 2 + [args.dim]
         widths = [kv, kv, queries, args.dim, *inner]
-        kept += job.tokens * sum(widths[job.kept_products - 1 :: job.kept_products]) * job.computed
+        kept += stage.tokens * sum(widths[stage.kept_products - 1 :: stage.kept_products]) * stage.computed
     return kept
 
 
-def norms_kept(job: Job) -> float:
+def norms_kept(stage: StageNumbers) -> float:
     """Both norms' inputs and results. A block's own input is counted as its checkpoint."""
-    extra = 2 * norm_extra(job, job.args.dim / job.tp)
-    if job.device == "cuda":
-        extra -= stream(job)
-    return gathered_stream(job, 2) + extra
+    extra = 2 * norm_extra(stage, stage.args.dim / stage.tp)
+    if stage.device == "cuda":
+        extra -= stream(stage)
+    return gathered_stream(stage, 2) + extra
 
 
-def feed_forward_kept(job: Job) -> float:
+def feed_forward_kept(stage: StageNumbers) -> float:
     """Results of w1, of silu, of w3, and their product, which w2 reads; in tiles, nothing."""
-    return 4 * hidden(job) if job.mlp_tile is None else 0
+    return 4 * hidden(stage) if stage.mlp_tile is None else 0
 
 
-def hidden(job: Job) -> float:
+def hidden(stage: StageNumbers) -> float:
     """One tensor [T, ffn_dim], or of a tile's tokens."""
-    tokens = job.tokens if job.mlp_tile is None else min(job.tokens, job.mlp_tile * job.tp)
-    return tokens * job.args.ffn_dim / job.tp * job.computed
+    tokens = stage.tokens if stage.mlp_tile is None else min(stage.tokens, stage.mlp_tile * stage.tp)
+    return tokens * stage.args.ffn_dim / stage.tp * stage.computed
 
 
-def feed_forward_backward(job: Job) -> float:
+def feed_forward_backward(stage: StageNumbers) -> float:
     """Beside what is kept: gradients of the product and of its two factors, while the product is gone already. In
     tiles: the same of a tile, with what is computed anew of it, the gradient of the input, and those of the matrices
     summed in float32."""
-    if job.mlp_tile is None:
-        return 2 * hidden(job)
-    matrices = 3 * job.args.dim * job.args.ffn_dim / job.tp
-    return 6 * hidden(job) + stream(job) + matrices * (WIDE + job.computed)
+    if stage.mlp_tile is None:
+        return 2 * hidden(stage)
+    matrices = 3 * stage.args.dim * stage.args.ffn_dim / stage.tp
+    return 6 * hidden(stage) + stream(stage) + matrices * (WIDE + stage.computed)
 
 
-def block_kept(job: Job) -> Kinds:
+def block_kept(stage: StageNumbers) -> Kinds:
     """All that backward of one block reads, but its input."""
-    return {**attention_kept(job), "norms": norms_kept(job), "feed-forward": feed_forward_kept(job)}
+    return {**attention_kept(stage), "norms": norms_kept(stage), "feed-forward": feed_forward_kept(stage)}
 
 
-def backward_extra(job: Job) -> tuple[Kinds, Kinds]:
+def backward_extra(stage: StageNumbers) -> tuple[Kinds, Kinds]:
     """What backward of a block allocates beside what forward has kept: in its feed-forward, and in its attention.
 
     Attention: gradients of queries, keys, values and output, on the CPU in float32 first; the feed-forward's tensors
     are gone.
     """
-    queries, _ = head_widths(job)
-    w, wide = job.computed, WIDE if job.device == "cpu" else 0
-    gradient = stream(job) + (gathered_stream(job) if job.tp > 1 else 0)
-    kv = kv_buffer(job)
+    queries, _ = head_widths(stage)
+    w, wide = stage.computed, WIDE if stage.device == "cpu" else 0
+    gradient = stream(stage) + (gathered_stream(stage) if stage.tp > 1 else 0)
+    kv = kv_buffer(stage)
     kv_gradients = kv * (1 + wide / w)
-    if job.cp > 1 and job.exchange != "ulysses":
+    if stage.cp > 1 and stage.exchange != "ulysses":
         kv_gradients = max(kv_gradients, kv * 3)  # a buffer for keys, one for values, both filled up with zeros
-    q = job.tokens * queries
+    q = stage.tokens * queries
     attention = {
         "gradients of activations": gradient + q * (2 * w + wide) + kv_gradients,
-        "feed-forward": -feed_forward_kept(job),
+        "feed-forward": -feed_forward_kept(stage),
     }
-    return {"gradients of activations": gradient + feed_forward_backward(job)}, attention
+    return {"gradients of activations": gradient + feed_forward_backward(stage)}, attention
 
 
-def worst_of_block(job: Job) -> Kinds:
+def worst_of_block(stage: StageNumbers) -> Kinds:
     """A block in backward: what is kept (or computed anew) of it, and what backward adds, at its higher moment."""
-    kept = block_kept(job)
-    return max((add(kept, extra) for extra in backward_extra(job)), key=lambda kinds: sum(kinds.values()))
+    kept = block_kept(stage)
+    return max((add(kept, extra) for extra in backward_extra(stage)), key=lambda kinds: sum(kinds.values()))
 
 
 def add(*parts: Kinds) -> Kinds:
@@ -266,97 +255,97 @@ def add(*parts: Kinds) -> Kinds:
     return total
 
 
-def kept_by(job: Job, layers: int) -> Kinds:
+def kept_by(stage: StageNumbers, layers: int) -> Kinds:
     """What `layers` blocks keep from forward to backward, some of them recomputed."""
-    again = layers * job.recomputed_blocks
-    on_device = min(again, IN_FLIGHT) if job.offload_checkpoints and job.device == "cuda" else again
-    recomputed = {"checkpoints of blocks": stream(job, on_device), "attention": again * kept_anyway(job)}
+    again = layers * stage.recomputed_blocks
+    on_device = min(again, IN_FLIGHT) if stage.offload_checkpoints and stage.device == "cuda" else again
+    recomputed = {"checkpoints of blocks": stream(stage, on_device), "attention": again * kept_anyway(stage)}
     whole = layers - again
     # on the CPU the norms have copies of the blocks' inputs
-    inputs = {"checkpoints of blocks": stream(job, whole)} if job.device == "cuda" else {}
-    return add(recomputed, inputs, {kind: value * whole for kind, value in block_kept(job).items()})
+    inputs = {"checkpoints of blocks": stream(stage, whole)} if stage.device == "cuda" else {}
+    return add(recomputed, inputs, {kind: value * whole for kind, value in block_kept(stage).items()})
 
 
 # ---- the two ends of the model ---------------------------------------------------------------------------------------
 
 
-def inputs_and_rope(job: Job) -> float:
+def inputs_and_rope(stage: StageNumbers) -> float:
     """Tokens, labels, positions (int64), and cos and sin in float32."""
-    return job.tokens * (3 * 8 + job.args.head_dim * WIDE)
+    return stage.tokens * (3 * 8 + stage.args.head_dim * WIDE)
 
 
-def head_forward(job: Job) -> float:
+def head_forward(stage: StageNumbers) -> float:
     """The loss head, which computes gradients in its forward: those of its input and (float32) of its matrix, a tile of
     logits in float32 and in the type of the computation, the matrix's gradient of one tile; and the last norm."""
-    w, words = job.computed, job.args.vocab_size / job.tp
-    tile = min(job.loss_tile, job.tokens * words * WIDE)
-    matrix = words * job.args.dim
+    w, words = stage.computed, stage.args.vocab_size / stage.tp
+    tile = min(stage.loss_tile, stage.tokens * words * WIDE)
+    matrix = words * stage.args.dim
     narrow = w / WIDE if w < WIDE else 0
-    return last_norm(job) + gathered_stream(job, 2) + matrix * (WIDE + w) + tile * (1 + narrow)
+    return last_norm(stage) + gathered_stream(stage, 2) + matrix * (WIDE + w) + tile * (1 + narrow)
 
 
-def last_norm(job: Job) -> float:
-    return norm_extra(job, job.args.dim / job.tp)
+def last_norm(stage: StageNumbers) -> float:
+    return norm_extra(stage, stage.args.dim / stage.tp)
 
 
-def head_backward(job: Job) -> float:
+def head_backward(stage: StageNumbers) -> float:
     """Both gradients, and their products with the loss's own gradient in the type of the computation."""
-    matrix = job.args.vocab_size / job.tp * job.args.dim
-    return last_norm(job) + gathered_stream(job, 2) + matrix * (WIDE + job.computed)
+    matrix = stage.args.vocab_size / stage.tp * stage.args.dim
+    return last_norm(stage) + gathered_stream(stage, 2) + matrix * (WIDE + stage.computed)
 
 
 # ---- the moments of a step -------------------------------------------------------------------------------------------
 
 
-def moments(job: Job) -> list[Moment]:
+def moments(stage: StageNumbers) -> list[Moment]:
     """Where a step can have its peak. Gradients are there from the second micro-batch's forward on."""
-    s, kept = sizes(job), kept_by(job, job.args.n_layers)
+    s, kept = sizes(stage), kept_by(stage, stage.args.n_layers)
     static = {
-        "parameters": on_device(job, parameters(job)),
-        "optimizer": on_device(job, optimizer(job)),
-        "inputs, RoPE": inputs_and_rope(job),
+        "parameters": on_device(stage, parameters(stage)),
+        "optimizer": on_device(stage, optimizer(stage)),
+        "inputs, RoPE": inputs_and_rope(stage),
     }
-    whole = {"gradients": on_device(job, gradients(job))}
-    if job.dp_replicate > 1 and job.accumulation > 1:  # FSDP's sums before the all-reduce, in float32 on the device
-        whole = {"gradients": shard(job) * WIDE}
-    so_far = whole if job.accumulation > 1 else {}
-    head_only = so_far or {"gradients": on_device(job, s.head / job.fsdp * job.stored)}
-    if not job.reshard:
-        kept = add(kept, {"gathered parameters": gathered(job, s.blocks, buffers=0)})
-    tied = {"gathered parameters": gathered(job, s.head)} if job.args.tied_embeddings else {}
-    head = add(static, so_far, kept, {"gathered parameters": gathered(job, s.head)})
+    whole = {"gradients": on_device(stage, gradients(stage))}
+    if stage.dp_replicate > 1 and stage.accumulation > 1:  # FSDP's sums before the all-reduce, in float32 on the device
+        whole = {"gradients": shard(stage) * WIDE}
+    so_far = whole if stage.accumulation > 1 else {}
+    head_only = so_far or {"gradients": on_device(stage, s.head / stage.fsdp * stage.stored)}
+    if not stage.reshard:
+        kept = add(kept, {"gathered parameters": gathered(stage, s.blocks, buffers=0)})
+    tied = {"gathered parameters": gathered(stage, s.head)} if stage.args.tied_embeddings else {}
+    head = add(static, so_far, kept, {"gathered parameters": gathered(stage, s.head)})
     # the block in backward: its share of `kept`, if it is not recomputed, is what it computes with
-    block = add(worst_of_block(job), tied)
-    if job.recomputed_blocks < 1:
-        block = add(block, {kind: -value for kind, value in block_kept(job).items()})
+    block = add(worst_of_block(stage), tied)
+    if stage.recomputed_blocks < 1:
+        block = add(block, {kind: -value for kind, value in block_kept(stage).items()})
     else:  # nor is what selective checkpointing has kept of it computed anew
-        block = add(block, {"attention": -kept_anyway(job)})
+        block = add(block, {"attention": -kept_anyway(stage)})
     block = add(
         block,
         {
-            "gathered parameters": gathered(job, s.block, 2 if job.fsdp > 1 else 1),
-            "gradients being reduced": s.block * job.computed,
+            "gathered parameters": gathered(stage, s.block, 2 if stage.fsdp > 1 else 1),
+            "gradients being reduced": s.block * stage.computed,
         },
     )
-    last = {"gradients being reduced": reduced(job, s.head)}
-    previous = {"gradients being reduced": reduced(job, s.block)}
-    embedding = {"gradients being reduced": (s.embedding or s.head) * (job.computed + WIDE)}
+    last = {"gradients being reduced": reduced(stage, s.head)}
+    previous = {"gradients being reduced": reduced(stage, s.block)}
+    embedding = {"gradients being reduced": (s.embedding or s.head) * (stage.computed + WIDE)}
     return [
-        Moment("loss head, forward", add(head, {"loss head": head_forward(job)})),
-        Moment("loss head, backward", add(head, {"loss head": head_backward(job)})),
+        Moment("loss head, forward", add(head, {"loss head": head_forward(stage)})),
+        Moment("loss head, backward", add(head, {"loss head": head_backward(stage)})),
         Moment("backward of the last block", add(static, head_only, kept, block, last)),
-        Moment("backward of the first block", add(static, whole, kept_by(job, 1), block, previous)),
+        Moment("backward of the first block", add(static, whole, kept_by(stage, 1), block, previous)),
         Moment("backward of the embedding", add(static, whole, tied, embedding, previous)),
-        Moment("optimizer", add(static, whole, {"optimizer's temporaries": parameters(job) * job.foreach})),
+        Moment("optimizer", add(static, whole, {"optimizer's temporaries": parameters(stage) * stage.foreach})),
     ]
 
 
-def peak(job: Job) -> Moment:
+def peak(stage: StageNumbers) -> Moment:
     """The highest of them."""
-    return max(moments(job), key=lambda moment: moment.total)
+    return max(moments(stage), key=lambda moment: moment.total)
 
 
-def peak_gib(job: Job) -> float:
+def peak_gib(stage: StageNumbers) -> float:
     """GiB that a rank needs; on a GPU with what the tensors do not show."""
-    gib = peak(job).total / 2**30
-    return gib * (1 + FRAGMENTATION) + CONTEXT_GIB if job.device == "cuda" else gib
+    gib = peak(stage).total / 2**30
+    return gib * (1 + FRAGMENTATION) + CONTEXT_GIB if stage.device == "cuda" else gib

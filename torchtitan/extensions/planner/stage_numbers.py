@@ -14,13 +14,13 @@ from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.context_parallel.exchange import kv_received
 from torchtitan.distributed.context_parallel.layout import LAYOUTS
 from torchtitan.models.transformer import TransformerArgs
-from torchtitan.models.work import Recomputed, recomputed
+from torchtitan.models.work import Recomputed, checkpointing_of, recomputed_by
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
-class Job:
+class StageNumbers:
     """A stage on so many ranks. Everything is of one rank unless it says otherwise."""
 
     args: TransformerArgs
@@ -63,6 +63,9 @@ class Job:
     loss_tile: int
     """Bytes of logits in float32 at a time."""
 
+    recomputed: Recomputed
+    """What backward multiplies a second time, over the whole model."""
+
     recomputed_blocks: float
     """Share of the blocks of which backward computes anew what it needs."""
 
@@ -100,18 +103,6 @@ class Job:
     def tokens(self) -> int:
         """Tokens of a micro-batch that a context-parallel rank holds."""
         return self.stream // self.cp
-
-    @property
-    def recomputed(self) -> Recomputed:
-        """Of the whole model: what backward multiplies a second time."""
-        return recomputed(
-            self.args,
-            self.recomputed_blocks,
-            self.keeps_attention,
-            self.kept_products,
-            self.mlp_tile is not None,
-            self.head_chunks > 1,
-        )
 
     @property
     def step_tokens(self) -> int:
@@ -160,20 +151,18 @@ def _received(ends: tuple[int, ...], window: int | None, layout: str, cp: int) -
     return int(kv_received(segments, owner, cp).max())
 
 
-def job_of(
+def numbers_of(
     config: JobConfig,
     args: TransformerArgs,
     world_size: int,
     device: Literal["cuda", "cpu"] = "cuda",
     document: int | None = None,
-) -> Job:
+) -> StageNumbers:
     """The numbers of a stage that check_config has let pass; document: None for one a row, the most work."""
-    p, t, ac = config.parallelism, config.training, config.activation_checkpoint
+    p, t, kept = config.parallelism, config.training, checkpointing_of(config, args)
     whole = t.seq_len if document is None or config.data.cross_document_attention else min(document, t.seq_len)
     tile = t.mlp_tile_tokens
-    option = ac.selective_ac_option if ac.mode == "selective" else ""
-    every = 0 if ac.mode == "none" else int(option) if option not in ("", "op") else 1
-    return Job(
+    return StageNumbers(
         args=args,
         device=device,
         dp_replicate=p.data_parallel_replicate_degree,
@@ -194,12 +183,13 @@ def job_of(
         and config.optimizer.state_dtype in (None, config.training.dtype),
         reshard=p.fsdp_reshard_after_forward,
         loss_tile=t.loss_tile_mib << 20,
-        recomputed_blocks=-(-args.n_layers // every) / args.n_layers if every else 0,
-        keeps_attention=option == "op",
-        kept_products=0 if config.compile.enable else ac.selective_ac_matmuls,
+        recomputed=recomputed_by(config, args),
+        recomputed_blocks=kept.blocks,
+        keeps_attention=kept.keeps_attention,
+        kept_products=kept.kept_products,
         mlp_tile=None if tile is None else max(tile // p.tensor_parallel_degree, 1),
         head_chunks=p.context_parallel_head_chunks,
-        offload_checkpoints=ac.offload,
+        offload_checkpoints=config.activation_checkpoint.offload,
         offload_parameters=t.enable_cpu_offload,
         fp8=config.quantize.recipe_name != "none",
     )
