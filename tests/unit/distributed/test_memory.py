@@ -1,4 +1,4 @@
-"""What each mode of recomputation computes again, counted; block inputs on the host; what offloading needs."""
+"""What each mode of recomputation computes again, counted; block inputs on the host."""
 
 from __future__ import annotations
 

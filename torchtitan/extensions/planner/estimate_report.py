@@ -92,8 +92,8 @@ def as_text(stage: StageNumbers, gpu: Gpu | None, step: Step | None, ranks_a_hos
             "",
             f"FLOPs per step: {step.model_flops:.3e} by the mask, {step.hardware_flops:.3e} with recomputation",
             f"received per rank and step, GB: {moved or 'nothing'}",
-            f"seconds per step: {step.fastest:,.1f} to {step.slowest:,.1f}, tokens/s per GPU: {slow:,.0f} to {fast:,.0f}, "
-            f"MFU {low:.0%} to {high:.0%} (a range by assumed efficiencies: docs/planning.md)",
+            f"seconds per step: {step.fastest:,.1f} to {step.slowest:,.1f}, tokens/s per GPU: {slow:,.0f} to "
+            f"{fast:,.0f}, MFU {low:.0%} to {high:.0%} (a range by assumed efficiencies: docs/planning.md)",
         ]
     return "\n".join(lines)
 
