@@ -79,8 +79,10 @@ def estimate(own: argparse.Namespace, overrides: list[str]) -> int:
         )
     # the imports of PyTorch take seconds: a mistake in the TOML should not
     from torchtitan.config.checks import check_config
+    from torchtitan.extensions.evaluation.checks import check_evaluation
 
     check_config(config, own.world_size)
+    check_evaluation(config)
     from torchtitan.components.setup import architecture
     from torchtitan.distributed.options.ulysses import check_ulysses
     from torchtitan.distributed.tensor_parallel import check_tensor_parallel

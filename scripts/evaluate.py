@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.config import JobConfig
-from torchtitan.config.checks import check_asked, check_evaluation, longest_asked
 from torchtitan.extensions.cluster.launch import launch
+from torchtitan.extensions.evaluation.checks import check_asked, check_evaluation, longest_asked
 from torchtitan.extensions.evaluation.command_line import make_folder, parser_of, what_is_asked
 from torchtitan.tools.errors import UserError
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.checks import check_config
+from torchtitan.extensions.evaluation.checks import check_evaluation
 from torchtitan.tools.errors import UserError
 
 USUAL_WORLD_SIZE = 8
@@ -43,6 +44,7 @@ def main(args: list[str]) -> int:
     try:
         config = load_config(others)
         world_size, why = choose_world_size(config, own.world_size, os.environ.get("NGPU"))
+        check_evaluation(config)
         if own.out is not None:
             check_can_be_written(own.out)
         text, report = plan_stage(config, world_size)

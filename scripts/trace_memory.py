@@ -42,10 +42,12 @@ def main(args: list[str]) -> int:
 def compare(config: JobConfig, world_size: int) -> int:
     from torchtitan.components.setup import model_args
     from torchtitan.config.checks import check_config
+    from torchtitan.extensions.evaluation.checks import check_evaluation
     from torchtitan.extensions.planner.memory import peak
     from torchtitan.extensions.planner.stage_numbers import numbers_of
 
     check_config(config, world_size)
+    check_evaluation(config)
     if config.optimizer.implementation != "fused":
         raise UserError(
             f'optimizer.implementation = "{config.optimizer.implementation}" reads its step from memory that is not '

@@ -41,8 +41,10 @@ def main(args: list[str]) -> int:
             )
         # the imports of PyTorch take seconds: a mistake in the TOML should not
         from torchtitan.config.checks import check_config
+        from torchtitan.extensions.evaluation.checks import check_evaluation
 
         check_config(config, world_size)
+        check_evaluation(config)
         from torchtitan.components.setup import prepare_inputs
         from torchtitan.extensions.cluster.health import BadLossError
         from torchtitan.trainer import Trainer

@@ -36,7 +36,7 @@ from torchtitan.components.optimizer import build_optimizer, clip_gradients, opt
 from torchtitan.components.setup import StageInputs
 from torchtitan.components.start import Start
 from torchtitan.config import JobConfig, as_tables, dump_toml
-from torchtitan.config.checks import accumulation_steps, is_asked_for, resolve_shard_degree
+from torchtitan.config.checks import accumulation_steps, resolve_shard_degree
 from torchtitan.datasets.loader import build_loader
 from torchtitan.distributed.context_parallel.shard import LocalBatch, shard
 from torchtitan.distributed.fully_shard import reduce_over_replicas
@@ -57,6 +57,7 @@ from torchtitan.extensions.cluster.health import (
 from torchtitan.extensions.cluster.node_check import check_nodes
 from torchtitan.extensions.cluster.profiling import profiled
 from torchtitan.extensions.convert.export import export, publish
+from torchtitan.extensions.evaluation.checks import is_asked_for
 from torchtitan.extensions.evaluation.forward import Ranks
 from torchtitan.extensions.evaluation.stage import StageEvaluation
 from torchtitan.extensions.planner.data_report import DataReport

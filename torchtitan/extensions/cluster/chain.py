@@ -26,6 +26,7 @@ from torchtitan.config.schema import Source
 from torchtitan.extensions.cluster.gates import gate_failure
 from torchtitan.extensions.cluster.launch import launch
 from torchtitan.extensions.cluster.stages import chain
+from torchtitan.extensions.evaluation.checks import check_evaluation
 from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, NOT_ENDED, STOPPED, GateError, UserError
 
 
@@ -34,6 +35,7 @@ def run_chain(args: list[str], nproc: int) -> int:
     stages = chain(args)
     for stage in stages:
         check_config(stage.config, nproc)
+        check_evaluation(stage.config)
         if not stage.config.checkpoint.enable:
             raise UserError(f"stage {stage.config.stage.name}: a chain needs checkpoints (checkpoint.enable = true).")
     names = " -> ".join(stage.config.stage.name for stage in stages)

@@ -11,6 +11,7 @@ import sys
 from torchtitan.config.checks import check_config
 from torchtitan.config.manager import load_config
 from torchtitan.extensions.cluster.stages import chain
+from torchtitan.extensions.evaluation.checks import check_evaluation
 from torchtitan.tools.errors import UserError
 
 
@@ -20,6 +21,7 @@ def main(args: list[str]) -> int:
         # a mistake in the last stage is told before the first one is paid for
         for each in [stage.config for stage in chain(args[1:])] if config.stage.run_chain else [config]:
             check_config(each, int(args[0]))
+            check_evaluation(each)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -29,11 +29,12 @@ from pathlib import Path
 
 from torchtitan.components.manifest import complete_steps, load_step_now, results_file
 from torchtitan.config import JobConfig, load_config
-from torchtitan.config.checks import check_asked, check_config, check_evaluation, check_stage, resolve_shard_degree
+from torchtitan.config.checks import check_config, check_stage, resolve_shard_degree
 from torchtitan.config.manager import config_file, flag_name
 from torchtitan.config.toml_file import load_tables
 from torchtitan.extensions.cluster.chain import ended
 from torchtitan.extensions.cluster.stages import chain, without_flags
+from torchtitan.extensions.evaluation.checks import check_asked, check_evaluation
 from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, LOST_A_RANK, STOPPED, GateError, UserError
 
 ENDED = 10
@@ -93,6 +94,7 @@ def start(nodes: int, per_node: int, args: list[str], unchanged: bool = True) ->
     args = args + replicas(args, nodes, per_node)
     config = load_config(args)
     check_config(config, nodes * per_node)
+    check_evaluation(config)
     folder = Path(config.job.dump_folder) / config.checkpoint.folder
     goes_back = unchanged and load_step_now(folder, config.checkpoint.load_step) >= 0
     if not goes_back and ended(args, unchanged) == 0:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from torchtitan.components.manifest import results_file
-from torchtitan.config.checks import evaluation_length, longest_asked
 from torchtitan.config.schema import JobConfig
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.evaluation import needle
+from torchtitan.extensions.evaluation.checks import evaluation_length, longest_asked
 from torchtitan.extensions.evaluation.command_line import write_whole
 from torchtitan.extensions.evaluation.documents import long_documents
 from torchtitan.extensions.evaluation.forward import Ranks

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 
 from tests.distributed.harness import ASSETS, TINY
 from tests.scripts import load_script, run_script
-from torchtitan.config.checks import longest_asked
 from torchtitan.config.schema import Data, Evaluation, Job, JobConfig, Rope, Training
 from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.evaluation import needle, plots, stage
+from torchtitan.extensions.evaluation.checks import longest_asked
 from torchtitan.extensions.evaluation.command_line import what_is_asked, write_whole
 from torchtitan.extensions.evaluation.forward import Ranks
 from torchtitan.extensions.evaluation.items import Item

@@ -1,0 +1,73 @@
+"""What an [evaluation] table can be wrong about by itself, and how long its longest text is.
+
+Pure arithmetic on the configuration, done before anything is built; imports no PyTorch. Ranges of single numbers are
+checked with those of all tables (config/checks.py); files and the tokenizer are checked where they are opened.
+"""
+
+from __future__ import annotations
+
+from torchtitan.config.schema import JobConfig
+from torchtitan.tools.errors import UserError
+
+
+def evaluation_length(config: JobConfig) -> int:
+    """Tokens that are read of each document of evaluation.texts."""
+    return config.evaluation.length or config.data.target_seq_len or config.training.seq_len
+
+
+def longest_asked(config: JobConfig) -> int:
+    """Tokens of the longest document or question of [evaluation]; 0 if nothing is asked."""
+    e = config.evaluation
+    return max([evaluation_length(config)] * bool(e.texts) + list(e.needle_lengths) + list(e.task_lengths), default=0)
+
+
+def is_asked_for(config: JobConfig) -> bool:
+    """Whether [evaluation] asks anything."""
+    return bool(config.evaluation.texts or config.evaluation.needle_lengths or config.evaluation.tasks)
+
+
+def check_asked(config: JobConfig) -> None:
+    """UserError if [evaluation] asks nothing: for commands that only evaluate."""
+    if not is_asked_for(config):
+        raise UserError(
+            "Nothing to ask: name held-out text in evaluation.texts, or evaluation.needle_lengths, or evaluation.tasks."
+        )
+
+
+def check_evaluation(config: JobConfig) -> None:
+    """UserError for the first thing in [evaluation] that cannot be asked of any model."""
+    e = config.evaluation
+    length = evaluation_length(config)
+    for key, lengths in (("needle_lengths", e.needle_lengths), ("task_lengths", e.task_lengths)):
+        for i, n in enumerate(lengths):
+            if n < 1:
+                raise UserError(f"evaluation.{key}[{i}] = {n} must be at least 1.")
+    for i, depth in enumerate(e.needle_depths):
+        if not 0 <= depth <= 1:
+            raise UserError(
+                f"evaluation.needle_depths[{i}] = {depth} is a share of the text: 0 is its beginning, 1 its end."
+            )
+    if e.needle_lengths and not e.needle_depths:
+        raise UserError("evaluation.needle_lengths is set without needle_depths: name at least one, such as 0.5.")
+    for i, window in enumerate(e.windows):
+        if not 1 <= window < length:
+            raise UserError(
+                f"evaluation.windows[{i}] = {window} must be at least 1 and below evaluation.length = {length}."
+            )
+    if e.tasks and not e.task_lengths:
+        raise UserError(
+            f'evaluation.tasks = ["{e.tasks[0]}", ...] is set without task_lengths: name at least one, such as 4096.'
+        )
+    if (e.task_lengths or e.qa_files) and not e.tasks:
+        key = "task_lengths" if e.task_lengths else "qa_files"
+        raise UserError(f'evaluation.{key} is set without tasks: name some, such as "ruler", "recall" or "vt".')
+    for name, file in (("qa_1", "SQuAD 2.0's dev-v2.0.json"), ("qa_2", "HotpotQA's hotpot_dev_distractor_v1.json")):
+        if name in e.tasks and not e.qa_files:
+            raise UserError(f"evaluation.tasks names {name}, which needs {file}: name that file in qa_files.")
+    if (e.freq or e.windows) and not is_asked_for(config):
+        raise UserError(
+            "evaluation.freq or windows is set, but there is nothing to evaluate: name held-out text in "
+            "evaluation.texts, or needle_lengths, or tasks."
+        )
+    if e.windows and not e.texts:
+        raise UserError("evaluation.windows is set without texts, whose loss it is about: name held-out text there.")
