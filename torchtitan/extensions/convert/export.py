@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from torchtitan.components.hooks import Hook
+from torchtitan.components.manifest import export_folder
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.convert.weights import Weights, open_checkpoint
 from torchtitan.models.hf.config import config_json
 from torchtitan.models.hf.weights import hf_name
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import partial_of, sync
+from torchtitan.tools.folders import partial_of, put_aside, read_json, sync, written
+from torchtitan.tools.logging import logger
 
 SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = (
@@ -31,6 +35,32 @@ TOKENIZER_FILES = (
 )
 _SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _EXPECTED = "expected.json"
+
+
+class Export(Hook):
+    """Writes the last checkpoint of a stage as a Hugging Face folder, if checkpoint.last_save_in_hf is true."""
+
+    def started(self, trainer: Any) -> None:
+        """Rank 0 puts aside what an earlier run exported for later steps: it would pass for this run's."""
+        if trainer.rank == 0 and (trainer.step == 0 or trainer.config.checkpoint.load_step >= 0):
+            folder = export_folder(trainer.config, 0).parent
+            if aside := put_aside(folder, trainer.step or -1):
+                logger.info(f"what an earlier run left in {folder} is in {aside} now")
+
+    def ended(self, trainer: Any) -> None:
+        """Collective. Each rank writes some of the files; a folder that exists is left as it is."""
+        config, checkpointer, rank = trainer.config, trainer.checkpointer, trainer.rank
+        out = export_folder(config, trainer.step)
+        if not (trainer.finished and checkpointer and config.checkpoint.last_save_in_hf) or out.exists():
+            return
+        ranks = dist.get_world_size()
+        path, assets = checkpointer.folder / f"step-{trainer.step}", Path(config.model.hf_assets_path)
+        dist.barrier(checkpointer.group)  # every rank has seen that it does not exist
+        export(path, out, config.checkpoint.export_dtype, assets, part=rank, parts=ranks)
+        dist.barrier(checkpointer.group)
+        if rank == 0 and ranks > 1:
+            publish(out)
+        logger.info(f"Hugging Face folder: {out}")
 
 
 def export(
@@ -129,7 +159,7 @@ def _bytes(weights: Weights, name: str) -> int:
 def _write_shard(weights: Weights, names: list[str], path: Path) -> None:
     """One safetensors file: the header's length, the header as JSON, the tensors one after the other.
 
-    The safetensors library would want all of them in memory. The name is given last, so that a file is whole.
+    By hand, because the safetensors library and PyTorch's HuggingFaceStorageWriter hold a whole file, three times over.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -139,12 +169,10 @@ def _write_shard(weights: Weights, names: list[str], path: Path) -> None:
         header[hf_name(name)] = {"dtype": kind, "shape": list(weights.shapes[name]), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as f:
+    with written(path) as aside, aside.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             f.write(weights.read(name).contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
-    unfinished.rename(path)
 
 
 def _describe(weights: Weights, assets: Path | None) -> dict[str, dict[str, Any] | Path]:
@@ -187,9 +215,4 @@ def _describe(weights: Weights, assets: Path | None) -> dict[str, dict[str, Any]
 
 
 def _json(folder: Path | None, name: str) -> dict[str, Any]:
-    if folder is None or not (folder / name).is_file():
-        return {}
-    try:
-        return json.loads((folder / name).read_text())
-    except ValueError as error:
-        raise UserError(f"{folder / name} is not JSON: {error}.") from None
+    return {} if folder is None or not (folder / name).is_file() else read_json(folder / name)
