@@ -45,8 +45,8 @@ def main(args: list[str]) -> int:
 
         check_config(config, world_size)
         check_evaluation(config)
+        from torchtitan.components.bad_loss import BadLossError
         from torchtitan.components.setup import prepare_inputs
-        from torchtitan.extensions.cluster.health import BadLossError
         from torchtitan.trainer import Trainer
 
         trainer = Trainer(config, prepare_inputs(config, world_size), rank, local_rank, world_size)

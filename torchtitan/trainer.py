@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from torchtitan.attention.backends import choose_backend
+from torchtitan.components.bad_loss import BadLossError, BadLossPolicy
 from torchtitan.components.checkpoint import (
     Checkpointer,
     damage_of_all,
@@ -35,6 +36,7 @@ from torchtitan.components.metrics import MetricsLogger, duration, log_step
 from torchtitan.components.optimizer import build_optimizer, clip_gradients, optimizer_state
 from torchtitan.components.setup import StageInputs
 from torchtitan.components.start import Start
+from torchtitan.components.step_timing import StepTiming
 from torchtitan.config import JobConfig, as_tables, dump_toml
 from torchtitan.config.checks import accumulation_steps, resolve_shard_degree
 from torchtitan.datasets.loader import build_loader
@@ -44,18 +46,11 @@ from torchtitan.distributed.options.quantize import describe_quantize
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import build_sharded_model
 from torchtitan.distributed.self_check import run_self_check
-from torchtitan.extensions.cluster.gates import gate_failure
-from torchtitan.extensions.cluster.health import (
-    BadLossError,
-    Heartbeat,
-    LossWatch,
-    Pace,
-    StackDump,
-    roll_call,
-    stragglers,
-)
-from torchtitan.extensions.cluster.node_check import check_nodes
-from torchtitan.extensions.cluster.profiling import profiled
+from torchtitan.extensions.cluster.gates import Gates
+from torchtitan.extensions.cluster.health import Heartbeat, StackDumps, Stragglers, who_answers
+from torchtitan.extensions.cluster.node_check import NodeCheck
+from torchtitan.extensions.cluster.profiling import Profiler
+from torchtitan.extensions.cluster.progress import ProgressBar
 from torchtitan.extensions.convert.export import export, publish
 from torchtitan.extensions.evaluation.checks import is_asked_for
 from torchtitan.extensions.evaluation.forward import Ranks
@@ -72,6 +67,7 @@ from torchtitan.models.work import Recomputed, Work, forward_flops, recomputed_b
 from torchtitan.tools.constants import IGNORED_LABEL
 from torchtitan.tools.device import (
     GarbageCollection,
+    host_name,
     init_process_group,
     make_deterministic,
     peak_flops,
@@ -79,12 +75,10 @@ from torchtitan.tools.device import (
     pick_device,
     record_collectives,
 )
-from torchtitan.tools.errors import GateError, UserError
+from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import put_aside
-from torchtitan.tools.logging import logger, step_progress
+from torchtitan.tools.logging import logger
 from torchtitan.tools.torch_compat import compilations, default_store, set_timeout
-
-STACK_SHARE = 0.8  # of comm.train_timeout_seconds: late enough to mean something, early enough to be written
 
 
 class Trainer:
@@ -107,14 +101,11 @@ class Trainer:
         )
         self.cpu_group = dist.new_group(backend="gloo")  # for counters: no stream of the GPU waits for them
         self._check_agreed()
-        self.hosts = check_nodes(
-            self.dump_folder,
-            config.comm.node_check,
-            config.comm.node_check_factor,
-            self.device,
-            self.cpu_group,
-            config.comm.init_timeout_seconds,
-        )
+        self.world_size = world_size
+        self.hosts = [""] * world_size
+        dist.all_gather_object(self.hosts, host_name(), self.cpu_group)
+        self.hooks = (NodeCheck(), Heartbeat(), StackDumps(), Stragglers(), ProgressBar(), Profiler(), Gates())
+        self._call("configured")
         torch.manual_seed(t.seed)
         if t.deterministic:
             make_deterministic()
@@ -134,7 +125,7 @@ class Trainer:
         self.step = self.tokens_seen = 0
         self.stop_requested = False
         self.compiled_in_first_step = 0
-        self.losses = LossWatch(t)
+        self.losses = BadLossPolicy(t)
         self.checkpointer = Checkpointer(config.checkpoint, self.dump_folder) if config.checkpoint.enable else None
         self._load()
         if rank == 0 and (self.step == 0 or config.checkpoint.load_step >= 0):
@@ -162,12 +153,7 @@ class Trainer:
             ),
         )
         self.batches: Iterator[LocalBatch] = iter(loader)
-        self.pace = Pace(self.device)
-        self.stacks = StackDump(
-            self.dump_folder / config.comm.save_traces_folder / f"stack_rank_{rank}.txt",
-            STACK_SHARE * config.comm.train_timeout_seconds,
-        )
-        self.heartbeat = Heartbeat(self.dump_folder, config.metrics.heartbeat_seconds, self.hosts, t.steps, rank == 0)
+        self.timing = StepTiming()
         self.metrics: MetricsLogger | None = None
         if rank == 0:
             self._write_inputs()
@@ -281,8 +267,7 @@ class Trainer:
     def save(self, last: bool = False) -> bool:
         """Collective. Save the state after self.step; False if that failed and the run goes on. last: of the run."""
         assert self.checkpointer
-        self.heartbeat.beat(self.step, "saving")
-        self.stacks.rest()
+        self.pause("saving")
         manifest = {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
@@ -307,57 +292,48 @@ class Trainer:
         start, saved_at, first_step = time.perf_counter(), self.step, self.step + 1
         if self.step >= steps:
             logger.info(f"nothing to do: step {self.step} of {steps} is done")
-        prof = config.profiling
-        traces = self.dump_folder / prof.save_traces_folder if prof.enable_profiling else None
-        snapshots = self.dump_folder / prof.save_memory_snapshot_folder if prof.enable_memory_snapshot else None
-        with (
-            step_progress(steps, self.step, self.rank) as progress,
-            profiled(traces, snapshots, prof.profile_freq, self.rank) as step_ended,
-        ):
-            if self._evaluate():
-                torch.compiler.reset()  # else the stage's own lengths would be seen as changed ones: see self_check.py
-            window, recent, skipped = Window(), deque[float](maxlen=20), len(self.losses.skipped)
-            while self.step < steps:
-                if self.step >= first_step:  # compilation and the like take their time
-                    self.stacks.step_begins()
-                try:
-                    numbers = self.train_step(window)
-                except BadLossError:  # on all ranks at once: what is being saved in the background is sound
-                    if self.checkpointer:
-                        self.checkpointer.wait()
-                    raise
-                if numbers is None:
-                    break
-                if numbers["skipped_steps"] == skipped:
-                    recent.append(numbers["loss"])
-                skipped = numbers["skipped_steps"]
-                if self.step == first_step:
-                    groups = [*self.dims.groups(), dist.group.WORLD, self.cpu_group]
-                    set_timeout(config.comm.train_timeout_seconds, groups)
-                    self.compiled_in_first_step = compilations()
-                if self.step % config.metrics.log_freq == 0 or self.step in (first_step, steps):
-                    self._log(numbers, window)
-                    window = Window()
-                self.heartbeat.beat(self.step, "training")
-                progress.update(progress.task_ids[0], completed=self.step, description=f"loss {numbers['loss']:.3f}")
+        self._call("started")
+        if self._evaluate():
+            torch.compiler.reset()  # else the stage's own lengths would be seen as changed ones: see self_check.py
+        window, recent, skipped = Window(), deque[float](maxlen=20), len(self.losses.skipped)
+        while self.step < steps:
+            self._call("before_step")
+            try:
+                numbers = self.train_step(window)
+            except BadLossError:  # on all ranks at once: what is being saved in the background is sound
                 if self.checkpointer:
-                    due = self.step % config.checkpoint.interval == 0 or self.step == steps
-                    if due and self.save(last=self.step == steps):
-                        saved_at = self.step
-                    self.stop_requested |= self.checkpointer.must_stop()
-                window.start += self._evaluate()
-                self.garbage_collection.run(self.step)
-                step_ended(self.step)
-            if self.step < steps:
-                logger.info(f"asked to stop: ending after step {self.step} of {steps}")
-                if self.checkpointer and saved_at < self.step:
-                    self.save(last=True)
-        self.stacks.rest()
+                    self.checkpointer.wait()
+                raise
+            if numbers is None:
+                break
+            if numbers["skipped_steps"] == skipped:
+                recent.append(numbers["loss"])
+            skipped = numbers["skipped_steps"]
+            if self.step == first_step:
+                groups = [*self.dims.groups(), dist.group.WORLD, self.cpu_group]
+                set_timeout(config.comm.train_timeout_seconds, groups)
+                self.compiled_in_first_step = compilations()
+            if self.step % config.metrics.log_freq == 0 or self.step in (first_step, steps):
+                self._log(numbers, window)
+                window = Window()
+            if self.checkpointer:
+                due = self.step % config.checkpoint.interval == 0 or self.step == steps
+                if due and self.save(last=self.step == steps):
+                    saved_at = self.step
+                self.stop_requested |= self.checkpointer.must_stop()
+            window.start += self._evaluate()
+            self.garbage_collection.run(self.step)
+            self._call("after_step", numbers)
+        if self.step < steps:
+            logger.info(f"asked to stop: ending after step {self.step} of {steps}")
+            if self.checkpointer and saved_at < self.step:
+                self.save(last=True)
         if self.checkpointer:
+            self.pause("saving")
             self.checkpointer.wait(last=True)
-        self.heartbeat.beat(self.step, "ended" if self.step >= steps else "stopped")
-        if self.step >= steps:
-            self._end_stage()
+        self._call("ended")
+        if self.finished and self.checkpointer and config.checkpoint.last_save_in_hf:
+            self._export(self.checkpointer)
         mean = f"; mean loss of the last {len(recent)} steps {sum(recent) / len(recent):.3f}" if recent else ""
         logger.info(f"ended at step {self.step} after {duration(time.perf_counter() - start)}{mean}")
 
@@ -366,32 +342,24 @@ class Trainer:
         start = time.perf_counter()
         if self.evaluation is None or not self.evaluation.due(self.step):
             return 0.0
-        self.heartbeat.beat(self.step, "evaluating")
-        self.stacks.rest()
+        self.pause("evaluating")
         tensorboard = self.metrics.tensorboard if self.metrics else None
         self.evaluation.run(self.model, self.step, self.tokens_seen, tensorboard)
-        self.pace.rest()
         return time.perf_counter() - start
 
-    def _end_stage(self) -> None:
-        """Collective. UserError where a gate does not hold; else the export."""
-        gates = self.config.stage.gates
-        if gates:
-            failure: list[str | None] = [None]
-            if self.rank == 0:
-                try:
-                    failure[0] = gate_failure(self.config, self.dump_folder)
-                except UserError as e:
-                    failure[0] = str(e)
-            dist.broadcast_object_list(failure, src=0, group=self.cpu_group)
-            if failure[0]:
-                raise GateError(
-                    f"A gate of stage {self.config.stage.name} does not hold: {failure[0]}. The checkpoint of step "
-                    f"{self.step} is kept, but the stage does not count as ended well, and its chain stops here."
-                )
-            logger.info(f"gates: {', '.join(gate.metric for gate in gates)} hold")
-        if self.checkpointer and self.config.checkpoint.last_save_in_hf:
-            self._export(self.checkpointer)
+    @property
+    def finished(self) -> bool:
+        """Whether the last step of the stage has ended."""
+        return self.step >= self.config.training.steps
+
+    def pause(self, what: str) -> None:
+        """Tell all hooks that this rank does something else than steps until the next one."""
+        self.timing.rest()
+        self._call("pausing", what)
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        for hook in self.hooks:
+            getattr(hook, method)(self, *arguments)
 
     def _export(self, checkpointer: Checkpointer) -> None:
         """Collective. The last checkpoint as a Hugging Face folder, each rank some of its files; once only."""
@@ -421,7 +389,7 @@ class Trainer:
         counts_here = self.dims.counts_here
         valid = sum(batch.num_valid for batch in batches) if counts_here else 0
         counts = torch.tensor([valid, int(self.stop_requested)])
-        self.pace.arrive()
+        self.timing.arrive()
         dist.all_reduce(counts, group=self.cpu_group)
         valid = int(counts[0])
         if counts[1] > 0:
@@ -449,11 +417,10 @@ class Trainer:
             by_source.index_add_(0, batch.source.clamp(min=0), counted)
             by_position.index_add_(0, position_bucket(batch.index), counted)
             window.add(batch, self.work, self.recomputed)
-        self.pace.probe()
         norm = clip_gradients(self.model.parameters(), self.config.training.max_norm, self.cpu_group)
         sums = torch.cat((by_source, by_position)) * counts_here
         dist.all_reduce(sums, group=self.cpu_group)
-        self.pace.release()
+        self.timing.release()
         by_source, by_position = sums.split([len(by_source), len(by_position)])
         loss = float(by_source[:, 0].sum()) / valid
         skipped = self._is_skipped(loss, norm)
@@ -524,14 +491,13 @@ class Trainer:
         cp = self.dims.size("cp")
         work = torch.tensor([window.pairs_of_busiest * cp, window.pairs, window.kv_received, window.kv_of_all_gather])
         dist.all_reduce(work, group=self.cpu_group)
-        paces = self.pace.gather(window.steps, window.waited, self.cpu_group)
+        self.throughput = window
+        self._call("logging", numbers)
         if not self.metrics:
             return
+        stragglers = numbers.pop("stragglers")
         gathered = cp > 1 and self.config.parallelism.context_parallel_exchange != "ulysses"
         seconds = time.perf_counter() - window.start
-        slowest, slow = stragglers(paces, seconds / window.steps, self.config.metrics.straggler_factor, self.hosts)
-        for found in slow:
-            logger.warning(f"straggler, steps up to {self.step}: {found}")
         ranks_a_row = self.dims.size("cp") * self.dims.size("tp")
         peak = peak_flops(self.device, self.config.metrics.peak_tflops)
         numbers |= {
@@ -546,18 +512,18 @@ class Trainer:
             "memory_gib": float(most[0]),
             "recompilations": int(most[1]),
             "seconds_per_step": seconds / window.steps,
-            "stragglers": slowest,
+            "stragglers": stragglers,
         }
         self.metrics.log(numbers)
         log_step(numbers, self.config.training.steps, seconds / window.steps)
 
     def who_is_missing(self) -> str:
         """After a collective has failed: the ranks that do not answer any more, in a sentence."""
-        return roll_call(default_store(), self.rank, self.hosts)
+        return who_answers(default_store(), self.rank, self.hosts)
 
     def close(self) -> None:
         """Release files, loader processes and process groups."""
-        self.stacks.close()
+        self._call("closed")
         self.batches = iter(())
         if self.metrics:
             self.metrics.close()

@@ -21,7 +21,7 @@ from torchtitan.tools.errors import LOST_A_RANK, STOPPED
 TIMEOUT_SECONDS = 4
 SLACK_SECONDS = 20  # for processes that share a busy machine
 # extensions/cluster/health.py, train.py and extensions/cluster/launch.py: what follows after the time-out
-ROLL_CALL_SECONDS, GRACE_SECONDS, KILL_SECONDS, RANK_0_SECONDS = 6, 2, 10, 10
+ANSWER_SECONDS, GRACE_SECONDS, KILL_SECONDS, RANK_0_SECONDS = 6, 2, 10, 10
 
 
 def trainers(launcher: subprocess.Popen, count: int = 2) -> list[int]:
@@ -65,7 +65,7 @@ def test_a_rank_that_stops_answering_ends_the_job_in_time_and_is_named(args: lis
     began = time.monotonic()
     output, _ = process.communicate(timeout=120)
     elapsed = time.monotonic() - began
-    told = ROLL_CALL_SECONDS + GRACE_SECONDS + KILL_SECONDS + (RANK_0_SECONDS if stopped == 0 else 0)
+    told = ANSWER_SECONDS + GRACE_SECONDS + KILL_SECONDS + (RANK_0_SECONDS if stopped == 0 else 0)
     assert process.returncode == LOST_A_RANK, output
     assert TIMEOUT_SECONDS <= elapsed < TIMEOUT_SECONDS + told + SLACK_SECONDS, output
     who = "no answer from rank 1 on " if stopped == 1 else "no answer from rank 0's machine"

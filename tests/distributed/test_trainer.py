@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.distributed.harness import flags, run_stage, spawn, write_assets
+from torchtitan.components.bad_loss import BadLossError
 from torchtitan.components.checkpoint import WholeWriter
 from torchtitan.components.manifest import complete_steps
 from torchtitan.components.setup import prepare_inputs
 from torchtitan.config import load_config
-from torchtitan.extensions.cluster.health import BadLossError
 from torchtitan.models.hf.weights import hf_name, read_config
 from torchtitan.models.rope import RopeTables
 from torchtitan.models.transformer import Transformer, init_weights

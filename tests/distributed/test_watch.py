@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -17,11 +18,12 @@ import torch.distributed as dist
 import torchtitan.extensions.cluster.node_check as node_check
 import torchtitan.trainer as trainer_module
 from tests.distributed.harness import flags, spawn, write_assets
+from torchtitan.components.bad_loss import BadLossError
 from torchtitan.components.manifest import complete_steps, read_manifest
 from torchtitan.components.setup import prepare_inputs
 from torchtitan.config import load_config
 from torchtitan.extensions.cluster import shared_folder
-from torchtitan.extensions.cluster.health import BadLossError
+from torchtitan.extensions.cluster.health import Stragglers
 from torchtitan.tools.errors import UserError
 from torchtitan.trainer import Trainer
 
@@ -49,9 +51,9 @@ def run(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
     args = list(case["args"])
     if rank == 1 and "elsewhere" in case:
         args += ["--job.dump_folder", case["elsewhere"]]
-    originals = trainer_module.train_micro_batch, node_check.matmul_seconds, shared_folder.host_name
+    originals = trainer_module.train_micro_batch, node_check.matmul_seconds
     measure = originals[1]
-    shared_folder.host_name = lambda: f"node{rank}"
+    os.environ["SLURMD_NODENAME"] = f"node{rank}"
     node_check.blind_hosts = partial(shared_folder.blind_hosts, seconds=2.0)
     if rank == 1 and "check" in case:
         node_check.matmul_seconds = lambda *a: (measure(*a)[0] * case["check"], True)
@@ -77,17 +79,18 @@ def run(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
         trainer = Trainer(config, prepare_inputs(config, world_size), rank, rank, world_size)
         rows.clear()
         if rank == 1:
-            probe, arrive = trainer.pace.probe, trainer.pace.arrive
+            (hook,) = [hook for hook in trainer.hooks if isinstance(hook, Stragglers)]
+            probe, arrive = hook.probe, trainer.timing.arrive
 
             def slow_probe() -> None:
                 probe()
-                trainer.pace.probes[-1] += case.get("slow", 0.0)
+                hook.probes[-1] += case.get("slow", 0.0)
 
             def late_arrival() -> None:
                 time.sleep(case.get("late", 0.0))
                 arrive()
 
-            trainer.pace.probe, trainer.pace.arrive = slow_probe, late_arrival
+            hook.probe, trainer.timing.arrive = slow_probe, late_arrival
         step = trainer.train_step
 
         def recorded(window: Any) -> Any:
@@ -107,7 +110,8 @@ def run(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
             trainer.close()
         else:
             dist.destroy_process_group()
-        trainer_module.train_micro_batch, node_check.matmul_seconds, shared_folder.host_name = originals
+        trainer_module.train_micro_batch, node_check.matmul_seconds = originals
+        del os.environ["SLURMD_NODENAME"]
         node_check.blind_hosts = shared_folder.blind_hosts
         logging.getLogger("torchtitan").removeHandler(messages)
     moved = [not torch.equal(a, b) for a, b in zip(states, states[1:])]

@@ -7,7 +7,6 @@ import sys
 import warnings
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 logger = logging.getLogger("torchtitan")
 console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
@@ -31,19 +30,3 @@ def init_logger(rank: int, world_size: int) -> None:
     # Known and harmless here: nothing works in place on the output of an FSDP module, and torchdata calls set_vital.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-
-
-def step_progress(total: int, done: int, rank: int) -> Progress:
-    """A progress bar over the steps, shown by rank 0 on a terminal only. Use as a context manager."""
-    progress = Progress(
-        TextColumn("step"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=rank != 0 or not console.is_terminal,
-    )
-    progress.add_task("", total=total, completed=done)
-    return progress

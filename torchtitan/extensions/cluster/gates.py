@@ -1,27 +1,62 @@
-"""Conditions on metrics.jsonl without which a stage does not count as ended well, and the stage before: where it wrote,
-and whether it is still what this one went on from.
+"""Gates: conditions on metrics.jsonl without which a stage does not count as ended well.
 
-Read without PyTorch.
+Whether they hold can be asked without PyTorch.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
-from torchtitan.components.lineage import flat, folder_before
+from torchtitan.components.hooks import Hook
+from torchtitan.components.lineage import flat, folder_before, stage_as_run
 from torchtitan.config.schema import Gate, JobConfig
-from torchtitan.tools.errors import UserError
+from torchtitan.tools.errors import GateError, UserError
+
+logger = logging.getLogger(__name__)  # tools.logging imports rich, whose import takes a launcher's time
+
+
+class Gates(Hook):
+    """GateError on all ranks, after the last step of a stage, if a gate of the stage does not hold."""
+
+    def ended(self, trainer: Any) -> None:
+        gates, name = trainer.config.stage.gates, trainer.config.stage.name
+        if not (trainer.finished and gates):
+            return
+        import torch.distributed as dist
+
+        failure: list[str | None] = [None]
+        if trainer.rank == 0:
+            try:
+                failure[0] = gate_failure(trainer.config, trainer.dump_folder)
+            except UserError as e:
+                failure[0] = str(e)
+        dist.broadcast_object_list(failure, src=0, group=trainer.cpu_group)
+        if failure[0]:
+            raise GateError(
+                f"A gate of stage {name} does not hold: {failure[0]}. The checkpoint of step {trainer.step} is kept, "
+                "but the stage does not count as ended well, and its chain stops here."
+            )
+        logger.info(f"gates: {', '.join(gate.metric for gate in gates)} hold")
+
+
+def check_previous_gates(config: JobConfig) -> None:
+    """UserError if a gate of the previous stage, from which a fresh run of this one would start, does not hold."""
+    if config.stage.after and (failure := gate_failure(stage_as_run(config), folder_before(config))):
+        raise UserError(f"stage.after = {config.stage.after}: a gate of that stage does not hold: {failure}.")
 
 
 def gate_failure(config: JobConfig, dump_folder: Path) -> str | None:
-    """failed_gate for a stage that wrote to dump_folder. The stage before is looked for only where a gate asks."""
+    """failed_gate for a stage that wrote to dump_folder. The previous stage is read only if a gate compares with it."""
     gates = config.stage.gates
-    compares = any(gate.above_previous is not None for gate in gates)
-    return failed_gate(gates, dump_folder / "metrics.jsonl", metrics_before(config) if compares else None)
+    compares = config.stage.after and any(gate.above_previous is not None for gate in gates)
+    previous = folder_before(config) / "metrics.jsonl" if compares else None
+    return failed_gate(gates, dump_folder / "metrics.jsonl", previous)
 
 
-def failed_gate(gates: tuple[Gate, ...], metrics: Path, metrics_before: Path | None) -> str | None:
+def failed_gate(gates: tuple[Gate, ...], metrics: Path, previous_metrics: Path | None) -> str | None:
     """Which of stage.gates does not hold on metrics.jsonl, in a sentence with the numbers; None: all hold."""
     for gate in gates:
         value = _mean(metrics, gate)
@@ -30,20 +65,15 @@ def failed_gate(gates: tuple[Gate, ...], metrics: Path, metrics_before: Path | N
         if gate.at_least is not None and not value >= gate.at_least:
             return f"{gate.metric} is {value:.4f}, less than at_least = {gate.at_least}"
         if gate.above_previous is not None:
-            if metrics_before is None:
-                raise UserError(f"stage.gates: above_previous of {gate.metric} needs the metrics of a stage before.")
-            before = _mean(metrics_before, gate)
+            if previous_metrics is None:
+                raise UserError(f"stage.gates: above_previous of {gate.metric} needs the metrics of a previous stage.")
+            before = _mean(previous_metrics, gate)
             if not value <= before * (1 + gate.above_previous):
                 return (
-                    f"{gate.metric} is {value:.4f}, and {before:.4f} in the stage before: {value / before - 1:+.2%}, "
+                    f"{gate.metric} is {value:.4f}, and {before:.4f} in the previous stage: {value / before - 1:+.2%}, "
                     f"more than above_previous = {gate.above_previous:+.2%}"
                 )
     return None
-
-
-def metrics_before(config: JobConfig) -> Path | None:
-    """metrics.jsonl of the stage before."""
-    return folder_before(config) / "metrics.jsonl" if config.stage.after else None
 
 
 def _mean(path: Path, gate: Gate) -> float:
@@ -53,15 +83,15 @@ def _mean(path: Path, gate: Gate) -> float:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, json.JSONDecodeError) as e:
         raise UserError(f"stage.gates: {path} cannot be read: {e}.") from None
-    known: set[str] = set()
+    metrics: set[str] = set()
     for line in lines:
-        numbers = flat(line)
-        known |= {key for key, value in numbers.items() if isinstance(value, (int, float))}
-        if isinstance(numbers.get(gate.metric), (int, float)):
+        numbers = {key: value for key, value in flat(line).items() if isinstance(value, (int, float))}
+        metrics |= set(numbers)
+        if gate.metric in numbers:
             values.append(float(numbers[gate.metric]))
     if not values:
         raise UserError(
-            f"stage.gates: {path} has no metric {gate.metric}; there are {', '.join(sorted(known)) or 'none'}."
+            f"stage.gates: {path} has no metric {gate.metric}; there are {', '.join(sorted(metrics)) or 'none'}."
         )
     recent = values[-gate.over :]
     return sum(recent) / len(recent)

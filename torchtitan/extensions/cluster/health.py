@@ -1,6 +1,6 @@
-"""What watches a run while it trains: bad losses, slow ranks, a sign of life, and who is gone when a wait times out.
+"""Whether a run is well while it trains: slow ranks, a sign of life, where a rank hangs, and who is gone.
 
-All of it is cheap: a matrix product and a few clock readings a step, three numbers a rank every log line.
+All of it is cheap: per step a matrix product and a few clock readings, per log line three numbers per rank.
 """
 
 from __future__ import annotations
@@ -13,128 +13,79 @@ import statistics
 import threading
 import time
 from collections import deque
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from torchtitan.config.schema import Training
+from torchtitan.components.hooks import Hook
+from torchtitan.tools.folders import write_text
 from torchtitan.tools.logging import logger
 
-
-class BadLossError(Exception):
-    """A step whose loss or gradient norm is not finite, or whose loss is a spike, ends the run; nothing of it stays."""
-
-
-class LossWatch:
-    """Judges every step's loss alike on all ranks: what it is given must be the same there to the bit."""
-
-    def __init__(self, config: Training):
-        self.config = config
-        self.losses: list[float] = []
-        self.skipped: list[dict[str, Any]] = []
-
-    def state(self) -> dict[str, Any]:
-        """JSON for the manifest, so that a resumed run judges as the unbroken one would."""
-        return {"losses": self.losses, "skipped": self.skipped}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Undo state(); what an older manifest has not is empty."""
-        self.losses = list(state.get("losses", []))
-        self.skipped = list(state.get("skipped", []))
-
-    def judge(self, step: int, loss: float, norm: float) -> str | None:
-        """Why the step is to be skipped, or None and it is remembered; BadLossError where the run is to end."""
-        c = self.config
-        why = self._what_is_wrong(loss, norm)
-        if why is None:
-            if c.loss_spike_factor is not None:  # else nobody asks for them
-                self.losses = [*self.losses, loss][-c.loss_spike_window :]
-            return None
-        if c.on_bad_loss == "stop":
-            raise BadLossError(f"step {step}: {why}")
-        if len(self.skipped) >= c.max_skipped_steps:
-            steps = ", ".join(str(skipped["step"]) for skipped in self.skipped)
-            raise BadLossError(
-                f"step {step}: {why}; training.max_skipped_steps = {c.max_skipped_steps} have been skipped"
-                f"{f' ({steps})' if steps else ''}"
-            )
-        finite = [value if math.isfinite(value) else str(value) for value in (loss, norm)]
-        self.skipped = [*self.skipped, {"step": step, "loss": finite[0], "grad_norm": finite[1], "why": why}]
-        return why
-
-    def _what_is_wrong(self, loss: float, norm: float) -> str | None:
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            return f"loss {loss}, gradient norm {norm}"
-        factor, window = self.config.loss_spike_factor, self.config.loss_spike_window
-        if factor is None or len(self.losses) < window:
-            return None
-        median = statistics.median(self.losses[-window:])
-        if loss > factor * median:
-            return (
-                f"loss {loss:.4f} is {loss / median:.2f} times the median {median:.4f} of the last {window}, more than "
-                f"training.loss_spike_factor = {factor:g}"
-            )
-        return None
+FEWEST_PROBES = 3
+STACK_SHARE = 0.8
+"""Of comm.train_timeout_seconds: late enough to mean something, early enough for the stacks to be written."""
 
 
-FEWEST_PROBES = 4
+class Stragglers(Hook):
+    """Names the slowest ranks in every log line, and warns of those beyond metrics.straggler_factor.
 
-
-class Pace:
-    """What this rank does by itself, since the last log line: seconds a step outside all collectives.
-
-    Ranks that share parameters wait for each other in every layer, so all take the same time for a step, and none of
-    them looks slow. What tells them apart: a matrix product of one size, timed every step while nobody is waited for,
-    and how late a rank comes to the first collective of a step.
+    Ranks that share parameters wait for each other in every layer, so all take the same time for a step. Two things
+    tell a slow rank from the others: a matrix product of fixed size, timed before every step while no rank waits for
+    another (the probe), and how late the rank comes to the first collective of a step (components/step_timing.py).
     """
 
-    def __init__(self, device: torch.device):
-        cuda = device.type == "cuda"
-        n = 4096 if cuda else 256  # 0.2 ms on an H100, about 1 ms on a core
-        self.matrix = torch.ones(n, n, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
-        self.device = device
-        self.released_at: float | None = None
-        self.before = 0.0
+    def __init__(self) -> None:
         self.probes = deque[float](maxlen=10)
-        self.probe()  # the first call sets up libraries
+        self.first_step = True
+
+    def started(self, trainer: Any) -> None:
+        """Make the matrix. The first product sets up libraries, and does not count."""
+        self.device = trainer.device
+        cuda = self.device.type == "cuda"
+        n = 4096 if cuda else 256  # 0.2 ms on an H100, about 1 ms on a core
+        self.matrix = torch.ones(n, n, device=self.device, dtype=torch.bfloat16 if cuda else torch.float32)
+        self.probe()
         self.probes.clear()
 
-    def arrive(self) -> None:
-        """Just before the first collective of a step."""
-        if self.released_at is not None:
-            self.before += time.perf_counter() - self.released_at
-
-    def release(self) -> None:
-        """Just after the last collective of a step."""
-        self.released_at = time.perf_counter()
-
-    def rest(self) -> None:
-        """What was done since release() was no part of a step."""
-        self.released_at = None
+    def before_step(self, trainer: Any) -> None:
+        """Probe, but not before the first step of the run, while loader processes start."""
+        if not self.first_step:
+            self.probe()
+        self.first_step = False
 
     def probe(self) -> None:
-        """Time the product; the device has nothing else to do."""
-        began = time.perf_counter()
+        """Time the product once the device has nothing else to do."""
+        self._synchronize()
+        start = time.perf_counter()
         self.matrix @ self.matrix
+        self._synchronize()
+        self.probes.append(time.perf_counter() - start)
+
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.probes.append(time.perf_counter() - began)
 
-    def gather(self, steps: int, waited: float, group: dist.ProcessGroup) -> list[list[float]]:
-        """Collective. [probe, before, waited for data] of every rank, in seconds a step; and a new window begins.
+    def logging(self, trainer: Any, numbers: dict[str, Any]) -> None:
+        """Gather [probe, alone, waited for data] of every rank, in seconds per step; rank 0 judges them.
 
-        The probe is the median of the last ten steps', or 0 while there are too few.
+        The probe is the median of the last ten, also if every step is logged: on a busy machine one measurement says
+        nothing. It is 0 while there are too few.
         """
-        # of the last steps, also where every step is logged: one measurement alone says nothing on a busy machine
+        steps, group = trainer.throughput.steps, trainer.cpu_group
         probe = statistics.median(self.probes) if len(self.probes) >= FEWEST_PROBES else 0.0
-        mine = [probe, self.before / steps, waited / steps]
-        self.before = 0.0
-        every = torch.zeros(dist.get_world_size(group), 3, dtype=torch.float64)
-        every[dist.get_rank(group)] = torch.tensor(mine, dtype=torch.float64)
-        dist.all_reduce(every, group=group)
-        return every.tolist()
+        times = torch.zeros(trainer.world_size, 3, dtype=torch.float64)
+        mine = [probe, trainer.timing.take() / steps, trainer.throughput.waited / steps]
+        times[trainer.rank] = torch.tensor(mine, dtype=torch.float64)
+        dist.all_reduce(times, group=group)
+        if trainer.rank > 0:
+            return
+        seconds = (time.perf_counter() - trainer.throughput.start) / steps
+        factor = trainer.config.metrics.straggler_factor
+        numbers["stragglers"], sentences = stragglers(times.tolist(), seconds, factor, trainer.hosts)
+        for sentence in sentences:
+            logger.warning(f"straggler, steps up to {trainer.step}: {sentence}")
 
 
 def stragglers(
@@ -142,16 +93,17 @@ def stragglers(
 ) -> tuple[dict[str, float], list[str]]:
     """The slowest ranks as numbers for metrics.jsonl, and a sentence for each beyond `factor`.
 
-    times: as gathered by Pace; step_seconds: that a step took; hosts: of each rank.
+    times: per rank [probe, alone, waited for data], in seconds per step; step_seconds: what a step took; hosts: the
+    host name of each rank.
     """
     if len(times) < 2:
         return {}, []
     columns = list(zip(*times))
     slowest = [max(range(len(column)), key=column.__getitem__) for column in columns]
-    probe, before, _ = (statistics.median_low(column) for column in columns)
+    probe, alone, _ = (statistics.median_low(column) for column in columns)
     compute, late = slowest[0], slowest[1]
     ratio = columns[0][compute] / probe if probe > 0 else 1.0
-    lateness = columns[1][late] - before
+    lateness = columns[1][late] - alone
     waits = columns[2][slowest[2]]
     numbers = {
         "compute": ratio,
@@ -161,78 +113,97 @@ def stragglers(
         "data_wait": waits / step_seconds,
         "data_wait_rank": slowest[2],
     }
-    found = []
+    sentences = []
     if ratio > factor:
-        found.append(f"rank {compute} on {hosts[compute]} computes {ratio:.1f} times slower than the median rank")
+        sentences.append(f"rank {compute} on {hosts[compute]} computes {ratio:.1f} times slower than the median rank")
     if step_seconds > factor * (step_seconds - lateness):
-        found.append(
+        sentences.append(
             f"rank {late} on {hosts[late]} comes {lateness:.2f} s late to every step of {step_seconds:.2f} s "
             f"({columns[2][late]:.2f} s of it, or of what all need, waiting for data)"
         )
-    return numbers, found
+    return numbers, sentences
 
 
-class Heartbeat:
-    """Rank 0's sign of life: heartbeat.json, replaced as a whole; not synced, for it is of no use after a crash."""
+class Heartbeat(Hook):
+    """Rank 0's sign of life: heartbeat.json, replaced as a whole. It is not synced: after a crash it is of no use."""
 
-    def __init__(self, folder: Path, seconds: float, hosts: list[str], steps: int, writes: bool):
-        self.path, self.seconds, self.writes = folder / "heartbeat.json", seconds, writes
-        self.about = {
-            "steps": steps,
-            "ranks": len(hosts),
-            "hosts": list(dict.fromkeys(hosts)),
-            "pid": os.getpid(),
-            "started": time.time(),
-        }
+    def __init__(self) -> None:
         self.written = -math.inf
         self.failed = False
 
-    def beat(self, step: int, state: str) -> None:
-        """state: training, saving, evaluating, ended or stopped; while training not more often than every `seconds`."""
-        if not self.writes or state == "training" and time.monotonic() - self.written < self.seconds:
+    def configured(self, trainer: Any) -> None:
+        self.path = trainer.dump_folder / "heartbeat.json"
+        self.about = {
+            "steps": trainer.config.training.steps,
+            "ranks": len(trainer.hosts),
+            "hosts": list(dict.fromkeys(trainer.hosts)),
+            "pid": os.getpid(),
+            "started": time.time(),
+        }
+
+    def after_step(self, trainer: Any, numbers: dict[str, Any]) -> None:
+        """While training the file is replaced no more often than every metrics.heartbeat_seconds."""
+        if time.monotonic() - self.written >= trainer.config.metrics.heartbeat_seconds:
+            self.beat(trainer, "training")
+
+    def pausing(self, trainer: Any, what: str) -> None:
+        self.beat(trainer, what)
+
+    def ended(self, trainer: Any) -> None:
+        self.beat(trainer, "ended" if trainer.finished else "stopped")
+
+    def beat(self, trainer: Any, state: str) -> None:
+        """state: training, saving, evaluating, ended or stopped."""
+        if trainer.rank > 0:
             return
-        content = {"step": step, "time": time.time(), "state": state, **self.about}
-        aside = self.path.with_name("heartbeat.partial")
+        content = {"step": trainer.step, "time": time.time(), "state": state, **self.about}
         try:
-            aside.write_text(json.dumps(content, indent=1) + "\n")
-            aside.replace(self.path)
+            write_text(self.path, json.dumps(content, indent=1) + "\n")
             self.failed = False
-        except OSError as e:  # a run does not end for want of this
+        except OSError as e:  # no reason to end a run
             if not self.failed:
                 logger.warning(f"{self.path} cannot be written: {e}")
             self.failed = True
         self.written = time.monotonic()
 
 
-class StackDump:
+class StackDumps(Hook):
     """Writes where every thread of this rank is when a step takes so long that a collective is about to time out.
 
     The flight recorder's counterpart for gloo, and for a rank that is stuck outside any collective.
     """
 
-    def __init__(self, path: Path, seconds: float):
-        self.path, self.seconds = path, seconds
+    def __init__(self) -> None:
         self.since = math.inf
-        self.ended = threading.Event()
-        threading.Thread(target=self._watch, daemon=True).start()
+        self.first_step = True
+        self.closing = threading.Event()
 
-    def step_begins(self) -> None:
-        """The clock starts anew."""
-        self.since = time.monotonic()
+    def started(self, trainer: Any) -> None:
+        comm = trainer.config.comm
+        self.path = trainer.dump_folder / comm.save_traces_folder / f"stack_rank_{trainer.rank}.txt"
+        self.seconds = STACK_SHARE * comm.train_timeout_seconds
+        threading.Thread(target=self._wait, daemon=True).start()
 
-    def rest(self) -> None:
-        """No step is under way: a save may take its time."""
+    def before_step(self, trainer: Any) -> None:
+        """The clock starts anew; not for the first step of a run, which compiles and the like."""
+        if not self.first_step:
+            self.since = time.monotonic()
+        self.first_step = False
+
+    def pausing(self, trainer: Any, what: str) -> None:
+        self.since = math.inf  # a save may take its time
+
+    def ended(self, trainer: Any) -> None:
         self.since = math.inf
 
-    def close(self) -> None:
-        """Stop watching."""
-        self.ended.set()
+    def closed(self, trainer: Any) -> None:
+        self.closing.set()
 
-    def _watch(self) -> None:
-        while not self.ended.wait(min(1.0, self.seconds / 10)):
+    def _wait(self) -> None:
+        while not self.closing.wait(min(1.0, self.seconds / 10)):
             if time.monotonic() - self.since < self.seconds:
                 continue
-            self.since = math.inf  # once a step
+            self.since = math.inf  # once per step
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("w") as f:
@@ -242,29 +213,26 @@ class StackDump:
                 logger.warning(f"{self.path} cannot be written: {e}")
 
 
-ROLL_CALL_SECONDS = 5.0
+def who_answers(store: dist.Store, rank: int, hosts: list[str], seconds: float = 5.0) -> str:
+    """After a collective has failed here: which ranks do not answer, in a sentence. Takes `seconds` + 1 at most.
 
-
-def roll_call(store: dist.Store, rank: int, hosts: list[str], seconds: float = ROLL_CALL_SECONDS) -> str:
-    """Who does not answer, in a sentence, after a collective has failed here. Takes `seconds` at most.
-
-    Every rank that is alive fails soon after the first, for it waited for the same, and says so in the store. That may
-    itself be kept by the machine that is gone: then no answer comes at all.
+    Every rank that is alive fails soon after the first, for all waited for the same rank, and says so in the store. The
+    machine that is gone may itself be the store's: then no answer comes at all. hosts: the host name of each rank.
     """
     present: set[int] = set()
     asked = threading.Event()
 
-    def call() -> None:
-        store.set(f"roll-call/{rank}", "1")
+    def ask() -> None:
+        store.set(f"who-answers/{rank}", "1")
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and len(present) < len(hosts):
             for other in set(range(len(hosts))) - present:
-                if store.check([f"roll-call/{other}"]):
+                if store.check([f"who-answers/{other}"]):
                     present.add(other)
             asked.set()
             time.sleep(0.1)
 
-    thread = threading.Thread(target=_quietly, args=(call,), daemon=True)
+    thread = threading.Thread(target=_quietly, args=(ask,), daemon=True)
     thread.start()
     thread.join(seconds + 1)
     if not asked.is_set():
@@ -276,8 +244,8 @@ def roll_call(store: dist.Store, rank: int, hosts: list[str], seconds: float = R
     return f"no answer from {named}" + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
 
 
-def _quietly(function: Any) -> None:
+def _quietly(function: Callable[[], None]) -> None:
     try:
         function()
     except Exception as e:
-        logger.debug(f"roll call: {e}")
+        logger.debug(f"who answers: {e}")

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from torchtitan.components.hooks import Hook
 from torchtitan.extensions.cluster.node_report import Report, judge, table
 from torchtitan.extensions.cluster.shared_folder import blind_hosts, hosts_of, not_shared
 from torchtitan.tools.device import init_process_group, pick_device
@@ -40,32 +41,31 @@ LEAVE_SECONDS = 10.0
 NAMED = 3
 
 
-def check_nodes(
-    folder: Path, thorough: bool, factor: float, device: torch.device, group: dist.ProcessGroup, timeout: float
-) -> list[str]:
-    """Collective. The host of every rank, after the check: that `folder` is shared, or with `thorough` all of it.
+class NodeCheck(Hook):
+    """Before training: job.dump_folder must be shared by all hosts; with comm.node_check also the check above.
 
-    UserError on all ranks where training could not work; slow hosts are logged.
+    UserError on all ranks if training could not work; slow hosts are logged.
     """
-    hosts = hosts_of(group)
-    if not thorough:
-        if len(set(hosts)) > 1 and (blind := blind_hosts(folder, hosts, group)):
-            raise UserError(not_shared(folder, hosts[0], blind))
-        return hosts
-    report = node_check(folder, factor, device, hosts, group, timeout)
-    if dist.get_rank() == 0:
-        _write_report(report, folder / "node_check.json")
-        for line in table(report):
-            logger.info(line)
-        for host, reasons in report.slow.items():
-            logger.warning(f"node check: {host} is slow: {'; '.join(reasons)}")
-    if report.broken:
-        told = "; ".join(f"{host}: {', '.join(reasons)}" for host, reasons in report.broken.items())
-        raise UserError(
-            f"The node check (comm.node_check) found hosts that cannot train: {told}. Start without them (Slurm: "
-            f"--exclude={','.join(sorted(report.broken))})."
-        )
-    return hosts
+
+    def configured(self, trainer: Any) -> None:
+        comm, folder, hosts, group = trainer.config.comm, trainer.dump_folder, trainer.hosts, trainer.cpu_group
+        if not comm.node_check:
+            if len(set(hosts)) > 1 and (blind := blind_hosts(folder, hosts, group)):
+                raise UserError(not_shared(folder, hosts[0], blind))
+            return
+        report = node_check(folder, comm.node_check_factor, trainer.device, hosts, group, comm.init_timeout_seconds)
+        if trainer.rank == 0:
+            _write_report(report, folder / "node_check.json")
+            for line in table(report):
+                logger.info(line)
+            for host, reasons in report.slow.items():
+                logger.warning(f"node check: {host} is slow: {'; '.join(reasons)}")
+        if report.broken:
+            broken = "; ".join(f"{host}: {', '.join(reasons)}" for host, reasons in report.broken.items())
+            raise UserError(
+                f"The node check (comm.node_check) found hosts that cannot train: {broken}. Start without them "
+                f"(Slurm: --exclude={','.join(sorted(report.broken))})."
+            )
 
 
 def disk_seconds(folder: Path, mib: int) -> dict[str, float]:

@@ -1,43 +1,53 @@
-"""PyTorch profiler traces and CUDA memory snapshots, every n steps."""
+"""PyTorch profiler traces and CUDA memory snapshots, every profiling.profile_freq steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from torchtitan.components.hooks import Hook
 from torchtitan.tools.logging import logger
 from torchtitan.tools.torch_compat import record_memory_history, write_memory_snapshot
 
 StepEnded = Callable[[int], None]
 
 
-@contextmanager
-def profiled(traces: Path | None, snapshots: Path | None, freq: int, rank: int) -> Iterator[StepEnded]:
-    """Yields step_ended(step), to be called after every step.
+class Profiler(Hook):
+    """What [profiling] asks for, from the first step of a run to its end."""
 
-    traces, snapshots: the folders to write to, None for not at all. Traces open in Perfetto or chrome://tracing.
-    """
-    with ExitStack() as stack:
-        callbacks: list[StepEnded] = []
-        if traces:
-            callbacks.append(stack.enter_context(_traces(traces, freq, rank)))
-        if snapshots and torch.cuda.is_available():
-            callbacks.append(stack.enter_context(_memory_snapshots(snapshots, freq, rank)))
-        elif snapshots:
+    def __init__(self) -> None:
+        self.stack = ExitStack()
+        self.step_ended: list[StepEnded] = []
+
+    def started(self, trainer: Any) -> None:
+        config, folder, rank = trainer.config.profiling, trainer.dump_folder, trainer.rank
+        if config.enable_profiling:
+            traces = _traces(folder / config.save_traces_folder, config.profile_freq, rank)
+            self.step_ended.append(self.stack.enter_context(traces))
+        if config.enable_memory_snapshot and torch.cuda.is_available():
+            snapshots = _memory_snapshots(folder / config.save_memory_snapshot_folder, config.profile_freq, rank)
+            self.step_ended.append(self.stack.enter_context(snapshots))
+        elif config.enable_memory_snapshot:
             logger.warning("profiling.enable_memory_snapshot has no effect without CUDA.")
 
-        def step_ended(step: int) -> None:
-            for callback in callbacks:
-                callback(step)
+    def after_step(self, trainer: Any, numbers: dict[str, Any]) -> None:
+        for step_ended in self.step_ended:
+            step_ended(trainer.step)
 
-        yield step_ended
+    def ended(self, trainer: Any) -> None:
+        self.stack.close()
+
+    def closed(self, trainer: Any) -> None:
+        self.stack.close()
 
 
 @contextmanager
 def _traces(folder: Path, freq: int, rank: int) -> Iterator[StepEnded]:
+    """Traces open in Perfetto or chrome://tracing."""
     folder.mkdir(parents=True, exist_ok=True)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():

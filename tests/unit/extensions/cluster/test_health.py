@@ -1,98 +1,100 @@
-"""Bad losses, stragglers, the heartbeat and the roll call, without ranks."""
+"""Stragglers, the heartbeat, dumps of stacks and the question who answers, without ranks."""
 
 from __future__ import annotations
 
 import json
-import math
-import statistics
+import os
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from torchtitan.config.schema import Training
-from torchtitan.extensions.cluster.health import BadLossError, Heartbeat, LossWatch, roll_call, stragglers
-
-SPIKES = Training(on_bad_loss="skip", loss_spike_factor=1.5, loss_spike_window=5, max_skipped_steps=3)
-LOSSES = [4.0, 3.9, 9.0, 3.8, 3.9, 3.7, 5.5, 5.9, 3.6, 3.7, math.inf, 3.5, 5.0, 3.3]
-
-
-def judged(watch: LossWatch, losses: list[float], first: int = 1) -> list[int]:
-    """Steps that are skipped."""
-    return [step for step, loss in enumerate(losses, first) if watch.judge(step, loss, 1.0)]
-
-
-def test_a_spike_is_measured_by_the_median_of_the_good_losses_before():
-    """Against a plain loop: the window must be full, and neither spikes nor infinity enter it."""
-    watch, good, expected = LossWatch(SPIKES), [], []
-    for step, loss in enumerate(LOSSES, 1):
-        spike = len(good) >= 5 and loss > 1.5 * statistics.median(good[-5:])
-        (expected if spike or math.isinf(loss) else good).append(step if spike or math.isinf(loss) else loss)
-    assert judged(watch, LOSSES) == expected == [8, 11]
-    assert watch.losses == good[-5:]
-    assert [skipped["step"] for skipped in watch.skipped] == expected
-    json.dumps(watch.state(), allow_nan=False)
-
-
-def test_a_resumed_run_judges_as_the_unbroken_one():
-    whole = LossWatch(SPIKES)
-    skipped = judged(whole, LOSSES)
-    for cut in range(len(LOSSES)):
-        before, after = LossWatch(SPIKES), LossWatch(SPIKES)
-        first = judged(before, LOSSES[:cut])
-        after.load(json.loads(json.dumps(before.state())))
-        assert first + judged(after, LOSSES[cut:], cut + 1) == skipped
-        assert after.state() == whole.state()
-    fresh = LossWatch(SPIKES)
-    fresh.load({})  # a manifest from before there was a watch
-    assert fresh.state() == {"losses": [], "skipped": []}
-
-
-def test_after_so_many_skipped_steps_the_run_stops_and_says_which():
-    watch = LossWatch(SPIKES)
-    assert judged(watch, [math.nan, 1.0, math.nan, math.nan]) == [1, 3, 4]
-    with pytest.raises(BadLossError, match=r"max_skipped_steps = 3 have been skipped \(1, 3, 4\)"):
-        watch.judge(5, 1.0, math.inf)
-
-
-def test_the_default_stops_at_what_is_not_finite_and_at_nothing_else():
-    watch = LossWatch(Training())
-    assert judged(watch, [1.0, 1e30, 1.0]) == []
-    for loss, norm in ((math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan)):
-        with pytest.raises(BadLossError, match="step 4: loss"):
-            watch.judge(4, loss, norm)
-    assert watch.state() == {"losses": [], "skipped": []}
+from torchtitan.config import JobConfig
+from torchtitan.config.schema import Metrics, Training
+from torchtitan.extensions.cluster.health import Heartbeat, StackDumps, stragglers, who_answers
 
 
 def test_stragglers():
     hosts = ["a", "a", "b", "b"]
     even = [[0.001, 0.1, 0.0]] * 4
-    numbers, found = stragglers(even, 1.0, 1.5, hosts)
-    assert not found and numbers["compute"] == 1 and numbers["late_seconds"] == 0
+    numbers, sentences = stragglers(even, 1.0, 1.5, hosts)
+    assert not sentences and numbers["compute"] == 1 and numbers["late_seconds"] == 0
     slow = [*even[:2], [0.004, 0.1, 0.0], even[3]]
-    numbers, found = stragglers(slow, 1.0, 1.5, hosts)
+    numbers, sentences = stragglers(slow, 1.0, 1.5, hosts)
     assert numbers["compute"] == pytest.approx(4) and numbers["compute_rank"] == 2
-    assert len(found) == 1 and "rank 2 on b computes 4.0 times slower" in found[0]
+    assert len(sentences) == 1 and "rank 2 on b computes 4.0 times slower" in sentences[0]
     late = [*even[:3], [0.001, 0.6, 0.5]]
-    numbers, found = stragglers(late, 1.0, 1.5, hosts)
+    numbers, sentences = stragglers(late, 1.0, 1.5, hosts)
     assert numbers["late_rank"] == numbers["data_wait_rank"] == 3 and numbers["data_wait"] == 0.5
-    assert len(found) == 1 and "rank 3 on b comes 0.50 s late to every step of 1.00 s" in found[0]
+    assert len(sentences) == 1 and "rank 3 on b comes 0.50 s late to every step of 1.00 s" in sentences[0]
     assert stragglers(late, 2.0, 1.5, hosts)[1] == [], "a step of 2 s would have lasted 1.5 s: not half as long again"
     assert stragglers(even[:1], 1.0, 1.5, hosts) == ({}, [])
 
 
+def a_trainer(folder: Path, **changes: Any) -> SimpleNamespace:
+    """What a hook sees of a Trainer, after its first step."""
+    config = JobConfig(metrics=Metrics(heartbeat_seconds=3600), training=Training(steps=4))
+    known = {"config": config, "dump_folder": folder, "rank": 0, "hosts": ["a", "a", "b"], "step": 1, "finished": False}
+    return SimpleNamespace(**known | changes)
+
+
 def test_heartbeat(tmp_path: Path):
-    beats = Heartbeat(tmp_path, 3600, ["a", "a", "b"], 100, True)
-    path = tmp_path / "heartbeat.json"
-    Heartbeat(tmp_path, 0, ["a"], 100, False).beat(1, "training")
+    path, heartbeat, other = tmp_path / "heartbeat.json", Heartbeat(), Heartbeat()
+    second = a_trainer(tmp_path, rank=1)
+    other.configured(second)
+    other.after_step(second, {})
+    other.ended(second)
     assert not path.exists(), "only rank 0 writes"
-    for step, state, expected in ((1, "training", 1), (2, "training", 1), (3, "saving", 3), (4, "ended", 4)):
-        beats.beat(step, state)
+    trainer = a_trainer(tmp_path)
+    heartbeat.configured(trainer)
+
+    def ended(finished: bool) -> None:
+        trainer.finished = finished
+        heartbeat.ended(trainer)
+
+    for step, call, state, expected in (
+        (1, lambda: heartbeat.after_step(trainer, {}), "training", 1),
+        (2, lambda: heartbeat.after_step(trainer, {}), "training", 1),  # not that often
+        (3, lambda: heartbeat.pausing(trainer, "saving"), "saving", 3),
+        (3, lambda: heartbeat.pausing(trainer, "evaluating"), "evaluating", 3),
+        (3, lambda: ended(False), "stopped", 3),
+        (4, lambda: ended(True), "ended", 4),
+    ):
+        trainer.step = step
+        call()
         content = json.loads(path.read_text())
-        assert content["step"] == expected and abs(content["time"] - time.time()) < 60
-    assert content["hosts"] == ["a", "b"] and content["ranks"] == 3 and content["state"] == "ended"
-    Heartbeat(tmp_path / "not there", 0, ["a"], 100, True).beat(1, "training")  # warns, and the run goes on
+        assert content["step"] == expected and content["state"] == state and abs(content["time"] - time.time()) < 60
+    assert content["hosts"] == ["a", "b"] and content["ranks"] == 3 and content["steps"] == 4
+    assert os.listdir(tmp_path) == ["heartbeat.json"]
+    nowhere = a_trainer(tmp_path / "missing")
+    heartbeat.configured(nowhere)
+    heartbeat.ended(nowhere)  # warns, and the run goes on
+
+
+def test_stacks_are_written_when_a_step_takes_too_long_but_not_the_first_nor_a_pause(tmp_path: Path):
+    trainer = a_trainer(tmp_path)
+    trainer.config = JobConfig(comm=replace(trainer.config.comm, train_timeout_seconds=1))
+    path, hook = tmp_path / "comm_traces" / "stack_rank_0.txt", StackDumps()
+    hook.started(trainer)
+    try:
+        hook.before_step(trainer)  # the first: it compiles
+        time.sleep(1.3)
+        hook.before_step(trainer)
+        hook.pausing(trainer, "saving")
+        time.sleep(1.3)
+        assert not path.exists()
+        hook.before_step(trainer)
+        deadline = time.monotonic() + 20
+        while not (path.exists() and "test_stacks_are_written" in path.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert path.read_text().splitlines()[0].endswith("a step has taken 0.8 s; every thread's last call first")
+    finally:
+        hook.closed(trainer)
 
 
 class Silent(dist.Store):
@@ -102,13 +104,13 @@ class Silent(dist.Store):
         time.sleep(60)
 
 
-def test_roll_call():
+def test_who_answers():
     store = dist.HashStore()
-    store.set("roll-call/0", "1")
+    store.set("who-answers/0", "1")
     hosts = ["a", "b", "c"]
-    assert roll_call(store, 2, hosts, 0.5) == "no answer from rank 1 on b"
-    store.set("roll-call/1", "1")
-    assert "all ranks answer" in roll_call(store, 2, hosts, 0.5)
+    assert who_answers(store, 2, hosts, 0.5) == "no answer from rank 1 on b"
+    store.set("who-answers/1", "1")
+    assert "all ranks answer" in who_answers(store, 2, hosts, 0.5)
     began = time.monotonic()
-    assert "no answer from rank 0's machine, a" in roll_call(Silent(), 2, hosts, 0.5)
+    assert "no answer from rank 0's machine, a" in who_answers(Silent(), 2, hosts, 0.5)
     assert time.monotonic() - began < 5
