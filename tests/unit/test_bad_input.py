@@ -291,7 +291,7 @@ CORPORA: dict[str, tuple[Callable[[Path, Path], None], list[str]]] = {
         ["data-00000-of-00001.arrow", "missing", "tokenize the text again"],
     ),
     "no list of shards": (lambda corpus, _: (corpus / "state.json").unlink(), ["state.json", "not a tokenized"]),
-    "not JSON": (lambda corpus, _: (corpus / "corpus.json").write_text("{"), ["corpus.json", "damaged"]),
+    "not JSON": (lambda corpus, _: (corpus / "corpus.json").write_text("{"), ["corpus.json", "is not JSON"]),
 }
 
 

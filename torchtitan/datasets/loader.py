@@ -21,17 +21,13 @@ from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.positions import reset_positions, row_positions, sentence_ends
 from torchtitan.datasets.row_table import cut_padding, is_short
 from torchtitan.tools.constants import IGNORED_LABEL
-from torchtitan.tools.errors import UserError
-
-
-def as_it_is(batch: PackedBatch) -> PackedBatch:
-    return batch
 
 
 class MicroBatches(Dataset[Any]):
     """Item j: micro-batch j of a rank, counted from the stage's beginning: step j // A, accumulation index j % A.
 
-    It is what `finish` makes of the PackedBatch: context parallelism takes a rank's part of it there.
+    An item is a PackedBatch, or what `finish` makes of it: context parallelism takes a rank's part there. A step's rows
+    must be a multiple of dp_degree * local_batch_size (config/checks.py says so to the user).
     """
 
     def __init__(
@@ -40,39 +36,30 @@ class MicroBatches(Dataset[Any]):
         dp_rank: int,
         dp_degree: int,
         local_batch_size: int,
-        finish: Callable[[PackedBatch], Any] = as_it_is,
+        finish: Callable[[PackedBatch], Any] | None = None,
     ) -> None:
-        rows = dp_degree * local_batch_size
-        if plan.rows_per_step % rows:
-            raise UserError(
-                f"A step has {plan.rows_per_step} rows (training.global_batch_size, or global_batch_tokens / seq_len), "
-                f"which training.local_batch_size * data-parallel degree = {local_batch_size} * {dp_degree} = {rows} "
-                f"does not divide: the nearest that works are {plan.rows_per_step // rows * rows or rows} and "
-                f"{(plan.rows_per_step // rows + 1) * rows}."
-            )
         self.plan = plan
         self.dp_rank = dp_rank
         self.dp_degree = dp_degree
         self.local_batch_size = local_batch_size
         self.finish = finish
-        self.accumulation = plan.rows_per_step // rows
+        self.accumulation = plan.rows_per_step // (dp_degree * local_batch_size)
 
     def __len__(self) -> int:
         return self.plan.steps * self.accumulation
 
     def __getitem__(self, item: int) -> Any:
-        return self.finish(pack(self.plan, item // self.accumulation, self.slots(item)))
+        batch = micro_batch(self.plan, item // self.accumulation, self.slots(item))
+        return self.finish(batch) if self.finish else batch
 
     def slots(self, item: int) -> list[int]:
         """The step's slots that make this item; over ranks and a step's items every slot occurs once."""
         step, index = divmod(item, self.accumulation)
-        slots: list[int] = deal(self.plan.work(step), self.dp_degree, self.local_batch_size)[
-            self.dp_rank, index
-        ].tolist()
-        return slots
+        dealt = deal(self.plan.work(step), self.dp_degree, self.local_batch_size)
+        return list(map(int, dealt[self.dp_rank, index]))
 
 
-def pack(plan: Plan, step: int, slots: list[int]) -> PackedBatch:
+def micro_batch(plan: Plan, step: int, slots: list[int]) -> PackedBatch:
     """The rows of the slots laid end to end, each padded to seq_len."""
     total = len(slots) * plan.seq_len
     tokens = np.zeros(total, np.int64)
@@ -122,7 +109,7 @@ def _positions(
 
 
 def leave_signals(worker: int) -> None:
-    """In a loader process: Slurm signals every process of a job step, but to stop is the trainer's business."""
+    """In a loader process: Slurm signals every process of a job step, but only the trainer decides to stop."""
     for stop_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(stop_signal, signal.SIG_IGN)
 
@@ -135,11 +122,11 @@ def build_loader(
     start_step: int = 0,
     num_workers: int = 1,
     pin_memory: bool = False,
-    finish: Callable[[PackedBatch], Any] = as_it_is,
+    finish: Callable[[PackedBatch], Any] | None = None,
 ) -> StatefulDataLoader:
     """Iterates over a rank's micro-batches from start_step (finished steps) to the end of the plan.
 
-    An item is what `finish` makes of a PackedBatch, in the loader process.
+    An item is a PackedBatch, or what `finish` makes of it in the loader process.
     """
     dataset = MicroBatches(plan, dp_rank, dp_degree, local_batch_size, finish)
     return StatefulDataLoader(

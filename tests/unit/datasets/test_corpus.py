@@ -128,7 +128,7 @@ def damage(folder: Path, how: str) -> None:
         ("no shards", ["empty"]),
         ("fewer documents", ["60", "was changed"]),
         ("format", ["format 0"]),
-        ("broken json", ["corpus.json", "damaged"]),
+        ("broken json", ["corpus.json", "is not JSON"]),
     ],
 )
 def test_damage(folder: Path, how: str, words: list[str]) -> None:
