@@ -34,11 +34,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from torchtitan.attention.segments import Segments
+from torchtitan.extensions.evaluation.forward import answer_scores
 from torchtitan.extensions.evaluation.loading import Loaded, load
-from torchtitan.extensions.evaluation.loss_by_position import loss_by_position, rope_for
+from torchtitan.extensions.evaluation.runner import position_losses
+from torchtitan.models.rope import rope_for
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.work_folder import begin_or_go_on
 
@@ -241,17 +241,12 @@ def write_assets(words: Words, folder: Path) -> None:
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def recalled(loaded: Loaded, tokens: list[int], count: int) -> bool:
     """Whether each of the last `count` tokens of a document is the likeliest, given those before it."""
-    model, length = loaded.model, len(tokens) - 1
-    output, model.output = model.output, nn.Identity()  # type: ignore[assignment]
-    try:
-        read = torch.tensor(tokens[:-1]), torch.arange(length), Segments.whole(np.array([0, length]))
-        hidden = model(*read, rope=rope_for(model.args.rope, length))
-    finally:
-        model.output = output
-    return output(hidden[-count:]).argmax(-1).tolist() == tokens[-count:]
+    prompt, target = torch.tensor(tokens[:-count]), torch.tensor(tokens[-count:])
+    rope = rope_for(loaded.model.args.rope, len(tokens) - 1)
+    ((_, likeliest),) = answer_scores(loaded.model, loaded.ranks, [prompt], [target], rope)
+    return bool(likeliest.all())
 
 
 def measure(loaded: Loaded, words: Words, documents: int, needles: int) -> dict[str, Any]:
@@ -265,15 +260,15 @@ def measure(loaded: Loaded, words: Words, documents: int, needles: int) -> dict[
         recall.append(float(np.mean([recalled(loaded, tokens, IN_FACT) for tokens in made])))
     random = np.random.default_rng([2, LONG])
     texts = [torch.tensor(encode(" ".join(make_document(words, LONG, random, far=True)))) for _ in range(documents)]
-    buckets = loss_by_position(loaded.model, texts, EDGES)
+    losses = position_losses(loaded.model, loaded.ranks, texts, EDGES)
     random = np.random.default_rng([4, SHORT])
     sizes = [document_size(SHORT, random, far=True) for _ in range(8 * documents)]
     short = [torch.tensor(encode(" ".join(make_document(words, size, random, far=True)))) for size in sizes]
     return {
         "recall": recall,
-        "nll": list(buckets.nll),
-        "count": list(buckets.count),
-        "short": loss_by_position(loaded.model, short, (0, SHORT)).mean,
+        "nll": losses["nll"],
+        "count": losses["count"],
+        "short": position_losses(loaded.model, loaded.ranks, short, (0, SHORT))["mean_nll"],
     }
 
 

@@ -45,7 +45,7 @@ def main(args: list[str]) -> int:
             return launch([sys.executable, __file__, *args], own.processes)
         result = run(own, config, folder)
         if rank == 0:
-            from torchtitan.extensions.evaluation.stage import write
+            from torchtitan.extensions.evaluation.results import write
 
             print(as_table(result))
             if own.out:
@@ -73,32 +73,33 @@ def check_questions(own: argparse.Namespace, config: JobConfig) -> None:
 def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, Any]:
     """On every rank: build, load, ask. The result, in the form that docs/evaluation.md describes."""
     # PyTorch takes seconds to import: a mistake on the command line should not
-    from torchtitan.extensions.evaluation.sharded import check_own, loaded, rank_and_world_size, weights_for
-    from torchtitan.extensions.evaluation.stage import asked_in, evaluate, prepare
+    from torchtitan.extensions.evaluation.evaluate import evaluate, prepare
+    from torchtitan.extensions.evaluation.loading import check_own_results, loaded, model_for, rank_and_world_size
+    from torchtitan.extensions.evaluation.results import settings_in
     from torchtitan.tools.device import peak_memory_gib
     from torchtitan.tools.logging import init_logger
 
     began = time.perf_counter()
     rank, _, world_size = rank_and_world_size()
     init_logger(rank, world_size)
-    weights = weights_for(folder, config, longest_asked(config), own.tokenizer)
-    prepared = prepare(config, weights.tokenizer, weights.args)
-    check_own(own, weights)
-    if own.of_stage and asked_in(own.out) not in (None, prepared.about):
+    on_disk = model_for(folder, config, longest_asked(config), own.tokenizer)
+    prepared = prepare(config, on_disk.tokenizer, on_disk.args)
+    check_own_results(own, on_disk)
+    if own.of_stage and settings_in(own.out) not in (None, prepared.settings):
         raise UserError(f"{own.out} holds the stage's answers to other questions: give --out, or delete it.")
-    with loaded(weights, config) as (model, ranks), progress(rank) as on_part:
+    with loaded(on_disk, config) as (model, ranks), progress(rank) as on_part:
         e = config.evaluation
-        found = evaluate(model, ranks, weights.tokenizer, prepared, e.windows, e.generate, on_part)
-    manifest = weights.manifest
+        numbers = evaluate(model, ranks, on_disk.tokenizer, prepared, e.windows, e.generate, on_part)
+    manifest = on_disk.manifest
     return {
-        "label": own.label or weights.label,
+        "label": own.label or on_disk.label,
         "model": str(folder),
         "step": manifest["step"] if manifest else None,
         "tokens_seen": manifest["tokens_seen"] if manifest else None,
-        "rope": asdict(weights.args.rope),
+        "rope": asdict(on_disk.args.rope),
         "dtype": config.training.mixed_precision_param,
         "world_size": world_size,
-        **found,
+        **numbers,
         "seconds": round(time.perf_counter() - began, 1),
         "peak_gib": round(peak_memory_gib(ranks.device), 2),
     }

@@ -25,8 +25,9 @@ from typing import Any
 
 from torchtitan.config import JobConfig
 from torchtitan.extensions.cluster.launch import launch
-from torchtitan.extensions.evaluation.command_line import make_folder, parser_of, what_is_asked, write_whole
+from torchtitan.extensions.evaluation.command_line import make_folder, parser_of, what_is_asked
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import write_text
 
 
 def main(args: list[str]) -> int:
@@ -79,23 +80,23 @@ def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, A
     """On every rank: tasks, model, answers. On rank 0 the harness' results with a few words of ours; else nothing."""
     from lm_eval.evaluator import simple_evaluate
 
+    from torchtitan.extensions.evaluation.evaluate import warn_beyond
     from torchtitan.extensions.evaluation.lm_eval_model import TorchtitanLM
-    from torchtitan.extensions.evaluation.sharded import check_own, loaded, rank_and_world_size, weights_for
-    from torchtitan.extensions.evaluation.stage import warn_beyond
+    from torchtitan.extensions.evaluation.loading import check_own_results, loaded, model_for, rank_and_world_size
     from torchtitan.tools.logging import init_logger, logger
 
     rank, _, world_size = rank_and_world_size()
     init_logger(rank, world_size)
     logging.getLogger("lm_eval").setLevel(logging.WARNING if rank == 0 else logging.ERROR)
-    weights = weights_for(folder, config, own.max_length, own.tokenizer)
-    check_own(own, weights)
-    trained = weights.args.rope.max_position_embeddings or (weights.manifest or {}).get("seq_len")
+    on_disk = model_for(folder, config, own.max_length, own.tokenizer)
+    check_own_results(own, on_disk)
+    trained = on_disk.args.rope.max_position_embeddings or (on_disk.manifest or {}).get("seq_len")
     max_length = own.max_length or trained or config.training.seq_len
-    manager, tasks = load_tasks(own, {"tokenizer": weights.tokenizer.folder} | own.metadata)
-    warn_beyond(weights.args, max_length)
-    with loaded(weights, config) as (model, ranks):
+    manager, tasks = load_tasks(own, {"tokenizer": on_disk.tokenizer.folder} | own.metadata)
+    warn_beyond(on_disk.args, max_length)
+    with loaded(on_disk, config) as (model, ranks):
         lm = TorchtitanLM(
-            model, ranks, weights.tokenizer, max_length, config.data.add_bos, own.truncate, silent=rank != 0
+            model, ranks, on_disk.tokenizer, max_length, config.data.add_bos, own.truncate, silent=rank != 0
         )
         found = simple_evaluate(
             lm,
@@ -112,7 +113,7 @@ def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, A
     if rank != 0 or found is None:
         return {}
     about = {
-        "label": weights.label,
+        "label": on_disk.label,
         "model": str(folder),
         "dtype": config.training.mixed_precision_param,
         "add_bos": config.data.add_bos,
@@ -176,7 +177,7 @@ def report(result: dict[str, Any], out: Path | None) -> None:
     if result.get("groups"):
         print(make_table(result, "groups"))
     if out is not None:
-        write_whole(out, json.dumps(result, indent=1, default=handle_non_serializable, ensure_ascii=False) + "\n")
+        write_text(out, json.dumps(result, indent=1, default=handle_non_serializable, ensure_ascii=False) + "\n")
         print(out)
 
 

@@ -7,8 +7,9 @@
 
 FOLDER is a Hugging Face folder or a checkpoint (outputs/checkpoint/step-1000). Every document that is long enough is
 read from its beginning, alone; the mean negative log-likelihood is given by ranges of positions. --windows W ...
-measures the same tokens with the context beginning anew every W tokens: what the longer context is worth. --rope.KEY is
-as in a stage's [rope] table (./run_train.sh --help), against the model's own RoPE; theta = auto goes to --length.
+measures the same tokens with a context of W / 2 to W tokens, and --reset W ... with the context beginning anew every W
+tokens: what the longer context is worth. --rope.KEY is as in a stage's [rope] table (./run_train.sh --help), against
+the model's own RoPE; theta = auto goes to --length.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torchtitan.config import load_config
 from torchtitan.config.checks import check_config
 from torchtitan.config.schema import Data, Rope, Source
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import write_text
 
 
 def main(args: list[str]) -> int:
@@ -37,10 +39,11 @@ def main(args: list[str]) -> int:
     )
     add_model_arguments(parser)
     parser.add_argument("--length", type=int, help="tokens of each document that are read; shorter ones are left out")
-    parser.add_argument("--windows", type=int, nargs="+", default=[], help="begin the context anew every W tokens")
+    parser.add_argument("--windows", type=int, nargs="+", default=[], help="cut the context to windows of W tokens")
+    parser.add_argument("--reset", type=int, nargs="+", default=[], help="begin the context anew every W tokens")
     parser.add_argument("--edges", type=int, nargs="+", help="where ranges of positions end (512 and its doubles)")
     parser.add_argument("--max_documents", type=int, default=16, help="documents at most (16)")
-    parser.add_argument("--chunk", type=int, default=1024, help="positions whose logits exist at a time (1024)")
+    parser.add_argument("--chunk", type=int, default=1024, help="positions whose logits exist at once (1024)")
     parser.add_argument("--label", help="name of the result in pictures")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--plot", type=Path, help="PNG file to draw")
@@ -59,7 +62,7 @@ def main(args: list[str]) -> int:
             results = [measure(own, rope_table(others))]
             print(table(results[0]))
             if own.out:
-                own.out.write_text(json.dumps(results[0], indent=1) + "\n")
+                write_text(own.out, json.dumps(results[0], indent=1) + "\n")
         if own.plot:
             from torchtitan.extensions.evaluation.plots import draw_positions
 
@@ -97,7 +100,7 @@ def rope_table(flags: list[str]) -> Rope:
 
 
 def measure(own: argparse.Namespace, rope: Rope) -> dict[str, Any]:
-    """One model under one RoPE, with full context and with each window."""
+    """One model under one RoPE, with full context, in each window and with each reset."""
     for key in ("model", "text", "length"):
         if getattr(own, key) is None:
             raise UserError(f"--{key} is not given; see --help.")
@@ -106,13 +109,14 @@ def measure(own: argparse.Namespace, rope: Rope) -> dict[str, Any]:
         ("max_documents", [own.max_documents]),
         ("chunk", [own.chunk]),
         ("windows", own.windows),
+        ("reset", own.reset),
     ):
         if min(values, default=1) < 1:
             raise UserError(f"--{key} = {min(values)} must be 1 or more.")
     # PyTorch takes seconds to import: a mistake on the command line should not.
-    from torchtitan.extensions.evaluation.documents import long_documents
+    from torchtitan.extensions.evaluation.held_out_text import long_documents
     from torchtitan.extensions.evaluation.loading import load
-    from torchtitan.extensions.evaluation.loss_by_position import check_edges, default_edges, loss_by_position
+    from torchtitan.extensions.evaluation.runner import check_edges, default_edges, position_losses
     from torchtitan.models.rope_config import build_rope
     from torchtitan.tools.device import device_type
 
@@ -125,23 +129,18 @@ def measure(own: argparse.Namespace, rope: Rope) -> dict[str, Any]:
         own.text, loaded.tokenizer, own.length + 1, own.max_documents, own.text_field, own.add_bos
     )
     check_vocabulary(documents, args.vocab_size, loaded.tokenizer.folder)
-    documents = [tokens.to(device) for tokens in documents]
+    loaded.model.output.tile_bytes = 4 * own.chunk * args.vocab_size
     curves = []
-    windows = [None, *own.windows]
-    with model_progress(loaded.model, len(documents) * len(windows)) as describe:
-        for window in windows:
-            describe("full context" if window is None else f"window {window}")
+    cuts = [{"window": None, "reset_every": None}]
+    cuts += [{"window": window, "reset_every": None} for window in own.windows]
+    cuts += [{"window": None, "reset_every": every} for every in own.reset]
+    with model_progress(loaded.model, len(documents) * len(cuts)) as describe:
+        for cut in cuts:
+            describe(curve_name(cut))
             start = time.perf_counter()
-            found = loss_by_position(loaded.model, documents, edges, used, window, own.chunk)
-            curves.append(
-                {
-                    "window": window,
-                    "mean_nll": found.mean,
-                    "nll": list(found.nll),
-                    "count": list(found.count),
-                    "seconds": round(time.perf_counter() - start, 1),
-                }
-            )
+            losses = position_losses(loaded.model, loaded.ranks, documents, edges, rope=used, **cut)
+            del losses["edges"]
+            curves.append({**cut, **losses, "seconds": round(time.perf_counter() - start, 1)})
     return {
         "label": own.label or summary(rope),
         "model": str(own.model),
@@ -155,6 +154,13 @@ def measure(own: argparse.Namespace, rope: Rope) -> dict[str, Any]:
         "edges": list(edges),
         "curves": curves,
     }
+
+
+def curve_name(curve: dict[str, Any]) -> str:
+    """How much context the curve's tokens have."""
+    if curve["window"] is not None:
+        return f"window {curve['window']}"
+    return "full" if curve["reset_every"] is None else f"reset {curve['reset_every']}"
 
 
 def check_vocabulary(documents: list[Any], vocab_size: int, folder: str) -> None:
@@ -209,30 +215,36 @@ def summary(rope: Rope) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """Positions, counts, and nats and perplexity of each curve, as plain text."""
-    names = ["full" if c["window"] is None else f"w {c['window']}" for c in result["curves"]]
+    names = [curve_name(curve) for curve in result["curves"]]
     lines = [
         f"{result['label']}: {result['documents']} document{'s' * (result['documents'] != 1)}, {result['dtype']}",
-        "positions".rjust(17) + "tokens".rjust(9) + "".join(f"{n + ' nats':>14}{'ppl':>10}" for n in names),
+        "positions".rjust(17) + "tokens".rjust(9) + "".join(f"{n + ' nats':>18}{'ppl':>10}" for n in names),
     ]
     for i, (begin, end) in enumerate(pairwise(result["edges"])):
-        values = (c["nll"][i] for c in result["curves"])
-        cells = "".join(f"{v:>14.4f}{math.exp(min(v, 700)):>10.2f}" for v in values)
-        lines.append(f"{begin:>8} -{end:>7}{result['curves'][0]['count'][i]:>9}{cells}")
-    values = (c["mean_nll"] for c in result["curves"])
-    cells = "".join(f"{v:>14.4f}{math.exp(min(v, 700)):>10.2f}" for v in values)
-    lines.append("all".rjust(17) + f"{sum(result['curves'][0]['count']):>9}" + cells)
+        losses = [curve["nll"][i] for curve in result["curves"]]
+        lines.append(f"{begin:>8} -{end:>7}{result['curves'][0]['count'][i]:>9}{cells(losses)}")
+    losses = [curve["mean_nll"] for curve in result["curves"]]
+    lines.append("all".rjust(17) + f"{sum(result['curves'][0]['count']):>9}{cells(losses)}")
     return "\n".join(lines)
 
 
+def cells(losses: list[float | None]) -> str:
+    """Nats and perplexities in columns; "-" if nothing was counted."""
+    return "".join(f"{'-':>18}{'-':>10}" if x is None else f"{x:>18.4f}{math.exp(min(x, 700)):>10.2f}" for x in losses)
+
+
 def read_result(path: Path) -> dict[str, Any]:
-    """What --out wrote."""
+    """What --out wrote. Files that are older than --reset say "window" for it; they have no "reset_every"."""
     try:
         result = json.loads(path.read_text())
-        missing = {"label", "edges", "curves", "length", "trained_length"} - set(result)
+        missing_keys = {"label", "edges", "curves", "length", "trained_length"} - set(result)
     except (OSError, ValueError) as error:
         raise UserError(f"--draw {path} cannot be read: {error}.") from None
-    if missing:
-        raise UserError(f"--draw {path} is not a result of this script: it lacks {', '.join(sorted(missing))}.")
+    if missing_keys:
+        raise UserError(f"--draw {path} is not a result of this script: it lacks {', '.join(sorted(missing_keys))}.")
+    for curve in result["curves"]:
+        if "reset_every" not in curve:
+            curve["window"], curve["reset_every"] = None, curve["window"]
     return result
 
 

@@ -34,7 +34,7 @@ SKIPPED = 2000  # characters of the title page and of the first pages
 TRAINED = 8192
 EDGES = [512, 1024, 2048, 4096, 6144, *range(8192, 1 << 17, 1024)]
 RUNS: dict[str, tuple[str, list[str]]] = {
-    "as_trained": ("as trained", ["--windows", str(TRAINED)]),
+    "as_trained": ("as trained", ["--reset", str(TRAINED)]),
     "linear_2": ("linear, factor 2", ["--rope.type", "linear", "--rope.factor", "2"]),
     "theta_2": ("theta raised for 2x (NTK-aware, auto)", ["--rope.theta", "auto"]),
     "yarn_4": (
@@ -170,7 +170,7 @@ def markdown(paths: list[str]) -> str:
     """Perplexities, a column a curve."""
     results = [by_position.read_result(Path(p)) for p in paths]
     curves = [(r, c) for r in results for c in r["curves"]]
-    names = [r["label"] + (f", reset every {c['window']}" if c["window"] else "") for r, c in curves]
+    names = [r["label"] + (f", reset every {c['reset_every']}" if c["reset_every"] else "") for r, c in curves]
     lines = ["| positions | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for i, (begin, end) in enumerate(pairwise(results[0]["edges"])):
         cells = " | ".join(f"{math.exp(c['nll'][i]):.2f}" for _, c in curves)

@@ -69,9 +69,9 @@ def search(own: argparse.Namespace) -> str:
     # PyTorch takes seconds to import: a mistake on the command line should not.
     import numpy as np
 
-    from torchtitan.extensions.evaluation.documents import long_documents
+    from torchtitan.extensions.evaluation.held_out_text import long_documents
     from torchtitan.extensions.evaluation.loading import load
-    from torchtitan.extensions.evaluation.needle_prompts import answer_losses, needle_prompt
+    from torchtitan.extensions.evaluation.needle import answer_losses, needle_question
     from torchtitan.extensions.evaluation.rope_search import Candidate, Space, evolve
     from torchtitan.models.rope import RopeArgs
     from torchtitan.models.rope_scaling import LongRopeScaling, YarnScaling
@@ -96,19 +96,20 @@ def search(own: argparse.Namespace) -> str:
         )
     bos = loaded.tokenizer.bos_id if own.add_bos else None
     prompts = [
-        needle_prompt(loaded.tokenizer, text, own.length, np.random.default_rng([own.seed, i]), bos)
+        needle_question(loaded.tokenizer, text, own.length, np.random.default_rng([own.seed, i]), bos)
         for i, text in enumerate(texts)
     ]
-    check_vocabulary([p.tokens for p in prompts], args.vocab_size, loaded.tokenizer.folder)
+    check_vocabulary([p.prompt for p in prompts], args.vocab_size, loaded.tokenizer.folder)
 
     def perplexity(rope: RopeArgs) -> float:
-        return math.exp(min(float(answer_losses(model, prompts, rope).double().mean()), 700))
+        return math.exp(min(float(answer_losses(model, loaded.ranks, prompts, rope).double().mean()), 700))
 
     def rope_of(candidate: Candidate) -> RopeArgs:
         factors = candidate.factors()
         return replace(args.rope, scaling=LongRopeScaling(original, factors, (1.0,) * len(factors), 1.0))
 
-    content = hashlib.sha256(b"".join(p.tokens.numpy().tobytes() for p in prompts)).hexdigest()[:16]
+    tokens = b"".join(x.numpy().tobytes() for p in prompts for x in (p.prompt, p.target))
+    content = hashlib.sha256(tokens).hexdigest()[:16]
     settings = {
         "model": str(own.model),
         "theta": args.rope.theta,

@@ -54,7 +54,7 @@ from torchtitan.extensions.cluster.progress import ProgressBar
 from torchtitan.extensions.convert.export import export, publish
 from torchtitan.extensions.evaluation.checks import is_asked_for
 from torchtitan.extensions.evaluation.forward import Ranks
-from torchtitan.extensions.evaluation.stage import StageEvaluation
+from torchtitan.extensions.evaluation.hook import StageEvaluation
 from torchtitan.extensions.planner.data_report import DataReport
 from torchtitan.extensions.planner.host_memory import HostMemoryCheck
 from torchtitan.models.architecture import as_json

@@ -45,7 +45,7 @@ class MetricsLogger:
 
     def log(self, numbers: dict[str, Any]) -> None:
         """numbers: flat, but for dictionaries such as loss_by_source; must hold `step`."""
-        numbers = _finite(numbers)
+        numbers = finite(numbers)
         self._write(json.dumps(numbers) + "\n")
         scalars: dict[str, float] = {}
         for key, value in numbers.items():
@@ -81,10 +81,12 @@ class MetricsLogger:
             self.wandb.finish()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with None for NaN and infinity, which are not JSON."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -9,13 +9,19 @@ How the frequencies are rescaled for longer contexts is in rope_scaling.py.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
 
-from torchtitan.models.rope_scaling import Scaling, plain_frequencies
+from torchtitan.models.rope_scaling import (
+    DynamicNTKScaling,
+    GeneScaling,
+    LongRopeScaling,
+    Scaling,
+    plain_frequencies,
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,23 @@ def inverse_frequencies(rope: RopeArgs, head_dim: int, dtype: torch.dtype = torc
     if rope.scaling is None:
         return plain_frequencies(rope.theta, head_dim, dtype)
     return rope.scaling.frequencies(rope.theta, head_dim, dtype)
+
+
+def rope_for(rope: RopeArgs, length: int) -> RopeArgs:
+    """The RoPE under which a document of `length` tokens is read, for methods that depend on the length.
+
+    LongRoPE has its short list up to the original length (as transformers does by the longest position), a dynamic NTK
+    the base of the length unless one is fixed, and GeNE the factor max(factor, ceil(length / L0)).
+    """
+    scaling = rope.scaling
+    if isinstance(scaling, LongRopeScaling) and length <= scaling.original_max_position_embeddings:
+        return replace(rope, scaling=replace(scaling, long_factor=scaling.short_factor))
+    if isinstance(scaling, DynamicNTKScaling) and scaling.length is None:
+        return replace(rope, scaling=replace(scaling, length=length))
+    if isinstance(scaling, GeneScaling):
+        factor = max(scaling.factor, math.ceil(length / scaling.original_max_position_embeddings))
+        return replace(rope, scaling=replace(scaling, factor=float(factor)))
+    return rope
 
 
 def longest_wavelength(rope: RopeArgs, head_dim: int) -> float:

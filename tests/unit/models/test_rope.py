@@ -11,10 +11,9 @@ import torch
 
 from torchtitan.attention.segments import Segments
 from torchtitan.config.schema import Rope
-from torchtitan.extensions.evaluation.loss_by_position import rope_for
 from torchtitan.models.hf.config import config_json
 from torchtitan.models.registry import FLAVORS
-from torchtitan.models.rope import RopeArgs, apply_rope, inverse_frequencies, rope_tables
+from torchtitan.models.rope import RopeArgs, apply_rope, inverse_frequencies, rope_for, rope_tables
 from torchtitan.models.rope_config import build_rope, lost_rope, rope_from_hf, rope_to_hf, rope_warnings, smallest_theta
 from torchtitan.models.rope_scaling import (
     DynamicNTKScaling,

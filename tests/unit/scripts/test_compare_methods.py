@@ -16,6 +16,7 @@ from tests.scripts import load_script
 from torchtitan.config import load_config
 from torchtitan.config.checks import check_config
 from torchtitan.datasets.tokenizer import load_tokenizer
+from torchtitan.extensions.evaluation.forward import Ranks
 from torchtitan.models.transformer import TransformerArgs
 
 compare = load_script("compare_methods")
@@ -72,12 +73,10 @@ def test_recalled_are_all_the_values_of_a_fact() -> None:
     class Next(torch.nn.Module):
         args = TransformerArgs(16, 1, 2, 1, 8, 16, 32)
 
-        output: Any = torch.nn.Identity()
+        def forward(self, tokens: torch.Tensor, *_: Any, rows: torch.Tensor, **__: Any) -> torch.Tensor:
+            return torch.eye(self.args.vocab_size)[tokens + 1][rows]
 
-        def forward(self, tokens: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            return torch.eye(self.args.vocab_size)[tokens + 1]
-
-    loaded: Any = SimpleNamespace(model=Next())
+    loaded: Any = SimpleNamespace(model=Next(), ranks=Ranks())
     assert compare.recalled(loaded, [3, 9, 10, 11, 12], 3)
     for at in (-1, -2, -3):
         tokens = [3, 9, 10, 11, 12]

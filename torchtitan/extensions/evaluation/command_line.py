@@ -35,22 +35,27 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Whole or not at all; its folder is made."""
-    make_folder(file)
-    aside = file.with_name(file.name + ".partial")
-    aside.write_text(text)
-    aside.replace(file)
-
-
 def make_folder(file: Path) -> None:
-    """For a file that is to be written there; UserError if that cannot be."""
+    """Make the folder in which `file` will be written; UserError if that is impossible."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error.strerror}: {error.filename}") from None
     if not os.access(file.parent, os.W_OK):
         raise UserError(f"{file} cannot be written: no permission to write to {file.parent}")
+
+
+def check_model_folder(folder: Path) -> None:
+    """UserError unless it is a Hugging Face folder or a checkpoint's step-N folder."""
+    if (folder / MANIFEST).is_file() or (folder / "config.json").is_file():
+        return
+    steps = [f"step-{step}" for step in complete_steps(folder)[-3:]] if folder.is_dir() else []
+    instead = f"; it holds {', '.join(steps)}: name one of these" if steps else ""
+    what = "has neither config.json nor manifest.json" if folder.is_dir() else "is not a folder"
+    raise UserError(
+        f"--model {folder} {what}{instead}. It should be a Hugging Face folder, or a checkpoint of a run "
+        "(outputs/checkpoint/step-1000)."
+    )
 
 
 def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "") -> tuple[JobConfig, Path]:
@@ -84,13 +89,7 @@ def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "
         folder = checkpoints / f"step-{step}"
         if own.out is None:
             own.out, own.of_stage = results_file(config, step, suffix), True
-    if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
-        steps = complete_steps(folder) if folder.is_dir() else []
-        there = f"; it holds checkpoints: name one, such as {folder / f'step-{steps[-1]}'}" if steps else ""
-        raise UserError(
-            f"--model {folder} has neither config.json nor manifest.json{there}. It should be a Hugging Face folder, "
-            "or a checkpoint of a run (outputs/checkpoint/step-1000)."
-        )
+    check_model_folder(folder)
     given = {flag_name(arg) for arg in overrides}
     says_bos = config_file(overrides) is not None or bool(given & {"data.add_bos", "data.no_add_bos"})
     if not says_bos:

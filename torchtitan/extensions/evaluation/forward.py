@@ -19,9 +19,13 @@ import torch.distributed as dist
 from torchtitan.datasets.batch import PADDING_SOURCE, PackedBatch
 from torchtitan.distributed.context_parallel.shard import LocalBatch, shard
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.models.rope import RopeArgs
+from torchtitan.models.rope import RopeArgs, rope_for
 from torchtitan.models.transformer import Transformer
 from torchtitan.tools.constants import BLOCK, IGNORED_LABEL
+
+DUMMY_PROMPT = torch.zeros(2, dtype=torch.int64)
+"""What a rank with nothing left puts through the model, to take part in the other ranks' passes: they may share
+parameters (FSDP). As a document it has one loss."""
 
 
 @dataclass(frozen=True)
@@ -127,18 +131,26 @@ def lay_out(
 
 @torch.no_grad()
 def document_losses(
-    model: Transformer, ranks: Ranks, tokens: torch.Tensor, rope: RopeArgs | None = None, window: int | None = None
+    model: Transformer,
+    ranks: Ranks,
+    tokens: torch.Tensor,
+    rope: RopeArgs | None = None,
+    window: int | None = None,
+    reset_every: int | None = None,
 ) -> torch.Tensor:
-    """tokens int64 [T], one document -> float32 [T - 1] on the CPU: -log p(token p + 1), as token_losses() gives it.
+    """tokens int64 [T], one document, T >= 2 -> float32 [T - 1] on the CPU: -log p(token p + 1 | tokens 0 to p), nats.
 
-    window: a token sees itself and window / 2 to window - 1 before it, or all if they are fewer: overlapping pieces, of
-    which the second halves count, so that nothing is scored cold. rope: see Transformer.forward.
+    window: token p sees itself and window / 2 to window - 1 tokens before it, or all if they are fewer: the document is
+    read in pieces that overlap by half, and of each but the first the second half counts, so that no token is scored
+    without context. reset_every: context begins anew at every multiple of this, so token p sees p modulo it. At most
+    one of the two. rope: instead of the model's own; see rope_for for what depends on the length that is read.
     """
     inputs, labels = tokens[:-1], tokens[1:]
-    pieces = window_pieces(len(inputs), window or len(inputs))
-    read, wanted = ([x[begin:end] for begin, _, end in pieces] for x in (inputs, labels))
-    losses = _losses(model, ranks, read, wanted, rope)
-    return torch.cat([found[kept - begin :] for found, (begin, kept, _) in zip(losses, pieces, strict=True)])
+    longest = min(window or reset_every or len(inputs), len(inputs))
+    pieces = reset_pieces(len(inputs), longest) if reset_every else window_pieces(len(inputs), longest)
+    read, expected = ([x[begin:end] for begin, _, end in pieces] for x in (inputs, labels))
+    losses = _losses(model, ranks, read, expected, rope_for(rope or model.args.rope, longest))
+    return torch.cat([piece[kept - begin :] for piece, (begin, kept, _) in zip(losses, pieces, strict=True)])
 
 
 def window_pieces(length: int, window: int) -> list[tuple[int, int, int]]:
@@ -150,11 +162,17 @@ def window_pieces(length: int, window: int) -> list[tuple[int, int, int]]:
     return pieces
 
 
+def reset_pieces(length: int, every: int) -> list[tuple[int, int, int]]:
+    """The same for pieces that do not overlap."""
+    return [(begin, begin, min(begin + every, length)) for begin in range(0, length, every)]
+
+
 @torch.no_grad()
 def losses_of_documents(
     model: Transformer, ranks: Ranks, documents: Sequence[torch.Tensor], rope: RopeArgs | None = None
 ) -> list[torch.Tensor]:
-    """document_losses of several that go through the model together: int64 [T >= 2] each -> float32 [T - 1] each."""
+    """document_losses of several documents that go through the model together, under the RoPE as it is: int64 [T >= 2]
+    each -> float32 [T - 1] each."""
     return _losses(model, ranks, [d[:-1] for d in documents], [d[1:] for d in documents], rope)
 
 

@@ -19,21 +19,20 @@ import torch.distributed as dist
 from torchtitan.attention.backends import AttentionCore, Mask
 from torchtitan.attention.segments import Segments
 from torchtitan.distributed.context_parallel.shard import LocalBatch
-from torchtitan.extensions.evaluation.forward import Ranks, lay_out_answers, logits_of
-from torchtitan.extensions.evaluation.loss_by_position import rope_for
-from torchtitan.models.rope import RopeArgs
+from torchtitan.extensions.evaluation.forward import DUMMY_PROMPT, Ranks, lay_out_answers, logits_of
+from torchtitan.models.rope import RopeArgs, rope_for
 from torchtitan.models.transformer import Transformer
 
-BATCH_TOKENS = 65536
 BATCH_PROMPTS = 16
-"""Prompts that are read together have at most so many tokens, each counted as the longest, and are so many, or it is
-one."""
+BATCH_TOKENS = 65536
+"""How many prompts are read together at most, and how many tokens they have then, each counted as the longest. A prompt
+that is longer is read alone."""
 
-NO_ANSWER = torch.zeros(1, dtype=torch.int64)
-"""As a target: nothing more than the prompt is read."""
+DUMMY_TARGET = DUMMY_PROMPT[:1]
+"""Behind it nothing more than the prompt is read."""
 
 
-class Places:
+class KVCacheSlots:
     """Of each of B prompts, which tokens this rank has the keys of; the same in all layers. What is behind a prompt's
     length in its document is not kept."""
 
@@ -84,8 +83,8 @@ class Places:
 class CachedAttention:
     """What a layer's attention calls during generation, in place of `core`."""
 
-    def __init__(self, core: AttentionCore, places: Places):
-        self.core, self.places = core, places
+    def __init__(self, core: AttentionCore, slots: KVCacheSlots):
+        self.core, self.slots = core, slots
         self.backend = core.backend
         self.cache: tuple[torch.Tensor, ...] = ()
         """Keys and values [B, Hkv, capacity, D]."""
@@ -93,18 +92,18 @@ class CachedAttention:
     @torch.compiler.disable
     def start(self, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> Any:
         """k and v [T, Hkv, D]: of this rank's tokens of the prompts, then of a new token of each prompt."""
-        places = self.places
+        slots = self.slots
         if not self.cache:
             # zeros: a value that is not there yet has no weight, but nothing times NaN is NaN
-            size = (len(places.batch), k.shape[1], places.capacity, k.shape[2])
+            size = (len(slots.batch), k.shape[1], slots.capacity, k.shape[2])
             self.cache = k.new_zeros(size), v.new_zeros(size)
             for cached, x in zip(self.cache, (k, v), strict=True):
-                for b, rows in enumerate(places.rows):
+                for b, rows in enumerate(slots.rows):
                     cached[b, :, : len(rows)] = x[rows].transpose(0, 1)
             return self.core.start(k, v, mask)
-        if places.mine:
+        if slots.mine:
             for cached, x in zip(self.cache, (k, v), strict=True):
-                cached[places.batch, :, places.filled - 1] = x[: len(places.batch)]
+                cached[slots.batch, :, slots.filled - 1] = x[: len(slots.batch)]
         return None
 
     @torch.compiler.disable
@@ -112,9 +111,9 @@ class CachedAttention:
         """q [T, H, D] -> [T, H, D]."""
         if started is not None:
             return self.core.finish(q, started, mask)
-        out, lse = self._attend(q[: len(self.places.batch)], mask.segments.window)
-        if self.places.ranks.cp_group is not None:
-            out = merge(out, lse, self.places.ranks.cp_group)
+        out, lse = self._attend(q[: len(self.slots.batch)], mask.segments.window)
+        if self.slots.ranks.cp_group is not None:
+            out = merge(out, lse, self.slots.ranks.cp_group)
         padding = q.new_zeros(len(q) - len(out), *q.shape[1:])
         return torch.cat((out.to(q.dtype), padding))
 
@@ -123,7 +122,7 @@ class CachedAttention:
         keys, values = (x.float() for x in self.cache)  # [B, Hkv, capacity, D]
         grouped = q.float().unflatten(1, (keys.shape[1], -1))
         scores = grouped @ keys.transpose(2, 3) / q.shape[-1] ** 0.5  # [B, Hkv, H / Hkv, capacity]
-        scores = scores.masked_fill(self.places.unseen(window)[:, None, None], float("-inf"))
+        scores = scores.masked_fill(self.slots.unseen(window)[:, None, None], float("-inf"))
         lse = scores.logsumexp(-1)
         # where a rank has no key that is seen, its share is nothing, and not 0/0
         weights = (scores - lse.nan_to_num(neginf=0.0)[..., None]).exp()
@@ -141,12 +140,12 @@ def merge(out: torch.Tensor, lse: torch.Tensor, group: dist.ProcessGroup) -> tor
 
 
 @contextmanager
-def caching(model: Transformer, places: Places) -> Iterator[None]:
+def caching(model: Transformer, slots: KVCacheSlots) -> Iterator[None]:
     """Attention with a cache, for the prompts that come first and the tokens after them."""
     layers: list[Any] = [block.attention for block in model.layers.values()]
     cores = [attention.core for attention in layers]
     for attention in layers:
-        attention.core = CachedAttention(attention.core, places)
+        attention.core = CachedAttention(attention.core, slots)
     try:
         yield
     finally:
@@ -229,12 +228,13 @@ def generate(
     for g in range(ranks.largest(len(groups))):
         used, batch = groups[g] if g < len(groups) else (rope, [])
         # with nothing left to write a rank still takes part
-        some = [prompts[i] for i in batch] or [torch.zeros(1, dtype=torch.int64)]
+        some = [prompts[i] for i in batch] or [DUMMY_PROMPT]
         draws = [(seed, numbers[i]) for i in batch] or [(seed, 0)]
         pick = partial(choose, temperature=temperature, top_p=top_p, draws=draws)
         limits = [max_new_tokens] * len(some)
-        found, _ = write(model, ranks, some, [NO_ANSWER] * len(some), limits, stop_ids, used, bool(batch), pick, stop)
-        for i, tokens in zip(batch, found):
+        targets = [DUMMY_TARGET] * len(some)
+        texts, _ = write(model, ranks, some, targets, limits, stop_ids, used, bool(batch), pick, stop)
+        for i, tokens in zip(batch, texts):
             written[i] = tokens
     return written
 
@@ -258,10 +258,10 @@ def write(
     answers = lay_out_answers(model, ranks, prompts, targets)
     lengths = [len(prompt) for prompt in prompts]
     longest = ranks.largest(max(limits))  # what other ranks write, this one goes through too
-    places = Places(answers.local, lengths, longest, ranks)
+    slots = KVCacheSlots(answers.local, lengths, longest, ranks)
     tokens: list[list[int]] = [[] for _ in prompts]
     open_ = [needed] * len(prompts)
-    with caching(model, places):
+    with caching(model, slots):
         found = logits_of(model, ranks, answers.local, answers.rows, rope)
         scores = answers.scores(ranks, found)
         logits = found.new_zeros(len(prompts), model.args.vocab_size)
@@ -278,9 +278,9 @@ def write(
                     open_[b] = len(tokens[b]) < limits[b] and (stop is None or not stop(tokens[b]))
             if n + 1 == longest or not ranks.largest(int(any(open_))):
                 break
-            places.begin()
+            slots.begin()
             logits = _next_logits(model, ranks, chosen, [length + n for length in lengths], rope)
-            places.end()
+            slots.end()
     return tokens, scores
 
 

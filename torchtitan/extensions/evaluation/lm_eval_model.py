@@ -22,9 +22,9 @@ from lm_eval.utils import get_rolling_token_windows
 from tqdm import tqdm
 
 from torchtitan.datasets.tokenizer import Tokenizer
-from torchtitan.extensions.evaluation.forward import Ranks, answer_scores, losses_of_documents
+from torchtitan.extensions.evaluation.forward import DUMMY_PROMPT, Ranks, answer_scores, losses_of_documents
 from torchtitan.extensions.evaluation.generate import BATCH_PROMPTS, generate, groups_of
-from torchtitan.extensions.evaluation.runner import NOTHING, stop_ids
+from torchtitan.extensions.evaluation.runner import stop_ids
 from torchtitan.extensions.ingest.chat_template import ChatTemplate, load_chat_template
 from torchtitan.models.transformer import Transformer
 from torchtitan.tools.errors import UserError
@@ -192,7 +192,7 @@ class TorchtitanLM(TemplateLM):
         groups = groups_of([pairs[i][0] for i in mine], [len(pairs[i][1]) - 1 for i in mine], rope, SCORED_TOGETHER)
         for g in self._rounds(len(groups), "log-likelihoods"):
             used, members = groups[g] if g < len(groups) else (rope, [])
-            some = [pairs[mine[j]] for j in members] or [(NOTHING, NOTHING)]
+            some = [pairs[mine[j]] for j in members] or [(DUMMY_PROMPT, DUMMY_PROMPT)]
             prompts, targets = zip(*some, strict=True)
             answers = answer_scores(self.model, self.ranks, prompts, targets, used)
             for j, (scores, likeliest) in zip(members, answers):
@@ -213,7 +213,7 @@ class TorchtitanLM(TemplateLM):
         groups = groups_of([windows[i][1][:-1] for i in mine], [0] * len(mine), rope, SCORED_TOGETHER)
         for g in self._rounds(len(groups), "rolling log-likelihoods"):
             used, members = groups[g] if g < len(groups) else (rope, [])
-            some = [windows[mine[j]][1] for j in members] or [NOTHING]
+            some = [windows[mine[j]][1] for j in members] or [DUMMY_PROMPT]
             for j, losses in zip(members, losses_of_documents(self.model, self.ranks, some, used)):
                 found[mine[j]] = -float(losses[-windows[mine[j]][2] :].double().sum())
         sums = [0.0] * len(texts)

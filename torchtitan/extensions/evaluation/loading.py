@@ -1,40 +1,47 @@
-"""What a Hugging Face folder or one of our checkpoints (step-N/) holds, and its model on one device."""
+"""A model to evaluate, from a Hugging Face folder or one of our checkpoints (step-N/): checked, then loaded.
+
+`loaded` gives it in any layout on the ranks of this run; `load` on one device without a process group, for studies.
+"""
 
 from __future__ import annotations
 
-import warnings
+import argparse
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
+import torch.distributed as dist
 
 from torchtitan.attention.backends import choose_backend
+from torchtitan.components.checkpoint import load as load_checkpoint
 from torchtitan.components.manifest import MANIFEST, find_damage, read_manifest
+from torchtitan.config.checks import resolve_shard_degree
+from torchtitan.config.schema import JobConfig, Rope
 from torchtitan.config.toml_file import load_tables
 from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
-from torchtitan.extensions.convert.weights import DTYPES
+from torchtitan.distributed.options.ulysses import check_ulysses
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.parallelize import build_sharded_model
+from torchtitan.distributed.tensor_parallel import check_tensor_parallel
+from torchtitan.extensions.convert.weights import open_checkpoint, open_hugging_face
+from torchtitan.extensions.evaluation.command_line import check_model_folder
+from torchtitan.extensions.evaluation.forward import Ranks
 from torchtitan.models.architecture import args_from_manifest
 from torchtitan.models.hf.weights import check_weights, load_weights, read_config
+from torchtitan.models.rope_config import build_rope, describe_rope
 from torchtitan.models.transformer import Transformer, TransformerArgs
+from torchtitan.tools.device import init_process_group, pick_device
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import logger
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model in evaluation mode and what it reads."""
-
-    model: Transformer
-    tokenizer: Tokenizer
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What a folder holds, looked at and not loaded yet."""
+class ModelOnDisk:
+    """What a folder holds: looked at, not loaded yet."""
 
     folder: Path
     args: TransformerArgs
@@ -43,7 +50,7 @@ class Weights:
     """Of a checkpoint; None: a Hugging Face folder."""
 
     rescaled: bool = False
-    """Whether they are read under another RoPE than they were saved with."""
+    """Whether the weights are read under another RoPE than they were saved with."""
 
     @property
     def label(self) -> str:
@@ -53,13 +60,27 @@ class Weights:
         return name + ", RoPE rescaled" * self.rescaled
 
 
-def look_at(folder: Path, tokenizer_folder: Path | None = None) -> Weights:
-    """The weights in a folder. UserError for files that are damaged or do not fit, and for a tokenizer that a
-    checkpoint was not trained with; tokenizer_folder is as for load()."""
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode on one device, its tokenizer, and the one process that it runs in."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    ranks: Ranks
+
+
+def look_at(folder: Path, tokenizer_folder: Path | None = None) -> ModelOnDisk:
+    """The model in a folder.
+
+    tokenizer_folder: unset, the folder itself; for a checkpoint, what its run's config.toml names. UserError for a
+    folder that is neither, for files that are damaged or do not fit, and for a tokenizer that a checkpoint was not
+    trained with.
+    """
+    check_model_folder(folder)
     if not (folder / MANIFEST).is_file():
         args = read_config(folder)
         check_weights(folder, args)
-        return Weights(folder, args, load_tokenizer(tokenizer_folder or folder), None)
+        return ModelOnDisk(folder, args, load_tokenizer(tokenizer_folder or folder), None)
     if damage := find_damage(folder):
         raise UserError(f"--model {folder} is damaged: {damage}")
     manifest = read_manifest(folder)
@@ -67,9 +88,20 @@ def look_at(folder: Path, tokenizer_folder: Path | None = None) -> Weights:
     if tokenizer.fingerprint != manifest["tokenizer"]:
         raise UserError(
             f"{folder} was trained with the tokenizer {manifest['tokenizer'][:12]}, but {tokenizer.folder} gives "
-            f"{tokenizer.fingerprint[:12]}: name the folder of that one with --tokenizer."
+            f"{tokenizer.fingerprint[:12]}: name the right tokenizer's folder with --tokenizer."
         )
-    return Weights(folder, args_from_manifest(manifest["architecture"]), tokenizer, manifest)
+    return ModelOnDisk(folder, args_from_manifest(manifest["architecture"]), tokenizer, manifest)
+
+
+def _tokenizer_of(checkpoint: Path) -> Path:
+    """The folder that the config.toml beside the checkpoints names; a relative path is looked up from the working
+    folder, as the run did."""
+    config = checkpoint.resolve().parent.parent / "config.toml"
+    if not config.is_file():
+        raise UserError(
+            f"{checkpoint} does not say where its tokenizer is: there is no {config}. Name its folder with --tokenizer."
+        )
+    return Path(str(load_tables(config).get("model", {}).get("hf_assets_path", "./assets/tokenizer")))
 
 
 def load(
@@ -79,53 +111,76 @@ def load(
     tokenizer_folder: Path | None = None,
     attention_backend: str = "auto",
 ) -> Loaded:
-    """The model in a folder, its parameters in `dtype`.
-
-    tokenizer_folder: unset, the folder itself; of a checkpoint, what its run's config.toml names. UserError for a
-    folder that is neither, for weights that do not fit, and for a tokenizer that the checkpoint was not trained with.
-    """
+    """The model in a folder on one device, its parameters in `dtype`. UserError: see look_at."""
+    on_disk = look_at(folder, tokenizer_folder)
     backend = choose_backend(attention_backend, device)
-    if not (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
-        steps = sorted(p.name for p in folder.glob("step-*") if p.is_dir())
-        there = f"; it holds {', '.join(steps[-3:])}: name one of these" if steps else ""
-        what = "has neither config.json nor manifest.json" if folder.is_dir() else "is not a folder"
-        raise UserError(
-            f"--model {folder} {what}{there}. It should be a Hugging Face folder, or a checkpoint of a run "
-            "(outputs/checkpoint/step-1000)."
-        )
-    weights = look_at(folder, tokenizer_folder)
-    model = _empty(weights.args, DTYPES[dtype], device, backend)
-    with _one_process():
-        if weights.manifest is None:
-            load_weights(model, folder)
-        else:
-            state = {"model": {name: param.detach() for name, param in model.named_parameters()}}
-            dcp.load(state, storage_reader=FileSystemReader(str(folder)))
-    return Loaded(model, weights.tokenizer)
-
-
-def _tokenizer_of(checkpoint: Path) -> Path:
-    """What the config.toml beside the checkpoints names; a relative path is looked up from here, as the run did."""
-    config = checkpoint.resolve().parent.parent / "config.toml"
-    if not config.is_file():
-        raise UserError(
-            f"{checkpoint} does not say where its tokenizer is: there is no {config}. Name its folder with --tokenizer."
-        )
-    return Path(str(load_tables(config).get("model", {}).get("hf_assets_path", "./assets/tokenizer")))
-
-
-def _empty(args: TransformerArgs, dtype: torch.dtype, device: str, backend: str) -> Transformer:
-    """The model with memory of its own and no values yet: never held twice, nor in float32 first."""
-    with torch.device("meta"):
-        model = Transformer(args, backend).to(dtype)
+    with torch.device("meta"):  # never held twice, nor in float32 first
+        model = Transformer(on_disk.args, backend).to(getattr(torch, dtype))
     model.to_empty(device=device)
     model.tie_embeddings()
-    return model.eval()
+    weights = open_checkpoint(folder) if on_disk.manifest else open_hugging_face(folder)
+    for name, parameter in model.named_parameters():
+        parameter.detach().copy_(weights.read(name))
+    return Loaded(model.eval(), on_disk.tokenizer, Ranks(torch.device(device), backend))
+
+
+def model_for(folder: Path, config: JobConfig, longest: int | None, tokenizer: Path | None = None) -> ModelOnDisk:
+    """The model in a folder, under its own RoPE unless config has another, for `longest` tokens (None: for as many as
+    it was trained for). Rescaled or not, it was trained for no more (max_position_embeddings).
+
+    UserError for what is damaged or does not fit: files, tokenizer, RoPE, layout.
+    """
+    on_disk = look_at(folder, tokenizer)
+    args = on_disk.args
+    if config.rope != Rope():
+        trained = args.rope.max_position_embeddings
+        if longest is None and trained is None:
+            raise UserError("--rope.KEY rescales for a length, and the model does not say its own: name a length.")
+        rope = build_rope(config.rope, args.rope, args.head_dim, args.n_kv_heads, longest or trained or 0)
+        rope = replace(rope, max_position_embeddings=trained)
+        logger.info(f"RoPE: {describe_rope(rope)}; the model's own: {describe_rope(args.rope)}")
+        on_disk = replace(on_disk, args=replace(args, rope=rope), rescaled=rope != args.rope)
+    p = config.parallelism
+    check_tensor_parallel(args, p.tensor_parallel_degree)
+    if p.context_parallel_exchange == "ulysses":
+        check_ulysses(args.n_heads, p.context_parallel_degree, p.tensor_parallel_degree, p.context_parallel_head_chunks)
+    return on_disk
+
+
+def check_own_results(own: argparse.Namespace, on_disk: ModelOnDisk) -> None:
+    """UserError if the stage's own results file would get the results of another model."""
+    if own.of_stage and on_disk.rescaled:
+        raise UserError(f"--rope.KEY asks another model than the stage's, whose results are {own.out}: give --out.")
+
+
+def rank_and_world_size() -> tuple[int, int, int]:
+    """(rank, rank on this machine, number of ranks) as the launcher says; those of a single process without one."""
+    rank, local, size = (int(os.environ.get(*v)) for v in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
+    return rank, local, size
 
 
 @contextmanager
-def _one_process() -> Iterator[None]:
-    """Without DCP's warnings that it is used by one process, which is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(single process|no_dist).*")
-        yield
+def loaded(on_disk: ModelOnDisk, config: JobConfig) -> Iterator[tuple[Transformer, Ranks]]:
+    """The model in evaluation mode, in the layout of [parallelism], and its ranks. Collective; makes the process group,
+    and ends it at the end."""
+    p = config.parallelism
+    rank, local_rank, world_size = rank_and_world_size()
+    device = pick_device(local_rank)
+    backend = choose_backend(config.model.attention_backend, device.type)
+    init_process_group(device, rank, world_size, config.comm.init_timeout_seconds)
+    try:
+        shards = resolve_shard_degree(config, world_size)
+        degrees = (p.data_parallel_replicate_degree, shards, p.context_parallel_degree, p.tensor_parallel_degree)
+        dims = ParallelDims.build(device.type, *degrees)
+        group = dist.new_group(backend="gloo")
+        model = build_sharded_model(on_disk.args, config, dims, device)
+        model.tie_embeddings()
+        if on_disk.manifest:
+            state = {"model": {name: param.detach() for name, param in model.named_parameters()}}
+            load_checkpoint(on_disk.folder, state, group)
+        else:
+            load_weights(model, on_disk.folder)
+        layout = (p.context_parallel_layout, p.context_parallel_exchange)
+        yield model.eval(), Ranks.of(dims, device, backend, *layout, group)
+    finally:
+        dist.destroy_process_group()

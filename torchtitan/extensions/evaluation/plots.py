@@ -14,7 +14,8 @@ import numpy as np
 
 
 def draw_positions(results: list[dict[str, Any]], path: Path, title: str = "") -> None:
-    """Perplexity by position: a line a curve, dashed where the context begins anew every `window` tokens.
+    """Perplexity by position, a line per curve: dashed if the context begins anew every so many tokens (reset_every),
+    dotted if it is a window.
 
     results: as scripts/loss_by_position.py writes them. A dotted upright line marks each trained length.
     """
@@ -23,15 +24,16 @@ def draw_positions(results: list[dict[str, Any]], path: Path, title: str = "") -
         middles = [(a + b) / 2 for a, b in pairwise(result["edges"])]
         color = axes.plot([], [])[0].get_color()
         for curve in result["curves"]:
-            reset = curve["window"] is not None
+            window, reset = curve["window"], curve["reset_every"]
+            how = f", within {window:,}" if window else f", reset every {reset:,}" if reset else ""
             axes.plot(
                 middles,
-                np.exp(curve["nll"]),
+                np.exp(np.array(curve["nll"], dtype=float)),
                 color=color,
-                linestyle="--" if reset else "-",
-                linewidth=1 if reset else 2,
-                marker=None if reset else ".",
-                label=result["label"] + (f", reset every {curve['window']:,}" if reset else ""),
+                linestyle=":" if window else "--" if reset else "-",
+                linewidth=1 if how else 2,
+                marker=None if how else ".",
+                label=result["label"] + how,
             )
     for length in sorted({r["trained_length"] for r in results if r["trained_length"]}):
         if length < max(r["length"] for r in results):
@@ -72,7 +74,7 @@ def _plain_log(axes: Any) -> None:
 def needle_figure(grid: dict[str, Any], title: str = "") -> Any:
     """A task's scores by length (across) and depth (down), red to green: what was written, else exact likelihood.
 
-    grid: as runner.as_grid gives it. A cell's number is its mean in percent.
+    grid: as mean_by_length_and_depth gives it. A cell's number is its mean in percent.
     """
     writes = any(cell is not None for row in grid["score"] for cell in row)
     values = np.array(grid["score" if writes else "exact"], dtype=float).T  # [depths, lengths]
@@ -81,8 +83,8 @@ def needle_figure(grid: dict[str, Any], title: str = "") -> Any:
 
 
 def tasks_figure(grids: dict[str, Any], title: str = "") -> Any:
-    """Scores by length (across) and task (down) of tasks without depths; grids: by task, as runner.as_grid gives them.
-    What was written, where anything was, else exact likelihood."""
+    """Scores by length (across) and task (down) of tasks without depths; grids: by task, as
+    mean_by_length_and_depth gives them. What was written, if anything was, else exact likelihood."""
     writes = any(row[0] is not None for grid in grids.values() for row in grid["score"])
     lengths = sorted({n for grid in grids.values() for n in grid["lengths"]})
     values = np.full((len(grids), len(lengths)), np.nan)
@@ -113,7 +115,7 @@ def _heatmap(
 
 
 def task_figures(result: dict[str, Any]) -> dict[str, Any]:
-    """A figure by name: one for each task with depths, and "tasks" for all others; result: of stage.evaluate."""
+    """A figure by name: one for each task with depths, and "tasks" for all others; result: of evaluate()."""
     grids, label = result["tasks"], result["label"]
     figures = {task: needle_figure(grid, label) for task, grid in grids.items() if grid["depths"]}
     without = {task: grid for task, grid in grids.items() if not grid["depths"]}
@@ -123,7 +125,7 @@ def task_figures(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def position_figure(result: dict[str, Any]) -> Any:
-    """Perplexity by position, a line a text, dashed with the context cut to a window; result: of stage.evaluate."""
+    """Perplexity by position, a line a text, dashed with the context cut to a window; result: of evaluate()."""
     figure, axes = plt.subplots(figsize=(8, 4.5))
 
     def draw(edges: list[int], nll: list[float | None], **style: Any) -> Any:
@@ -154,7 +156,7 @@ def comparison_figure(
 ) -> Any:
     """Loss by position on the left, scores by length on the right, or one of them; a colour a result.
 
-    results: of stage.evaluate. A dotted upright line marks the trained length, where the picture goes beyond it.
+    results: of evaluate(). A dotted upright line marks the trained length, where the picture goes beyond it.
     """
     figure, panels = plt.subplots(1, bool(texts) + bool(tasks), figsize=(11, 4.5), squeeze=False)
     if texts:

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from torchtitan.extensions.evaluation.fitting import Question, Render, generator
-from torchtitan.extensions.evaluation.ruler import NIAH, drawn, niah_task, task_of
+from torchtitan.extensions.evaluation.fitting import Render, Wording, generator, task_of
+from torchtitan.extensions.evaluation.ruler import NIAH, drawn, niah_task, string_match_all
 
 SHOTS = 2
 DEPTHS = tuple(float(d) for d in np.linspace(0, 1, 6))
-"""Of the pair that is asked for; the items of a length go through them in turn."""
+"""Of the pair that is asked for; the questions of a length go through them in turn."""
 
 
-def _json_kv_render(length: int, text: str, seed: int, n: int) -> Render:
+def _json_kv(length: int, text: str, seed: int, n: int) -> tuple[Render, int]:
     rng = generator(seed, "json_kv", length, n)
     depth = DEPTHS[n % len(DEPTHS)]
     shown = rng.random(SHOTS)
     hay = generator(seed, "json_kv", length, n, 1)
     pairs: list[tuple[str, str]] = []  # grows with the sizes that are asked for: the same ones whatever these are
 
-    def render(size: int) -> Question:
+    def render(size: int) -> Wording:
         while len(pairs) < size:
             pairs.append((drawn("uuids", hay), drawn("uuids", hay)))
         (key, value), *others = pairs[:size]
@@ -32,19 +32,19 @@ def _json_kv_render(length: int, text: str, seed: int, n: int) -> Render:
         examples = "".join(f"Key: {k}\nCorresponding value: {v}\n\n" for k, v in (others[first], others[second]))
         place = round(depth * len(others))
         every = [*others[:place], (key, value), *others[place:]]
-        told = ",\n ".join(f'"{k}": "{v}"' for k, v in every)
+        lines = ",\n ".join(f'"{k}": "{v}"' for k, v in every)
         prompt = (
-            f"JSON data:\n{{{told}}}\n\nExtract the value corresponding to the specified key in the JSON object below."
+            f"JSON data:\n{{{lines}}}\n\nExtract the value corresponding to the specified key in the JSON object below."
             f"\n\n{examples}Key: {key}\nCorresponding value:"
         )
-        return Question(prompt, f" {value}", (value,), depth)
+        return Wording(prompt, f" {value}", (value,), depth)
 
-    return render
+    return render, 1 + SHOTS
 
 
 TASKS = {
     "niah_mk_2": niah_task("niah_mk_2", NIAH["niah_multikey_2"], budget=50, join="\n"),
     "niah_mk_3": niah_task("niah_mk_3", NIAH["niah_multikey_3"], budget=100, join="\n"),
     "niah_mv": niah_task("niah_mv", NIAH["niah_multivalue"], budget=50, join="\n"),
-    "json_kv": task_of("json_kv", _json_kv_render, budget=100, least=1 + SHOTS),
+    "json_kv": task_of("json_kv", _json_kv, 100, string_match_all),
 }

@@ -17,9 +17,8 @@ from math import pi
 
 import numpy as np
 
-from torchtitan.datasets.tokenizer import Tokenizer
-from torchtitan.extensions.evaluation.fitting import Question, Render, fitted, generator, listed
-from torchtitan.extensions.evaluation.items import Item, Task
+from torchtitan.extensions.evaluation.fitting import Render, Wording, generator, listed, task_of
+from torchtitan.extensions.evaluation.questions import Task
 from torchtitan.extensions.evaluation.words import pair, singles, words
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -34,8 +33,10 @@ COMMON = 10
 SHORT = 4096
 """Below this length cwe repeats its words less often."""
 CODE_LETTERS = 6
-TOKENS_A_CODE = 50
-"""A vocabulary of fwe has one coded word for so many tokens of the length."""
+TOKENS_PER_CODE = 50
+"""fwe has one coded word in its vocabulary per this number of tokens of the length."""
+LEAST_OF_FWE = 100
+"""With fewer words the fourth is as frequent as the fifth."""
 
 
 def string_match_all(text: str, answers: Sequence[str]) -> float:
@@ -59,7 +60,7 @@ class Niah:
     value: str = "numbers"
     keys: int = 1
     values: int = 1
-    """For each key."""
+    """Per key."""
 
     queries: int = 1
 
@@ -86,30 +87,41 @@ def drawn(kind: str, rng: np.random.Generator) -> str:
 
 
 def distinct(count: int, draw: Callable[[], str], but: Sequence[str] = ()) -> list[str]:
-    found: dict[str, None] = {}
-    while len(found) < count:
+    """`count` different draws, in the order in which they came, none of which is in `but`."""
+    draws: dict[str, None] = {}
+    while len(draws) < count:
         if (one := draw()) not in but:
-            found[one] = None
-    return list(found)
+            draws[one] = None
+    return list(draws)
 
 
-@lru_cache(2)  # the same prose for all items
+@lru_cache(2)  # the same prose for all questions
 def _prose(text: str) -> list[str]:
     return text.split()
 
 
-def niah_question(task: Niah, text: str, rng: np.random.Generator, hay: np.random.Generator, join: str) -> Render:
+def _scattered(pieces: Sequence[str], hay: Sequence[str], places: Sequence[int]) -> list[str]:
+    """The hay with each of the pieces before hay[place]; places ascend."""
+    mixed: list[str] = []
+    last = 0
+    for piece, place in zip(pieces, places, strict=True):
+        mixed += [*hay[last:place], piece]
+        last = place
+    return mixed + list(hay[last:])
+
+
+def niah_wording(task: Niah, text: str, rng: np.random.Generator, hay: np.random.Generator, join: str) -> Render:
     """A needle question by the size of its haystack: noise in lines, essays in words, needles in needles.
 
     hay: of the haystack alone. join: stands between the question and the beginning of its answer.
     """
     keys = distinct(task.keys, lambda: drawn(task.key, rng))
     values = distinct(task.keys * task.values, lambda: drawn(task.value, rng))
-    told = [(keys[i // task.values], value) for i, value in enumerate(values)]
-    told = [told[i] for i in rng.permutation(len(told))]
-    needles = [NEEDLE.format(kind=task.value, key=key, value=value) for key, value in told]
+    facts = [(keys[i // task.values], value) for i, value in enumerate(values)]
+    facts = [facts[i] for i in rng.permutation(len(facts))]
+    needles = [NEEDLE.format(kind=task.value, key=key, value=value) for key, value in facts]
     asked = [keys[i] for i in rng.permutation(len(keys))[: task.queries]]
-    by_query = [value for query in asked for key, value in told if key == query]
+    answers = [value for query in asked for key, value in facts if key == query]
     shares = np.sort(rng.random(len(needles)))
     depths = np.sort(rng.permutation(DEPTHS)[: len(needles)]) / (DEPTHS - 1)
     prose = _prose(text) if task.haystack == "essay" else []
@@ -124,24 +136,18 @@ def niah_question(task: Niah, text: str, rng: np.random.Generator, hay: np.rando
                 key = distinct(1, lambda: drawn(task.key, hay), but=keys)[0]
                 others.append(NEEDLE.format(kind=task.value, key=key, value=drawn(task.value, hay)))
             return others[:size]
-        there = (prose[begin:] + prose * (-(-size // len(prose))))[:size]
-        return re.split(r"(?<=[.!?]) ", " ".join(there))
+        repeated = (prose[begin:] + prose * (-(-size // len(prose))))[:size]
+        return re.split(r"(?<=[.!?]) ", " ".join(repeated))
 
     one = task.queries * task.values == 1
     kind = task.value[:-1] if one else task.value
     some, are, are_all, hidden = ("A", "is", "is", "is") if one else ("Some", "are", "are all", "are")
     query = listed(asked)
 
-    def render(size: int) -> Question:
+    def render(size: int) -> Wording:
         hay = pieces(size)
         at = depths if task.haystack == "essay" else shares
-        context: list[str] = []
-        last = 0
-        for needle, share in zip(needles, at, strict=True):
-            place = int(share * len(hay))
-            context += [*hay[last:place], needle]
-            last = place
-        context += hay[last:]
+        context = _scattered(needles, hay, [int(share * len(hay)) for share in at])
         prompt = (
             f"{some} special magic {kind} {hidden} hidden within the following text. Make sure to memorize it. I will "
             f"quiz you about the {kind} afterwards.\n"
@@ -149,17 +155,19 @@ def niah_question(task: Niah, text: str, rng: np.random.Generator, hay: np.rando
             + f"\nWhat {are_all} the special magic {kind} for {query} mentioned in the provided text?{join}"
             f"The special magic {kind} for {query} mentioned in the provided text {are}"
         )
-        return Question(prompt, " " + listed(by_query), tuple(by_query))
+        return Wording(prompt, " " + listed(answers), tuple(answers))
 
     return render
 
 
 def niah_task(name: str, task: Niah, budget: int = 128, join: str = " ") -> Task:
-    def build(length: int, text: str, seed: int, n: int) -> Render:
-        rng, hay = (generator(seed, name, length, n, part) for part in range(2))
-        return niah_question(task, text, rng, hay, join)
+    """budget: tokens that the model may write; join: see niah_wording."""
 
-    return task_of(name, build, budget, least=2)
+    def build(length: int, text: str, seed: int, n: int) -> tuple[Render, int]:
+        rng, hay = (generator(seed, name, length, n, part) for part in range(2))
+        return niah_wording(task, text, rng, hay, join), 2
+
+    return task_of(name, build, budget, string_match_all)
 
 
 def _vt_text(lines: int, letters: int, rng: np.random.Generator) -> tuple[str, list[str]]:
@@ -167,13 +175,9 @@ def _vt_text(lines: int, letters: int, rng: np.random.Generator) -> tuple[str, l
     names = distinct(HOPS + 1, lambda: "".join(string.ascii_uppercase[i] for i in rng.integers(26, size=letters)))
     value = int(rng.integers(10_000, 99_999))
     # the space behind a variable's name is RULER's
-    told = [f"VAR {names[0]} = {value}", *(f"VAR {names[i + 1]} = VAR {names[i]} " for i in range(HOPS))]
-    before = np.sort(rng.permutation(lines)[: len(told)])  # of which line each statement stands
-    context, last = [], 0
-    for statement, place in zip(told, before, strict=True):
-        context += [NOISE + "\n"] * (place - last) + [statement]
-        last = place
-    context += [NOISE + "\n"] * (lines - last)
+    statements = [f"VAR {names[0]} = {value}", *(f"VAR {names[i + 1]} = VAR {names[i]} " for i in range(HOPS))]
+    places = np.sort(rng.permutation(lines)[: len(statements)]).tolist()
+    context = _scattered(statements, [NOISE + "\n"] * lines, places)
     text = (
         "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
         + " ".join(context)
@@ -184,15 +188,15 @@ def _vt_text(lines: int, letters: int, rng: np.random.Generator) -> tuple[str, l
     return text, names
 
 
-def _vt_render(length: int, text: str, seed: int, n: int) -> Render:
-    example, found = _vt_text(VT_SHOT_LINES, 3, generator(seed, "vt", length, n))
+def _vt(length: int, text: str, seed: int, n: int) -> tuple[Render, int]:
+    example, answers = _vt_text(VT_SHOT_LINES, 3, generator(seed, "vt", length, n))
 
-    def render(lines: int) -> Question:
-        asked, names = _vt_text(lines, 5, generator(seed, "vt", length, n, 1))
-        prompt = f"{example} {' '.join(found)}\n\n\n\n{asked}"
-        return Question(prompt, " " + " ".join(names), tuple(names))
+    def render(lines: int) -> Wording:
+        question, names = _vt_text(lines, 5, generator(seed, "vt", length, n, 1))
+        prompt = f"{example} {' '.join(answers)}\n\n\n\n{question}"
+        return Wording(prompt, " " + " ".join(names), tuple(names))
 
-    return render
+    return render, HOPS + 2
 
 
 def _numbered(some: Sequence[str]) -> str:
@@ -213,28 +217,28 @@ def _cwe_text(count: int, common: int, others: int, rng: np.random.Generator) ->
     return text, some[:COMMON]
 
 
-def _cwe_render(length: int, text: str, seed: int, n: int) -> Render:
+def _cwe(length: int, text: str, seed: int, n: int) -> tuple[Render, int]:
     shot, repeats = ((20, 3, 1), (6, 1)) if length < SHORT else ((40, 10, 3), (30, 3))
-    example, found = _cwe_text(*shot, generator(seed, "cwe", length, n))
+    example, answers = _cwe_text(*shot, generator(seed, "cwe", length, n))
 
-    def render(count: int) -> Question:
-        asked, common = _cwe_text(count, *repeats, generator(seed, "cwe", length, n, 1))
+    def render(count: int) -> Wording:
+        question, common = _cwe_text(count, *repeats, generator(seed, "cwe", length, n, 1))
         # no space behind the colon in the example, so the answer has none
-        return Question(f"{example}{_numbered(found)}\n{asked}", _numbered(common), tuple(common))
+        return Wording(f"{example}{_numbered(answers)}\n{question}", _numbered(common), tuple(common))
 
-    return render
+    return render, COMMON + 2
 
 
-def _fwe_render(length: int, text: str, seed: int, n: int) -> Render:
+def _fwe(length: int, text: str, seed: int, n: int) -> tuple[Render, int]:
     rng = generator(seed, "fwe", length, n)
+    size = max(length // TOKENS_PER_CODE, 6)
     letters = string.ascii_lowercase
-    size = max(length // TOKENS_A_CODE, 6)
     codes = distinct(size, lambda: "".join(letters[i] for i in rng.integers(26, size=CODE_LETTERS)))
     codes[0] = "..."  # the most frequent is noise
     frequent = codes[1:4]
     shares = np.arange(1, size + 1) ** -2.0 / (pi**2 / 6)  # a zeta distribution with alpha 2
 
-    def render(count: int) -> Question:
+    def render(count: int) -> Wording:
         every = np.repeat(np.arange(size), (count * shares).astype(int))
         context = " ".join(codes[i] for i in generator(seed, "fwe", length, n, 1).permutation(every))
         prompt = (
@@ -243,33 +247,16 @@ def _fwe_render(length: int, text: str, seed: int, n: int) -> Render:
             "'....'. What are the three most frequently appeared words in the above coded text? Answer: According to "
             "the coded text above, the three most frequently appeared words are:"
         )
-        return Question(prompt, " " + listed(frequent), tuple(frequent))
+        return Wording(prompt, " " + listed(frequent), tuple(frequent))
 
-    return render
-
-
-def task_of(
-    name: str, build: Callable[[int, str, int, int], Render], budget: int, least: int, most: int | None = None
-) -> Task:
-    """build: (length, prose, seed, number) -> an item's question; least, most: its smallest and largest size, the
-    latter where it is of words()."""
-    runs_out = f"there are {len(words())} words to choose from, with which the prompt has"
-
-    def make(tokenizer: Tokenizer, text: str, length: int, count: int, seed: int, bos_id: int | None) -> list[Item]:
-        return [
-            fitted(tokenizer, name, length, budget, bos_id, build(length, text, seed, n), least, most, runs_out)
-            for n in range(count)
-        ]
-
-    return Task(name, make, string_match_all, budget)
+    return render, LEAST_OF_FWE
 
 
 TASKS = {
     **{name: niah_task(name, task) for name, task in NIAH.items()},
-    "vt": task_of("vt", _vt_render, budget=30, least=HOPS + 2),
-    "cwe": task_of("cwe", _cwe_render, budget=120, least=COMMON + 2, most=len(words())),
-    # fewer words, and the fourth is as frequent as the fifth
-    "fwe": task_of("fwe", _fwe_render, budget=50, least=100),
+    "vt": task_of("vt", _vt, 30, string_match_all),
+    "cwe": task_of("cwe", _cwe, 120, string_match_all, most=len(words()), haystack="words to choose from"),
+    "fwe": task_of("fwe", _fwe, 50, string_match_all),
 }
 """The eleven that need no file."""
 QA = ("qa_1", "qa_2")

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from torchtitan.datasets.tokenizer import Tokenizer
-from torchtitan.extensions.evaluation.fitting import Question, Render, fitted, generator
-from torchtitan.extensions.evaluation.items import Item, Task
+from torchtitan.extensions.evaluation.fitting import Render, Wording, generator, task_of
+from torchtitan.extensions.evaluation.questions import Task
 from torchtitan.extensions.evaluation.ruler import QA, string_match_part
 from torchtitan.tools.errors import UserError
 
@@ -21,7 +20,7 @@ FILES = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class QAEntry:
     """A question; indices into the documents of those that answer it, and of those to put beside them first."""
 
     question: str
@@ -32,29 +31,29 @@ class Asked:
 
 @dataclass(frozen=True)
 class Documents:
-    """texts, and questions about them; task: which of QA the file is for."""
+    """Texts, and questions about them; task: which of QA the file is for."""
 
     task: str
     texts: tuple[str, ...]
-    asked: tuple[Asked, ...]
+    asked: tuple[QAEntry, ...]
 
 
 @cache
 def read(file: Path) -> Documents:
     """A file in SQuAD 2.0's or HotpotQA's form, told apart by what it holds. UserError for anything else."""
     if not file.is_file():
-        raise UserError(f"evaluation.qa_files names {file}, which is not there.")
+        raise UserError(f"evaluation.qa_files names {file}, which does not exist.")
     try:
         content = json.loads(file.read_bytes())
-        found = _squad(content["data"]) if isinstance(content, dict) else _hotpot(content)
+        documents = _squad(content["data"]) if isinstance(content, dict) else _hotpot(content)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"evaluation.qa_files names {file}, which is neither {FILES['qa_1']} nor {FILES['qa_2']} nor of their form "
             f"({type(error).__name__}: {error})."
         ) from error
-    if not found.asked:
+    if not documents.asked:
         raise UserError(f"evaluation.qa_files names {file}, which has no question that can be answered.")
-    return found
+    return documents
 
 
 def _squad(articles: list[dict]) -> Documents:
@@ -69,7 +68,7 @@ def _squad(articles: list[dict]) -> Documents:
             for one in p["qas"]:
                 answers = tuple(dict.fromkeys(a["text"] for a in one["answers"]))
                 if not one.get("is_impossible") and answers:
-                    asked.append(Asked(one["question"], answers, (here,), near))
+                    asked.append(QAEntry(one["question"], answers, (here,), near))
     return Documents("qa_1", tuple(texts), tuple(asked))
 
 
@@ -81,49 +80,41 @@ def _hotpot(entries: list[dict]) -> Documents:
     asked = []
     for one in entries:
         needed = tuple(index.setdefault(text(*pair), len(index)) for pair in one["context"])
-        asked.append(Asked(one["question"], (one["answer"],), needed))
+        asked.append(QAEntry(one["question"], (one["answer"],), needed))
     return Documents("qa_2", tuple(index), tuple(asked))
-
-
-def _render(found: Documents, name: str, length: int, seed: int, n: int) -> tuple[Render, int]:
-    """And the number of documents that the question needs."""
-    # the same questions at all lengths
-    order = generator(seed, name, 0, 0).permutation(len(found.asked))
-    one = found.asked[order[n % len(order)]]
-    rng = generator(seed, name, length, n)
-    near = [one.near[i] for i in rng.permutation(len(one.near))]
-    ours = {*one.needed, *near}
-    far = [int(i) for i in rng.permutation(len(found.texts)) if int(i) not in ours]
-    ranked = [*one.needed, *near, *far]
-
-    def render(size: int) -> Question:
-        some = generator(seed, name, length, n, 1).permutation(ranked[:size])
-        context = "\n\n".join(f"Document {i}:\n{found.texts[k]}" for i, k in enumerate(some, 1))
-        task = "Answer the question based on the given documents. Only give me the answer and do not output any other "
-        prompt = (
-            f"{task}words.\n\nThe following are given documents.\n\n{context}\n\n{task}words.\n\n"
-            f"Question: {one.question} Answer:"
-        )
-        return Question(prompt, f" {one.answers[0]}", one.answers)
-
-    return render, len(one.needed)
 
 
 def qa_task(name: str, files: tuple[Path, ...]) -> Task:
     """qa_1 or qa_2 of the first file that is for it; UserError if there is none."""
     assert name in QA
-    found = next((documents for documents in map(read, files) if documents.task == name), None)
-    if found is None:
+    documents = next((documents for documents in map(read, files) if documents.task == name), None)
+    if documents is None:
         raise UserError(f"{name} needs a file: name {FILES[name]} in evaluation.qa_files.")
-    documents = found
+    texts, asked = documents.texts, documents.asked
 
-    def make(tokenizer: Tokenizer, text: str, length: int, count: int, seed: int, bos_id: int | None) -> list[Item]:
-        items = []
-        for n in range(count):
-            render, least = _render(documents, name, length, seed, n)
-            runs_out = f"there are {len(documents.texts)} documents, with which the prompt has"
-            most = len(documents.texts)
-            items.append(fitted(tokenizer, name, length, BUDGET, bos_id, render, least, most, runs_out))
-        return items
+    def build(length: int, text: str, seed: int, n: int) -> tuple[Render, int]:
+        # the same questions at all lengths
+        order = generator(seed, name, 0, 0).permutation(len(asked))
+        one = asked[order[n % len(order)]]
+        rng = generator(seed, name, length, n)
+        near = [one.near[i] for i in rng.permutation(len(one.near))]
+        first = {*one.needed, *near}
+        far = [int(i) for i in rng.permutation(len(texts)) if int(i) not in first]
+        ranked = [*one.needed, *near, *far]
 
-    return Task(name, make, string_match_part, BUDGET)
+        def render(size: int) -> Wording:
+            some = generator(seed, name, length, n, 1).permutation(ranked[:size])
+            context = "\n\n".join(f"Document {i}:\n{texts[k]}" for i, k in enumerate(some, 1))
+            task = (
+                "Answer the question based on the given documents. Only give me the answer and do not output any other "
+                "words."
+            )
+            prompt = (
+                f"{task}\n\nThe following are given documents.\n\n{context}\n\n{task}\n\n"
+                f"Question: {one.question} Answer:"
+            )
+            return Wording(prompt, f" {one.answers[0]}", one.answers)
+
+        return render, len(one.needed)
+
+    return task_of(name, build, BUDGET, string_match_part, most=len(texts), haystack="documents")

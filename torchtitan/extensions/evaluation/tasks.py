@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.extensions.evaluation import recall, ruler
-from torchtitan.extensions.evaluation.items import Task
+from torchtitan.extensions.evaluation.questions import Task
 from torchtitan.extensions.evaluation.ruler_qa import qa_task, read
 
 GROUPS = {"ruler": ruler.ALL, "recall": tuple(recall.TASKS)}
@@ -29,8 +29,8 @@ def tasks_of(names: Sequence[str], qa_files: Sequence[Path] = ()) -> list[Task]:
 def group_means(grids: dict[str, Any]) -> dict[str, Any]:
     """By group: the mean over its tasks of each task's mean over depths, for the lengths that all of these have.
 
-    grids: by task, as runner.as_grid gives them. A group of which fewer than two tasks were asked has none. "tasks" and
-    "of" say over how many of how many.
+    grids: by task, as mean_by_length_and_depth gives them. A group of which fewer than two tasks were asked has no
+    mean. "tasks" and "of" say over how many of how many tasks.
     """
     found = {}
     for group, members in GROUPS.items():

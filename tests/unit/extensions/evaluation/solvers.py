@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 
-from torchtitan.extensions.evaluation.items import Item
+from torchtitan.extensions.evaluation.questions import Question
 
 Solved = tuple[str, ...]
 
@@ -56,6 +56,6 @@ def document(prompt: str) -> Solved:
 BY_TASK = {"vt": variables, "cwe": common_words, "fwe": frequent_words, "json_kv": pair_value}
 
 
-def solve(item: Item, prompt: str) -> Solved:
+def solve(item: Question, prompt: str) -> Solved:
     """prompt: the text of the item's tokens."""
     return BY_TASK.get(item.task, document if item.task.startswith("qa") else needles)(prompt)

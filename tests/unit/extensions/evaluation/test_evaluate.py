@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,25 +17,25 @@ from safetensors.torch import save_file
 
 from tests.distributed.harness import ASSETS, TINY
 from tests.scripts import load_script, run_script
+from tests.unit.extensions.evaluation.full_logits import losses_of_all_logits
 from torchtitan.config.schema import Data, Evaluation, Job, JobConfig, Rope, Training
 from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.datasets.tokenizer import load_tokenizer
-from torchtitan.extensions.evaluation import needle, plots, stage
+from torchtitan.extensions.evaluation import evaluate as asking
+from torchtitan.extensions.evaluation import hook, needle, plots, results
 from torchtitan.extensions.evaluation.checks import longest_asked
-from torchtitan.extensions.evaluation.command_line import what_is_asked, write_whole
+from torchtitan.extensions.evaluation.command_line import what_is_asked
 from torchtitan.extensions.evaluation.forward import Ranks
-from torchtitan.extensions.evaluation.items import Item
-from torchtitan.extensions.evaluation.loading import Weights
-from torchtitan.extensions.evaluation.loss_by_position import loss_by_position, token_losses
-from torchtitan.extensions.evaluation.runner import Outcome, as_grid, position_losses, stop_ids
-from torchtitan.extensions.evaluation.sharded import check_own, weights_for
-from torchtitan.extensions.evaluation.stage import StageEvaluation
+from torchtitan.extensions.evaluation.hook import StageEvaluation
+from torchtitan.extensions.evaluation.loading import ModelOnDisk, check_own_results, model_for
+from torchtitan.extensions.evaluation.questions import Question
+from torchtitan.extensions.evaluation.runner import Outcome, mean_by_length_and_depth, position_losses, stop_ids
 from torchtitan.models.hf.weights import hf_name, read_config
-from torchtitan.models.rope import RopeArgs
+from torchtitan.models.rope import RopeArgs, rope_for
 from torchtitan.models.rope_scaling import DynamicNTKScaling, GeneScaling
 from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import put_aside
+from torchtitan.tools.folders import put_aside, write_text
 
 TOKENIZER = load_tokenizer(ASSETS)
 TEXT = torch.tensor(TOKENIZER.encode(" ".join(f"The river {i} is near the stone. A bird sees it." for i in range(200))))
@@ -54,7 +55,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_needles_stand_where_they_should_and_can_be_found_by_reading():
-    items = needle.needle_items(TOKENIZER, TEXT, [200, 500], [0.0, 0.3, 1.0], 3, bos_id=TOKENIZER.bos_id)
+    items = needle.needle_questions(TOKENIZER, TEXT, [200, 500], [0.0, 0.3, 1.0], 3, bos_id=TOKENIZER.bos_id)
     assert len(items) == 18
     ends = set(sentence_end_ids(TOKENIZER))
     for item in items:
@@ -76,7 +77,7 @@ def test_needles_stand_where_they_should_and_can_be_found_by_reading():
         assert needle.score(f"{item.answers[0]}, I think", item.answers) == 1
         assert needle.score("1234", item.answers) == 0 and needle.score("", item.answers) == 0
     same, others = (
-        needle.needle_items(TOKENIZER, TEXT, [500], [0.3], 3, seed=seed, bos_id=TOKENIZER.bos_id) for seed in (0, 1)
+        needle.needle_questions(TOKENIZER, TEXT, [500], [0.3], 3, seed=seed, bos_id=TOKENIZER.bos_id) for seed in (0, 1)
     )
     asked = [item.answers for item in items if (item.length, item.depth) == (500, 0.3)]
     assert [item.answers for item in same] == asked
@@ -84,18 +85,18 @@ def test_needles_stand_where_they_should_and_can_be_found_by_reading():
 
 
 def test_text_is_repeated_for_a_length_beyond_it():
-    (item,) = needle.needle_items(TOKENIZER, TEXT[:90], [700], [0.5], 1)
+    (item,) = needle.needle_questions(TOKENIZER, TEXT[:90], [700], [0.5], 1)
     assert len(item.prompt) + len(item.target) + needle.SPARE_TOKENS == 700
     with pytest.raises(UserError, match="the length is 10"):
-        needle.needle_items(TOKENIZER, TEXT, [10], [0.5], 1)
+        needle.needle_questions(TOKENIZER, TEXT, [10], [0.5], 1)
 
 
 def test_the_default_text_is_there():
     assert len(needle.default_text()) > 300_000
 
 
-def item(length: int, depth: float | None) -> Item:
-    return Item("t", length, torch.zeros(1), torch.zeros(1), ("1",), 4, depth)
+def item(length: int, depth: float | None) -> Question:
+    return Question("t", length, torch.zeros(1), torch.zeros(1), ("1",), 4, depth)
 
 
 def test_grids_are_means_of_their_cells():
@@ -106,7 +107,7 @@ def test_grids_are_means_of_their_cells():
         Outcome(False, -2.0, 0.5, "c"),
         Outcome(False, -3.0, 1.0, "d", cut=True),
     ]
-    grid = as_grid(items, outcomes)
+    grid = mean_by_length_and_depth(items, outcomes)
     assert grid == {
         "lengths": [8, 16],
         "depths": [0.0, 1.0],
@@ -117,12 +118,12 @@ def test_grids_are_means_of_their_cells():
         "cut": [[0, 2], [None, 0]],
         "written": [["a", "b"], [None, "c"]],
     }
-    silent = as_grid([item(8, None)], [Outcome(True, -1.0)])
+    silent = mean_by_length_and_depth([item(8, None)], [Outcome(True, -1.0)])
     assert silent["depths"] is None and silent["score"] == [[None]] and silent["exact"] == [[1.0]]
 
 
 def test_the_heatmap_shows_lengths_across_and_depths_down():
-    grid = as_grid([item(1024, 0.0), item(2048, 1.0)], [Outcome(True, 0.0), Outcome(False, 0.0)])
+    grid = mean_by_length_and_depth([item(1024, 0.0), item(2048, 1.0)], [Outcome(True, 0.0), Outcome(False, 0.0)])
     figure = plots.needle_figure(grid, "title")
     (image,) = figure.axes[0].images
     np.testing.assert_array_equal(np.ma.filled(image.get_array(), -1), [[100, -1], [-1, 0]])
@@ -139,7 +140,7 @@ def test_the_evaluation_after_the_last_step_may_be_left_to_another_job(at_end: b
 def evaluation_of(folder: Path, evaluation: Evaluation) -> Any:
     """A StageEvaluation without its model."""
     config = JobConfig(job=Job(dump_folder=str(folder)), evaluation=evaluation, training=Training(steps=5))
-    prepared = SimpleNamespace(about={"seed": evaluation.seed})
+    prepared = SimpleNamespace(settings={"seed": evaluation.seed})
     return SimpleNamespace(config=config, rank=0, ranks=SimpleNamespace(largest=int), prepared=prepared)
 
 
@@ -148,14 +149,15 @@ def test_results_are_kept_for_the_same_questions_of_the_same_run(tmp_path: Path)
     assert StageEvaluation.due(one, 0)
     file = tmp_path / "evaluation/step-0.json"
     for text, due in (('{"asked": {"seed": 0}}', False), ('{"asked": {"seed": 1}}', True), ("{}", True), ("[", True)):
-        write_whole(file, text)
+        file.parent.mkdir(exist_ok=True)
+        write_text(file, text)
         assert StageEvaluation.due(one, 0) == due
     put_aside(file.parent, after=-1)  # another run in the same folder
     assert StageEvaluation.due(one, 0) and (tmp_path / "evaluation-1/step-0.json").exists()
     assert put_aside(file.parent, after=-1) is None
     assert not (tmp_path / "evaluation-2").exists()
     for step in (0, 9, 10):
-        write_whole(file.with_name(f"step-{step}.json"), "{}")
+        write_text(file.with_name(f"step-{step}.json"), "{}")
     put_aside(file.parent, after=9)  # a run that goes back to step 9
     assert [p.name for p in (tmp_path / "evaluation-2").iterdir()] == ["step-10.json"]
     assert sorted(p.name for p in file.parent.iterdir()) == ["step-0.json", "step-9.json"]
@@ -164,11 +166,11 @@ def test_results_are_kept_for_the_same_questions_of_the_same_run(tmp_path: Path)
 def test_a_long_evaluation_in_training_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch):
     lines: list[str] = []
     clock = iter([10.0, 25.0, 31.0, 31.0, 40.0, 62.0, 62.0])
-    monkeypatch.setattr(stage.logger, "info", lines.append)
-    monkeypatch.setattr(stage.time, "perf_counter", lambda: next(clock))
-    one = SimpleNamespace(said=0.0)
+    monkeypatch.setattr(hook.logger, "info", lines.append)
+    monkeypatch.setattr(hook.time, "perf_counter", lambda: next(clock))
+    one = SimpleNamespace(last_message=0.0)
     for done in range(1, 6):
-        StageEvaluation._say(one, "needles", done, 5)  # type: ignore[arg-type]
+        StageEvaluation._report(one, "needles", done, 5)  # type: ignore[arg-type]
     assert lines == ["evaluation: needles, 3 of 5", "evaluation: needles, 5 of 5"]
 
 
@@ -200,7 +202,7 @@ def evaluate(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str]:
         ),
         (
             ["--model", "MODEL", "--evaluation.texts", "nowhere.txt", "--evaluation.length", "99"],
-            "nowhere.txt, which is not there",
+            "nowhere.txt, which does not exist",
         ),
         (["--model", "MODEL", "--evaluation.needle_lengths", "20"], "the length is 20"),
         (["--model", "MODEL", "--evaluation.needle_lengths", "128", "--out", "x.txt"], "should end with .json"),
@@ -254,7 +256,7 @@ def test_rope_of_the_command_line_counts_and_that_of_a_file_does_not(
         own = SimpleNamespace(model=model, step=None, tokenizer=None, processes=1, out=None)
         texts = ["--evaluation.texts", "text.jsonl"]
         configured, folder = what_is_asked(own, [*start, *texts, *extra])  # type: ignore[arg-type]
-        weights = weights_for(folder, configured, longest_asked(configured))
+        weights = model_for(folder, configured, longest_asked(configured))
         found[name] = weights.args.rope.theta
         assert weights.args.rope.max_position_embeddings == 256, "rescaled is not trained"
         assert weights.rescaled == bool(extra) and ("rescaled" in weights.label) == bool(extra)
@@ -264,7 +266,7 @@ def test_rope_of_the_command_line_counts_and_that_of_a_file_does_not(
     own = SimpleNamespace(model=model, step=None, tokenizer=None, processes=1, out=None)
     asked = ["--evaluation.length=300", "--evaluation.needle_lengths", "500", "1024", *rope]
     configured, folder = what_is_asked(own, asked)  # type: ignore[arg-type]
-    assert weights_for(folder, configured, longest_asked(configured)).args.rope.theta == found["auto"]
+    assert model_for(folder, configured, longest_asked(configured)).args.rope.theta == found["auto"]
 
 
 def test_a_checkpoint_is_asked_with_bos_as_it_was_trained(tmp_path: Path):
@@ -318,26 +320,27 @@ def test_a_hugging_face_folder_is_asked_with_bos_as_its_tokenizer_does(tmp_path:
 
 
 def test_losses_by_position_are_those_of_each_document_under_its_own_rope():
-    """Against the plain sums of scripts/loss_by_position.py, in ranges that cut documents."""
+    """Against all logits of each document, in ranges that cut documents."""
     for scaling in (None, DynamicNTKScaling(4.0, 32), GeneScaling(2.0, 32)):
         rope = RopeArgs(100.0, scaling, max_position_embeddings=32)
         model = Transformer(TransformerArgs(32, 2, 4, 2, 8, 64, TOKENIZER.vocab_size, rope=rope)).eval()
         init_weights(model, seed=3)
         documents, edges = [TEXT[:101], TEXT[200:320], TEXT[50:201]], (0, 7, 8, 64, 100)
-        expected = loss_by_position(model, documents, edges)
+        losses = [losses_of_all_logits(model, tokens, rope_for(rope, len(tokens) - 1)) for tokens in documents]
+        by_range = [torch.cat([x[a:b] for x in losses]) for a, b in pairwise(edges)]
         found = position_losses(model, Ranks(), documents, edges)
-        assert found["count"] == list(expected.count) == [21, 3, 168, 108]
-        assert found["nll"] == pytest.approx(expected.nll, rel=1e-5)
+        assert found["count"] == [len(x) for x in by_range] == [21, 3, 168, 108]
+        assert found["nll"] == pytest.approx([float(x.mean()) for x in by_range], rel=1e-5)
 
 
 def test_windows_are_as_long_as_asked():
     model = Transformer(TransformerArgs(32, 2, 4, 2, 8, 64, TOKENIZER.vocab_size)).eval()
     init_weights(model, seed=3)
-    found = stage.evaluate(model, Ranks(), TOKENIZER, stage.Prepared({"text": [TEXT[:91]]}, 90), windows=(16, 40))
+    found = asking.evaluate(model, Ranks(), TOKENIZER, asking.Prepared({"text": [TEXT[:91]]}, 90), windows=(16, 40))
     for window, gain in zip((16, 40), found["perplexity"]["text"]["gains_of_context"], strict=True):
         losses = torch.zeros(90)
         for begin in range(0, 90 - window // 2, window // 2):  # each piece alone; the second half of it counts
-            piece = token_losses(model, TEXT[begin : min(begin + window, 90) + 1])
+            piece = losses_of_all_logits(model, TEXT[begin : min(begin + window, 90) + 1])
             kept = 0 if begin == 0 else window - window // 2
             losses[begin + kept : begin + len(piece)] = piece[kept:]
         assert gain["nll_cut"] == [pytest.approx(float(losses.mean()), rel=1e-5)] and gain["window"] == window
@@ -358,10 +361,10 @@ def test_nothing_begins_or_ends_in_a_haystack(tmp_path: Path):
     e = Evaluation(texts=("text.jsonl",), length=100, needle_lengths=(300,), needle_depths=(0.5,), tasks=("niah_mk_2",))
     e = replace(e, task_lengths=(600,), task_items=1)
     config = JobConfig(evaluation=e, data=Data(folder=str(tmp_path), add_bos=True))
-    prepared = stage.prepare(config, TOKENIZER, TransformerArgs(16, 1, 2, 1, 8, 16, TOKENIZER.vocab_size))
+    prepared = asking.prepare(config, TOKENIZER, TransformerArgs(16, 1, 2, 1, 8, 16, TOKENIZER.vocab_size))
     assert all(document[0] == TOKENIZER.bos_id for document in prepared.texts["text"])
     special = torch.tensor([*TOKENIZER.special.values()])
-    for item in [item for items in prepared.asked.values() for item in items]:
+    for item in [item for items in prepared.questions.values() for item in items]:
         assert item.prompt[0] == TOKENIZER.bos_id and not torch.isin(item.prompt[1:], special).any()
 
 
@@ -371,7 +374,7 @@ def test_pictures_of_an_earlier_result_are_not_left_beside_a_new_one(tmp_path: P
     for name in names | others:
         (tmp_path / name).write_bytes(b"")
     grid = {"lengths": [8], "depths": None, "count": [[1]]} | dict.fromkeys(("score", "exact", "logprob"), [[0.5]])
-    stage.write({"label": "x", "perplexity": {}, "tasks": {"vt": grid}}, tmp_path / "x.json")
+    results.write({"label": "x", "perplexity": {}, "tasks": {"vt": grid}}, tmp_path / "x.json")
     assert {file.name for file in tmp_path.iterdir()} == {"x.json", "x_tasks.png"} | others
     assert (tmp_path / "x_tasks.png").stat().st_size
 
@@ -394,13 +397,13 @@ def test_a_stage_own_results_are_of_its_own_model(tmp_path: Path, monkeypatch: p
     assert config.rope == Rope(), "its checkpoint has the RoPE of the TOML"
     own, config = asked("--rope.type", "linear", "--rope.factor", "2")
     assert config.rope == Rope(theta=77.0, type="linear", factor=2.0)
-    weights = Weights(checkpoint, TransformerArgs(16, 1, 2, 1, 8, 16, 32), TOKENIZER, None)
-    check_own(own, weights)  # the override that it was trained with
+    weights = ModelOnDisk(checkpoint, TransformerArgs(16, 1, 2, 1, 8, 16, 32), TOKENIZER, None)
+    check_own_results(own, weights)  # the override that it was trained with
     with pytest.raises(UserError, match="--rope.KEY asks another model than the stage's"):
-        check_own(own, replace(weights, rescaled=True))
+        check_own_results(own, replace(weights, rescaled=True))
     own, _ = asked("--rope.theta", "5", out=tmp_path / "x.json")
     assert not own.of_stage
-    check_own(own, replace(weights, rescaled=True))
+    check_own_results(own, replace(weights, rescaled=True))
 
 
 def test_two_processes_give_the_table_of_one(model: Path, tmp_path: Path):

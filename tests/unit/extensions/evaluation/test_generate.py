@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.unit.extensions.evaluation.full_logits import losses_of_all_logits
 from torchtitan.attention.segments import Segments
-from torchtitan.extensions.evaluation import stage
+from torchtitan.extensions.evaluation import evaluate
 from torchtitan.extensions.evaluation.forward import Ranks, answer_scores, document_losses, window_pieces
 from torchtitan.extensions.evaluation.generate import choose, generate, groups_of, write
-from torchtitan.extensions.evaluation.loss_by_position import token_losses
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_scaling import DynamicNTKScaling, YarnScaling
 from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
@@ -115,7 +115,7 @@ def test_log_probabilities_are_the_losses():
     model, rng = build(BASE), np.random.default_rng(2)
     prompts, targets = ragged(3, rng), ragged(3, rng, 8)
     for (found, _), prompt, target in zip(answer_scores(model, SDPA, prompts, targets), prompts, targets, strict=True):
-        losses = token_losses(model, torch.cat((prompt, target)), first=len(prompt) - 1)
+        losses = losses_of_all_logits(model, torch.cat((prompt, target)))[len(prompt) - 1 :]
         torch.testing.assert_close(-found, losses)
 
 
@@ -127,7 +127,7 @@ def test_windows_overlap_by_half(window: int | None):
     pieces = window_pieces(49, window or 49)
     seen: list[int] = []
     for begin, kept, end in pieces:
-        whole = token_losses(model, tokens[begin : end + 1])
+        whole = losses_of_all_logits(model, tokens[begin : end + 1], exact=False)
         torch.testing.assert_close(found[kept:end], whole[kept - begin :])
         seen += [p - begin for p in range(kept, end)]
         assert end - begin <= (window or 49)
@@ -137,11 +137,12 @@ def test_windows_overlap_by_half(window: int | None):
 
 def test_what_is_no_number_is_null_and_said(monkeypatch: pytest.MonkeyPatch):
     lines: list[str] = []
-    monkeypatch.setattr(stage.logger, "warning", lines.append)
+    monkeypatch.setattr(evaluate.logger, "warning", lines.append)
     model = build(BASE)
     with torch.no_grad():
         model.norm.weight.fill_(float("nan"))
-    result = stage.evaluate(model, SDPA, None, stage.Prepared({"t": [torch.arange(50) % 61]}, 49))  # type: ignore[arg-type]
+    prepared = evaluate.Prepared({"t": [torch.arange(50) % 61]}, 49)
+    result = evaluate.evaluate(model, SDPA, None, prepared)  # type: ignore[arg-type]
     assert result["perplexity"]["t"]["nll"] == [None] and result["perplexity"]["t"]["mean_nll"] is None
     assert "null in the results" in lines[0]
 

@@ -10,20 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from torchtitan.attention.segments import Segments
+from tests.unit.extensions.evaluation.full_logits import losses_of_all_logits
 from torchtitan.components.checkpoint import Checkpointer
 from torchtitan.config.schema import Checkpoint
 from torchtitan.datasets.tokenizer import load_tokenizer
-from torchtitan.extensions.evaluation.documents import long_documents
+from torchtitan.extensions.evaluation import plots
+from torchtitan.extensions.evaluation.forward import Ranks, answer_scores, document_losses
+from torchtitan.extensions.evaluation.held_out_text import long_documents
 from torchtitan.extensions.evaluation.loading import load
-from torchtitan.extensions.evaluation.loss_by_position import (
-    check_edges,
-    default_edges,
-    loss_by_position,
-    rope_for,
-    token_losses,
-)
-from torchtitan.models.rope import RopeArgs, inverse_frequencies
+from torchtitan.extensions.evaluation.runner import check_edges, default_edges, position_losses
+from torchtitan.models.rope import RopeArgs, inverse_frequencies, rope_for
 from torchtitan.models.rope_scaling import (
     DynamicNTKScaling,
     GeneScaling,
@@ -43,48 +39,73 @@ def tokens_of(length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed))
 
 
-@torch.no_grad()
-def oracle(model: Transformer, tokens: torch.Tensor, rope: RopeArgs | None = None) -> torch.Tensor:
-    """All logits at once, one document at positions 0, 1, ..., dense attention in float64."""
-    reference = Transformer(model.args, "dense").double()
-    reference.load_state_dict(model.state_dict())
-    total = len(tokens) - 1
-    logits = reference(tokens[:-1], torch.arange(total), Segments.whole([0, total]), rope=rope)
-    return -logits.log_softmax(-1)[torch.arange(total), tokens[1:]].float()
+def token_losses(model: Transformer, tokens: torch.Tensor, rope: RopeArgs | None = None, **cut: int) -> torch.Tensor:
+    return document_losses(model, Ranks(), tokens, rope, **cut)
 
 
-def test_losses_are_those_of_all_logits_at_once_whatever_the_chunk(model: Transformer):
-    tokens = tokens_of(201)
-    expected = oracle(model, tokens)
+def test_losses_are_those_of_all_logits_at_once_whatever_the_tile(model: Transformer):
+    tokens = tokens_of(401)
+    expected = losses_of_all_logits(model, tokens)
     assert expected.std() > 1  # a model that gives all tokens the same would prove nothing
-    for chunk in (1, 7, 64, 200, 1000):
-        torch.testing.assert_close(token_losses(model, tokens, chunk=chunk), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(token_losses(model, tokens, first=150, chunk=20), expected[150:], rtol=1e-5, atol=1e-5)
-    assert model.output.weight is model.tok_embeddings.weight  # put back as it was
+    whole = model.output.tile_bytes
+    for tokens_in_tile in (1, 256, 10_000):
+        model.output.tile_bytes = 4 * VOCABULARY * tokens_in_tile
+        torch.testing.assert_close(token_losses(model, tokens), expected, rtol=1e-5, atol=1e-5)
+    model.output.tile_bytes = whole
+    ((logprobs, _),) = answer_scores(model, Ranks(), [tokens[:151]], [tokens[151:]])
+    torch.testing.assert_close(-logprobs, expected[150:], rtol=1e-5, atol=1e-5)
+    assert model.output.weight is model.tok_embeddings.weight
 
 
-def test_a_window_is_documents_of_their_own(model: Transformer):
+def test_a_reset_makes_documents_of_their_own(model: Transformer):
     tokens = tokens_of(201)
-    got = token_losses(model, tokens, window=64, chunk=50)
-    # each window with the one token after it, which is scored and not read
-    expected = torch.cat([oracle(model, tokens[p : p + 65]) for p in range(0, 200, 64)])
+    got = token_losses(model, tokens, reset_every=64)
+    # each piece with the one token after it, which is scored and not read
+    expected = torch.cat([losses_of_all_logits(model, tokens[p : p + 65]) for p in range(0, 200, 64)])
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     whole = token_losses(model, tokens)
     assert (got[:64] - whole[:64]).abs().max() < 1e-5 < (got[64:] - whole[64:]).abs().max()
-    torch.testing.assert_close(token_losses(model, tokens, window=1000), whole)
+    torch.testing.assert_close(token_losses(model, tokens, reset_every=1000), whole)
 
 
-def test_buckets_are_means_over_the_positions_of_all_documents(model: Transformer):
+def test_the_one_engine_gives_what_transformers_gives(model: Transformer, folder: Path):
+    """Full context, overlapping windows and resets, each token by a pass of its own over what it may see."""
+    from transformers import AutoModelForCausalLM
+
+    witness = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = tokens_of(61, seed=4)
+
+    @torch.no_grad()
+    def expected(first_seen: list[int]) -> torch.Tensor:
+        losses = []
+        for p, first in enumerate(first_seen):
+            logits = witness(tokens[None, first : p + 1]).logits[0, -1]
+            losses.append(-logits.log_softmax(-1)[tokens[p + 1]])
+        return torch.stack(losses)
+
+    # a window of 16 begins at 0, 8, 16, ...: token p is in the second half of the one that began 8 to 15 tokens before
+    windows = [max(0, p // 8 * 8 - 8) for p in range(60)]
+    for cut, first_seen in (
+        ({}, [0] * 60),
+        ({"window": 16}, windows),
+        ({"reset_every": 16}, [p // 16 * 16 for p in range(60)]),
+    ):
+        torch.testing.assert_close(token_losses(model, tokens, **cut), expected(first_seen), rtol=1e-4, atol=1e-4)
+    window, reset = token_losses(model, tokens, window=16), token_losses(model, tokens, reset_every=16)
+    assert (window - reset).abs().max() > 0.1, "they are not the same thing"
+
+
+def test_ranges_are_means_over_the_positions_of_all_documents(model: Transformer):
     documents = [tokens_of(101, 1), tokens_of(101, 2), tokens_of(61, 3)]
-    found = loss_by_position(model, documents, (0, 10, 64, 100), chunk=32)
-    losses = [oracle(model, tokens) for tokens in documents]
+    found = position_losses(model, Ranks(), documents, (0, 10, 64, 100))
+    losses = [losses_of_all_logits(model, tokens) for tokens in documents]
     for i, (begin, end) in enumerate(((0, 10), (10, 64), (64, 100))):
         here = torch.cat([x[begin:end] for x in losses])
-        assert found.count[i] == len(here) and found.nll[i] == pytest.approx(float(here.mean()), abs=1e-5)
-    assert found.mean == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
+        assert found["count"][i] == len(here) and found["nll"][i] == pytest.approx(float(here.mean()), abs=1e-5)
+    assert found["mean_nll"] == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
     # further tokens than the last edge are left out
-    cut = loss_by_position(model, documents[:1], (0, 10, 64), chunk=32)
-    assert cut.count == (10, 54) and cut.nll[1] == pytest.approx(float(losses[0][10:64].mean()), abs=1e-5)
+    cut = position_losses(model, Ranks(), documents[:1], (0, 10, 64))
+    assert cut["count"] == [10, 54] and cut["nll"][1] == pytest.approx(float(losses[0][10:64].mean()), abs=1e-5)
 
 
 def test_edges():
@@ -101,7 +122,7 @@ def test_the_rope_of_a_call_replaces_the_models(model: Transformer):
     tokens = tokens_of(101)
     yarn = RopeArgs(100.0, YarnScaling(4.0, 64, 2.0, 0.5))
     losses = token_losses(model, tokens, yarn)
-    torch.testing.assert_close(losses, oracle(model, tokens, yarn), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses, losses_of_all_logits(model, tokens, yarn), rtol=1e-5, atol=1e-5)
     assert (losses - token_losses(model, tokens)).abs().max() > 1e-3
     assert model.args.rope.scaling is None
 
@@ -187,19 +208,39 @@ def test_the_command_line_measures_writes_and_draws(model: Transformer, folder: 
     text.write_text("It was a bright cold day in April. " * 60)
     what = ["--model", str(folder), "--text", str(text), "--length", "200", "--dtype", "float32", "--edges", "64"]
     plain, yarn, picture = (tmp_path / name for name in ("plain.json", "yarn.json", "both.png"))
-    assert run([*what, "--windows", "64", "--out", str(plain)]) == 0
+    assert run([*what, "--windows", "64", "--reset", "64", "--out", str(plain)]) == 0
     result = json.loads(plain.read_text())
     tokens = torch.tensor(load_tokenizer(TOKENIZER).encode(text.read_text()))[:201]
-    losses = oracle(model, tokens)
+    losses = losses_of_all_logits(model, tokens)
     assert result["curves"][0]["nll"] == pytest.approx([float(losses[:64].mean()), float(losses[64:].mean())], abs=1e-5)
-    assert [c["window"] for c in result["curves"]] == [None, 64] and result["curves"][1]["count"] == [64, 136]
-    assert f"{result['curves'][0]['mean_nll']:.4f}" in capsys.readouterr().out
+    full, window, reset = result["curves"]
+    assert [(c["window"], c["reset_every"]) for c in (full, window, reset)] == [(None, None), (64, None), (None, 64)]
+    assert window["count"] == reset["count"] == [64, 136] and window["nll"][1] != reset["nll"][1]
+    cold = torch.cat([losses_of_all_logits(model, tokens[p : p + 65]) for p in range(0, 200, 64)])
+    assert reset["nll"] == pytest.approx([float(cold[:64].mean()), float(cold[64:].mean())], abs=1e-5)
+    said = capsys.readouterr().out
+    assert f"{full['mean_nll']:.4f}" in said and "window 64 nats" in said and "reset 64 nats" in said
     scaled = ["--rope.type", "yarn", "--rope.factor", "4", "--rope.original_max_position_embeddings", "64"]
     assert run([*what, *scaled, "--out", str(yarn)]) == 0
-    expected = oracle(model, tokens, RopeArgs(100.0, YarnScaling(4.0, 64)))
+    expected = losses_of_all_logits(model, tokens, RopeArgs(100.0, YarnScaling(4.0, 64)))
     assert json.loads(yarn.read_text())["curves"][0]["mean_nll"] == pytest.approx(float(expected.mean()), abs=1e-5)
     assert run(["--draw", str(plain), str(yarn), "--plot", str(picture)]) == 0
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_one_cut_is_not_drawn_as_the_other(script, tmp_path: Path, monkeypatch):
+    """Results that are older than --reset say "window" for it."""
+    common = {"label": "x", "edges": [0, 8], "length": 8, "trained_length": None}
+    old = [{"window": None, "nll": [1.0]}, {"window": 64, "nll": [2.0]}]
+    new = [{"window": 64, "reset_every": None, "nll": [1.0]}, {"window": None, "reset_every": 64, "nll": [None]}]
+    labels = {}
+    for name, curves in (("old", old), ("new", new)):
+        (tmp_path / name).write_text(json.dumps(common | {"curves": curves}))
+        result = script("loss_by_position").read_result(tmp_path / name)
+        monkeypatch.setattr(plots, "save", lambda figure, path: labels.update({path: figure.axes[0].get_legend()}))
+        plots.draw_positions([result], name)
+        labels[name] = [text.get_text() for text in labels[name].get_texts()]
+    assert labels == {"old": ["x", "x, reset every 64"], "new": ["x, within 64", "x, reset every 64"]}
 
 
 @pytest.mark.parametrize(

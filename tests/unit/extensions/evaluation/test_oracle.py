@@ -14,9 +14,9 @@ import torch
 from tests.distributed.harness import ASSETS
 from torchtitan.config.schema import Data, Evaluation, JobConfig
 from torchtitan.datasets.tokenizer import load_tokenizer
+from torchtitan.extensions.evaluation.evaluate import evaluate, prepare
 from torchtitan.extensions.evaluation.forward import Ranks
-from torchtitan.extensions.evaluation.items import Item
-from torchtitan.extensions.evaluation.stage import evaluate, prepare
+from torchtitan.extensions.evaluation.questions import Question
 from torchtitan.extensions.evaluation.tasks import GROUPS
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.transformer import Transformer, TransformerArgs
@@ -38,7 +38,7 @@ class Oracle(Uniform):
     """Knows the answer behind each prompt, then ends. It sees what the evaluation gives it: a stream of documents,
     prompts and answers, and after that one new token of each prompt."""
 
-    def __init__(self, items: Sequence[Item]):
+    def __init__(self, items: Sequence[Question]):
         super().__init__(ARGS)
         self.items = items
         self.read: list[list[int]] = []
@@ -94,11 +94,11 @@ def grids(model: Transformer, prepared: Any) -> dict[str, Any]:
 
 
 def test_who_knows_the_answers_scores_all(prepared: Any):
-    model = Oracle([item for items in prepared.asked.values() for item in items])
+    model = Oracle([item for items in prepared.questions.values() for item in items])
     result = grids(model, prepared)
     for task, grid in result["tasks"].items():
         assert {cell for what in ("score", "exact") for row in grid[what] for cell in row} == {1.0}, task
-        assert sum(map(sum, grid["count"])) == len(prepared.asked[task])
+        assert sum(map(sum, grid["count"])) == len(prepared.questions[task])
         assert all(cut == 0 for row in grid["cut"] for cut in row), "the answer ends by itself"
     assert {n for group in result["groups"].values() for what in ("score", "exact") for n in group[what]} == {1.0}
 
@@ -108,16 +108,16 @@ def test_answers_count_for_their_own_questions(prepared: Any):
     other items' share."""
     for at in (0, -1):
         items = []
-        for several in prepared.asked.values():
+        for several in prepared.questions.values():
             wrong = several[0].target.clone()
             wrong[at] = (wrong[at] + 1) % TOKENIZER.vocab_size
             items += [replace(several[0], target=wrong), *several[1:]]
         check_first_items_are_wrong(items, prepared)
 
 
-def check_first_items_are_wrong(items: list[Item], prepared: Any) -> None:
+def check_first_items_are_wrong(items: list[Question], prepared: Any) -> None:
     for task, grid in grids(Oracle(items), prepared)["tasks"].items():
-        first = prepared.asked[task][0]
+        first = prepared.questions[task][0]
         for i, length in enumerate(grid["lengths"]):
             for d, depth in enumerate(grid["depths"] or [None]):
                 hit = length == first.length and (grid["depths"] is None or depth == first.depth)

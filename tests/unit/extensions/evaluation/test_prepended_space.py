@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, trainers
 
 from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.extensions.evaluation import needle, recall, ruler
-from torchtitan.extensions.evaluation.needle_prompts import needle_prompt
+from torchtitan.extensions.evaluation.needle import needle_question
 from torchtitan.extensions.evaluation.tasks import tasks_of
 
 ASSETS = Path(__file__).parents[4] / "assets" / "tokenizer"
@@ -57,9 +57,9 @@ def test_targets_are_what_stands_behind_the_prompt(name: str, prepending: Tokeni
 def test_a_needles_answer_is_what_stands_behind_the_question(prepending: Tokenizer) -> None:
     text = torch.tensor(prepending.encode(needle.default_text()))
     for depth in (0.0, 0.5, 1.0):
-        prompt = needle_prompt(prepending, text, 700, np.random.default_rng(3), depth=depth)
-        tokens, answer = prompt.tokens.tolist(), prompt.answer
+        asked = needle_question(prepending, text, 700, np.random.default_rng(3), depth=depth)
+        tokens, answer = [*asked.prompt.tolist(), *asked.target.tolist()], len(asked.prompt)
         assert len(tokens) == 700
         whole = prepending.decode(tokens)
-        assert whole.endswith(f" is {prompt.number}.") and "\n\n What" not in whole
+        assert whole.endswith(f" is {asked.answers[0]}.") and "\n\n What" not in whole
         assert prepending.encode(whole)[answer - 700 :] == tokens[answer:]

@@ -13,7 +13,9 @@ import torch
 from torchtitan.attention.segments import Segments
 from torchtitan.config import load_config
 from torchtitan.datasets.tokenizer import load_tokenizer
-from torchtitan.extensions.evaluation.needle_prompts import answer_losses, needle_prompt
+from torchtitan.extensions.evaluation.forward import Ranks
+from torchtitan.extensions.evaluation.needle import answer_losses, needle_question
+from torchtitan.extensions.evaluation.questions import Question
 from torchtitan.extensions.evaluation.rope_search import (
     Candidate,
     Space,
@@ -146,39 +148,45 @@ def test_what_is_not_a_number_is_worst():
 TOKENIZER = load_tokenizer(Path(__file__).parents[4] / "assets/tokenizer")
 
 
+def tokens_of(question: Question) -> torch.Tensor:
+    return torch.cat((question.prompt, question.target))
+
+
 def test_a_needle_prompt_has_its_length_and_holds_needle_and_answer():
     text = torch.tensor(TOKENIZER.encode("It was a bright cold day in April. " * 100))
-    prompt = needle_prompt(TOKENIZER, text, 300, np.random.default_rng(0), bos_id=TOKENIZER.bos_id)
-    assert len(prompt.tokens) == 300 and prompt.tokens[0] == TOKENIZER.bos_id
-    answer = TOKENIZER.decode(prompt.tokens[prompt.answer :].tolist())
-    whole = TOKENIZER.decode(prompt.tokens[1:].tolist())
+    prompt = needle_question(TOKENIZER, text, 300, np.random.default_rng(0), bos_id=TOKENIZER.bos_id)
+    tokens = tokens_of(prompt)
+    assert len(tokens) == 300 and tokens[0] == TOKENIZER.bos_id
+    answer = TOKENIZER.decode(prompt.target.tolist())
+    whole = TOKENIZER.decode(tokens[1:].tolist())
     assert len(answer.strip(" .")) == 7 and answer.strip(" .").isdigit()
     name = whole.split("the number of the ")[1].split(" is")[0]
     assert whole.startswith(f"Remember this: the number of the {name} is{answer}\n\nIt was a bright")
     assert whole.endswith(f"\n\nWhat is the number of the {name}? The number of the {name} is{answer}")
-    again = needle_prompt(TOKENIZER, text, 300, np.random.default_rng(0), bos_id=TOKENIZER.bos_id)
-    other = needle_prompt(TOKENIZER, text, 300, np.random.default_rng(1), bos_id=TOKENIZER.bos_id)
-    assert prompt.tokens.equal(again.tokens) and not prompt.tokens.equal(other.tokens)
+    again = needle_question(TOKENIZER, text, 300, np.random.default_rng(0), bos_id=TOKENIZER.bos_id)
+    other = needle_question(TOKENIZER, text, 300, np.random.default_rng(1), bos_id=TOKENIZER.bos_id)
+    assert tokens.equal(tokens_of(again)) and not tokens.equal(tokens_of(other))
     with pytest.raises(UserError, match="but the length is 20"):
-        needle_prompt(TOKENIZER, text, 20, np.random.default_rng(0))
+        needle_question(TOKENIZER, text, 20, np.random.default_rng(0))
     with pytest.raises(UserError, match="there are 5"):
-        needle_prompt(TOKENIZER, text[:5], 300, np.random.default_rng(0))
+        needle_question(TOKENIZER, text[:5], 300, np.random.default_rng(0))
 
 
 def test_only_the_answers_tokens_are_scored_and_the_rope_of_the_call_counts(model):
     text = torch.tensor(TOKENIZER.encode("It was a bright cold day in April. " * 100))
-    prompts = [needle_prompt(TOKENIZER, text, n, np.random.default_rng(n)) for n in (150, 170)]
+    prompts = [needle_question(TOKENIZER, text, n, np.random.default_rng(n)) for n in (150, 170)]
     rope = RopeArgs(100.0, LongRopeScaling(64, (1.0, 2.0, 3.0, 4.0), (1.0,) * 4, 1.0))
     expected = []
     for prompt in prompts:
-        tokens, total = prompt.tokens, len(prompt.tokens)
+        tokens = tokens_of(prompt)
+        total = len(tokens)
         with torch.no_grad():
             logits = model(tokens, torch.arange(total), Segments.whole([0, total]), rope=rope)
         scores = logits.log_softmax(-1)[torch.arange(total - 1), tokens[1:]]
-        expected.append(-scores[prompt.answer - 1 :])
-    found = answer_losses(model, prompts, rope)
+        expected.append(-scores[len(prompt.prompt) - 1 :])
+    found = answer_losses(model, Ranks(), prompts, rope)
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
-    assert (found - answer_losses(model, prompts)).abs().max() > 1e-4
+    assert (found - answer_losses(model, Ranks(), prompts)).abs().max() > 1e-4
 
 
 def test_the_command_line_searches_resumes_and_writes_a_rope_table(model, folder, script, tmp_path, capsys):
@@ -197,8 +205,8 @@ def test_the_command_line_searches_resumes_and_writes_a_rope_table(model, folder
     assert rope.scaling.magnitude() == 1 and f"d_rcd {d_rcd} of 1 to 3" in out.read_text()
     # the fitness is the perplexity of the answers under these factors
     pieces = torch.tensor(TOKENIZER.encode(text.read_text())).split(160)
-    prompts = [needle_prompt(TOKENIZER, pieces[i], 160, np.random.default_rng([0, i])) for i in range(2)]
-    assert best == pytest.approx(float(answer_losses(model, prompts, rope).mean().exp()), rel=1e-4)
+    prompts = [needle_question(TOKENIZER, pieces[i], 160, np.random.default_rng([0, i])) for i in range(2)]
+    assert best == pytest.approx(float(answer_losses(model, Ranks(), prompts, rope).mean().exp()), rel=1e-4)
     # cut off after five candidates, the search goes on to the same end, measuring only the others
     written = out.read_text()
     state.write_text(json.dumps(json.loads(state.read_text()) | {"measured": measured[:5]}))

@@ -17,9 +17,9 @@ from tests.unit.extensions.evaluation.solvers import solve
 from torchtitan.config import load_config
 from torchtitan.config.schema import EvaluationTask
 from torchtitan.datasets.tokenizer import load_tokenizer
-from torchtitan.extensions.evaluation import plots, recall, ruler, stage, words
+from torchtitan.extensions.evaluation import evaluate, plots, recall, results, ruler, words
 from torchtitan.extensions.evaluation.fitting import listed
-from torchtitan.extensions.evaluation.items import Item, Task
+from torchtitan.extensions.evaluation.questions import Question, Task
 from torchtitan.extensions.evaluation.tasks import GROUPS, group_means, group_name, tasks_of
 from torchtitan.tools.errors import UserError
 
@@ -44,7 +44,7 @@ def task_named(name: str, qa_files: list[Path]) -> Task:
     return task
 
 
-def text_of(item: Item) -> str:
+def text_of(item: Question) -> str:
     return TOKENIZER.decode(item.prompt.tolist())
 
 
@@ -70,7 +70,7 @@ def test_who_reads_scores_all_and_lengths_are_kept(name: str, qa_files: list[Pat
 
 @pytest.mark.parametrize("name", [*ruler.ALL])
 def test_an_item_is_a_function_of_seed_task_length_and_number(name: str, qa_files: list[Path]):
-    def made(length: int, count: int, seed: int) -> list[Item]:
+    def made(length: int, count: int, seed: int) -> list[Question]:
         return task_named(name, qa_files).make(TOKENIZER, TEXT, length, count, seed, 7)
 
     items, again, other = made(2048, 3, 1), made(2048, 2, 1), made(2048, 2, 2)
@@ -236,7 +236,7 @@ def test_mistakes_are_named(qa_files: list[Path], tmp_path: Path):
         tasks_of(["qa_1"], qa_files[:1])
     with pytest.raises(UserError, match=r"qa_2 needs a file: name HotpotQA's"):
         tasks_of(["qa_2"])
-    with pytest.raises(UserError, match="nowhere.json, which is not there"):
+    with pytest.raises(UserError, match="nowhere.json, which does not exist"):
         tasks_of(["vt"], [tmp_path / "nowhere.json"])
     for content in ("{", '{"a": 1}', "[1]", "3", '[{"question": "?"}]'):
         (tmp_path / f"{len(content)}.json").write_text(content)
@@ -286,11 +286,11 @@ def test_group_means_and_the_picture_of_tasks():
     assert silent["ruler"]["score"] == [None, None]
 
     result = {"label": "x", "perplexity": {}, "tasks": grids, "groups": means}
-    numbers = stage.scalars(result)
+    numbers = results.scalars(result)
     assert (
         numbers["ruler_score/2048"] == 0.5 and numbers["json_kv_score/2048"] == 0.5 and numbers["vt_exact/1024"] == 0.5
     )
-    line = stage.summary(result)
+    line = results.summary(result)
     assert "ruler mean over 2 of 13 tasks written 75% at 1,024, 50% at 2,048" in line
     assert "recall mean over 2 of 4 tasks answered exactly 60% at 2,048" in line and "fwe" not in line
     figures = plots.task_figures(result)
@@ -303,4 +303,4 @@ def test_group_means_and_the_picture_of_tasks():
 def test_haystacks_of_held_out_text_have_no_special_tokens():
     assert TOKENIZER.bos_id is not None and TOKENIZER.eos_id is not None
     ids = [TOKENIZER.bos_id, *TOKENIZER.encode("A bird."), TOKENIZER.eos_id]
-    assert stage.without_special(TOKENIZER, torch.tensor(ids)).tolist() == TOKENIZER.encode("A bird.")
+    assert evaluate.without_special(TOKENIZER, torch.tensor(ids)).tolist() == TOKENIZER.encode("A bird.")

@@ -1,7 +1,7 @@
 """What is asked of a model: a prompt, the answers that count, and the tokens of the one that is scored by likelihood.
 
-Tasks (needle.py, ruler.py, recall.py) make items; runner.py puts them to a model, two ways: the answer's tokens under
-teacher forcing, one forward pass, and generated text.
+Tasks (needle.py, ruler.py, recall.py) make questions; runner.py puts them to a model in two ways: the answer's tokens
+under teacher forcing, one forward pass, and generated text.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torchtitan.datasets.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
-class Item:
-    """One question."""
+class Question:
+    """A prompt of some length, and what counts as its answer."""
 
     task: str
     """The task's name: needle, niah_multikey_2, json_kv, ..."""
 
     length: int
-    """The length asked for, in tokens: prompt and answer together have at most so many."""
+    """Tokens that prompt and answer together have at most."""
 
     prompt: torch.Tensor
     """int64 [P], on the CPU; ends where the answer begins."""
@@ -37,15 +37,15 @@ class Item:
     """How much the model may write."""
 
     depth: float | None = None
-    """Where the needle stands, 0 (beginning) to 1 (just before the question); None where there is no one place."""
+    """Where the needle stands, 0 (beginning) to 1 (just before the question); None if it has no single place."""
 
 
 Score = Callable[[str, Sequence[str]], float]
 """(generated text, answers) -> 0 to 1."""
 
-Make = Callable[[Tokenizer, str, int, int, int, int | None], list[Item]]
-"""(tokenizer, prose for a haystack, length, count, seed, bos_id) -> items; each a function of the tokenizer, the prose
-and (seed, task, length, number). UserError for a length that is too short for the task."""
+Make = Callable[[Tokenizer, str, int, int, int, int | None], list[Question]]
+"""(tokenizer, prose for a haystack, length, count, seed, bos_id) -> questions; each is a function of the tokenizer, the
+prose and (seed, task, length, number). UserError for a length that is too short for the task."""
 
 
 @dataclass(frozen=True)
@@ -56,4 +56,4 @@ class Task:
     make: Make
     score: Score
     max_new_tokens: int
-    """The published budget; an item's own is larger where the tokenizer needs more for the expected answer."""
+    """The published budget; a question's own is larger if the tokenizer needs more for the expected answer."""

@@ -1,0 +1,95 @@
+"""The evaluations of a running stage, as the trainer sees them: a hook."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from torchtitan.config.schema import Checkpoint, Evaluation, Job, JobConfig
+from torchtitan.extensions.evaluation import hook
+from torchtitan.extensions.evaluation.hook import EvaluationHook
+
+
+class Stage:
+    """Evaluations that are due at some steps and take 5 seconds each."""
+
+    def __init__(self, clock: list[float], due: set[int]):
+        self.clock, self.steps, self.ran = clock, due, []
+
+    def due(self, step: int) -> bool:
+        return step in self.steps
+
+    def run(self, model: Any, step: int, tokens_seen: int, tensorboard: Any) -> None:
+        self.clock[0] += 5
+        self.ran.append((model, step, tokens_seen, tensorboard))
+
+
+def trainer_of(folder: Path, step: int = 0, load_step: int = -1, rank: int = 0, **evaluation: Any) -> Any:
+    config = JobConfig(
+        job=Job(dump_folder=str(folder)),
+        evaluation=Evaluation(**evaluation),
+        checkpoint=Checkpoint(load_step=load_step),
+    )
+    paused: list[str] = []
+    metrics = SimpleNamespace(tensorboard="writer") if rank == 0 else None
+    return SimpleNamespace(
+        config=config,
+        rank=rank,
+        step=step,
+        tokens_seen=70,
+        model="model",
+        metrics=metrics,
+        throughput=SimpleNamespace(start=100.0),
+        paused=paused,
+        pause=paused.append,
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_due_runs_and_is_no_training_time(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clock, resets = [0.0], []
+    monkeypatch.setattr(hook.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(clock[0]))
+    one, trainer = EvaluationHook(), trainer_of(tmp_path, rank=rank)
+    stage = one.evaluation = Stage(clock, due={0, 2})  # type: ignore[assignment]
+    one.started(trainer)
+    assert resets == [5.0], "the stage's own lengths compile anew"
+    for trainer.step in (1, 2, 3):
+        one.after_step(trainer, {})
+    writer = "writer" if rank == 0 else None
+    assert stage.ran == [("model", step, 70, writer) for step in (0, 2)]
+    assert trainer.paused == ["evaluating"] * 2 and trainer.throughput.start == 110.0 and len(resets) == 1
+
+
+def test_nothing_is_prepared_if_nothing_is_asked(tmp_path: Path):
+    one, trainer = EvaluationHook(), trainer_of(tmp_path)
+    one.configured(trainer)
+    one.started(trainer)
+    one.after_step(trainer, {})
+    assert one.evaluation is None and not trainer.paused and trainer.throughput.start == 100.0
+
+
+@pytest.mark.parametrize(
+    ("step", "load_step", "rank", "kept"),
+    [
+        (0, -1, 0, set()),  # a fresh run: all is of another one
+        (0, -1, 1, {0, 4, 8}),  # rank 0 does it for all
+        (4, -1, 0, {0, 4, 8}),  # resumed: a later result may be this run's
+        (4, 4, 0, {0, 4}),  # sent back to step 4
+    ],
+)
+def test_results_of_an_earlier_run_are_moved_aside(
+    step: int, load_step: int, rank: int, kept: set[int], tmp_path: Path
+):
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    for number in (0, 4, 8):
+        (folder / f"step-{number}.json").write_text("{}")
+    EvaluationHook().started(trainer_of(tmp_path, step, load_step, rank))
+    assert {file.name for file in folder.iterdir()} == {f"step-{number}.json" for number in kept}
+    aside = tmp_path / "evaluation-1"
+    assert len(list(aside.iterdir()) if aside.exists() else []) == 3 - len(kept)

@@ -1,0 +1,182 @@
+"""The questions of an [evaluation] table: prepared once, put to a model, summed up.
+
+Used by a running stage (hook.py) and by scripts/evaluate.py. The result is a dictionary that is written as JSON
+(results.py); docs/evaluation.md explains its keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchtitan.components.metrics import finite
+from torchtitan.config.schema import JobConfig
+from torchtitan.datasets.tokenizer import Tokenizer
+from torchtitan.extensions.evaluation import needle
+from torchtitan.extensions.evaluation.checks import evaluation_length, longest_asked
+from torchtitan.extensions.evaluation.forward import Ranks
+from torchtitan.extensions.evaluation.held_out_text import long_documents
+from torchtitan.extensions.evaluation.questions import Question, Score
+from torchtitan.extensions.evaluation.runner import (
+    default_edges,
+    free_gathered_parameters,
+    mean_by_length_and_depth,
+    position_losses,
+    score_questions,
+)
+from torchtitan.extensions.evaluation.tasks import group_means, tasks_of
+from torchtitan.models.rope_config import rope_warnings
+from torchtitan.models.transformer import Transformer, TransformerArgs
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.logging import logger
+
+ENOUGH_TEXT = 1 << 20
+"""Tokens of haystack beyond which no more are read."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a model is asked, in memory; the same on every rank."""
+
+    texts: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    """By name: documents, int64 [length + 1] each."""
+
+    length: int = 0
+    questions: dict[str, list[Question]] = field(default_factory=dict)
+    """By task."""
+
+    scores: dict[str, Score] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """How the questions are asked: two results compare only if these are the same. "asked" in the results."""
+
+
+def warn_beyond(args: TransformerArgs, longest: int) -> None:
+    """Log what a text of `longest` tokens asks of a RoPE that was not made for it."""
+    warnings, reach = rope_warnings(args.rope, args.head_dim, longest), args.rope.max_position_embeddings
+    if reach is not None and reach < longest:
+        warnings.append(f"the model's positions were trained up to {reach:,} (max_position_embeddings).")
+    for warning in warnings:
+        logger.warning(f"evaluation at {longest:,} tokens: {warning}")
+
+
+def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> Prepared:
+    """Read texts, make needles and tasks: the same on every rank. UserError for text that is too short or missing, and
+    for a length that a task cannot have."""
+    e = config.evaluation
+    length, longest = evaluation_length(config), longest_asked(config)
+    folder, bos = Path(config.data.folder), config.data.add_bos and tokenizer.bos_id is not None
+    texts = {}
+    for text in e.texts:
+        path = folder / text
+        if not path.exists():
+            raise UserError(f"evaluation.texts names {path}, which does not exist.")
+        name = path.stem if path.stem not in texts else text
+        texts[name] = long_documents(
+            [path], tokenizer, length + 1, e.max_documents, e.text_field, bos, called=f"evaluation.texts ({text})"
+        )
+    questions: dict[str, list[Question]] = {}
+    scores: dict[str, Score] = {}
+    documents = [document for several in texts.values() for document in several]
+    # a haystack is one text: nothing begins or ends in it
+    around = without_special(tokenizer, torch.cat(documents))[:ENOUGH_TEXT] if documents else None
+    bos_id = tokenizer.bos_id if bos else None
+    if e.needle_lengths:
+        hay = torch.tensor(tokenizer.encode(needle.default_text())) if around is None else around
+        questions[needle.TASK] = needle.needle_questions(
+            tokenizer, hay, e.needle_lengths, e.needle_depths, e.needles, seed=e.seed, bos_id=bos_id
+        )
+        scores[needle.TASK] = needle.score
+    if e.tasks:
+        prose = needle.default_text() if around is None else tokenizer.decode(around.tolist())
+        for task in tasks_of(e.tasks, [folder / file for file in e.qa_files]):
+            questions[task.name] = [
+                question
+                for n in sorted(set(e.task_lengths))
+                for question in task.make(tokenizer, prose, n, e.task_items, e.seed, bos_id)
+            ]
+            scores[task.name] = task.score
+    prompts = [question.prompt for several in questions.values() for question in several]
+    largest = max(int(tokens.max()) for tokens in [*documents, *prompts])
+    if largest >= args.vocab_size:
+        raise UserError(
+            f"The tokenizer in {tokenizer.folder} gives the id {largest}, but the model has {args.vocab_size} ids: "
+            "they do not belong together."
+        )
+    warn_beyond(args, longest)
+    digest = hashlib.sha256()
+    for name, several in texts.items():
+        for document in several:
+            digest.update(name.encode() + document.numpy().tobytes())
+    for task_name, asked in questions.items():
+        for question in asked:
+            digest.update(task_name.encode() + question.prompt.numpy().tobytes() + question.target.numpy().tobytes())
+    settings = {
+        "texts": list(e.texts),
+        "windows": list(e.windows),
+        "generate": e.generate,
+        "add_bos": bos,
+        "seed": e.seed,
+        "tokenizer": tokenizer.fingerprint,
+        "questions": digest.hexdigest(),
+    }
+    return Prepared(texts, length, questions, scores, settings)
+
+
+def without_special(tokenizer: Tokenizer, tokens: torch.Tensor) -> torch.Tensor:
+    """int64 [N] without special tokens, which stand where documents begin and end."""
+    special = torch.tensor(sorted(tokenizer.special.values()), dtype=torch.int64)
+    return tokens[~torch.isin(tokens, special)]
+
+
+def evaluate(
+    model: Transformer,
+    ranks: Ranks,
+    tokenizer: Tokenizer,
+    prepared: Prepared,
+    windows: tuple[int, ...] = (),
+    generate: bool = False,
+    on_part: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """{"perplexity", "tasks", "groups", "asked"} (docs/evaluation.md); None in place of NaN and infinity. Collective.
+    Nothing of the model's state is changed.
+
+    on_part: called with what is under way, and how much of this rank's part is done.
+    """
+    was_training = model.training
+    model.eval()
+    perplexity: dict[str, Any] = {}
+    try:
+        edges = default_edges(prepared.length)
+        for name, documents in prepared.texts.items():
+
+            def on_text(done: int, total: int, name: str = name) -> None:
+                on_part(f"loss by position, {name}", done, total)
+
+            full = position_losses(model, ranks, documents, edges, on_part=on_text)
+            gains = []
+            for window in windows:
+                cut = position_losses(model, ranks, documents, edges, window, on_part=on_text)
+                both = {"edges": list(edges), "nll_cut": cut["nll"], "nll_full": full["nll"]}
+                gains.append({"window": window, "stride": window - window // 2, **both})
+            perplexity[name] = {**full, "gain_of_context": gains[0] if gains else None, "gains_of_context": gains}
+        tasks: dict[str, Any] = {}
+        for task, questions in prepared.questions.items():
+
+            def on_task(done: int, total: int, task: str = task) -> None:
+                on_part("needles" if task == needle.TASK else task, done, total)
+
+            outcomes = score_questions(model, ranks, tokenizer, questions, prepared.scores[task], generate, on_task)
+            tasks[task] = mean_by_length_and_depth(questions, outcomes)
+    finally:
+        free_gathered_parameters(model)
+        model.train(was_training)
+    numbers = {"perplexity": perplexity, "tasks": tasks, "groups": group_means(tasks), "asked": prepared.settings}
+    result: dict[str, Any] = finite(numbers)
+    if str(result) != str(numbers):
+        logger.warning("some numbers of this evaluation are NaN or infinite: null in the results")
+    return result

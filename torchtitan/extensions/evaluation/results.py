@@ -1,0 +1,74 @@
+"""What becomes of an evaluation's result: a JSON file with pictures beside it, scalars, a line for the log."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from torchtitan.extensions.evaluation import needle
+from torchtitan.extensions.evaluation.tasks import GROUPS, at_length, group_name
+from torchtitan.tools.folders import write_text
+
+
+def settings_in(file: Path) -> dict[str, Any] | None:
+    """How the results in a file were asked ("asked"); None if there are no results, or they do not say."""
+    try:
+        settings = json.loads(file.read_text()).get("asked")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def write(result: dict[str, Any], file: Path) -> None:
+    """The JSON, whole or not at all, and beside it a picture for each part that the result has: FILE_TASK.png for each
+    task with depths, FILE_tasks.png for the others, FILE_positions.png. Pictures of an earlier result are deleted."""
+    from torchtitan.extensions.evaluation import plots
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figures = plots.task_figures(result)
+    if result["perplexity"]:
+        figures["positions"] = plots.position_figure(result)
+    names = {"positions", "tasks", needle.TASK, *(task for tasks in GROUPS.values() for task in tasks)}
+    for name in names - figures.keys():
+        file.with_name(f"{file.stem}_{name}.png").unlink(missing_ok=True)
+    for name, figure in figures.items():
+        plots.save(figure, file.with_name(f"{file.stem}_{name}.png"))
+    write_text(file, json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def scalars(result: dict[str, Any]) -> dict[str, float]:
+    """For TensorBoard, by name: of each text the mean loss and that of its last range; of each task or group and length
+    the share of exact answers, their log-probability and the score."""
+    numbers: dict[str, float | None] = {}
+    for name, text in result["perplexity"].items():
+        numbers[f"loss/{name}"] = text["mean_nll"]
+        numbers[f"loss_of_last_bucket/{name}"] = text["nll"][-1]
+    for task, grid in result["tasks"].items():
+        for length in grid["lengths"]:
+            for what in ("exact", "logprob", "score"):
+                numbers[f"{task}_{what}/{length}"] = at_length(grid, what, length)
+    for group, means in result["groups"].items():
+        for i, length in enumerate(means["lengths"]):
+            for what in ("exact", "score"):
+                numbers[f"{group}_{what}/{length}"] = means[what][i]
+    return {key: value for key, value in numbers.items() if value is not None}
+
+
+def summary(result: dict[str, Any]) -> str:
+    """A line for the log."""
+    parts = []
+    for name, text in result["perplexity"].items():
+        if text["mean_nll"] is not None:
+            parts.append(f"{name} loss {text['mean_nll']:.3f} (perplexity {math.exp(min(text['mean_nll'], 700)):.2f})")
+    numbers = scalars(result)
+    grouped = {task for group in result["groups"] for task in GROUPS[group]}
+    shown = {task: (task, grid["lengths"]) for task, grid in result["tasks"].items() if task not in grouped}
+    shown |= {group: (group_name(group, means), means["lengths"]) for group, means in result["groups"].items()}
+    for key, (name, lengths) in shown.items():
+        for what, words in (("exact", "answered exactly"), ("score", "written")):
+            cells = [f"{numbers[k]:.0%} at {n:,}" for n in lengths if (k := f"{key}_{what}/{n}") in numbers]
+            if cells:
+                parts.append(f"{name} {words} {', '.join(cells)}")
+    return "; ".join(parts) or "nothing"
