@@ -25,7 +25,7 @@ import pytest
 
 from tests.distributed.harness import flags, write_assets
 from tests.distributed.test_checkpoint import assert_equal, steps_of, tensors
-from tests.scripts import load_script
+from tests.slurm.chaos import torment
 from tests.slurm.cluster import REPO, STEPS, Cluster, Run, until, why_no_cluster
 from torchtitan.components.manifest import complete_steps
 from torchtitan.tools.errors import GATE_NOT_HELD
@@ -275,8 +275,8 @@ os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])
 
 @scenario
 def chaos(cluster: Cluster, folder: Path) -> Facts:
-    """scripts/chaos.py, in small."""
-    load_script("chaos").torment(cluster, folder / "chaos", ("node11", "node12"), kills=2, seed=3, steps=400, pause=1.0)
+    """python -m tests.slurm.chaos, in small."""
+    torment(cluster, folder / "chaos", ("node11", "node12"), kills=2, seed=3, steps=400, pause=1.0)
     return {}
 
 

@@ -29,7 +29,7 @@ from torchtitan.distributed.context_parallel.layout import (
     imbalance,
 )
 
-SCRIPT = Path(__file__).parents[3] / "scripts" / "benchmark_context_parallel.py"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "benchmarks" / "context_parallel.py"
 DEGREES = (2, 3, 4, 8, 64)
 
 

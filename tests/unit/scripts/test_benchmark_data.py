@@ -1,4 +1,4 @@
-"""scripts/benchmark_data.py at tiny sizes: it runs, prints every figure, and what it compares with packs correctly."""
+"""scripts/benchmarks/data.py at tiny sizes: it runs, prints every figure, and what it compares with packs correctly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).parents[3]
-SCRIPT = REPOSITORY / "scripts" / "benchmark_data.py"
+SCRIPT = REPOSITORY / "scripts" / "benchmarks" / "data.py"
 TINY = (
     "--documents=2000 --stage-tokens=3e6 --steps=1 --packing-documents=100 "
     "--tokens=100_000 --plain-tokens=50_000 --row=4096 --turns=1"

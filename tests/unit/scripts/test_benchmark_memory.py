@@ -1,4 +1,4 @@
-"""What scripts/benchmark_memory.py prints, held to what is promised of it, at sizes that take a second."""
+"""What scripts/benchmarks/memory.py prints, held to what is promised of it, at sizes that take a second."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from tests.scripts import load_script
 
-benchmark = load_script("benchmark_memory")
+benchmark = load_script("benchmarks/memory")
 
 
 @pytest.fixture(scope="module", autouse=True)

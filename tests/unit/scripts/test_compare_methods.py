@@ -1,4 +1,4 @@
-"""scripts/compare_methods.py without its training: documents, stages, the table and the plot."""
+"""scripts/studies/compare_methods.py without its training: documents, stages, the table and the plot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.evaluation.forward import Ranks
 from torchtitan.models.transformer import TransformerArgs
 
-compare = load_script("compare_methods")
+compare = load_script("studies/compare_methods")
 
 
 def test_documents_can_be_completed_by_copying_alone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""torchtitan/tools/work_folder.py."""
+"""scripts/studies/work_folder.py."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.scripts import load_script
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.work_folder import begin_or_go_on
+
+begin_or_go_on = load_script("studies/work_folder").begin_or_go_on
 
 
 def test_a_folder_goes_on_with_the_options_it_was_begun_with(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""scripts/extend_smollm2.py without its model and its training: the stage, the questions, what is run and when."""
+"""scripts/studies/extend_smollm2.py without its model and training: the stage, the questions, what is run and when."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_stage_and_one_set_of_questions_for_three_models(
     rows: int, pose: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(sys, "path", list(sys.path))
-    script = load_script("extend_smollm2")
+    script = load_script("studies/extend_smollm2")
     commands: list[list[str]] = []
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -74,7 +74,7 @@ def test_a_stage_and_one_set_of_questions_for_three_models(
 
 def test_a_corpus_of_short_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
-    script = load_script("extend_smollm2")
+    script = load_script("studies/extend_smollm2")
     (tmp_path / "python").mkdir()
     (tmp_path / "python/docs.jsonl").write_text("")
     (tmp_path / "books.jsonl").write_text(json.dumps({"text": "short"}) + "\n")
@@ -89,5 +89,5 @@ def test_a_length_that_extends_nothing_is_refused(
 ):
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit):
-        load_script("extend_smollm2").main([str(tmp_path / "work"), "--length", "8192"])
+        load_script("studies/extend_smollm2").main([str(tmp_path / "work"), "--length", "8192"])
     assert "must be above the 8192" in capsys.readouterr().err and not (tmp_path / "work").exists()

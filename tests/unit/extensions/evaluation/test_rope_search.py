@@ -190,7 +190,7 @@ def test_only_the_answers_tokens_are_scored_and_the_rope_of_the_call_counts(mode
 
 
 def test_the_command_line_searches_resumes_and_writes_a_rope_table(model, folder, script, tmp_path, capsys):
-    run = script("search_rope").main
+    run = script("studies/search_rope").main
     text = tmp_path / "book.txt"
     text.write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 40)
     state, out = tmp_path / "state.json", tmp_path / "rope.toml"

@@ -1,4 +1,4 @@
-"""scripts/plot_smollm2_context.py: reading the book out of its package, and what it says where that cannot be."""
+"""scripts/studies/plot_smollm2_context.py: reading the book out of its package; its message if that fails."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def r_object(strings: list[str | None], version: int) -> bytes:
 def test_strings_are_read_out_of_an_r_database(script):
     books = [["EMMA", "", "Émile\r", None], ["Persuasion", "by", "Jane Austen"]]
     for version in (2, 3):
-        found = script("plot_smollm2_context").character_vectors(b"".join(r_object(b, version) for b in books))
+        found = script("studies/plot_smollm2_context").character_vectors(b"".join(r_object(b, version) for b in books))
         assert found == [["EMMA", "", "Émile", ""], books[1]]
 
 
 def test_without_apt_get_the_user_is_told_to_name_a_text(script, tmp_path, monkeypatch, capsys):
-    module = script("plot_smollm2_context")
+    module = script("studies/plot_smollm2_context")
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
     assert module.main([str(tmp_path), "--model", str(tmp_path)]) == 1
     assert "name a text with --text" in capsys.readouterr().err
 
 
 def test_what_is_measured_is_a_table_and_a_picture(script, folder, tmp_path, capsys):
-    module = script("plot_smollm2_context")
+    module = script("studies/plot_smollm2_context")
     text = tmp_path / "book.txt"
     text.write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 100)
     what = [str(tmp_path), "--model", str(folder), "--text", str(text), "--length", "600", "--dtype", "float32"]

@@ -325,7 +325,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (os.environ.get("CI") or os.environ.get("SMOLLM2")):
         pytest.skip("the 93 MB of SmolLM2-135M are fetched only with SMOLLM2=1, or in CI")
     folder = tmp_path_factory.mktemp("smollm2")
-    script = Path(__file__).parents[4] / "scripts" / "fetch_smollm2.py"
+    script = Path(__file__).parents[4] / "scripts/studies/fetch_smollm2.py"
     subprocess.run([sys.executable, str(script), str(folder), "--dtype", "fp32"], check=True)
     return folder
 

@@ -1,10 +1,10 @@
 """A real model extended, and looked at before and after: SmolLM2-135M, from its 8K to 32K on a GPU or to 16K on a CPU.
 
-    python scripts/extend_smollm2.py WORK                  # on a CPU: rows of 2K with PoSE's positions up to 16K
-    python scripts/extend_smollm2.py WORK --corpus CORPUS  # other text: a folder of FILE.jsonl, {"text"} a line
+    python scripts/studies/extend_smollm2.py WORK                 # on a CPU: rows of 2K with PoSE's positions up to 16K
+    python scripts/studies/extend_smollm2.py WORK --corpus CORPUS # other text: a folder of FILE.jsonl, {"text"} a line
 
-Fetches the model (scripts/fetch_smollm2.py; needs the dev extra). The text is six novels (Debian's r-cran-janeaustenr)
-and the source code of the installed Python packages (scripts/build_demo_corpus.py), or of each FILE of --corpus the
+Fetches the model (fetch_smollm2.py; needs the dev extra). The text is six novels (Debian's r-cran-janeaustenr) and
+the source code of the installed Python packages (scripts/build_demo_corpus.py), or of each FILE of --corpus the
 documents of 32 KB and more, in an order by chance, to --megabytes; and for a tenth the packages' short documentation. A
 novel and a package are held out, or up to four documents of each FILE. WORK/stage.toml: all kinds of long text in equal
 parts, theta raised by the NTK-aware rule. Measured by scripts/evaluate.py with one set of questions,
@@ -23,20 +23,18 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 import plot_smollm2_context as context
+import torch
+from work_folder import begin_or_go_on
 
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.work_folder import begin_or_go_on
 
-SCRIPTS = Path(__file__).resolve().parent
+SCRIPTS = Path(__file__).resolve().parents[1]
 TRAINED = 8192
 HELD_OUT_PACKAGE = "asyncio"  # of the standard library
 LONG_TEXT = 32 << 10  # characters: of a corpus, the documents that are trained on
 HELD_OUT = 4  # documents of each kind of a corpus
-STAGE = """# of scripts/extend_smollm2.py
+STAGE = """# of scripts/studies/extend_smollm2.py
 [job]
 description = "SmolLM2-135M: {trained} -> {length}"
 dump_folder = "{work}/out"

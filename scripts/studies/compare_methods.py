@@ -1,7 +1,7 @@
 """Ways to extend a context, side by side: a small model is trained at 1K and extended to 4K by each, on a CPU.
 
-    python scripts/compare_methods.py WORK                       # untouched, ABF, PI, YaRN
-    python scripts/compare_methods.py WORK --methods all         # also NTK, GeNE, PoSE, LongRecipe, and 1K for longer
+    python scripts/studies/compare_methods.py WORK                 # untouched, ABF, PI, YaRN
+    python scripts/studies/compare_methods.py WORK --methods all   # also NTK, GeNE, PoSE, LongRecipe, and 1K for longer
 
 The documents reward copying from afar. They are made of real words: sentences out of Python's own documentation, and
 between them facts, `KEY VALUE VALUE VALUE .`, each of which stands at several places of a document with the same
@@ -34,13 +34,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from work_folder import begin_or_go_on
 
 from torchtitan.extensions.evaluation.forward import answer_scores
 from torchtitan.extensions.evaluation.loading import Loaded, load
 from torchtitan.extensions.evaluation.runner import position_losses
 from torchtitan.models.rope import rope_for
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.work_folder import begin_or_go_on
 
 SHORT, LONG = 1024, 4096
 SHORTEST = 32
@@ -338,7 +338,10 @@ def write_stages(work: Path, own: argparse.Namespace) -> None:
         values = {"work": work, "name": name, "after": after, "length": method.length, "rope": method.rope}
         values |= {"data": method.data, "steps": steps, "lr": lr, "warmup": steps // 10, "batch": own.batch}
         values |= {"rows": rows, "cp": cp}
-        values |= {"text": "near" if name == "1k" else "far", "head": f"# {name}: of scripts/compare_methods.py"}
+        values |= {
+            "text": "near" if name == "1k" else "far",
+            "head": f"# {name}: of scripts/studies/compare_methods.py",
+        }
         (work / f"{name}.toml").write_text(STAGE.format(**values))
 
 

@@ -1,7 +1,8 @@
 """One stage for some steps: tokens/s, MFU by the mask, HFU, peak memory, exposed communication.
 
-    python scripts/benchmark.py --processes 2 --steps 5 --job.config_file train_configs/demo/1k.toml
-    python scripts/benchmark.py --processes 8 --steps 10 --json result.json --job.config_file my.toml --compile.enable
+    python scripts/benchmarks/training.py --processes 2 --steps 5 --job.config_file train_configs/demo/1k.toml
+    python scripts/benchmarks/training.py --processes 8 --steps 10 --json result.json \\
+        --job.config_file my.toml --compile.enable
 
 Nothing is saved, and nothing of the stage's folder is read or written; its data are. MFU and HFU need the device's peak
 (metrics.peak_tflops where it is no known GPU). Exposed communication is the share of one more step, under PyTorch's

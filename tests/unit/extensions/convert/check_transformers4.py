@@ -1,6 +1,6 @@
 """Compares exports with our logits in transformers 4, in a virtual environment made for it, and in the one that runs.
 
-    python scripts/check_export_transformers4.py ./transformers4 --version "4.57.*"
+    python -m tests.unit.extensions.convert.check_transformers4 ./transformers4 --version "4.57.*"
 
 A tiny random model for every RoPE and architecture is saved, exported and run at the original length, at the trained
 length and beyond. The folder keeps the environment (about 1.5 GB), so a second run is fast. Prints the table of
@@ -17,7 +17,6 @@ import sys
 import time
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 LIMIT = 1e-4
 
 
@@ -63,7 +62,6 @@ def make_environment(folder: Path, version: str) -> Path:
 
 def export_all(folder: Path) -> None:
     """For each model a Hugging Face folder, and our logits beside it."""
-    sys.path.insert(0, str(REPOSITORY))
     from safetensors.torch import save_file
 
     from tests.unit.extensions.convert.models import (

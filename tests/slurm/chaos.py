@@ -1,7 +1,7 @@
 """Kills a Slurm run again and again, at random but seeded moments, and checks what is left.
 
 On the tests' cluster (tests/slurm/lab.sh), which this starts and takes down, as root; minutes to an hour:
-    python scripts/chaos.py --folder /tmp/chaos --kills 20 --seed 0
+    python -m tests.slurm.chaos --folder /tmp/chaos --kills 20 --seed 0
 A tiny stage trains on two nodes. Each kill is one of: a node loses power (and comes back), a node's slurmd dies (and
 comes back), SIGKILL of a rank, the time limit's warning, `scontrol requeue`, `scancel` and a new submission. Then:
 every step was logged once, with the loss that a run without interruption has (so its rows were used once); every
@@ -21,8 +21,6 @@ from collections import Counter
 from pathlib import Path
 
 import tyro
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.distributed.harness import flags, write_assets
 from tests.distributed.test_checkpoint import assert_equal, steps_of, tensors
@@ -148,7 +146,7 @@ def torment(
     print(f"{sum(chaos.done.values())} kills ({dict(chaos.done)}) over {last} steps; comparing with a run without any")
     whole = Run(cluster, folder, "whole", **overrides, parallelism__data_parallel_replicate_degree=2)
     command = [sys.executable, "-m", "torchtitan.extensions.cluster.launch", "--nproc", "2", "--", *whole.arguments]
-    done = cluster.run(*command, PYTHONPATH=str(Path(__file__).resolve().parents[1]))
+    done = cluster.run(*command, PYTHONPATH=str(Path(__file__).resolve().parents[2]))
     assert done.returncode == 0, done.stderr
     check(final, whole, last)
 

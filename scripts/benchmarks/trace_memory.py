@@ -1,7 +1,8 @@
 """The planner's peak beside a trace of the trainer's own code, on tensors without memory and ranks that are not there.
 
-    python scripts/trace_memory.py --job.config_file train_configs/llama3_8b/128k.toml --world-size 8
-    python scripts/trace_memory.py --world-size 8 --job.config_file my.toml --parallelism.context_parallel_degree 8
+    python scripts/benchmarks/trace_memory.py --job.config_file train_configs/llama3_8b/128k.toml --world-size 8
+    python scripts/benchmarks/trace_memory.py --world-size 8 --job.config_file my.toml \\
+        --parallelism.context_parallel_degree 8
 
 Rank 0's model is built and sharded as in training, over PyTorch's fake process group, and makes two steps on one row of
 one document under FakeTensorMode; the bytes alive after each operator of the second step are counted. That needs no GPU

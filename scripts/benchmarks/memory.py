@@ -1,7 +1,7 @@
 """Peak memory of training on the CPU, in one process: the tiled loss, activations by mode, and growth with length.
 
-    python scripts/benchmark_memory.py            # all of it; a few minutes
-    python scripts/benchmark_memory.py loss       # or one of loss, activations, length
+    python scripts/benchmarks/memory.py            # all of it; a few minutes
+    python scripts/benchmarks/memory.py loss       # or one of loss, activations, length
 
 Bytes of live tensors are counted operator by operator. What a kernel uses inside itself is not seen so; a process of
 its own does the same work uncounted, and the growth of its peak resident set stands beside the count. The plain loss at

@@ -1,6 +1,7 @@
 """Search RoPE factors for a longer context, as LongRoPE2 (arXiv 2502.20082) does: no training, only forward passes.
 
-    python scripts/search_rope.py --model FOLDER --text books/*.txt --length 131072 --state search.json --out rope.toml
+    python scripts/studies/search_rope.py --model FOLDER --text books/*.txt --length 131072 \\
+        --state search.json --out rope.toml
 
 A candidate is a factor for each pair of dimensions. Its fitness is the perplexity of the answers to questions at the
 end of real text about a needle at its start: --prompts of them, each --length tokens long. With the paper's population
@@ -19,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from loss_by_position import add_model_arguments, check_can_be_written, check_vocabulary, model_progress
 
 from torchtitan.tools.errors import UserError

@@ -1,6 +1,6 @@
 """How long it takes to make FlexAttention's BlockMask, here and with PyTorch's create_block_mask.
 
-    python scripts/benchmark_block_mask.py [--device cuda] [--no-pytorch] [--threads 2]
+    python scripts/benchmarks/block_mask.py [--device cuda] [--no-pytorch] [--threads 2]
 
 The stream holds 2,000 documents at 1M tokens, as many per token at the other lengths, or a single one. A rank of 8 has
 as queries two sixteenths of the stream, one counted from each end (head-tail), in a buffer of all keys. "device" is the

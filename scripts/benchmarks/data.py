@@ -1,8 +1,8 @@
 """Speed and quality of the data room on this machine: planning a stage, dealing and packing its rows, reading them.
 
-    python scripts/benchmark_data.py                              # full sizes; needs 1 GB under --scratch
-    python scripts/benchmark_data.py --parts packing imbalance    # what does not depend on the machine
-    python scripts/benchmark_data.py --documents 1e5 --stage-tokens 2e8 --tokens 1e7 --plain-tokens 2e6  # a quick look
+    python scripts/benchmarks/data.py                              # full sizes; needs 1 GB under --scratch
+    python scripts/benchmarks/data.py --parts packing imbalance    # what does not depend on the machine
+    python scripts/benchmarks/data.py --documents 1e5 --stage-tokens 2e8 --tokens 1e7 --plain-tokens 2e6  # a quick look
 
 Documents are synthetic: lengths drawn from lognormal distributions, token ids at random. Reading is timed beside a
 plain-Python loop over Hugging Face `datasets` that packs documents of the same corpus into rows of the same length;

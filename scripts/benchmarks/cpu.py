@@ -1,7 +1,7 @@
 """Training tokens/s and peak memory on the CPU: this trainer beside transformers' LlamaForCausalLM (sdpa).
 
-    python scripts/benchmark_cpu.py                       # SmolLM2-135M, 8 documents in a row of 4,096 tokens
-    python scripts/benchmark_cpu.py --layers 8 --steps 5  # a quicker look
+    python scripts/benchmarks/cpu.py                       # SmolLM2-135M, 8 documents in a row of 4,096 tokens
+    python scripts/benchmarks/cpu.py --layers 8 --steps 5  # a quicker look
 
 Both sides train the same weights on the same packed rows in float32 with fused AdamW; their losses are compared, so it
 is the same work. Then this trainer's loss in one tile takes turns with one in many (--loss-tile-mib), in one process

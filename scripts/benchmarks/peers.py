@@ -1,7 +1,7 @@
 """The same training in this trainer and in its peers, one after the other, in turns, on one machine.
 
-    python scripts/benchmark_peers.py --processes 2 --layers 4
-    python scripts/benchmark_peers.py --processes 8 --flavor llama3.2_1b --seq-len 131072 --steps 10       # on GPUs
+    python scripts/benchmarks/peers.py --processes 2 --layers 4
+    python scripts/benchmarks/peers.py --processes 8 --flavor llama3.2_1b --seq-len 131072 --steps 10       # on GPUs
 
 Every process trains rows of its own, of eight documents, data-parallel under FSDP2: float32 on the CPU, bfloat16
 computation of float32 parameters on GPUs, whole blocks recomputed with --recompute. Peers: transformers'

