@@ -4,9 +4,9 @@
     python scripts/compare.py outputs/64k/evaluation/step-500.json outputs/512k/evaluation/step-*.json \\
         --labels 64K 512K --plot compared.png
 
-Each file is one of scripts/evaluate.py or a stage's evaluation/step-N.json (docs/evaluation.md); differences are to the
-first one's. Losses are in nats a token. What not all have (other texts, ranges of positions, tasks, lengths, depths) is
-left out of a difference and named at the end.
+Each file is a result of scripts/evaluate.py or a stage's evaluation/step-N.json (docs/evaluation.md); differences are
+to the first. Losses are in nats per token. What some lack (texts, ranges of positions, tasks, lengths, depths) is left
+out of a difference and named at the end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from torchtitan.tools.errors import UserError
 
 SIGNIFICANT = 0.01
-"""Nats: a larger difference of losses is marked, as significant in Fu et al. (arXiv 2402.10171)."""
+"""Nats: a larger difference of losses is marked; Fu et al. (arXiv 2402.10171) call it significant."""
 
 MARK = "*"
 WAYS = {"exact": "answer is the likeliest", "score": "found in what was written"}
@@ -36,13 +36,13 @@ ASKED = {
     "questions": "other documents or questions",
 }
 SHOWN = ("texts", "generate", "add_bos", "seed")
-"""Keys of "asked" whose values say something to people."""
+"""Keys of "asked" whose values mean something to people."""
 
 PICTURES = (".png", ".pdf", ".svg")
 Result = dict[str, Any]
 Range = tuple[int, int]
 Apart = list[tuple[str, str]]
-"""What is not the same in all results: (in which way, what)."""
+"""What differs between results: (in which way, what)."""
 
 
 def main(args: list[str]) -> int:
@@ -50,14 +50,14 @@ def main(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("results", nargs="+", type=Path, help="JSON files, the one to compare with first")
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files; all are compared with the first")
     parser.add_argument("--labels", nargs="+", help="names of the results, instead of those in the files")
-    parser.add_argument("--short", type=int, help="tokens that count as short context; the first one's trained length")
+    parser.add_argument("--short", type=int, help="tokens of short context (the first result's trained length)")
     parser.add_argument("--plot", type=Path, help="picture to draw: loss by position, and scores by length")
     own = parser.parse_args(args)
     try:
         if len(own.results) < 2:
-            raise UserError(f"Two results at least are compared: {own.results[0]} is one.")
+            raise UserError(f"At least two results are compared, but {own.results[0]} is alone.")
         if own.labels and len(own.labels) != len(own.results):
             raise UserError(f"--labels has {len(own.labels)} names for {len(own.results)} results.")
         if own.short is not None and own.short < 1:
@@ -84,7 +84,7 @@ def main(args: list[str]) -> int:
 
 
 def read(path: Path) -> Result:
-    """A results' file; UserError that names it if it is none."""
+    """The result in a file; UserError that names the file if it holds none."""
     try:
         result: Result = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -104,7 +104,7 @@ def read(path: Path) -> Result:
 
 
 def shared(parts: Iterable[dict[str, Any]]) -> list[str]:
-    """Names that the first one and another one have, in its order."""
+    """Names that the first part and at least one other have, in the first part's order."""
     first, *others = parts
     return [name for name in first if any(name in other for other in others)]
 
@@ -116,7 +116,7 @@ def trained_length(result: Result) -> int | None:
 
 
 def compare(results: Sequence[Result], labels: Sequence[str], short: int | None = None) -> str:
-    """For people; UserError if the first result has nothing in common with any other."""
+    """The comparison as text; UserError if the first result has nothing in common with any other."""
     lines: list[str] = []
     apart: Apart = []
     compared = 0
@@ -151,21 +151,21 @@ def compare(results: Sequence[Result], labels: Sequence[str], short: int | None 
 
 
 def has(result: Result) -> str:
-    """What a result is about."""
+    """What a result holds, in words."""
     parts = [f"the loss on {name} by {len(one['nll'])} ranges" for name, one in result["perplexity"].items()]
     parts += [f"{name} at {', '.join(f'{n:,}' for n in grid['lengths'])}" for name, grid in result["tasks"].items()]
     return ", ".join(parts) or "nothing"
 
 
-def only_in(what: str, labels: Sequence[str], there: Sequence[bool]) -> Apart:
-    """Nothing if all have it."""
-    if all(there):
+def only_in(what: str, labels: Sequence[str], have: Sequence[bool]) -> Apart:
+    """Which results have it; nothing if all do."""
+    if all(have):
         return []
-    return [(f"only in {', '.join(label for label, is_there in zip(labels, there) if is_there)}", what)]
+    return [(f"only in {', '.join(label for label, has_it in zip(labels, have) if has_it)}", what)]
 
 
 def losses(name: str, results: Sequence[Result], labels: Sequence[str], short: int | None) -> tuple[list[str], Apart]:
-    """Lines of a text: loss (perplexity) by position, then short and long context in sum; and what is not the same."""
+    """Lines about a text: loss (perplexity) by position, then of short and long context; and what differs."""
     parts = [result["perplexity"].get(name) for result in results]
     tables, counts = [by_range(one, "nll") for one in parts], [by_range(one, "count") for one in parts]
     first, *others = tables
@@ -184,10 +184,10 @@ def losses(name: str, results: Sequence[Result], labels: Sequence[str], short: i
         rows.append(row)
         if len({count[part] for count in counts if part in count}) > 1:
             apart.append(("other documents, or another tokenizer", f"{name}, positions {span(part)}"))
-    lines = ["", f"loss by position, {name}: nats a token (perplexity)", *as_table(rows)]
+    lines = ["", f"loss by position, {name}: nats per token (perplexity)", *as_table(rows)]
     lines.append(f"{MARK} a difference of more than {SIGNIFICANT} nats")
     if short is None:
-        return [*lines, "short and long context: the first result has no trained length, --short N says it"], apart
+        return [*lines, "short and long context: the first result has no trained length; name it with --short N"], apart
     for part in ranges:
         if part[0] < short < part[1]:
             apart.append(("neither short nor long context", f"{name}, positions {span(part)}"))
@@ -200,7 +200,7 @@ def losses(name: str, results: Sequence[Result], labels: Sequence[str], short: i
 
 
 def by_range(one: Result | None, key: str) -> dict[Range, Any]:
-    """Losses or numbers of tokens by range of positions, of a text's part of a result."""
+    """Losses ("nll") or numbers of tokens ("count") by range of positions; one: a text's part of a result."""
     return dict(zip(pairwise(one["edges"]), one[key], strict=True)) if one else {}
 
 
@@ -213,7 +213,7 @@ def loss_cell(nll: float | None) -> str:
 
 
 def difference_cell(a: float | None, b: float | None) -> str:
-    """b - a, in nats, marked if it is significant."""
+    """b - a in nats, marked if it is larger than SIGNIFICANT."""
     if a is None or b is None:
         return "-  "
     return f"{b - a:+.4f} {MARK if abs(b - a) > SIGNIFICANT else ' '}"
@@ -222,7 +222,7 @@ def difference_cell(a: float | None, b: float | None) -> str:
 def mean_difference(
     first: dict[Range, Any], other: dict[Range, Any], count: dict[Range, int], parts: Sequence[Range]
 ) -> str:
-    """Over ranges of positions, each with the first result's number of tokens, so that both are means over the same."""
+    """Means over ranges of positions, weighted by the first result's numbers of tokens for both results."""
     total = sum(count[part] for part in parts)
     if not total:
         return "-  "
@@ -231,7 +231,7 @@ def mean_difference(
 
 
 def scores(way: str, results: Sequence[Result], labels: Sequence[str]) -> tuple[list[str], Apart]:
-    """Lines of all tasks, scored one way, by length, means over depths that all have; and what is not the same."""
+    """Lines about all tasks, scored one way, by length, as means over the depths that all have; and what differs."""
     rows: list[list[str]] = []
     apart: Apart = []
     means: dict[int, list[list[float]]] = {}
@@ -266,7 +266,7 @@ def scores(way: str, results: Sequence[Result], labels: Sequence[str]) -> tuple[
 
 
 def cells_of(grid: Result, what: str, length: int, depths: Sequence[float | None]) -> list[Any]:
-    """Cells of a task's grid at a length and some depths, without those where nothing was asked or written."""
+    """Cells of a task's grid at a length and some depths, without cells in which nothing was asked or written."""
     if length not in grid["lengths"]:
         return []
     row = grid[what][grid["lengths"].index(length)]
@@ -280,7 +280,7 @@ def cell_mean(grid: Result | None, way: str, length: int, depths: Sequence[float
 
 
 def score_cells(found: Sequence[float | None]) -> list[str]:
-    """Shares in percent; of all but the first with the difference to it, in points."""
+    """Shares in percent; after each but the first, its difference to the first in percentage points."""
     first = found[0]
     cells = ["-" if first is None else f"{first:.1%}"]
     for one in found[1:]:
@@ -289,7 +289,7 @@ def score_cells(found: Sequence[float | None]) -> list[str]:
 
 
 def as_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as they must be, flush right."""
+    """Rows as lines: columns as wide as their longest cell, flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 

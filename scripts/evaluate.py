@@ -1,4 +1,4 @@
-"""What a model makes of long text: loss by position on held-out documents, a needle in a haystack, RULER and recall.
+"""How a model does on long text: loss by position on held-out documents, a needle in a haystack, RULER and recall.
 
     python scripts/evaluate.py --job.config_file stage.toml                      # the stage's newest checkpoint
     python scripts/evaluate.py --model ./SmolLM2 --out before.json \\
@@ -9,9 +9,9 @@
         --evaluation.task_lengths 4096 32768 131072 --evaluation.task_items 100 --evaluation.generate
 
 --model is a Hugging Face folder or a checkpoint of a run. A stage is evaluated as its [evaluation] and [parallelism]
-tables say, which any --table.key overrides; --processes of them are started here, or by torchrun or srun. Parameters
-are held in the type in which they compute (training.mixed_precision_param). Beside --out, which is
-evaluation/step-N.json of the stage unless it is said, lie its pictures. docs/evaluation.md explains the numbers.
+tables say, which any --table.key overrides; --processes N are started here, or by torchrun or srun. Parameters
+are held in the type in which they compute (training.mixed_precision_param). --out is evaluation/step-N.json of the
+stage unless it is given; its pictures lie beside it. docs/evaluation.md explains the numbers.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(args: list[str]) -> int:
                 write(result, own.out)
                 print(own.out)
             else:
-                print("note: this is kept nowhere; --out FILE.json does that", file=sys.stderr)
+                print("note: nothing is saved; --out FILE.json saves the result", file=sys.stderr)
     except UserError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -61,7 +61,7 @@ def main(args: list[str]) -> int:
 
 
 def check_questions(own: argparse.Namespace, config: JobConfig) -> None:
-    """UserError where nothing is asked, or what cannot be."""
+    """UserError if nothing is asked, or something that cannot be."""
     check_asked(config)
     check_evaluation(config)
     if own.out is not None and own.out.suffix != ".json":
@@ -71,7 +71,7 @@ def check_questions(own: argparse.Namespace, config: JobConfig) -> None:
 
 
 def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, Any]:
-    """On every rank: build, load, ask. The result, in the form that docs/evaluation.md describes."""
+    """On every rank: prepares the questions, loads the model, asks. The result: docs/evaluation.md."""
     # PyTorch takes seconds to import: a mistake on the command line should not
     from torchtitan.extensions.evaluation.evaluate import evaluate, prepare
     from torchtitan.extensions.evaluation.loading import check_own_results, loaded, model_for, rank_and_world_size
@@ -106,7 +106,7 @@ def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, A
 
 
 def progress(rank: int) -> Any:
-    """What is under way, in a bar on a terminal and a line each elsewhere; nothing on other ranks."""
+    """Shows what is under way: in bars on a terminal, as lines elsewhere; on rank 0 alone."""
     from contextlib import contextmanager
 
     from rich.console import Console
@@ -131,7 +131,7 @@ def progress(rank: int) -> Any:
 
 
 def as_table(result: dict[str, Any]) -> str:
-    """For people."""
+    """The result as text."""
     from itertools import pairwise
 
     lines = [f"{result['label']}: {result['seconds']} s, {result['peak_gib']} GiB at most in the first process"]
@@ -159,7 +159,7 @@ HOW = (("exact", "answer is the likeliest"), ("score", "found in what was writte
 
 
 def tables_of_tasks(result: dict[str, Any]) -> list[str]:
-    """Tasks that have no depths, and the means of groups, by length."""
+    """Lines of the tasks without depths, and of the means of groups, by length."""
     from torchtitan.extensions.evaluation.tasks import at_length, group_name
 
     grids = {task: grid for task, grid in result["tasks"].items() if not grid["depths"]}
@@ -168,8 +168,8 @@ def tables_of_tasks(result: dict[str, Any]) -> list[str]:
     for what, said in HOW:
         rows = {task: [at_length(grid, what, n) for n in lengths] for task, grid in grids.items()}
         for group, means in result["groups"].items():
-            there = dict(zip(means["lengths"], means[what], strict=True))
-            rows[group_name(group, means)] = [there.get(n) for n in lengths]
+            by_length = dict(zip(means["lengths"], means[what], strict=True))
+            rows[group_name(group, means)] = [by_length.get(n) for n in lengths]
         if any(cell is not None for row in rows.values() for cell in row):
             asked = sum(sum(map(sum, grid["count"])) for grid in grids.values())
             lines += ["", f"tasks, {said}, of {asked}", *percents("task", lengths, rows)]
@@ -177,7 +177,7 @@ def tables_of_tasks(result: dict[str, Any]) -> list[str]:
 
 
 def percents(head: str, lengths: list[int], rows: dict[str, list[float | None]]) -> list[str]:
-    """A line a row and a column a length."""
+    """A line per row and a column per length."""
     wide = max(10, *(len(name) + 2 for name in rows))
     lines = ["".join([f"{head:>{wide}}", *(f"{n:>10,}" for n in lengths)])]
     for name, cells in rows.items():

@@ -5,9 +5,9 @@
     python scripts/lm_eval.py --model outputs/checkpoint/step-1000 --processes 8 --tasks mine --include_path tasks/ \\
         --parallelism.context_parallel_degree 8 --max_length 131072
 
---model, --step, --processes and every --table.key are as in scripts/evaluate.py. --out, which is
-evaluation/step-N_lm_eval.json of the stage unless it is said, has the harness' own results. Needs `pip install -e
-".[eval]"`; docs/evaluation.md says what is the same as in the harness' own model class and what is not.
+--model, --step, --processes and every --table.key are as in scripts/evaluate.py. --out gets the harness' own results;
+it is evaluation/step-N_lm_eval.json of the stage unless it is given. Needs `pip install -e ".[eval]"`.
+docs/evaluation.md says what is the same as in the harness' own model class and what is not.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def main(args: list[str]) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--tasks", help="names of tasks, groups or tags, with commas; * stands for anything")
     parser.add_argument("--include_path", type=Path, help="folder of task files of your own")
-    parser.add_argument("--limit", type=float, help="documents of each task, or below 1 the share of them")
+    parser.add_argument("--limit", type=float, help="documents per task, or below 1 the share of them")
     parser.add_argument("--num_fewshot", type=int, help="examples before each question (as the task says)")
     parser.add_argument("--max_length", type=int, help="tokens that the model may read (what it was trained for)")
     parser.add_argument("--truncate", action="store_true", help="cut longer requests from the left, and count them")
-    parser.add_argument("--apply_chat_template", action="store_true", help="ask as the tokenizer's chat template does")
-    parser.add_argument("--log_samples", action="store_true", help="every request and its answer in --out too")
+    parser.add_argument("--apply_chat_template", action="store_true", help="ask in the tokenizer's chat template")
+    parser.add_argument("--log_samples", action="store_true", help="write every request and its answer to --out too")
     parser.add_argument("--metadata", type=json.loads, default={}, help='JSON for tasks: {"max_seq_lengths": [4096]}')
     own, overrides = parser.parse_known_args(args)
     rank = int(os.environ.get("RANK", "0"))
@@ -62,7 +62,7 @@ def main(args: list[str]) -> int:
 
 
 def check_questions(own: argparse.Namespace) -> None:
-    """UserError for what can be told without the harness."""
+    """UserError for mistakes that can be found without the harness."""
     if own.out is not None:
         make_folder(own.out)
     if not own.tasks:
@@ -77,7 +77,7 @@ def check_questions(own: argparse.Namespace) -> None:
 
 
 def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, Any]:
-    """On every rank: tasks, model, answers. On rank 0 the harness' results with a few words of ours; else nothing."""
+    """On every rank: loads tasks and model, and answers. On rank 0 the harness' results and ours, else {}."""
     from lm_eval.evaluator import simple_evaluate
 
     from torchtitan.extensions.evaluation.evaluate import warn_beyond
@@ -127,7 +127,7 @@ def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, A
 def load_tasks(own: argparse.Namespace, metadata: dict[str, Any]) -> tuple[Any, list[Any]]:
     """A TaskManager, and what --tasks names, with its documents.
 
-    UserError, with the task's name, for one that is not known or cannot be loaded.
+    UserError, with the task's name, if it is not known or cannot be loaded.
     """
     import numpy as np
     from lm_eval.tasks import TaskManager
@@ -154,22 +154,22 @@ def load_tasks(own: argparse.Namespace, metadata: dict[str, Any]) -> tuple[Any, 
         for name in names:
             try:
                 loaded = manager.load([name])
-            except Exception as error:  # what a task's code and a download can do wrong has no end
+            except Exception as error:  # a task's code and a download can raise anything
                 why = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 raise UserError(
-                    f"--tasks {name} could not be loaded ({why}). Where its documents come over the network: load it "
-                    "once where there is one, and keep the folder HF_HOME."
+                    f"--tasks {name} could not be loaded ({why}). If its documents come over the network: load it "
+                    "once on a machine with a network, and keep the folder HF_HOME."
                 ) from error
             for task_name, task in loaded["tasks"].items():
                 if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-                    raise UserError(f"--tasks {name}: {task_name} runs code that a model writes, or shows it pictures.")
+                    raise UserError(f"--tasks {name}: {task_name} runs code of a model, or shows pictures to it.")
             top = {name: loaded["groups"][name]} if name in loaded["groups"] else loaded["tasks"]
             found |= top
     return manager, list(found.values())
 
 
 def report(result: dict[str, Any], out: Path | None) -> None:
-    """Tables for people, and the file."""
+    """Print tables, and write the file."""
     from lm_eval.utils import handle_non_serializable, make_table
 
     print(f"{result['label']}, max_length {result['max_length']:,}, {result['truncated']} requests cut")

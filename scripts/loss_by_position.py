@@ -33,7 +33,7 @@ from torchtitan.tools.folders import write_text
 
 
 def main(args: list[str]) -> int:
-    """Exit code 1, and one line, for what the user has wrong."""
+    """Exit code; 1, and one line, for a mistake."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -82,18 +82,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text_field", default="text", help="field of a .jsonl or .parquet record (text)")
     parser.add_argument("--add_bos", action="store_true", help="begin every document with the tokenizer's BOS token")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where there is one)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is a GPU)")
     parser.add_argument("--attention_backend", default="auto", choices=("auto", "flex", "varlen", "sdpa"))
 
 
 def rope_table(flags: list[str]) -> Rope:
-    """[rope] of the flags --rope.KEY VALUE, checked as a stage's; any other flag is refused."""
+    """The [rope] table of the flags --rope.KEY VALUE, checked like a stage's; UserError for any other flag."""
     for flag in flags:
         if flag.startswith("--") and not flag.startswith("--rope."):
             raise UserError(f"{flag.split('=')[0]} is not known; see --help. Of the configuration, --rope.KEY is read.")
     config = load_config(flags)
     if flags and not flags[0].startswith("--"):
-        raise UserError(f"{flags[0]} stands alone; every value follows its --flag.")
+        raise UserError(f"{flags[0]} has no --flag before it; every value follows its --flag.")
     # something to train on, which the checks ask for
     check_config(replace(config, data=Data(sources=(Source(name="text", path="text"),))), 1)
     return config.rope
@@ -164,7 +164,7 @@ def curve_name(curve: dict[str, Any]) -> str:
 
 
 def check_vocabulary(documents: list[Any], vocab_size: int, folder: str) -> None:
-    """Before an index error deep inside."""
+    """UserError if the tokenizer gives ids that the model does not have, which would be an index error later."""
     largest = max(int(tokens.max()) for tokens in documents)
     if largest >= vocab_size:
         raise UserError(
@@ -174,8 +174,8 @@ def check_vocabulary(documents: list[Any], vocab_size: int, folder: str) -> None
 
 
 def model_progress(model: Any, passes: int) -> Any:
-    """A progress line that counts layers; the context manager gives what sets its text. Elsewhere than on a terminal
-    the texts are lines of their own."""
+    """A context manager: a progress bar that counts layers. It gives a function that sets the bar's text; without a
+    terminal each text is a line of its own."""
     from contextlib import contextmanager
 
     from rich.console import Console
@@ -207,7 +207,7 @@ def model_progress(model: Any, passes: int) -> Any:
 
 
 def summary(rope: Rope) -> str:
-    """What of [rope] is not the default: `type yarn, factor 4`."""
+    """The keys of [rope] that are not the default: `type yarn, factor 4`."""
     changed = [(k, v) for k, v in vars(rope).items() if v != getattr(Rope(), k)]
     short = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in changed if not isinstance(v, tuple)]
     return ", ".join(short) or "as trained"
@@ -249,7 +249,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def check_can_be_written(path: Path | None) -> None:
-    """Before the minutes that measuring takes."""
+    """UserError if it cannot be, before measuring takes minutes."""
     if path is None:
         return
     try:

@@ -1,5 +1,7 @@
-"""What scripts/evaluate.py and scripts/lm_eval.py have in common: the command line, and where results go. Without
-PyTorch, which takes seconds to import: a mistake should not."""
+"""What scripts/evaluate.py and scripts/lm_eval.py have in common: the command line, and where results go.
+
+Imports no PyTorch, which takes seconds: a mistake should be told at once.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ from torchtitan.tools.errors import UserError
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
-    """With arguments that say which weights, and in how many processes; every other --table.key is left to
-    load_config."""
+    """A parser of the arguments that say which weights, and in how many processes; load_config reads every other
+    --table.key."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -59,11 +61,11 @@ def check_model_folder(folder: Path) -> None:
 
 
 def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "") -> tuple[JobConfig, Path]:
-    """The configuration, in the dtype of its products, and the folder of the weights.
+    """The configuration, with training.dtype set to the dtype of its products, and the folder of the weights.
 
-    Its rope is the TOML's and the command line's if the latter says anything of it, and else none: a stage's checkpoint
-    has the RoPE of the TOML already, and other weights have their own. own.out of a stage is set, if it is not:
-    results_file(), and own.of_stage says so. UserError for what cannot be.
+    Its [rope] is that of TOML and command line if the latter sets a key of it, and otherwise empty: a stage's
+    checkpoint has the RoPE of the TOML already, and other weights have their own. own.of_stage: whether own.out was
+    not given and is set here, to the stage's own results_file(). UserError for what cannot be.
     """
     config = load_config(overrides)
     rescale = any(flag_name(arg).startswith("rope.") for arg in overrides)
@@ -73,7 +75,7 @@ def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "
     if own.model is None and config_file(overrides) is None:
         raise UserError("Nothing to evaluate: give --model FOLDER, or --job.config_file STAGE.toml.")
     if own.model is not None and own.step is not None:
-        raise UserError("--step is of a stage's own checkpoints: --model names one by its folder (.../step-1000).")
+        raise UserError("--step is for a stage's own checkpoints: --model names one by its folder (.../step-1000).")
     check_ranges(config)
     check_rope(config)
     resolve_shard_degree(config, int(os.environ.get("WORLD_SIZE", own.processes)))
@@ -90,13 +92,13 @@ def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "
         if own.out is None:
             own.out, own.of_stage = results_file(config, step, suffix), True
     check_model_folder(folder)
-    given = {flag_name(arg) for arg in overrides}
-    says_bos = config_file(overrides) is not None or bool(given & {"data.add_bos", "data.no_add_bos"})
+    flags = {flag_name(arg) for arg in overrides}
+    says_bos = config_file(overrides) is not None or bool(flags & {"data.add_bos", "data.no_add_bos"})
     if not says_bos:
         if (folder / MANIFEST).is_file():  # as it was trained
             trained = read_manifest(folder).get("config", {}).get("data", {})
             add_bos = trained.get("add_bos", config.data.add_bos)
-        else:  # as its tokenizer does it by itself
+        else:  # as its tokenizer does by itself
             add_bos = load_tokenizer(own.tokenizer or folder).adds_bos
         config = replace(config, data=replace(config.data, add_bos=add_bos))
     first = os.environ.get("RANK", "0") == "0" and (own.processes == 1 or "RANK" in os.environ)

@@ -1,8 +1,8 @@
 """Forward passes of evaluation on a model in any layout: documents in, numbers that are the same on every rank out.
 
-Documents go through the model as one stream, each seeing itself alone, as in training: with context parallelism every
-rank computes its share of the tokens, and what comes out is summed over the ranks of a row. Logits exist for the tokens
-that are asked for.
+Documents go through the model as one stream, each seeing itself alone, as in training. With context parallelism every
+rank computes its share of the tokens, and the results are summed over the ranks of a row. Logits exist only for the
+tokens that need them.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Ranks:
     dp: int = 1
     dp_rank: int = 0
     group: Any = None
-    """Of all ranks, for small things on the CPU; None: one process."""
+    """Process group of all ranks, for small tensors on the CPU; None: one process."""
 
     @staticmethod
     def of(
         dims: ParallelDims, device: torch.device, backend: str, layout: str, exchange: str, group: Any = None
     ) -> Ranks:
-        """Those of a mesh; group: of all its ranks, gloo."""
+        """The ranks of a mesh; group: gloo, of all its ranks."""
         cp = dims.size("cp")
         return Ranks(
             device=device,
@@ -68,22 +68,22 @@ class Ranks:
         )
 
     def sum_over_row(self, x: torch.Tensor) -> torch.Tensor:
-        """In place, over the context-parallel ranks."""
+        """Sums x in place over the context-parallel ranks. Collective over these."""
         if self.cp_group is not None:
             dist.all_reduce(x, group=self.cp_group)
         return x
 
     def as_the_first(self, numbers: list[int]) -> list[int]:
-        """Those of the first rank of a row (context and tensor parallel), on all of its ranks."""
+        """On all ranks of a row (context and tensor parallel) the numbers of its first. Collective over these."""
         for group in (self.tp_group, self.cp_group):
             if group is not None:
-                told = torch.tensor(numbers, device=self.device)
-                dist.broadcast(told, group=group, group_src=0)
-                numbers = told.tolist()
+                x = torch.tensor(numbers, device=self.device)
+                dist.broadcast(x, group=group, group_src=0)
+                numbers = x.tolist()
         return numbers
 
     def largest(self, number: int) -> int:
-        """Over all ranks."""
+        """The largest of all ranks' numbers. Collective."""
         if self.group is None:
             return number
         x = torch.tensor(number)
@@ -91,33 +91,34 @@ class Ranks:
         return int(x)
 
     def gather(self, value: Any) -> list[Any]:
-        """One value of each data-parallel rank, in their order; collective."""
+        """One value per data-parallel rank, in their order. Collective."""
         if self.group is None:
             return [value]
-        found: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(found, (self.dp_rank, value), group=self.group)
-        by_rank = dict(found)
+        values: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(values, (self.dp_rank, value), group=self.group)
+        by_rank = dict(values)
         return [by_rank[r] for r in range(self.dp)]
 
 
 def lay_out(
     model: Transformer, ranks: Ranks, documents: Sequence[torch.Tensor], labels: Sequence[torch.Tensor] | None = None
 ) -> LocalBatch:
-    """This rank's tokens of some documents, int64 [T] each. In `source` stands which document a token is of, -1 for
-    padding, which makes the stream as long as the layout needs; in `index`, how many tokens of it come before."""
+    """This rank's tokens of some documents, int64 [T] each, and of padding that makes the stream as long as the layout
+    needs. `source` says which document a token belongs to, -1 for padding; `index`, how many tokens of the document
+    come before it."""
     lengths = [len(document) for document in documents]
     step = math.lcm(BLOCK, ranks.tp) * ranks.cp if ranks.cp > 1 else ranks.tp
     padding = -sum(lengths) % step
     ends = np.cumsum([0, *lengths, *([padding] if padding else [])])
     tokens = torch.cat([*(d.cpu() for d in documents), torch.zeros(padding, dtype=torch.int64)])
-    wanted = torch.full_like(tokens, IGNORED_LABEL)
+    targets = torch.full_like(tokens, IGNORED_LABEL)
     if labels is not None:
-        wanted[: sum(lengths)] = torch.cat([x.cpu() for x in labels])
+        targets[: sum(lengths)] = torch.cat([x.cpu() for x in labels])
     cu = torch.tensor(ends, dtype=torch.int32)
     sources = [*range(len(documents)), *([PADDING_SOURCE] if padding else [])]
     batch = PackedBatch(
         tokens=tokens,
-        labels=wanted,
+        labels=targets,
         positions=torch.cat([torch.arange(n) for n in np.diff(ends).tolist()]),
         cu_seqlens=cu,
         cu_documents=cu,
@@ -183,17 +184,18 @@ def _losses(
     labels: Sequence[torch.Tensor],
     rope: RopeArgs | None,
 ) -> list[torch.Tensor]:
-    """The losses of labels behind inputs, each seen alone; no logits are kept."""
+    """inputs and labels int64 [T] each -> the losses of the labels, float32 [T] each, on the CPU. Each input sees only
+    itself; no logits are kept. Collective over the ranks of a row."""
     local = lay_out(model, ranks, inputs, labels)
     device = ranks.device
     on = local.to(device)
     _, losses = model(on.tokens, on.positions, on.mask, rope=rope, labels=on.labels)
     lengths = [len(x) for x in inputs]
     result = torch.zeros(sum(lengths), dtype=losses.dtype, device=losses.device)
-    own = local.source >= 0
+    not_padding = local.source >= 0
     starts = torch.tensor([0, *lengths]).cumsum(0)
-    place = (starts[local.source] + local.index)[own]
-    result[place.to(device)] = losses[own.to(device)]
+    place = (starts[local.source] + local.index)[not_padding]
+    result[place.to(device)] = losses[not_padding.to(device)]
     return list(ranks.sum_over_row(result).cpu().split(lengths))
 
 
@@ -205,21 +207,21 @@ def answer_scores(
     targets: Sequence[torch.Tensor],
     rope: RopeArgs | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Teacher forcing: prompts int64 [P], targets int64 [A] -> of each (log-probabilities of the target's tokens,
-    float32 [A]; whether each is the likeliest, bool [A]), on the CPU."""
+    """Teacher forcing: prompts int64 [P], targets int64 [A] -> for each (log-probabilities of the target's tokens,
+    float32 [A]; whether each token is the likeliest, bool [A]), on the CPU. Collective over the ranks of a row."""
     answers = lay_out_answers(model, ranks, prompts, targets)
     return answers.scores(ranks, logits_of(model, ranks, answers.local, answers.rows, rope))
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Prompts with answers behind them, laid out, and where in the stream the answers are foretold."""
+    """Prompts with answers behind them, laid out, and the tokens of the stream that predict an answer's tokens."""
 
     local: LocalBatch
     rows: torch.Tensor
-    """int64 [R]: this rank's tokens behind which a token of an answer comes."""
+    """int64 [R]: this rank's tokens that are followed by a token of an answer."""
     place: torch.Tensor
-    """int64 [R]: of that token among all answers' tokens, one answer after the other."""
+    """int64 [R]: index of the answer's token among the tokens of all answers, one answer after the other."""
     targets: Sequence[torch.Tensor]
 
     @property
@@ -234,10 +236,10 @@ class Answers:
 
     def scores(self, ranks: Ranks, logits: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """logits [R, vocab_size] of rows -> what answer_scores() gives. Collective."""
-        wanted = torch.cat([t.cpu() for t in self.targets])[self.place].to(logits.device)
+        targets = torch.cat([t.cpu() for t in self.targets])[self.place].to(logits.device)
         result = torch.zeros(2, sum(map(len, self.targets)), device=logits.device)
-        result[0, self.place] = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
-        result[1, self.place] = (logits.argmax(-1) == wanted).float()
+        result[0, self.place] = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        result[1, self.place] = (logits.argmax(-1) == targets).float()
         both = ranks.sum_over_row(result).cpu().split([len(t) for t in self.targets], dim=1)
         return [(scores[0], scores[1] > 0.5) for scores in both]
 
@@ -248,7 +250,7 @@ def lay_out_answers(
     """prompts int64 [P], targets int64 [A], P and A >= 1; a target's last token is not read."""
     local = lay_out(model, ranks, [torch.cat((p, t[:-1])) for p, t in zip(prompts, targets, strict=True)])
     ends = torch.tensor([len(p) - 1 for p in prompts])
-    behind = local.index - ends[local.source]  # of padding it means nothing
+    behind = local.index - ends[local.source]  # meaningless for padding
     rows = torch.nonzero((local.source != PADDING_SOURCE) & (behind >= 0))[:, 0]
     return Answers(local, rows, (_starts(targets)[local.source] + behind)[rows], targets)
 
@@ -260,7 +262,7 @@ def _starts(targets: Sequence[torch.Tensor]) -> torch.Tensor:
 def logits_of(
     model: Transformer, ranks: Ranks, local: LocalBatch, rows: torch.Tensor, rope: RopeArgs | None = None
 ) -> torch.Tensor:
-    """float32 [R, vocab_size] of this rank's tokens rows int64 [R], of which there may be none."""
+    """float32 [R, vocab_size] for this rank's tokens rows int64 [R]; R may be 0."""
     on = local.to(ranks.device)
     some = rows if len(rows) else torch.zeros(1, dtype=torch.int64)  # all ranks compute something
     logits = model(on.tokens, on.positions, on.mask, rope=rope, rows=some.to(on.tokens.device))

@@ -1,8 +1,9 @@
-"""Text that a model writes: prompts through the training path once, then a token at a time on cached keys and values.
+"""Text that a model writes: prompts through the training path once, then one token at a time on a key-value cache.
 
 With context parallelism each rank keeps the keys and values of its own tokens, wherever the layout put them, and never
-more: a new token's query sees each rank's part, and the parts are merged by their log-sum-exp (FlashAttention, arXiv
-2205.14135). New tokens' keys go to the ranks in turn. Everything else of a new token is computed on all ranks of a row.
+more: a new token's query attends to each rank's part, and the parts are merged by their log-sum-exp (FlashAttention,
+arXiv 2205.14135). The keys of new tokens go to the ranks in turn. Everything else of a new token is computed on all
+ranks of a row.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ DUMMY_TARGET = DUMMY_PROMPT[:1]
 
 
 class KVCacheSlots:
-    """Of each of B prompts, which tokens this rank has the keys of; the same in all layers. What is behind a prompt's
-    length in its document is not kept."""
+    """Which tokens of each of B prompts this rank has the keys of; the same in all layers. Tokens behind a prompt's
+    length (its answer's) are not kept."""
 
     def __init__(self, local: LocalBatch, lengths: list[int], new_tokens: int, ranks: Ranks):
         self.ranks = ranks
@@ -44,13 +45,13 @@ class KVCacheSlots:
         self.capacity = max(here) + -(-new_tokens // ranks.cp)
         self.batch = torch.arange(len(lengths), device=ranks.device)
         self.filled = torch.tensor(here, device=ranks.device)
-        """int64 [B]."""
+        """int64 [B]: slots in use."""
         self.index = torch.zeros(len(lengths), self.capacity, dtype=torch.int64, device=ranks.device)
-        """int64 [B, capacity]: how many tokens come before."""
+        """int64 [B, capacity]: how many tokens come before the slot's token."""
         for index, rows in zip(self.index, self.rows, strict=True):
             index[: len(rows)] = local.index.to(ranks.device)[rows]
         self.position = torch.tensor(lengths, device=ranks.device)
-        """int64 [B]: tokens so far; the next one's index."""
+        """int64 [B]: tokens so far, which is the index of the next token."""
         self.step = 0
         self._unseen: dict[int | None, torch.Tensor] = {}
 
@@ -60,7 +61,7 @@ class KVCacheSlots:
         return self.step % self.ranks.cp == self.ranks.cp_rank
 
     def begin(self) -> None:
-        """A new token of every prompt comes."""
+        """Before each new token: gives it a slot, on the rank that keeps its keys."""
         if self.mine:
             self.index[self.batch, self.filled] = self.position
             self.filled += 1
@@ -71,7 +72,7 @@ class KVCacheSlots:
         self.step += 1
 
     def unseen(self, window: int | None) -> torch.Tensor:
-        """bool [B, capacity]: what the new token's query may not see, and what is not filled."""
+        """bool [B, capacity]: slots that the new token's query may not see, or that are empty."""
         if window not in self._unseen:
             unseen = torch.arange(self.capacity, device=self.filled.device) >= self.filled[:, None]
             if window is not None:
@@ -91,10 +92,10 @@ class CachedAttention:
 
     @torch.compiler.disable
     def start(self, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> Any:
-        """k and v [T, Hkv, D]: of this rank's tokens of the prompts, then of a new token of each prompt."""
+        """k and v [T, Hkv, D]: at first of this rank's tokens of the prompts, later of one new token per prompt."""
         slots = self.slots
         if not self.cache:
-            # zeros: a value that is not there yet has no weight, but nothing times NaN is NaN
+            # zeros: an empty slot has weight 0, but 0 times NaN is NaN
             size = (len(slots.batch), k.shape[1], slots.capacity, k.shape[2])
             self.cache = k.new_zeros(size), v.new_zeros(size)
             for cached, x in zip(self.cache, (k, v), strict=True):
@@ -124,7 +125,7 @@ class CachedAttention:
         scores = grouped @ keys.transpose(2, 3) / q.shape[-1] ** 0.5  # [B, Hkv, H / Hkv, capacity]
         scores = scores.masked_fill(self.slots.unseen(window)[:, None, None], float("-inf"))
         lse = scores.logsumexp(-1)
-        # where a rank has no key that is seen, its share is nothing, and not 0/0
+        # a rank without a visible key has weight 0, not 0/0
         weights = (scores - lse.nan_to_num(neginf=0.0)[..., None]).exp()
         return (weights @ values).flatten(1, 2), lse.flatten(1)
 
@@ -141,7 +142,7 @@ def merge(out: torch.Tensor, lse: torch.Tensor, group: dist.ProcessGroup) -> tor
 
 @contextmanager
 def caching(model: Transformer, slots: KVCacheSlots) -> Iterator[None]:
-    """Attention with a cache, for the prompts that come first and the tokens after them."""
+    """Attention with a cache: for a first pass over the prompts, then for passes over new tokens."""
     layers: list[Any] = [block.attention for block in model.layers.values()]
     cores = [attention.core for attention in layers]
     for attention in layers:
@@ -156,8 +157,8 @@ def caching(model: Transformer, slots: KVCacheSlots) -> Iterator[None]:
 def groups_of(
     prompts: Sequence[torch.Tensor], new_tokens: Sequence[int], rope: RopeArgs, together: int = BATCH_PROMPTS
 ) -> list[tuple[RopeArgs, list[int]]]:
-    """Which prompts are read together, by their indices: those of about a length, the longest first, that with their
-    new tokens are read under the same RoPE (which can depend on the length). together: no more than so many."""
+    """Which prompts are read together, by their indices: prompts of similar length, the longest first, that with their
+    new tokens are read under the same RoPE (which can depend on the length). together: how many prompts at most."""
     by_rope: dict[RopeArgs, list[int]] = {}
     sizes = [len(prompt) + new for prompt, new in zip(prompts, new_tokens, strict=True)]
     for i in sorted(range(len(prompts)), key=lambda i: -sizes[i]):
@@ -179,7 +180,8 @@ def choose(
     top_p: float = 1.0,
     draws: Sequence[tuple[int, ...]] = (),
 ) -> list[int]:
-    """logits [B, vocab_size] -> the n-th token of each; draws: what each one's randomness is a function of, with n."""
+    """logits [B, vocab_size] -> the n-th token of each prompt. temperature, top_p: see generate. A draw is a function
+    of the prompt's entry of draws and n."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
     chosen = []
@@ -208,14 +210,15 @@ def generate(
     numbers: Sequence[int] | None = None,
     stop: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """What the model writes behind each prompt (int64 [P], P >= 1): up to max_new_tokens tokens, the stopping one left
-    out. Collective over all ranks: those of a row are given the same prompts, others may be given others, or none.
+    """What the model writes behind each prompt (int64 [P], P >= 1): up to max_new_tokens tokens, without the token that
+    stops it. Collective over all ranks: the ranks of a row must have the same prompts, other rows may have others, or
+    none.
 
     temperature: 0 takes the likeliest token; else tokens are drawn, from the fewest that have top_p of the probability
     (nucleus sampling, arXiv 1904.09751). A draw is a function of (seed, number of the prompt, number of the token).
-    rope: instead of the model's own. It is used as for prompts of a prompt's length and max_new_tokens together.
+    rope: instead of the model's own. If it depends on the length, that is the prompt's length plus max_new_tokens.
     numbers: the prompts' numbers, if they are not 0, 1, 2, ...
-    stop: told all tokens written behind a prompt, whether to end there, the last one kept.
+    stop: called with all tokens written behind a prompt; True ends the text there, with its last token.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}")
@@ -227,7 +230,7 @@ def generate(
     groups = groups_of(prompts, [max_new_tokens] * len(prompts), rope)
     for g in range(ranks.largest(len(groups))):
         used, batch = groups[g] if g < len(groups) else (rope, [])
-        # with nothing left to write a rank still takes part
+        # a rank with nothing left to write still takes part
         some = [prompts[i] for i in batch] or [DUMMY_PROMPT]
         draws = [(seed, numbers[i]) for i in batch] or [(seed, 0)]
         pick = partial(choose, temperature=temperature, top_p=top_p, draws=draws)
@@ -252,24 +255,27 @@ def write(
     pick: Callable[[torch.Tensor, int], list[int]] = choose,
     stop: Callable[[list[int]], bool] | None = None,
 ) -> tuple[list[list[int]], list[tuple[torch.Tensor, torch.Tensor]]]:
-    """generate() for prompts that go through the model together, and answer_scores() of targets, for which they are
-    read but once. limits: of each prompt's new tokens. needed: otherwise this rank only takes part. pick: choose(),
-    with its last arguments given."""
+    """generate() for prompts that go through the model together, and answer_scores() of their targets, in one reading.
+
+    limits: new tokens per prompt. needed: False if this rank only takes part. pick: choose(), with its last arguments
+    bound.
+    """
     answers = lay_out_answers(model, ranks, prompts, targets)
     lengths = [len(prompt) for prompt in prompts]
-    longest = ranks.largest(max(limits))  # what other ranks write, this one goes through too
+    longest = ranks.largest(max(limits))  # this rank goes through what other ranks write, too
     slots = KVCacheSlots(answers.local, lengths, longest, ranks)
     tokens: list[list[int]] = [[] for _ in prompts]
     open_ = [needed] * len(prompts)
     with caching(model, slots):
-        found = logits_of(model, ranks, answers.local, answers.rows, rope)
-        scores = answers.scores(ranks, found)
-        logits = found.new_zeros(len(prompts), model.args.vocab_size)
-        logits[answers.source[answers.first].to(found.device)] = found[answers.first.to(found.device)]
+        of_answers = logits_of(model, ranks, answers.local, answers.rows, rope)
+        scores = answers.scores(ranks, of_answers)
+        logits = of_answers.new_zeros(len(prompts), model.args.vocab_size)
+        first = answers.first.to(logits.device)
+        logits[answers.source.to(logits.device)[first]] = of_answers[first]
         ranks.sum_over_row(logits)
-        del found
+        del of_answers
         for n in range(longest):
-            # equal logits on all ranks are not certain to the last bit, and ranks that go on differently are lost
+            # logits may differ in the last bit between ranks, and ranks that choose different tokens part for good
             chosen = ranks.as_the_first(pick(logits, n))
             for b, token in enumerate(chosen):
                 open_[b] = open_[b] and token not in stop_ids
@@ -287,7 +293,7 @@ def write(
 def _next_logits(
     model: Transformer, ranks: Ranks, tokens: list[int], positions: list[int], rope: RopeArgs
 ) -> torch.Tensor:
-    """float32 [B, vocab_size] behind one new token of each prompt."""
+    """float32 [B, vocab_size] behind one new token per prompt."""
     padding = -len(tokens) % ranks.tp
     args, device = model.args, ranks.device
     segments = Segments.whole(np.arange(len(tokens) + padding + 1))

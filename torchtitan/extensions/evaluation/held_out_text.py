@@ -1,4 +1,4 @@
-"""Long documents to evaluate on: text files or a tokenized corpus -> the first tokens of those that are long enough."""
+"""Held-out text: text files or a tokenized corpus -> the first tokens of the documents that are long enough."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.text import find_text_files, read_documents, spans_of
 from torchtitan.tools.errors import UserError
 
-SPAN = 64 << 20  # bytes of a .jsonl file that are read before the next are
+SPAN = 64 << 20  # bytes of a .jsonl file that are read at once
 
 
 def long_documents(
@@ -26,31 +26,29 @@ def long_documents(
     pieces: int = 1,
     called: str = "--text",
 ) -> list[torch.Tensor]:
-    """The first `tokens` tokens, int64, of the first `most` documents that have so many; UserError if there is none.
+    """The first `tokens` tokens, int64, of the first `most` documents that have that many; UserError if none has.
 
-    pieces: of each document so many pieces at most, one after the other, instead of the first alone.
-
-    called: what the user calls it.
-
-    paths: .txt, .jsonl and .parquet files, folders of such, and tokenized folders (whose BOS stays as it is).
+    paths: .txt, .jsonl and .parquet files, folders of such, and tokenized folders (whose BOS stays as it is). pieces:
+    how many pieces of `tokens` tokens, one after the other, are taken of a document at most. called: the user's name
+    for paths, for messages.
     """
     if add_bos and tokenizer.bos_id is None:
         raise UserError(f"--add_bos, but the tokenizer in {tokenizer.folder} has no BOS token.")
     bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
-    found: list[torch.Tensor] = []
+    long_enough: list[torch.Tensor] = []
     seen = longest = 0
     for path in paths:
         for ids in _documents(path, tokenizer, bos, text_field):
             seen, longest = seen + 1, max(longest, len(ids))
-            found += [piece for piece in ids.split(tokens)[:pieces] if len(piece) == tokens]
-            if len(found) >= most:
-                return found[:most]
-    if not found:
+            long_enough += [piece for piece in ids.split(tokens)[:pieces] if len(piece) == tokens]
+            if len(long_enough) >= most:
+                return long_enough[:most]
+    if not long_enough:
         raise UserError(
             f"None of the {seen} documents of {called} has {tokens:,} tokens; the longest has {longest:,}. Give longer "
             "text, or a smaller length."
         )
-    return found
+    return long_enough
 
 
 def _documents(path: Path, tokenizer: Tokenizer, bos: list[int], text_field: str) -> Iterator[torch.Tensor]:

@@ -1,9 +1,9 @@
 """Our model as lm-evaluation-harness sees one: its requests on a model in any layout.
 
-To the harness every process is the only one: all build all requests, and what is shared out among data-parallel ranks
-is shared out here. The harness' own way, a part of each task's documents for each rank, hangs where a task has fewer
-documents than there are ranks. Text becomes tokens, long requests are cut and generated text ends as in its `hf` model,
-so that the same weights have the same numbers (tests/unit/extensions/evaluation/test_lm_eval.py).
+To the harness every process is the only one: all build all requests, and this file shares them among the data-parallel
+ranks. The harness' own way, a part of each task's documents per rank, hangs if a task has fewer documents than there
+are ranks. Text becomes tokens, long requests are cut and generated text ends as in its `hf` model, so that the same
+weights have the same numbers (tests/unit/extensions/evaluation/test_lm_eval.py).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from torchtitan.models.transformer import Transformer
 from torchtitan.tools.errors import UserError
 
 SCORED_TOGETHER = 64
-"""Requests that are scored in one forward pass at most, and a pass has at most generate.BATCH_TOKENS tokens: what there
-are logits of is the continuations."""
+"""How many requests are scored in one forward pass at most; a pass has at most generate.BATCH_TOKENS tokens, and logits
+for the continuations alone."""
 
 MAX_LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""What tasks call the tokens that may be generated; the first that is there counts, as in the harness."""
+"""What tasks call the number of tokens that may be generated; the first that is set counts, as in the harness."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,19 @@ class Writing:
 
     @staticmethod
     def of(asked: dict[str, Any], new_tokens: int) -> Writing:
-        """Of a task's generation_kwargs. new_tokens: where they say none. UserError for what is not known here."""
+        """From a task's generation_kwargs. new_tokens: if they name no number. UserError for an unknown key."""
         left = dict(asked)
         until = left.pop("until", None) or []
         counts = [left.pop(name, None) for name in MAX_LENGTH_NAMES]
-        said, top_p = left.pop("temperature", None), left.pop("top_p", None)
+        heat, top_p = left.pop("temperature", None), left.pop("top_p", None)
         samples = left.pop("do_sample", None)
-        temperature = 1.0 if samples and said is None else float(said or 0)  # as transformers has it
+        temperature = 1.0 if samples and heat is None else float(heat or 0)  # as transformers has it
         if samples is False:
             temperature = 0.0
         top_p = 1.0 if top_p is None else float(top_p)
         if temperature < 0 or not 0 < top_p <= 1:
             raise UserError(
-                f"generation_kwargs of a task has temperature = {said} and top_p = {top_p}: the first must not be "
+                f"generation_kwargs of a task has temperature = {heat} and top_p = {top_p}: the first must not be "
                 "below 0, the second must be above 0 and at most 1."
             )
         if temperature == 0:
@@ -82,7 +82,7 @@ class Writing:
 
 
 class TorchtitanLM(TemplateLM):
-    """A model on its ranks. Every method that takes requests is collective, and all ranks must be given the same."""
+    """A model on its ranks. Methods that take requests are collective, and all ranks must get the same requests."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class TorchtitanLM(TemplateLM):
         truncate: bool = False,
         silent: bool = False,
     ) -> None:
-        """max_length: tokens that the model may read; of a scored request the last token is not read.
+        """max_length: tokens that the model may read; the last token of a scored request is not read.
 
         add_bos: begin every text that does not begin with BOS with it. truncate: cut longer requests from the left,
         instead of a UserError; `truncated` counts them. silent: without progress bars.
@@ -111,7 +111,7 @@ class TorchtitanLM(TemplateLM):
                 "text that has nothing before it."
             )
 
-    # what the harness asks of a model beside its answers
+    # what the harness needs of a model beside its answers
 
     @property
     def eot_token_id(self) -> int | None:
@@ -119,10 +119,10 @@ class TorchtitanLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has nothing before it: BOS, or EOS where there is none."""
-        found = self._tokens.bos_id if self._tokens.bos_id is not None else self._tokens.eos_id
-        assert found is not None
-        return found
+        """What stands before a text that has nothing before it: BOS, or EOS if there is no BOS."""
+        prefix = self._tokens.bos_id if self._tokens.bos_id is not None else self._tokens.eos_id
+        assert prefix is not None
+        return prefix
 
     @property
     def max_gen_toks(self) -> int:
@@ -134,16 +134,16 @@ class TorchtitanLM(TemplateLM):
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """UserError where the tokenizer's folder has none."""
+        """UserError if the tokenizer's folder has none."""
         return load_chat_template(self._tokens)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Its fingerprint: the harness only notes it down."""
+        """The template's fingerprint, which the harness only writes down."""
         return self.template.fingerprint if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as text, up to where the model's answer begins, or, without add_generation_prompt, goes
-        on. UserError where the template does not take it."""
+        """The conversation as text, up to where the model's answer begins or, without add_generation_prompt, goes on.
+        UserError if the template refuses it."""
         try:
             text = self.template.render(chat_history, answering=add_generation_prompt)
         except ValueError as error:
@@ -155,7 +155,7 @@ class TorchtitanLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text, in which a special token's spelling is that token, as in lm-eval's `hf` model: benchmarks are
-        no training data. With BOS if add_special_tokens says so; unset, add_bos does, and never twice."""
+        no training data. With BOS if add_special_tokens says so or, if that is None, add_bos; never twice."""
         ids = self._tokens.encode_template(string)[0]
         bos = self._tokens.bos_id
         if add_special_tokens is None:
@@ -171,8 +171,8 @@ class TorchtitanLM(TemplateLM):
     # answers
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Of each (context, continuation): the continuation's log-likelihood, and whether greedy generation writes
-        it."""
+        """For each (context, continuation): the continuation's log-likelihood, and whether greedy generation would
+        write it."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.silent)
 
     def _loglikelihood_tokens(
@@ -200,8 +200,8 @@ class TorchtitanLM(TemplateLM):
         return self._collect(found, len(pairs))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of each (text,): its log-likelihood behind the prefix token, in windows of max_length that share one token;
-        the last window reads max_length too, and scores what has not been."""
+        """For each (text,): its log-likelihood behind the prefix token, in windows of max_length that share one token;
+        the last window reads max_length tokens too, and scores those that no other has scored."""
         texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
         self._check_alike(texts)
         windows: list[tuple[int, torch.Tensor, int]] = []
@@ -222,7 +222,8 @@ class TorchtitanLM(TemplateLM):
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes behind each (context, generation_kwargs), up to the first string of `until`."""
+        """What the model writes behind the context of each (context, generation_kwargs), up to the first string of
+        `until`."""
         self._check_alike([request.args for request in requests])
         prompts: list[torch.Tensor] = []
         by_writing: dict[Writing, list[int]] = {}
@@ -253,10 +254,10 @@ class TorchtitanLM(TemplateLM):
         return self._collect(found, len(requests))
 
     def _ends(self, until: Sequence[str], tokens: list[int]) -> bool:
-        """Whether one of `until` has been written; special tokens are spelled out, as one may be the end of a turn."""
+        """Whether one of `until` has been written. Special tokens are spelled out: one may be the end of a turn."""
         if not until:
             return False
-        enough = max(len(text.encode()) for text in until) + 8  # a token has a byte at least
+        enough = max(len(text.encode()) for text in until) + 8  # a token has at least one byte
         return all(
             any(text in written for text in until)
             for written in (self._tokens.decode(tokens[-enough:]), self._tokens.decode(tokens))
@@ -272,7 +273,8 @@ class TorchtitanLM(TemplateLM):
     # sharing out
 
     def _cut(self, context: list[int], room: int, more: int, why: str) -> list[int]:
-        """The last `room` tokens of a context, if it may be cut; `more` tokens come behind it."""
+        """The last `room` tokens of a context. UserError if it is longer and may not be cut. more: how many tokens come
+        behind it; why: "to score" or "to write"."""
         if len(context) <= room:
             return context
         if room < 1:
@@ -292,10 +294,10 @@ class TorchtitanLM(TemplateLM):
         return repr(self._tokens.decode(tokens[:12]))
 
     def _check_alike(self, requests: Sequence[Any]) -> None:
-        """Ranks that are asked other things would give numbers of neither."""
+        """Collective. RuntimeError unless all ranks have the same requests: else the numbers would be of neither."""
         code = zlib.crc32(repr(requests).encode())
         if self.ranks.largest(code) != -self.ranks.largest(-code):
-            raise RuntimeError("lm-eval made other requests on other ranks: a task draws without a seed.")
+            raise RuntimeError("lm-eval made different requests on different ranks: a task draws without a seed.")
 
     def _deal(self, sizes: Sequence[int]) -> list[int]:
         """Indices of this data-parallel rank's requests, the longest first."""
@@ -303,7 +305,7 @@ class TorchtitanLM(TemplateLM):
         return order[self.ranks.dp_rank :: self.ranks.dp]
 
     def _rounds(self, own: int, what: str) -> Iterable[int]:
-        """As many on every rank, as parameters may be shared (FSDP)."""
+        """The same number on every rank, because parameters may be shared (FSDP)."""
         return tqdm(range(self.ranks.largest(own)), desc=what, disable=self.silent)
 
     def _collect(self, found: dict[int, Any], count: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Pictures of evaluation results. Reads the JSON that the scripts write, so that runs can be drawn together."""
+"""Pictures of evaluation results, from the JSON that the scripts write: several runs can be drawn together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def draw_positions(results: list[dict[str, Any]], path: Path, title: str = "") -
     """Perplexity by position, a line per curve: dashed if the context begins anew every so many tokens (reset_every),
     dotted if it is a window.
 
-    results: as scripts/loss_by_position.py writes them. A dotted upright line marks each trained length.
+    results: as scripts/loss_by_position.py writes them. A dotted vertical line marks each trained length.
     """
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for result in results:
@@ -49,7 +49,7 @@ def draw_positions(results: list[dict[str, Any]], path: Path, title: str = "") -
 
 
 def _mark_trained(axes: Any, length: int) -> None:
-    """A dotted upright line, and what it is."""
+    """A dotted vertical line, and what it means."""
     axes.axvline(length, color="grey", linestyle=":", linewidth=1)
     axes.annotate(
         f"trained to {length:,}",
@@ -63,7 +63,7 @@ def _mark_trained(axes: Any, length: int) -> None:
 
 
 def _plain_log(axes: Any) -> None:
-    """Perplexities upwards, as plain numbers."""
+    """A logarithmic vertical axis with plain numbers."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     low, high = axes.get_ylim()
@@ -72,7 +72,7 @@ def _plain_log(axes: Any) -> None:
 
 
 def needle_figure(grid: dict[str, Any], title: str = "") -> Any:
-    """A task's scores by length (across) and depth (down), red to green: what was written, else exact likelihood.
+    """A task's scores by length (across) and depth (down), red to green: of what was written, else `exact`.
 
     grid: as mean_by_length_and_depth gives it. A cell's number is its mean in percent.
     """
@@ -84,7 +84,7 @@ def needle_figure(grid: dict[str, Any], title: str = "") -> Any:
 
 def tasks_figure(grids: dict[str, Any], title: str = "") -> Any:
     """Scores by length (across) and task (down) of tasks without depths; grids: by task, as
-    mean_by_length_and_depth gives them. What was written, if anything was, else exact likelihood."""
+    mean_by_length_and_depth gives them. Scores of what was written, if anything was, else `exact`."""
     writes = any(row[0] is not None for grid in grids.values() for row in grid["score"])
     lengths = sorted({n for grid in grids.values() for n in grid["lengths"]})
     values = np.full((len(grids), len(lengths)), np.nan)
@@ -115,7 +115,7 @@ def _heatmap(
 
 
 def task_figures(result: dict[str, Any]) -> dict[str, Any]:
-    """A figure by name: one for each task with depths, and "tasks" for all others; result: of evaluate()."""
+    """Figures by name: one per task with depths, and "tasks" for all others; result: of evaluate()."""
     grids, label = result["tasks"], result["label"]
     figures = {task: needle_figure(grid, label) for task, grid in grids.items() if grid["depths"]}
     without = {task: grid for task, grid in grids.items() if not grid["depths"]}
@@ -125,7 +125,7 @@ def task_figures(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def position_figure(result: dict[str, Any]) -> Any:
-    """Perplexity by position, a line a text, dashed with the context cut to a window; result: of evaluate()."""
+    """Perplexity by position, a line per text, dashed if the context is cut to a window; result: of evaluate()."""
     figure, axes = plt.subplots(figsize=(8, 4.5))
 
     def draw(edges: list[int], nll: list[float | None], **style: Any) -> Any:
@@ -154,9 +154,9 @@ def comparison_figure(
     tasks: list[str],
     trained_length: int | None = None,
 ) -> Any:
-    """Loss by position on the left, scores by length on the right, or one of them; a colour a result.
+    """Loss by position on the left, scores by length on the right, or one of them; a colour per result.
 
-    results: of evaluate(). A dotted upright line marks the trained length, where the picture goes beyond it.
+    results: of evaluate(). A dotted vertical line marks the trained length, if the picture goes beyond it.
     """
     figure, panels = plt.subplots(1, bool(texts) + bool(tasks), figsize=(11, 4.5), squeeze=False)
     if texts:
@@ -175,7 +175,7 @@ def comparison_figure(
 
 
 def _draw_losses(axes: Any, results: list[dict[str, Any]], labels: list[str], texts: list[str]) -> None:
-    """A line style a text."""
+    """A line style per text."""
     for i, (result, label) in enumerate(zip(results, labels, strict=True)):
         for j, text in enumerate(texts):
             if one := result["perplexity"].get(text):
@@ -183,12 +183,12 @@ def _draw_losses(axes: Any, results: list[dict[str, Any]], labels: list[str], te
                 style: dict[str, Any] = {"color": f"C{i % 10}", "linestyle": ("-", "--", "-.", ":")[j % 4]}
                 name = f"{label}, {text}" if len(texts) > 1 else label
                 axes.plot(middles, np.array(one["nll"], dtype=float), marker=".", label=name, **style)
-    axes.set(xlabel="position in the document (tokens)", ylabel="loss (nats a token)")
+    axes.set(xlabel="position in the document (tokens)", ylabel="loss (nats per token)")
 
 
 def _draw_scores(axes: Any, results: list[dict[str, Any]], labels: list[str], tasks: list[str]) -> None:
-    """Each task pale, and bold their mean, at lengths that all of them have. What was written, where every result has
-    that, else exact likelihood."""
+    """Each task pale, and in bold their mean at the lengths that all of them have. Scores of what was written, if every
+    result has them, else `exact`."""
     grids = [[result["tasks"][task] for task in tasks if task in result["tasks"]] for result in results]
     writes = all(any(c is not None for row in grid["score"] for c in row) for found in grids for grid in found)
     for i, (label, found) in enumerate(zip(labels, grids, strict=True)):
@@ -209,7 +209,7 @@ def _draw_scores(axes: Any, results: list[dict[str, Any]], labels: list[str], ta
 
 
 def save(figure: Any, path: Path) -> None:
-    """As PNG, and let go of."""
+    """Write the figure as PNG, and free it."""
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

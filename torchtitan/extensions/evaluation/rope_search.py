@@ -3,7 +3,7 @@
 A candidate is a real critical index d_rcd and factors lambda_j, ascending within [s, 2s], for the pairs j from it on,
 s = target / original length. Below it the NTK rule leads from 1 up to lambda at d_rcd: lambda_j = lambda^(j / d_rcd).
 Only the pairs from d_rcd on are mutated. The fitness, less being better, is given from outside: in the paper it is the
-perplexity of the answers to needle questions (needle_prompts.py). How far a mutation goes and how parents are mixed is
+perplexity of the answers to needle questions (needle.py). How far a mutation goes and how parents are mixed is
 this file's own choice.
 """
 

@@ -1,4 +1,4 @@
-"""English words for questions: the keys of needles ("calm-lantern") and the words that cwe has counted."""
+"""English words for questions: the keys of needles ("calm-lantern") and the words that cwe asks to count."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ ADJECTIVES, NOUNS = (tuple(some.split()) for some in (_ADJECTIVES, _NOUNS))
 
 @cache
 def words() -> tuple[str, ...]:
-    """All that can be made, in an order without meaning: single words first, then adjective-noun."""
+    """All words, in an arbitrary fixed order: single words first, then adjective-nouns."""
     single = sorted({*ADJECTIVES, *NOUNS})
     paired = [f"{a}-{n}" for a in ADJECTIVES for n in NOUNS]
     rng = np.random.default_rng(0)
