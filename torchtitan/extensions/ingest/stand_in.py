@@ -1,0 +1,106 @@
+"""Stand-ins of random tokens for the sources of a stage, for scripts/build_stand_in.py and scripts/try_recipe.py."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from torchtitan.config import JobConfig
+from torchtitan.config.schema import Data, Source
+from torchtitan.datasets.corpus import ASSISTANT
+from torchtitan.extensions.ingest.source_files import source_path
+from torchtitan.tools.errors import UserError
+
+VOCABULARY = 256
+SHORTEST = 64
+LONGEST = 1 << 18  # unless min_length asks for more
+LONG_SHARE = 1 / 3
+FEWEST = 4
+MARK = "STAND-IN.txt"
+"""Beside the tokens; scripts/plan.py looks for it."""
+
+
+def build(config: JobConfig, tokens: int, seed: int = 0) -> None:
+    """Write and print one for each source, of about `tokens` tokens; UserError if that is impossible."""
+    for folder, source in folders_of(config).items():
+        documents = make_documents(source, config.data, config.training.seq_len, tokens, seed)
+        write(folder, documents, with_roles=bool(source.messages_field))
+        sizes = [len(document) for document in documents]
+        print(f"{source.name}: {len(sizes)} documents of {min(sizes):,} to {max(sizes):,} tokens in {folder}")
+
+
+def folders_of(config: JobConfig) -> dict[Path, Source]:
+    """Where each stand-in goes, and the source that it stands for; UserError where one cannot be put there."""
+    folder = Path(config.data.folder).expanduser().resolve()
+    folders: dict[Path, Source] = {}
+    if not config.data.sources:
+        raise UserError("The configuration has no [[data.sources]]: name a stage's TOML with --job.config_file.")
+    for number, source in enumerate(config.data.sources):
+        path = source_path(source, config.data).resolve()
+        named = f'Data source "{source.name}"'
+        elsewhere = f"Give it one for this trial, here and to scripts/plan.py: --data.sources.{number}.path NAME."
+        if source.path.startswith("hub:") or any(c in source.path for c in "*?["):
+            raise UserError(f'{named} has path = "{source.path}", which names no folder. {elsewhere}')
+        if folder not in path.parents:
+            raise UserError(
+                f'{named} has path = "{source.path}", which does not lie in data.folder = {folder}, and a stand-in is '
+                f"not put among other data. {elsewhere}"
+            )
+        folders.setdefault(path, source)
+    for path in folders:
+        for there in (path, *path.parents):
+            if there == path and there.exists() or there.exists() and not there.is_dir():
+                raise UserError(
+                    f"{there} exists, and a stand-in is never written over anything. Name another data.folder, or "
+                    "delete it if you know what it is."
+                )
+    return folders
+
+
+def make_documents(source: Source, data: Data, seq_len: int, tokens: int, seed: int) -> list[np.ndarray]:
+    """uint8[n] each: `tokens` tokens or a little more, in at least FEWEST long documents."""
+    # Seeded by the path, so that a source is the same beside other sources.
+    random = np.random.default_rng([seed, zlib.crc32(source.path.encode())])
+    shortest = max(source.min_length, SHORTEST)
+    longest = max(min(2 * seq_len, LONGEST), 2 * shortest)
+    if source.max_length is not None:
+        longest = min(longest, source.max_length)
+    shortest = min(shortest, longest)
+    ranges = [(shortest, longest, tokens)]
+    if shortest < data.long_threshold < longest:
+        long = int(tokens * LONG_SHARE)
+        ranges = [(shortest, data.long_threshold, tokens - long), (data.long_threshold + 1, longest, long)]
+    elif source.min_length:
+        ranges = [(shortest, min(4 * shortest, longest), tokens)]
+    lengths = [n for low, high, wanted in ranges for n in draw_lengths(low, high, wanted, random)]
+    random.shuffle(lengths)
+    return [random.integers(0, VOCABULARY, n, np.uint8) for n in lengths]
+
+
+def draw_lengths(low: int, high: int, tokens: int, random: np.random.Generator) -> list[int]:
+    """Log-uniform in [low, high], as many as make `tokens`, and not fewer than FEWEST."""
+    lengths: list[int] = []
+    while len(lengths) < FEWEST or sum(lengths) < tokens:
+        lengths.append(min(high, int(np.exp(random.uniform(np.log(low), np.log(high + 1))))))
+    return lengths
+
+
+def write(folder: Path, documents: list[np.ndarray], with_roles: bool) -> None:
+    """One document a row, as datasets' save_to_disk writes it. In conversations the assistant says all but the first
+    quarter."""
+    from datasets import Dataset, Features, Sequence, Value, disable_progress_bars
+
+    disable_progress_bars()
+    columns = Features({"input_ids": Sequence(Value("uint8"))})
+    rows = {"input_ids": documents}
+    if with_roles:
+        columns["roles"] = Sequence(Value("int8"))
+        rows["roles"] = [np.where(np.arange(len(d)) < len(d) // 4, 0, ASSISTANT).astype(np.int8) for d in documents]
+    try:
+        folder.mkdir(parents=True)
+        (folder / MARK).write_text("Random tokens, written by scripts/build_stand_in.py. Not for training.\n")
+        Dataset.from_dict(rows, columns).save_to_disk(folder)
+    except OSError as error:
+        raise UserError(f"The stand-in {folder} cannot be written: {error}.") from error
