@@ -121,15 +121,15 @@ def compare(results: Sequence[Result], labels: Sequence[str], short: int | None 
     apart: Apart = []
     compared = 0
     for name in shared(result["perplexity"] for result in results):
-        found, missing = losses(name, results, labels, short or trained_length(results[0]))
-        lines += found
+        table, missing = losses(name, results, labels, short or trained_length(results[0]))
+        lines += table
         apart += missing
-        compared += bool(found)
+        compared += bool(table)
     for way in WAYS:
-        found, missing = scores(way, results, labels)
-        lines += found
+        table, missing = scores(way, results, labels)
+        lines += table
         apart += missing
-        compared += bool(found)
+        compared += bool(table)
     if not compared:
         raise UserError(f"Nothing in common: {'; '.join(f'{n} has {has(r)}' for n, r in zip(labels, results))}.")
     for part, called in (("perplexity", "text"), ("tasks", "task")):
@@ -140,8 +140,8 @@ def compare(results: Sequence[Result], labels: Sequence[str], short: int | None 
     for key, what in ASKED.items():
         values = [(result.get("asked") or {}).get(key) for result in results]
         if len({json.dumps(value) for value in values if value is not None}) > 1:
-            said = ", ".join(f"{v if key in SHOWN else i + 1} ({n})" for i, (v, n) in enumerate(zip(values, labels)))
-            apart.append((what, said))
+            shown = ", ".join(f"{v if key in SHOWN else i + 1} ({n})" for i, (v, n) in enumerate(zip(values, labels)))
+            apart.append((what, shown))
     if apart:
         ways: dict[str, dict[str, None]] = {}
         for way, what in apart:
@@ -245,16 +245,15 @@ def scores(way: str, results: Sequence[Result], labels: Sequence[str]) -> tuple[
             apart += only_in(f"{task}, depth {called}", names, [depth in (g["depths"] or [None]) for _, g in about])
         for length in sorted({n for _, grid in about for n in grid["lengths"]}):
             apart += only_in(f"{task} at {length:,}", names, [length in grid["lengths"] for _, grid in about])
-            found = [cell_mean(grid, way, length, depths) for grid in grids]
-            if found[0] is None or all(one is None for one in found[1:]):
+            shares = [cell_mean(grid, way, length, depths) for grid in grids]
+            if shares[0] is None or all(share is None for share in shares[1:]):
                 continue
             asked = [sum(cells_of(grid, "count", length, depths)) for grid in grids if grid]
             if len(set(asked)) > 1:
                 apart.append(("another number of questions", f"{task} at {length:,} ({', '.join(map(str, asked))})"))
-            rows.append([task, f"{length:,}", str(asked[0]), *score_cells(found)])
-            known = [one for one in found if one is not None]
-            if len(known) == len(found):
-                means.setdefault(length, []).append(known)
+            rows.append([task, f"{length:,}", str(asked[0]), *score_cells(shares)])
+            if all(share is not None for share in shares):
+                means.setdefault(length, []).append(shares)
     if not rows:
         return [], apart
     for length, several in sorted(means.items()):
@@ -279,12 +278,13 @@ def cell_mean(grid: Result | None, way: str, length: int, depths: Sequence[float
     return sum(cells) / len(cells) if cells else None
 
 
-def score_cells(found: Sequence[float | None]) -> list[str]:
+def score_cells(shares: Sequence[float | None]) -> list[str]:
     """Shares in percent; after each but the first, its difference to the first in percentage points."""
-    first = found[0]
+    first = shares[0]
     cells = ["-" if first is None else f"{first:.1%}"]
-    for one in found[1:]:
-        cells += ["-", "-"] if one is None or first is None else [f"{one:.1%}", f"{(one - first) * 100:+.1f}"]
+    for share in shares[1:]:
+        both = share is not None and first is not None
+        cells += [f"{share:.1%}", f"{(share - first) * 100:+.1f}"] if both else ["-", "-"]
     return cells
 
 

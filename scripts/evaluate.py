@@ -146,10 +146,10 @@ def as_table(result: dict[str, Any]) -> str:
     for task, grid in result["tasks"].items():
         if not grid["depths"]:
             continue
-        for what, said in HOW:
+        for what, meaning in HOW:
             if any(cell is not None for row in grid[what] for cell in row):
                 rows = {f"{depth:.0%}": [row[d] for row in grid[what]] for d, depth in enumerate(grid["depths"])}
-                lines += ["", f"{task}, {said}, of {sum(map(sum, grid['count']))}"]
+                lines += ["", f"{task}, {meaning}, of {sum(map(sum, grid['count']))}"]
                 lines += percents("depth", grid["lengths"], rows)
         lines += cut_answers([grid])
     return "\n".join(lines + tables_of_tasks(result))
@@ -165,14 +165,14 @@ def tables_of_tasks(result: dict[str, Any]) -> list[str]:
     grids = {task: grid for task, grid in result["tasks"].items() if not grid["depths"]}
     lines = []
     lengths = sorted({n for grid in (*grids.values(), *result["groups"].values()) for n in grid["lengths"]})
-    for what, said in HOW:
+    for what, meaning in HOW:
         rows = {task: [at_length(grid, what, n) for n in lengths] for task, grid in grids.items()}
         for group, means in result["groups"].items():
             by_length = dict(zip(means["lengths"], means[what], strict=True))
             rows[group_name(group, means)] = [by_length.get(n) for n in lengths]
         if any(cell is not None for row in rows.values() for cell in row):
             asked = sum(sum(map(sum, grid["count"])) for grid in grids.values())
-            lines += ["", f"tasks, {said}, of {asked}", *percents("task", lengths, rows)]
+            lines += ["", f"tasks, {meaning}, of {asked}", *percents("task", lengths, rows)]
     return lines + cut_answers(grids.values())
 
 

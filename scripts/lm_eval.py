@@ -98,7 +98,7 @@ def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, A
         lm = TorchtitanLM(
             model, ranks, on_disk.tokenizer, max_length, config.data.add_bos, own.truncate, silent=rank != 0
         )
-        found = simple_evaluate(
+        results = simple_evaluate(
             lm,
             tasks=tasks,
             task_manager=manager,  # else it makes one of all its tasks
@@ -110,7 +110,7 @@ def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, A
         )
     if lm.truncated:
         logger.warning(f"{lm.truncated} requests were cut from the left to max_length = {max_length:,}")
-    if rank != 0 or found is None:
+    if rank != 0 or results is None:
         return {}
     about = {
         "label": on_disk.label,
@@ -121,7 +121,7 @@ def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, A
         "truncated": lm.truncated,
         "world_size": world_size,
     }
-    return about | found
+    return about | results
 
 
 def load_tasks(own: argparse.Namespace, metadata: dict[str, Any]) -> tuple[Any, list[Any]]:
@@ -142,7 +142,7 @@ def load_tasks(own: argparse.Namespace, metadata: dict[str, Any]) -> tuple[Any, 
     if manager is None or not set(asked) <= set(manager.all_subtasks):
         # reads the files of all its 14,000 tasks, half a minute: only if they are needed
         manager = TaskManager(include_path=str(own.include_path or "") or None, metadata=metadata)
-    found: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
     for pattern in asked:
         names = manager.match_tasks([pattern])
         if not names:
@@ -164,8 +164,8 @@ def load_tasks(own: argparse.Namespace, metadata: dict[str, Any]) -> tuple[Any, 
                 if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
                     raise UserError(f"--tasks {name}: {task_name} runs code of a model, or shows pictures to it.")
             top = {name: loaded["groups"][name]} if name in loaded["groups"] else loaded["tasks"]
-            found |= top
-    return manager, list(found.values())
+            chosen |= top
+    return manager, list(chosen.values())
 
 
 def report(result: dict[str, Any], out: Path | None) -> None:

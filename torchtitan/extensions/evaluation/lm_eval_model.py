@@ -187,17 +187,17 @@ class TorchtitanLM(TemplateLM):
             cut = self._cut(context, self.max_length + 1 - len(continuation), len(continuation), "to score")
             pairs.append((torch.tensor(cut), torch.tensor(continuation)))
         mine = self._deal([len(prompt) + len(target) for prompt, target in pairs])
-        rope, found = self.model.args.rope, {}
+        rope, answers = self.model.args.rope, {}
         # of a continuation all tokens but the last are read
         groups = groups_of([pairs[i][0] for i in mine], [len(pairs[i][1]) - 1 for i in mine], rope, SCORED_TOGETHER)
         for g in self._rounds(len(groups), "log-likelihoods"):
             used, members = groups[g] if g < len(groups) else (rope, [])
             some = [pairs[mine[j]] for j in members] or [(DUMMY_PROMPT, DUMMY_PROMPT)]
             prompts, targets = zip(*some, strict=True)
-            answers = answer_scores(self.model, self.ranks, prompts, targets, used)
-            for j, (scores, likeliest) in zip(members, answers):
-                found[mine[j]] = float(scores.sum()), bool(likeliest.all())
-        return self._collect(found, len(pairs))
+            scored = answer_scores(self.model, self.ranks, prompts, targets, used)
+            for j, (scores, likeliest) in zip(members, scored):
+                answers[mine[j]] = float(scores.sum()), bool(likeliest.all())
+        return self._collect(answers, len(pairs))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """For each (text,): its log-likelihood behind the prefix token, in windows of max_length that share one token;
@@ -209,15 +209,15 @@ class TorchtitanLM(TemplateLM):
             for read, scored in get_rolling_token_windows(text, self.prefix_token_id, self.max_length, 1):
                 windows.append((n, torch.tensor([*read, scored[-1]]), len(scored)))
         mine = self._deal([len(tokens) for _, tokens, _ in windows])
-        rope, found = self.model.args.rope, {}
+        rope, answers = self.model.args.rope, {}
         groups = groups_of([windows[i][1][:-1] for i in mine], [0] * len(mine), rope, SCORED_TOGETHER)
         for g in self._rounds(len(groups), "rolling log-likelihoods"):
             used, members = groups[g] if g < len(groups) else (rope, [])
             some = [windows[mine[j]][1] for j in members] or [DUMMY_PROMPT]
             for j, losses in zip(members, losses_of_documents(self.model, self.ranks, some, used)):
-                found[mine[j]] = -float(losses[-windows[mine[j]][2] :].double().sum())
+                answers[mine[j]] = -float(losses[-windows[mine[j]][2] :].double().sum())
         sums = [0.0] * len(texts)
-        for (n, _, _), score in zip(windows, self._collect(found, len(windows)), strict=True):
+        for (n, _, _), score in zip(windows, self._collect(answers, len(windows)), strict=True):
             sums[n] += score
         return sums
 
@@ -234,7 +234,7 @@ class TorchtitanLM(TemplateLM):
             read = self._cut(read, self.max_length - writing.new_tokens, writing.new_tokens, "to write")
             prompts.append(torch.tensor(read))
             by_writing.setdefault(writing, []).append(i)
-        found: dict[int, str] = {}
+        answers: dict[int, str] = {}
         for writing, members in by_writing.items():
             mine = [members[j] for j in self._deal([len(prompts[i]) for i in members])]
             for g in self._rounds(-(-len(mine) // BATCH_PROMPTS), "texts"):
@@ -250,8 +250,8 @@ class TorchtitanLM(TemplateLM):
                     numbers=some,
                     stop=partial(self._ends, writing.until),
                 )
-                found |= {i: self._text(tokens, writing.until) for i, tokens in zip(some, written, strict=True)}
-        return self._collect(found, len(requests))
+                answers |= {i: self._text(tokens, writing.until) for i, tokens in zip(some, written, strict=True)}
+        return self._collect(answers, len(requests))
 
     def _ends(self, until: Sequence[str], tokens: list[int]) -> bool:
         """Whether one of `until` has been written. Special tokens are spelled out: one may be the end of a turn."""
@@ -304,13 +304,13 @@ class TorchtitanLM(TemplateLM):
         order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
         return order[self.ranks.dp_rank :: self.ranks.dp]
 
-    def _rounds(self, own: int, what: str) -> Iterable[int]:
+    def _rounds(self, groups: int, what: str) -> Iterable[int]:
         """The same number on every rank, because parameters may be shared (FSDP)."""
-        return tqdm(range(self.ranks.largest(own)), desc=what, disable=self.silent)
+        return tqdm(range(self.ranks.largest(groups)), desc=what, disable=self.silent)
 
-    def _collect(self, found: dict[int, Any], count: int) -> list[Any]:
+    def _collect(self, answers: dict[int, Any], count: int) -> list[Any]:
         """Everyone's answers, in the order of the requests."""
         everything: dict[int, Any] = {}
-        for part in self.ranks.gather(found):
+        for part in self.ranks.gather(answers):
             everything |= part
         return [everything[i] for i in range(count)]

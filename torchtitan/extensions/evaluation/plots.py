@@ -38,13 +38,7 @@ def draw_positions(results: list[dict[str, Any]], path: Path, title: str = "") -
     for length in sorted({r["trained_length"] for r in results if r["trained_length"]}):
         if length < max(r["length"] for r in results):
             _mark_trained(axes, length)
-    _plain_log(axes)
-    axes.set_xlabel("position in the document (tokens)")
-    axes.set_ylabel("perplexity")
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.25, which="both")
-    axes.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    _label_perplexity(figure, axes, title)
     save(figure, path)
 
 
@@ -62,13 +56,18 @@ def _mark_trained(axes: Any, length: int) -> None:
     )
 
 
-def _plain_log(axes: Any) -> None:
-    """A logarithmic vertical axis with plain numbers."""
+def _label_perplexity(figure: Any, axes: Any, title: str) -> None:
+    """Perplexity by position: a logarithmic vertical axis with plain numbers, labels, grid and legend."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     low, high = axes.get_ylim()
     shown = "25" if high / low > 5 else "123456789"
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(value)[0] in shown else "")
+    axes.set(xlabel="position in the document (tokens)", ylabel="perplexity")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
 
 
 def needle_figure(grid: dict[str, Any], title: str = "") -> Any:
@@ -109,9 +108,13 @@ def _heatmap(
     axes.set_xlabel("length (tokens)")
     if what:
         axes.set_ylabel(what)
-    axes.set_title(f"{title}\n{'found in what was written' if writes else 'answer is the likeliest'}, %", fontsize=9)
+    axes.set_title(f"{title}\n{_meaning(writes)}, %", fontsize=9)
     figure.tight_layout()
     return figure
+
+
+def _meaning(writes: bool) -> str:
+    return "found in what was written" if writes else "answer is the likeliest"
 
 
 def task_figures(result: dict[str, Any]) -> dict[str, Any]:
@@ -137,13 +140,7 @@ def position_figure(result: dict[str, Any]) -> Any:
         for gain in one["gains_of_context"]:
             label = f"{name}, within {gain['window']:,}"
             draw(gain["edges"], gain["nll_cut"], label=label, color=color, linestyle="--", linewidth=1)
-    _plain_log(axes)
-    axes.set_xlabel("position in the document (tokens)")
-    axes.set_ylabel("perplexity")
-    axes.set_title(result["label"], fontsize=10)
-    axes.grid(alpha=0.25, which="both")
-    axes.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
+    _label_perplexity(figure, axes, result["label"])
     return figure
 
 
@@ -190,10 +187,10 @@ def _draw_scores(axes: Any, results: list[dict[str, Any]], labels: list[str], ta
     """Each task pale, and in bold their mean at the lengths that all of them have. Scores of what was written, if every
     result has them, else `exact`."""
     grids = [[result["tasks"][task] for task in tasks if task in result["tasks"]] for result in results]
-    writes = all(any(c is not None for row in grid["score"] for c in row) for found in grids for grid in found)
-    for i, (label, found) in enumerate(zip(labels, grids, strict=True)):
+    writes = all(any(c is not None for row in grid["score"] for c in row) for several in grids for grid in several)
+    for i, (label, several) in enumerate(zip(labels, grids, strict=True)):
         by_length: dict[int, list[float]] = {}
-        for grid in found:
+        for grid in several:
             rows = [[c for c in row if c is not None] for row in grid["score" if writes else "exact"]]
             points = {n: 100 * sum(row) / len(row) for n, row in zip(grid["lengths"], rows, strict=True) if row}
             for n, value in points.items():
@@ -203,9 +200,8 @@ def _draw_scores(axes: Any, results: list[dict[str, Any]], labels: list[str], ta
         lengths = sorted(n for n, values in by_length.items() if len(values) == len(tasks))
         mean = [sum(by_length[n]) / len(tasks) for n in lengths]
         axes.plot(lengths, mean, color=f"C{i % 10}", linewidth=2, marker=".", label=label)
-    several = f"mean of {len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
-    said = "found in what was written" if writes else "answer is the likeliest"
-    axes.set(xlabel="length (tokens)", ylabel=f"{several}: {said}, %", ylim=(-3, 103))
+    what = f"mean of {len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
+    axes.set(xlabel="length (tokens)", ylabel=f"{what}: {_meaning(writes)}, %", ylim=(-3, 103))
 
 
 def save(figure: Any, path: Path) -> None:
