@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from torchtitan.datasets.tokenizer import Tokenizer
-from torchtitan.extensions.evaluation.questions import Question, Score, Task
+from torchtitan.extensions.evaluation.questions import Question, Score
 from torchtitan.tools.errors import UserError
 
 ENOUGH = 0.985
@@ -37,88 +37,81 @@ Build = Callable[[int, str, int, int], tuple[Render, int]]
 """(length, prose, seed, number) -> a question of any size, and the smallest size that the task allows."""
 
 
-def task_of(name: str, build: Build, budget: int, score: Score, most: int | None = None, haystack: str = "") -> Task:
-    """A task whose questions fill a length.
-
-    budget: tokens that the model may write. most: the largest size, for a haystack that is not endless, and what is in
-    it: "words to choose from".
-    """
-
-    def make(tokenizer: Tokenizer, text: str, length: int, count: int, seed: int, bos_id: int | None) -> list[Question]:
-        return [
-            fitted(tokenizer, name, length, budget, bos_id, *build(length, text, seed, n), most, haystack)
-            for n in range(count)
-        ]
-
-    return Task(name, make, score, budget)
-
-
 def generator(seed: int, task: str, length: int, number: int, part: int = 0) -> np.random.Generator:
     """Random numbers of a question's own; part: several independent ones."""
     return np.random.default_rng([seed, zlib.crc32(task.encode()), length, number, part])
 
 
-def fitted(
-    tokenizer: Tokenizer,
-    task: str,
-    length: int,
-    budget: int,
-    bos_id: int | None,
-    render: Render,
-    least: int,
-    most: int | None = None,
-    haystack: str = "",
-) -> Question:
-    """The question whose prompt and answer have at most `length` tokens and nearly as many.
+@dataclass(frozen=True)
+class Task:
+    """A kind of question, at any length."""
 
-    budget: tokens that the model may write, more if the expected answer has more. least, most: the smallest size that
-    the task allows, and the largest that its haystack has. UserError if a length is too short, or too long.
-    """
-    bos = [] if bos_id is None else [bos_id]
+    name: str
+    build: Build
+    score: Score
+    max_new_tokens: int
+    """The published budget; a question's own is larger if the tokenizer needs more for the expected answer."""
 
-    def attempt(size: int) -> tuple[Wording, list[int], list[int], int]:
-        wording = render(size)
-        ids, target = bos + tokenizer.encode(wording.prompt), tokenizer.encode_behind(wording.target)
-        return wording, ids, target, len(ids) + max(budget, len(target))
+    most: int | None = None
+    """The largest size, for a haystack that is not endless."""
 
-    low, best = least, attempt(least)
-    first, too_large = best[3], None
-    if first > length:
-        raise UserError(
-            f"{task} takes at least {first} tokens with this tokenizer (its answer's {first - len(best[1])} included; "
-            f"some questions take a few more), but the length is {length}."
+    haystack: str = ""
+    """What is in such a haystack: "words to choose from"."""
+
+    def make(
+        self, tokenizer: Tokenizer, text: str, length: int, count: int, seed: int, bos_id: int | None
+    ) -> list[Question]:
+        """`count` questions whose prompt and answer have at most `length` tokens and nearly as many, each a function of
+        (tokenizer, text, seed, task, length, number). text: prose for a haystack. UserError if a length is too short,
+        or too long."""
+        return [self._fitted(tokenizer, length, bos_id, *self.build(length, text, seed, n)) for n in range(count)]
+
+    def _fitted(self, tokenizer: Tokenizer, length: int, bos_id: int | None, render: Render, least: int) -> Question:
+        bos = [] if bos_id is None else [bos_id]
+
+        def attempt(size: int) -> tuple[Wording, list[int], list[int], int]:
+            wording = render(size)
+            ids, target = bos + tokenizer.encode(wording.prompt), tokenizer.encode_behind(wording.target)
+            return wording, ids, target, len(ids) + max(self.max_new_tokens, len(target))
+
+        low, best = least, attempt(least)
+        first, too_large = best[3], None
+        if first > length:
+            raise UserError(
+                f"{self.name} takes at least {first} tokens with this tokenizer (its answer's {first - len(best[1])} "
+                f"included; some questions take a few more), but the length is {length}."
+            )
+        size = 2 * least
+        for round_ in range(100):
+            if best[3] >= ENOUGH * length or too_large == low + 1:
+                break
+            size = max(low + 1, min(size, low * 16, (too_large or size + 1) - 1))
+            if self.most is not None and size > self.most:
+                size = self.most
+                if low == self.most:
+                    raise UserError(
+                        f"{self.name} at a length of {length}: there are {self.most} {self.haystack}, with which the "
+                        f"prompt has {best[3]} tokens."
+                    )
+            tried = attempt(size)
+            slope = max(tried[3] - first, 1) / (size - least)
+            if tried[3] <= length:
+                low, best = size, tried
+            else:
+                too_large = size
+            size = low + max(1, int((AIM * length - best[3]) / slope))
+            if round_ >= FEW and too_large:
+                size = (low + too_large) // 2
+        wording, ids, target, whole = best
+        return Question(
+            task=self.name,
+            length=length,
+            prompt=torch.tensor(ids, dtype=torch.int64),
+            target=torch.tensor(target, dtype=torch.int64),
+            answers=wording.answers,
+            max_new_tokens=whole - len(ids),
+            depth=wording.depth,
         )
-    size = 2 * least
-    for round_ in range(100):
-        if best[3] >= ENOUGH * length or too_large == low + 1:
-            break
-        size = max(low + 1, min(size, low * 16, (too_large or size + 1) - 1))
-        if most is not None and size > most:
-            size = most
-            if low == most:
-                raise UserError(
-                    f"{task} at a length of {length}: there are {most} {haystack}, with which the prompt has {best[3]} "
-                    "tokens."
-                )
-        tried = attempt(size)
-        slope = max(tried[3] - first, 1) / (size - least)
-        if tried[3] <= length:
-            low, best = size, tried
-        else:
-            too_large = size
-        size = low + max(1, int((AIM * length - best[3]) / slope))
-        if round_ >= FEW and too_large:
-            size = (low + too_large) // 2
-    wording, ids, target, whole = best
-    return Question(
-        task=task,
-        length=length,
-        prompt=torch.tensor(ids, dtype=torch.int64),
-        target=torch.tensor(target, dtype=torch.int64),
-        answers=wording.answers,
-        max_new_tokens=whole - len(ids),
-        depth=wording.depth,
-    )
 
 
 def listed(words: Sequence[str]) -> str:

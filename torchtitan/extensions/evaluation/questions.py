@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from torchtitan.datasets.tokenizer import Tokenizer
-
 
 @dataclass(frozen=True, eq=False)
 class Question:
@@ -31,7 +29,7 @@ class Question:
     """int64 [A], on the CPU: the tokens of the expected answer as the model would write it behind the prompt."""
 
     answers: tuple[str, ...]
-    """The references that `Task.score` looks for in generated text."""
+    """The references that `Score` looks for in generated text."""
 
     max_new_tokens: int
     """How much the model may write."""
@@ -42,18 +40,3 @@ class Question:
 
 Score = Callable[[str, Sequence[str]], float]
 """(generated text, answers) -> 0 to 1."""
-
-Make = Callable[[Tokenizer, str, int, int, int, int | None], list[Question]]
-"""(tokenizer, prose for a haystack, length, count, seed, bos_id) -> questions; each is a function of the tokenizer, the
-prose and (seed, task, length, number). UserError for a length that is too short for the task."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A kind of question."""
-
-    name: str
-    make: Make
-    score: Score
-    max_new_tokens: int
-    """The published budget; a question's own is larger if the tokenizer needs more for the expected answer."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from torchtitan.extensions.evaluation.fitting import Render, Wording, generator, task_of
+from torchtitan.extensions.evaluation.fitting import Render, Task, Wording, generator
 from torchtitan.extensions.evaluation.ruler import NIAH, drawn, niah_task, string_match_all
 
 SHOTS = 2
@@ -46,5 +46,5 @@ TASKS = {
     "niah_mk_2": niah_task("niah_mk_2", NIAH["niah_multikey_2"], budget=50, join="\n"),
     "niah_mk_3": niah_task("niah_mk_3", NIAH["niah_multikey_3"], budget=100, join="\n"),
     "niah_mv": niah_task("niah_mv", NIAH["niah_multivalue"], budget=50, join="\n"),
-    "json_kv": task_of("json_kv", _json_kv, 100, string_match_all),
+    "json_kv": Task("json_kv", _json_kv, string_match_all, 100),
 }

@@ -17,8 +17,7 @@ from math import pi
 
 import numpy as np
 
-from torchtitan.extensions.evaluation.fitting import Render, Wording, generator, listed, task_of
-from torchtitan.extensions.evaluation.questions import Task
+from torchtitan.extensions.evaluation.fitting import Render, Task, Wording, generator, listed
 from torchtitan.extensions.evaluation.words import pair, singles, words
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -167,7 +166,7 @@ def niah_task(name: str, task: Niah, budget: int = 128, join: str = " ") -> Task
         rng, hay = (generator(seed, name, length, n, part) for part in range(2))
         return niah_wording(task, text, rng, hay, join), 2
 
-    return task_of(name, build, budget, string_match_all)
+    return Task(name, build, string_match_all, budget)
 
 
 def _vt_text(lines: int, letters: int, rng: np.random.Generator) -> tuple[str, list[str]]:
@@ -254,9 +253,9 @@ def _fwe(length: int, text: str, seed: int, n: int) -> tuple[Render, int]:
 
 TASKS = {
     **{name: niah_task(name, task) for name, task in NIAH.items()},
-    "vt": task_of("vt", _vt, 30, string_match_all),
-    "cwe": task_of("cwe", _cwe, 120, string_match_all, most=len(words()), haystack="words to choose from"),
-    "fwe": task_of("fwe", _fwe, 50, string_match_all),
+    "vt": Task("vt", _vt, string_match_all, 30),
+    "cwe": Task("cwe", _cwe, string_match_all, 120, most=len(words()), haystack="words to choose from"),
+    "fwe": Task("fwe", _fwe, string_match_all, 50),
 }
 """The eleven that need no file."""
 QA = ("qa_1", "qa_2")

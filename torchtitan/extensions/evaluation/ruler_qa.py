@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from torchtitan.extensions.evaluation.fitting import Render, Wording, generator, task_of
-from torchtitan.extensions.evaluation.questions import Task
+from torchtitan.extensions.evaluation.fitting import Render, Task, Wording, generator
 from torchtitan.extensions.evaluation.ruler import QA, string_match_part
 from torchtitan.tools.errors import UserError
 
@@ -117,4 +116,4 @@ def qa_task(name: str, files: tuple[Path, ...]) -> Task:
 
         return render, len(one.needed)
 
-    return task_of(name, build, BUDGET, string_match_part, most=len(texts), haystack="documents")
+    return Task(name, build, string_match_part, BUDGET, most=len(texts), haystack="documents")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.extensions.evaluation import recall, ruler
-from torchtitan.extensions.evaluation.questions import Task
+from torchtitan.extensions.evaluation.fitting import Task
 from torchtitan.extensions.evaluation.ruler_qa import qa_task, read
 
 GROUPS = {"ruler": ruler.ALL, "recall": tuple(recall.TASKS)}

@@ -18,8 +18,8 @@ from torchtitan.config import load_config
 from torchtitan.config.schema import EvaluationTask
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.evaluation import evaluate, plots, recall, results, ruler, words
-from torchtitan.extensions.evaluation.fitting import listed
-from torchtitan.extensions.evaluation.questions import Question, Task
+from torchtitan.extensions.evaluation.fitting import Task, listed
+from torchtitan.extensions.evaluation.questions import Question
 from torchtitan.extensions.evaluation.tasks import GROUPS, group_means, group_name, tasks_of
 from torchtitan.tools.errors import UserError
 
