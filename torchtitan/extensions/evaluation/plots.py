@@ -14,8 +14,7 @@ import numpy as np
 
 
 def draw_positions(results: list[dict[str, Any]], path: Path, title: str = "") -> None:
-    """Perplexity by position, a line per curve: dashed if the context begins anew every so many tokens (reset_every),
-    dotted if it is a window.
+    """Perplexity by position, a line per curve: dashed if its context is a window, dotted if it begins anew.
 
     results: as scripts/loss_by_position.py writes them. A dotted vertical line marks each trained length.
     """
@@ -24,22 +23,22 @@ def draw_positions(results: list[dict[str, Any]], path: Path, title: str = "") -
         middles = [(a + b) / 2 for a, b in pairwise(result["edges"])]
         color = axes.plot([], [])[0].get_color()
         for curve in result["curves"]:
-            window, reset = curve["window"], curve["reset_every"]
-            how = f", within {window:,}" if window else f", reset every {reset:,}" if reset else ""
-            axes.plot(
-                middles,
-                np.exp(np.array(curve["nll"], dtype=float)),
-                color=color,
-                linestyle=":" if window else "--" if reset else "-",
-                linewidth=1 if how else 2,
-                marker=None if how else ".",
-                label=result["label"] + how,
-            )
+            perplexity = np.exp(np.array(curve["nll"], dtype=float))
+            style = {"linewidth": 2, "marker": ".", "label": result["label"]}
+            if curve["window"] or curve["reset_every"]:
+                style = _cut_style(result["label"], curve["window"], curve["reset_every"])
+            axes.plot(middles, perplexity, color=color, **style)
     for length in sorted({r["trained_length"] for r in results if r["trained_length"]}):
         if length < max(r["length"] for r in results):
             _mark_trained(axes, length)
     _label_perplexity(figure, axes, title)
     save(figure, path)
+
+
+def _cut_style(label: str, window: int | None, reset_every: int | None) -> dict[str, Any]:
+    """How a curve with less than full context is drawn: nothing else tells the two kinds apart."""
+    how = f"within {window:,}" if window else f"reset every {reset_every:,}"
+    return {"linewidth": 1, "linestyle": "--" if window else ":", "label": f"{label}, {how}"}
 
 
 def _mark_trained(axes: Any, length: int) -> None:
@@ -128,7 +127,8 @@ def task_figures(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def position_figure(result: dict[str, Any]) -> Any:
-    """Perplexity by position, a line per text, dashed if the context is cut to a window; result: of evaluate()."""
+    """Perplexity by position, a line per text, dashed if the context is cut to a window; result: of evaluate(). Gains
+    without a "stride", in old results, are of a context that began anew."""
     figure, axes = plt.subplots(figsize=(8, 4.5))
 
     def draw(edges: list[int], nll: list[float | None], **style: Any) -> Any:
@@ -138,8 +138,8 @@ def position_figure(result: dict[str, Any]) -> Any:
     for name, one in result["perplexity"].items():
         color = draw(one["edges"], one["nll"], label=name).get_color()
         for gain in one["gains_of_context"]:
-            label = f"{name}, within {gain['window']:,}"
-            draw(gain["edges"], gain["nll_cut"], label=label, color=color, linestyle="--", linewidth=1)
+            cut = (gain["window"], None) if "stride" in gain else (None, gain["window"])
+            draw(gain["edges"], gain["nll_cut"], color=color, **_cut_style(name, *cut))
     _label_perplexity(figure, axes, result["label"])
     return figure
 

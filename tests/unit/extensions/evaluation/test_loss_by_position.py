@@ -240,6 +240,14 @@ def test_one_cut_is_not_drawn_as_the_other(script, tmp_path: Path, monkeypatch):
         monkeypatch.setattr(plots, "save", lambda figure, path: labels.update({path: figure.axes[0].get_legend()}))
         plots.draw_positions([result], name)
         labels[name] = [text.get_text() for text in labels[name].get_texts()]
+    gains = [
+        {"window": 64, "edges": [0, 8], "nll_cut": [2.0]},
+        {"window": 64, "stride": 32, "edges": [0, 8], "nll_cut": [2.0]},
+    ]
+    text = {"edges": [0, 8], "nll": [1.0], "gains_of_context": gains}
+    figure = plots.position_figure({"label": "", "perplexity": {"x": text}})
+    lines = [(line.get_label(), line.get_linestyle()) for line in figure.axes[0].get_lines()]
+    assert lines == [("x", "-"), ("x, reset every 64", ":"), ("x, within 64", "--")]
     assert labels == {"old": ["x", "x, reset every 64"], "new": ["x, within 64", "x, reset every 64"]}
 
 
