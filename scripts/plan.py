@@ -84,6 +84,7 @@ def plan_stage(config: JobConfig, world_size: int) -> tuple[str, dict]:
     # PyTorch takes seconds to import: a mistake in the TOML should not.
     from torchtitan.components.setup import make_plan, model_args
     from torchtitan.datasets.tokenizer import load_tokenizer
+    from torchtitan.extensions.ingest.resolve import resolve_source
     from torchtitan.extensions.ingest.stand_in import MARK
     from torchtitan.extensions.planner.data_report import format_report, report_of
 
@@ -92,7 +93,7 @@ def plan_stage(config: JobConfig, world_size: int) -> tuple[str, dict]:
     args = model_args(config)
     tokenizer = load_tokenizer(config.model.hf_assets_path)
     make_writable("data.cache_folder", Path(config.data.cache_folder).expanduser())
-    plan = make_plan(config, world_size, tokenizer, args)
+    plan = make_plan(config, world_size, tokenizer, args, resolve_source)
     report = report_of(plan, config, world_size, args)
     lines = [format_report(report)]
     made_up = [s["name"] for s in report["sources"] if (Path(s["folder"]) / MARK).is_file()]

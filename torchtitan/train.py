@@ -1,4 +1,4 @@
-"""main(): configuration -> Trainer -> loop."""
+"""The door: main() reads the command line, has extensions/wiring.py build the Trainer, trains, says how it ended."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 import traceback
 
 from torchtitan.config import dump_toml, load_config
+from torchtitan.extensions import wiring
 from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, LOST_A_RANK, STOPPED, GateError, UserError
 from torchtitan.tools.logging import init_logger, logger
 
@@ -39,17 +40,10 @@ def main(args: list[str]) -> int:
                 "stage.run_chain is for ./run_train.sh, which starts one stage after the other; here the processes of "
                 "a single stage have been started. Leave it out to train this one."
             )
-        # the imports of PyTorch take seconds: a mistake in the TOML should not
-        from torchtitan.config.checks import check_config
-        from torchtitan.extensions.evaluation.checks import check_evaluation
-
-        check_config(config, world_size)
-        check_evaluation(config)
+        wiring.check(config, world_size)  # importing PyTorch takes seconds: a mistake in the TOML must not
         from torchtitan.components.bad_loss import BadLossError
-        from torchtitan.components.setup import prepare_inputs
-        from torchtitan.trainer import Trainer
 
-        trainer = Trainer(config, prepare_inputs(config, world_size), rank, local_rank, world_size)
+        trainer = wiring.build_trainer(config, rank, local_rank, world_size)
         for stop_signal in STOP_SIGNALS:
             if stop_signal != signal.SIGHUP or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
                 signal.signal(stop_signal, lambda *_: setattr(trainer, "stop_requested", True))
@@ -64,7 +58,7 @@ def main(args: list[str]) -> int:
             if not any(words in str(e) for words in LOST_CONNECTION):
                 raise
             why = f"Another rank has ended, and says why, or the connection to it was lost: {str(e).splitlines()[0]}"
-            return _give_up(f"{why}; {trainer.who_is_missing()}", rank, LOST_A_RANK)
+            return _give_up(f"{why}; {wiring.who_answers(trainer)}", rank, LOST_A_RANK)
         finally:
             trainer.close()
         return 0 if trainer.step >= config.training.steps else STOPPED

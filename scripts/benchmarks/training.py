@@ -81,27 +81,28 @@ def measure(config: JobConfig, steps: int, warmup: int) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from torchtitan.components.setup import prepare_inputs
+    from torchtitan.extensions.wiring import build_trainer
     from torchtitan.tools.device import peak_flops, peak_memory_gib
     from torchtitan.tools.logging import init_logger
-    from torchtitan.trainer import Trainer, Window
 
     rank, local_rank, ranks = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     init_logger(rank, ranks)
     with tempfile.TemporaryDirectory() as folder:
         config = only_steps(config, warmup + steps + 1, folder)
-        trainer = Trainer(config, prepare_inputs(config, ranks), rank, local_rank, ranks)
+        trainer = build_trainer(config, rank, local_rank, ranks)
         cuda = trainer.device.type == "cuda"
-        window, seconds = Window(), []
+        done, seconds = trainer.throughput, []
         for step in range(warmup + steps):
             if step == warmup:
-                window = Window()
+                done.restart()
             start = time.perf_counter()
-            trainer.train_step(window)
+            trainer.train_step()
             if cuda:
                 torch.cuda.synchronize()
             dist.barrier(trainer.cpu_group)
             seconds.append(time.perf_counter() - start)
+        # before the step that is traced counts too
+        tokens, flops, recomputed_flops = done.tokens, done.flops, done.recomputed_flops
         memory = torch.tensor(peak_memory_gib(trainer.device), dtype=torch.float64)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=trainer.cpu_group)
         exposed = exposed_communication(trainer) if cuda else None
@@ -109,15 +110,15 @@ def measure(config: JobConfig, steps: int, warmup: int) -> dict[str, Any]:
         ranks_a_row = trainer.dims.size("cp") * trainer.dims.size("tp")
         trainer.close()
     each = statistics.median(seconds[warmup:])
-    model = window.flops / ranks_a_row / steps
-    hardware = model + window.recomputed_flops / ranks_a_row / steps
+    model = flops / ranks_a_row / steps
+    hardware = model + recomputed_flops / ranks_a_row / steps
     return {
         "device": torch.cuda.get_device_name(local_rank) if cuda else "cpu",
         "processes": ranks,
         "steps": steps,
         "seconds_per_step": each,
-        "tokens_per_second": window.tokens / steps / each,
-        "tokens_per_second_per_process": window.tokens / steps / each / ranks,
+        "tokens_per_second": tokens / steps / each,
+        "tokens_per_second_per_process": tokens / steps / each / ranks,
         "model_tflops_per_process": model / each / 1e12,
         "mfu": model / each / peak if peak else None,
         "hfu": hardware / each / peak if peak else None,
@@ -133,11 +134,9 @@ def exposed_communication(trainer: Any) -> float:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    from torchtitan.trainer import Window
-
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         start = time.perf_counter()
-        trainer.train_step(Window())
+        trainer.train_step()
         torch.cuda.synchronize()
         microseconds = (time.perf_counter() - start) * 1e6
     kernels = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]

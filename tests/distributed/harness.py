@@ -119,17 +119,16 @@ path = "{text}"
 
 def run_stage(args: list[str], rank: int, world_size: int) -> list[dict[str, Any]]:
     """Train in this process; the numbers of every step."""
-    from torchtitan.components.setup import prepare_inputs
     from torchtitan.config import load_config
-    from torchtitan.trainer import Trainer
+    from torchtitan.extensions.wiring import build_trainer
 
     config = load_config(args)
-    trainer = Trainer(config, prepare_inputs(config, world_size), rank, rank, world_size)
+    trainer = build_trainer(config, rank, rank, world_size)
     numbers: list[dict[str, Any]] = []
     step = trainer.train_step
 
-    def recorded(window: Any) -> Any:
-        result = step(window)
+    def recorded() -> Any:
+        result = step()
         numbers.append(result)
         return result
 

@@ -27,10 +27,9 @@ from tests.distributed.test_watch import Messages
 from torchtitan.components import checkpoint as checkpoint_module
 from torchtitan.components.checkpoint import load
 from torchtitan.components.manifest import complete_steps, find_damage
-from torchtitan.components.setup import prepare_inputs
 from torchtitan.config import load_config
+from torchtitan.extensions.wiring import build_trainer
 from torchtitan.tools.errors import UserError
-from torchtitan.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 SAVING = {
@@ -71,15 +70,15 @@ def run(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
     FileSystemWriter.write_data, checkpoint_module.sync = write_data, failing_sync
     config = load_config(case["args"])
     folder = Path(config.job.dump_folder) / "checkpoint"
-    trainer = Trainer(config, prepare_inputs(config, world_size), rank, rank, world_size)
+    trainer = build_trainer(config, rank, rank, world_size)
     step, after, error = trainer.train_step, {}, ""
 
-    def recorded(window: Any) -> Any:
+    def recorded() -> Any:
         after[trainer.step] = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
         for action in case.get("actions", {}).get(trainer.step + 1, ()):
             subprocess.run(action, check=True)
         time.sleep(case.get("pause", 0.0))
-        return step(window)
+        return step()
 
     trainer.train_step = recorded  # type: ignore[method-assign]
     try:

@@ -10,16 +10,15 @@ import torch
 
 from tests.distributed.harness import TINY, Collectives, flags, spawn, write_assets
 from torchtitan.components.loss import train_micro_batch
-from torchtitan.components.setup import prepare_inputs
 from torchtitan.config import load_config
+from torchtitan.extensions.wiring import build_trainer
 from torchtitan.models import loss_head
-from torchtitan.trainer import Trainer
 
 
 def count(args: list[str], rank: int, world_size: int) -> dict[str, int]:
     """Collectives of the second micro-batch (the first one sets FSDP up), and its tiles of the loss."""
     config = load_config(args)
-    trainer = Trainer(config, prepare_inputs(config, world_size), rank, rank, world_size)
+    trainer = build_trainer(config, rank, rank, world_size)
     first, second = next(trainer.batches), next(trainer.batches)
     train_micro_batch(trainer.model, first, 100.0)
     tiles, real = 0, loss_head._TiledLoss.apply

@@ -14,11 +14,11 @@ from torch.distributed.tensor import DTensor
 
 from tests.distributed.harness import TINY, Collectives, flags, run_stage, spawn, write_assets
 from torchtitan.components.loss import train_micro_batch
-from torchtitan.components.setup import prepare_inputs
 from torchtitan.config import load_config
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.fully_shard import reduce_over_replicas
 from torchtitan.distributed.parallelize import build_sharded_model
+from torchtitan.extensions.wiring import build_trainer
 from torchtitan.models.transformer import Transformer, init_weights
 from torchtitan.tools.constants import IGNORED_LABEL
 from torchtitan.trainer import Trainer
@@ -70,7 +70,7 @@ def plain_micro_batch(model: Transformer, batch: Any, divisor: float) -> torch.T
 def run(args: list[str], rank: int, world_size: int) -> dict[str, dict[str, Any]]:
     """By mode the loss, the whole gradients, and collectives of the second micro-batch (the first sets FSDP up)."""
     config = load_config(args)
-    trainer = Trainer(config, prepare_inputs(config, world_size), rank, rank, world_size)
+    trainer = build_trainer(config, rank, rank, world_size)
     batches = list(islice(trainer.batches, trainer.accumulation))
     results = {"plain": one_step(trainer, config, batches, plain_micro_batch)} if world_size == 1 else {}
     for name, options in MODES.items():

@@ -29,20 +29,20 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def peaks(case: tuple[str, str, dict[str, Any]], rank: int, world_size: int) -> tuple[int, float]:
     """Bytes at the peak of the second step, the first having made what is made once; counted and planned."""
-    from torchtitan.components.setup import prepare_inputs
     from torchtitan.config import load_config
     from torchtitan.extensions.planner.memory import peak
     from torchtitan.extensions.planner.stage_numbers import numbers_of
-    from torchtitan.trainer import Trainer, Window
+    from torchtitan.extensions.wiring import prepare_inputs
+    from torchtitan.trainer import Trainer
 
     folder, assets, overrides = case
     config = load_config(flags(Path(folder), Path(assets), **overrides))
     inputs = prepare_inputs(config, world_size)
     with LiveBytes() as live:
         trainer = Trainer(config, inputs, rank, rank, world_size)
-        trainer.train_step(Window())
+        trainer.train_step()
         live.reset()
-        trainer.train_step(Window())
+        trainer.train_step()
     trainer.close()
     return live.peak, peak(numbers_of(config, inputs.args, world_size, "cpu")).total
 

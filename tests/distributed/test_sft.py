@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from tests.distributed.harness import flags, run_stage, spawn, write_assets
 from torchtitan.attention.segments import Segments
-from torchtitan.components.setup import prepare_inputs
 from torchtitan.config import load_config
+from torchtitan.extensions.wiring import prepare_inputs
 from torchtitan.models.transformer import Transformer, init_weights
 
 TEMPLATE = (

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from tests.distributed.harness import flags, spawn, write_assets
 from torchtitan.components.lineage import differences
 from torchtitan.components.manifest import complete_steps, has_ended, read_manifest
-from torchtitan.components.setup import prepare_inputs
 from torchtitan.components.start import find_start
 from torchtitan.config import as_tables, load_config
 from torchtitan.config.schema import Gate, JobConfig, Stage
@@ -28,6 +27,7 @@ from torchtitan.extensions.cluster.check_config import main as config_main
 from torchtitan.extensions.cluster.gates import failed_gate, gate_failure
 from torchtitan.extensions.cluster.stages import chain
 from torchtitan.extensions.convert.weights import open_checkpoint, open_hugging_face
+from torchtitan.extensions.wiring import build_trainer, prepare_inputs
 from torchtitan.models.architecture import as_json
 from torchtitan.models.hf.weights import read_config
 from torchtitan.tools.errors import UserError
@@ -79,15 +79,15 @@ def stage(folder: Path, file: str, out: str, after: str | None = None, **overrid
 def run(args: list[str], rank: int, world_size: int) -> dict[str, Any]:
     """Train; losses and the optimizer's state before the first step."""
     config = load_config(args)
-    trainer = Trainer(config, prepare_inputs(config, world_size), rank, rank, world_size)
-    before = trainer._state()["optimizer"]
+    trainer = build_trainer(config, rank, rank, world_size)
+    before = trainer.state()["optimizer"]
     exp_avg = float(sum(v.full_tensor().double().abs().sum() for k, v in before.items() if k.endswith("exp_avg")))
     adam_step = float(next(v for k, v in before.items() if k.endswith(".step")))
     losses = []
     step = trainer.train_step
 
-    def recorded(window: Any) -> Any:
-        result = step(window)
+    def recorded() -> Any:
+        result = step()
         losses.append(result["loss"])
         return result
 

@@ -17,12 +17,11 @@ from tests.distributed.harness import flags, run_stage, spawn, write_assets
 from torchtitan.components.bad_loss import BadLossError
 from torchtitan.components.checkpoint import WholeWriter
 from torchtitan.components.manifest import complete_steps
-from torchtitan.components.setup import prepare_inputs
 from torchtitan.config import load_config
+from torchtitan.extensions.wiring import build_trainer, prepare_inputs
 from torchtitan.models.hf.weights import hf_name, read_config
 from torchtitan.models.rope import RopeTables
 from torchtitan.models.transformer import Transformer, init_weights
-from torchtitan.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +124,7 @@ def test_rope_tables_stay_in_float32_under_mixed_precision(folder: Path, assets:
 def compare_with_file(args: list[str], rank: int, world_size: int) -> list[str]:
     """Names of parameters whose shard is not the slice of the file's tensor."""
     config = load_config(args)
-    trainer = Trainer(config, prepare_inputs(config, world_size), rank, rank, world_size)
+    trainer = build_trainer(config, rank, rank, world_size)
     tensors = load_file(Path(config.model.hf_assets_path) / "model.safetensors")
     wrong = []
     for name, param in trainer.model.named_parameters():
@@ -161,13 +160,13 @@ def run_into_nan(args: list[str], rank: int, world_size: int) -> str:
 
     WholeWriter.write_data = slow_write  # type: ignore[method-assign]
     config = load_config(args)
-    trainer = Trainer(config, prepare_inputs(config, world_size), rank, rank, world_size)
+    trainer = build_trainer(config, rank, rank, world_size)
     step = trainer.train_step
 
-    def poisoned(window: Any) -> Any:
+    def poisoned() -> Any:
         if trainer.step == 2 and rank == 0:  # one rank's shard is enough
             next(trainer.model.parameters()).detach().to_local().fill_(float("nan"))
-        return step(window)
+        return step()
 
     trainer.train_step = poisoned  # type: ignore[method-assign]
     try:

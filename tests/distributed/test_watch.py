@@ -20,12 +20,11 @@ import torchtitan.trainer as trainer_module
 from tests.distributed.harness import flags, spawn, write_assets
 from torchtitan.components.bad_loss import BadLossError
 from torchtitan.components.manifest import complete_steps, read_manifest
-from torchtitan.components.setup import prepare_inputs
 from torchtitan.config import load_config
 from torchtitan.extensions.cluster import shared_folder
 from torchtitan.extensions.cluster.health import Stragglers
+from torchtitan.extensions.wiring import build_trainer
 from torchtitan.tools.errors import UserError
-from torchtitan.trainer import Trainer
 
 
 class Messages(logging.Handler):
@@ -76,7 +75,7 @@ def run(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
     error = ""
     try:
         config = load_config(args)
-        trainer = Trainer(config, prepare_inputs(config, world_size), rank, rank, world_size)
+        trainer = build_trainer(config, rank, rank, world_size)
         rows.clear()
         if rank == 1:
             (hook,) = [hook for hook in trainer.hooks if isinstance(hook, Stragglers)]
@@ -93,10 +92,10 @@ def run(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
             hook.probe, trainer.timing.arrive = slow_probe, late_arrival
         step = trainer.train_step
 
-        def recorded(window: Any) -> Any:
-            result = step(window)
+        def recorded() -> Any:
+            result = step()
             numbers.append(result)
-            tensors = [t for part in ("model", "optimizer") for t in trainer._state()[part].values()]
+            tensors = [t for part in ("model", "optimizer") for t in trainer.state()[part].values()]
             local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
             states.append(torch.cat([t.flatten().double() for t in local]))
             return result

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 import torchtitan.components.setup
 import torchtitan.trainer
 from tests.distributed.harness import TINY, flags, write_assets, write_text
-from torchtitan.components.setup import prepare_inputs
 from torchtitan.config import load_config
+from torchtitan.extensions.wiring import prepare_inputs
 from torchtitan.models.hf.weights import hf_name, read_config
 from torchtitan.models.transformer import Transformer
 from torchtitan.tools import device

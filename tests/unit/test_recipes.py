@@ -16,15 +16,16 @@ import pytest
 import torch
 
 from tests.scripts import load_script
-from torchtitan.components.setup import make_plan, model_args, prepare_inputs
+from torchtitan.components.setup import make_plan, model_args
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.checks import check_config, dp_degree, rows_per_step
 from torchtitan.config.toml_file import tomllib
 from torchtitan.datasets.tokenizer import load_tokenizer
+from torchtitan.extensions.ingest.resolve import resolve_source
+from torchtitan.extensions.wiring import build_trainer
 from torchtitan.models.rope import RopeArgs, inverse_frequencies
 from torchtitan.models.rope_config import lost_rope, rope_warnings
 from torchtitan.models.transformer import Transformer
-from torchtitan.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "train_configs"
@@ -389,7 +390,7 @@ def test_its_data_are_planned(name: str, tmp_path: Path) -> None:
     config = replace(config, training=replace(config.training, global_batch_tokens=rows * config.training.seq_len))
     args = model_args(config, rope_of(AFTER[name]) if name in AFTER else None)
     tokenizer = load_tokenizer(str(REPOSITORY / "assets/tokenizer"))
-    plan = make_plan(config, 1, tokenizer, replace(args, vocab_size=32000))
+    plan = make_plan(config, 1, tokenizer, replace(args, vocab_size=32000), resolve_source)
     assert plan.rows_per_step == rows
     tokens = [int(plan.row(0, slot).lengths.sum()) for slot in range(rows)]
     assert max(tokens) <= config.training.seq_len and sum(tokens) > 0.5 * rows * config.training.seq_len
@@ -409,7 +410,7 @@ ONE_OF_A_KIND = sorted({kind_of(name): name for name in RECIPES}.values())
 def test_it_trains_in_small(name: str, tmp_path: Path) -> None:
     toml = try_recipe.write_small(config_of(name), tmp_path, seq_len=256, steps=2, processes=1)
     config = load_config([f"--job.config_file={toml}"])
-    trainer = Trainer(config, prepare_inputs(config, 1), 0, 0, 1)
+    trainer = build_trainer(config, 0, 0, 1)
     try:
         trainer.train()
     finally:

@@ -1,37 +1,28 @@
-"""Forward and backward of a micro-batch, and loss by position. The loss itself is in models/loss_head.py; over what it
-is divided is the trainer's business."""
+"""The loss of a step: forward and backward of its micro-batches, and the means over the global batch, by source and by
+position. The loss of a token is computed in models/loss_head.py."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
-from torchtitan.attention.backends import Mask
+from torchtitan.components.setup import StageInputs
+from torchtitan.distributed.context_parallel.shard import LocalBatch
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.transformer import Transformer
+from torchtitan.tools.constants import IGNORED_LABEL
+from torchtitan.tools.errors import UserError
+
+BUCKETS = 33
+"""Of positions: 0, then powers of two up to 2^31."""
 
 
-class Inputs(Protocol):
-    """What of a micro-batch the model and the loss are given, on the device."""
-
-    @property
-    def tokens(self) -> torch.Tensor: ...
-    @property
-    def labels(self) -> torch.Tensor: ...
-    @property
-    def positions(self) -> torch.Tensor: ...
-    @property
-    def mask(self) -> Mask: ...
-    @property
-    def long(self) -> torch.Tensor | None: ...
-
-
-def train_micro_batch(model: Transformer, batch: Inputs, divisor: float, rope: RopeArgs | None = None) -> torch.Tensor:
+def train_micro_batch(
+    model: Transformer, batch: LocalBatch, divisor: float, rope: RopeArgs | None = None
+) -> torch.Tensor:
     """Forward, and backward of the sum of token losses over divisor; gradients accumulate.
 
-    divisor: the valid labels of the whole step, over all ranks. rope: see Transformer.forward. Returns the losses of
-    this rank's tokens, float32 [t], detached.
+    batch: on the model's device. divisor: the valid labels of the whole step, over all ranks. rope: see
+    Transformer.forward. Returns the losses of this rank's tokens, float32 [t], detached.
     """
     loss, losses = model(batch.tokens, batch.positions, batch.mask, batch.long, rope, batch.labels, divisor)
     loss.backward()
@@ -41,3 +32,51 @@ def train_micro_batch(model: Transformer, batch: Inputs, divisor: float, rope: R
 def position_bucket(index: torch.Tensor) -> torch.Tensor:
     """int64 [T]: 0 for a document's first token, b for those from 2^(b-1) to 2^b - 1; index int64 [T], from 0."""
     return torch.frexp(index.double())[1].long()
+
+
+def sum_losses(batches: list[LocalBatch], token_losses: list[torch.Tensor], sources: int) -> torch.Tensor:
+    """float64 [sources + BUCKETS, 2], on the CPU: sum of losses and number of labels, by source and by position.
+
+    token_losses: float32 [t] of each micro-batch, on any device.
+    """
+    sums = torch.zeros(sources + BUCKETS, 2, dtype=torch.float64)
+    by_source, by_position = sums.split([sources, BUCKETS])
+    for batch, losses in zip(batches, token_losses, strict=True):
+        counted = torch.stack((losses.double().cpu(), (batch.labels != IGNORED_LABEL).double()), dim=1)
+        # padding has no loss and no label: it adds nothing to source 0
+        by_source.index_add_(0, batch.source.clamp(min=0), counted)
+        by_position.index_add_(0, position_bucket(batch.index), counted)
+    return sums
+
+
+def mean_losses(sums: torch.Tensor, valid: int, names: list[str]) -> tuple[float, dict[str, float], dict[str, float]]:
+    """The step's loss, by source name, and by the first position of each bucket, from sum_losses() over all ranks."""
+    by_source, by_position = sums.split([len(names), BUCKETS])
+    return (
+        float(by_source[:, 0].sum()) / valid,
+        {name: float(total / n) for name, (total, n) in zip(names, by_source, strict=True) if n > 0},
+        {str(2 ** (b - 1) if b else 0): float(total / n) for b, (total, n) in enumerate(by_position) if n},
+    )
+
+
+def check_labels(valid: int, step: int) -> None:
+    """UserError if the step has no label: there is no loss to divide."""
+    if valid == 0:
+        raise UserError(
+            f"No token of step {step} has a label: every segment of its rows is one token long, or of a conversation "
+            "that was cut off before the first response."
+        )
+
+
+def check_tokens(batches: list[LocalBatch], inputs: StageInputs, finished_steps: int) -> None:
+    """UserError for an id beyond the vocabulary: cut over tensor-parallel ranks, the embedding would give zeros."""
+    vocab_size = inputs.args.vocab_size
+    for batch in batches:
+        wrong = (batch.tokens < 0) | (batch.tokens >= vocab_size)
+        if wrong.any():
+            source = inputs.plan.names[int(batch.source[wrong][0])]
+            raise UserError(
+                f"Step {finished_steps + 1} reads token {int(batch.tokens[wrong][0])} of source {source!r}, but the "
+                f"model's vocabulary is 0 to {vocab_size - 1}: the source was tokenized with another tokenizer, or its "
+                "files are damaged."
+            )

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import math
 
+from torchtitan.config import JobConfig
 from torchtitan.config.schema import LRScheduler
+
+
+def learning_rate(step: int, config: JobConfig) -> float:
+    """The learning rate of step 1..training.steps."""
+    return config.optimizer.lr * lr_factor(step, config.training.steps, config.lr_scheduler)
 
 
 def lr_factor(step: int, steps: int, config: LRScheduler) -> float:

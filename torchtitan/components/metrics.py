@@ -119,9 +119,9 @@ def _drop_lines_after(path: Path, step: int) -> None:
     aside.replace(path)
 
 
-def log_step(numbers: dict[str, Any], steps: int, seconds_a_step: float) -> None:
+def log_step(numbers: dict[str, Any], steps: int) -> None:
     """The line a person reads."""
-    left = (steps - numbers["step"]) * seconds_a_step
+    left = (steps - numbers["step"]) * numbers["seconds_per_step"]
     mfu = f"  mfu {numbers['mfu']:.1%}" if numbers["mfu"] is not None else ""
     logger.info(
         f"step {numbers['step']:>{len(str(steps))}}/{steps}  loss {numbers['loss']:.4f}  "

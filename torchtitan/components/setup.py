@@ -5,19 +5,23 @@ Whatever a user can have wrong is found here, so that it costs seconds and one p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from torchtitan.attention.backends import choose_backend
 from torchtitan.attention.varlen import check_window
-from torchtitan.components.lineage import check_before, flat, lineage
-from torchtitan.components.manifest import check_load_step, complete_steps, load_step_now, newest_manifest
+from torchtitan.components.lineage import check_before, flat, lineage, shown
+from torchtitan.components.manifest import check_load_step, complete_steps, digest, load_step_now, newest_manifest
 from torchtitan.components.metrics import import_wandb
 from torchtitan.components.start import Start, check_start, find_start, hugging_face_start
-from torchtitan.config import JobConfig
+from torchtitan.config import JobConfig, as_tables
 from torchtitan.config.checks import check_config, rows_per_step
-from torchtitan.config.schema import Model
+from torchtitan.config.schema import Data, Model, Source, Training
+from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.plan import Plan, changed_inputs
 from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
@@ -25,14 +29,13 @@ from torchtitan.distributed.options.quantize import check_quantize
 from torchtitan.distributed.options.ulysses import check_ulysses
 from torchtitan.distributed.parallelize import check_backend
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
-from torchtitan.extensions.ingest.resolve import resolve_source
 from torchtitan.models.architecture import as_json, complete, rope_from_manifest
 from torchtitan.models.hf.config import config_json
 from torchtitan.models.hf.weights import check_weights, read_config
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_config import build_rope
-from torchtitan.models.rope_scaling import LongRopeScaling
+from torchtitan.models.rope_scaling import GeneScaling, LongRopeScaling
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.device import device_type
 from torchtitan.tools.errors import UserError
@@ -56,8 +59,35 @@ class StageInputs:
     rope_before: RopeArgs | None = None
     """Of what a fresh run starts from, or started from."""
 
+    def manifest(self, config: JobConfig, step: int, tokens_seen: int) -> dict[str, Any]:
+        """What a checkpoint says of itself, as JSON: all that the next stage, or this one resumed, needs to know."""
+        return {
+            "step": step,
+            "tokens_seen": tokens_seen,
+            "stage": config.stage.name,
+            "stages_before": self.stages_before,
+            "rope_before": as_json(self.rope_before) if self.rope_before else None,
+            "config": as_tables(config),
+            "architecture": as_json(self.args),
+            "tokenizer": self.tokenizer.fingerprint,
+            "seq_len": config.training.seq_len,
+            "plan": self.plan.inputs,
+            "world_size": dist.get_world_size(),
+        }
 
-def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
+    def drawn_rope(self, training: Training, step: int, micro_batch: int) -> RopeArgs | None:
+        """GeNE's RoPE for a micro-batch of this step, the same on all ranks; None if nothing is drawn."""
+        rope = self.args.rope
+        if not isinstance(rope.scaling, GeneScaling):
+            return None
+        return replace(rope, scaling=rope.scaling.drawn(training.seq_len, training.seed, step, micro_batch))
+
+
+OpenSource = Callable[[Source, Tokenizer, Data], Corpus]
+"""Turns a source of [[data.sources]] into a corpus: extensions/ingest/resolve.py does, tokenizing what is text."""
+
+
+def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) -> StageInputs:
     """Everything that can be wrong with a stage is found here: UserError."""
     check_config(config, world_size)
     assets = Path(config.model.hf_assets_path)
@@ -99,7 +129,7 @@ def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
         )
     if config.checkpoint.initial_load_in_hf:
         check_weights(assets, args, f"checkpoint.initial_load_in_hf = true, with model.hf_assets_path = {assets}")
-    plan = make_plan(config, world_size, tokenizer, args)
+    plan = make_plan(config, world_size, tokenizer, args, open_source)
     if own:
         _check_resumable(config, own, args, tokenizer, plan)
     if config.metrics.enable_wandb:
@@ -110,12 +140,14 @@ def prepare_inputs(config: JobConfig, world_size: int) -> StageInputs:
     return StageInputs(tokenizer, args, plan, start, stages_before, rope_before)
 
 
-def make_plan(config: JobConfig, world_size: int, tokenizer: Tokenizer, args: TransformerArgs) -> Plan:
-    """The data plan of the stage; tokenizes what is not in the cache yet."""
+def make_plan(
+    config: JobConfig, world_size: int, tokenizer: Tokenizer, args: TransformerArgs, open_source: OpenSource
+) -> Plan:
+    """The data plan of the stage. UserError for a corpus of another tokenizer."""
     data, cache = config.data, Path(config.data.cache_folder).expanduser()
     vocab_size, mixed = args.vocab_size, config.rope.mixed_window
     make_writable("data.cache_folder", cache)
-    corpora = [resolve_source(source, tokenizer, data) for source in data.sources]
+    corpora = [open_source(source, tokenizer, data) for source in data.sources]
     for source, corpus in zip(data.sources, corpora, strict=True):
         if corpus.max_token_id is not None and corpus.max_token_id >= vocab_size:
             raise UserError(
@@ -161,6 +193,31 @@ def model_args(config: JobConfig, rope_before: RopeArgs | None = None) -> Transf
             '(rope.type = "longrope" with long_factor alone).'
         )
     return replace(args, rope=rope)
+
+
+def check_agreed(inputs: StageInputs, group: dist.ProcessGroup) -> None:
+    """Collective. UserError unless all ranks have made the same plan, model and start.
+
+    Each rank has read the files for itself, and those may lie on local disks, or may have changed in between.
+    """
+    start = inputs.start
+    mine = {
+        "the plan of the data": inputs.plan.fingerprint,
+        "the start": str(start.path) if start else None,
+        "the start's manifest": digest(start.manifest) if start and start.manifest else None,
+        **flat(as_json(inputs.args)),
+    }
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, mine, group)
+    for what, value in answers[0].items():
+        others = [rank for rank, answer in enumerate(answers) if answer[what] != value]
+        if others:
+            raise UserError(
+                f"The ranks do not agree on {what}: rank 0 has {shown(value)}, rank {others[0]} "
+                f"{shown(answers[others[0]][what])} ({len(others)} of {len(answers)} differ from rank 0). They must "
+                "see the same files: data, cache, assets and checkpoints on a shared file system, or the same on every "
+                "node; and nothing may change there while they start."
+            )
 
 
 def _own_manifest(config: JobConfig) -> dict[str, Any] | None:

@@ -23,6 +23,10 @@ class Job:
     description: str = ""
     """Free text, logged at start."""
 
+    hooks: tuple[str, ...] = ()
+    """Classes of hooks of your own, each "module:Class" on PYTHONPATH. They are called at the points that
+    docs/extending.md lists."""
+
     print_config: bool = False
     """Print the resolved configuration as TOML and exit."""
 

@@ -202,6 +202,10 @@ class Plan:
                 parts[stop - length : stop - length + len(roles)] = roles == ASSISTANT
         return parts
 
+    def describe_step(self, step: int) -> str:
+        """describe() of every row of a step, a line per row, for the log."""
+        return "\n".join(f"  row {slot}: {self.describe(step, slot)}" for slot in range(self.rows_per_step))
+
     def describe(self, step: int, slot: int) -> str:
         """One line for error messages: sources, documents and the tokens of each."""
         row = self.row(step, slot)

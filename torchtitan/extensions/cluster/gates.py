@@ -12,6 +12,7 @@ from typing import Any
 
 from torchtitan.components.hooks import Hook
 from torchtitan.components.lineage import flat, folder_before, stage_as_run
+from torchtitan.components.manifest import complete_steps, newest_manifest
 from torchtitan.config.schema import Gate, JobConfig
 from torchtitan.tools.errors import GateError, UserError
 
@@ -43,8 +44,17 @@ class Gates(Hook):
 
 
 def check_previous_gates(config: JobConfig) -> None:
-    """UserError if a gate of the previous stage, from which a fresh run of this one would start, does not hold."""
-    if config.stage.after and (failure := gate_failure(stage_as_run(config), folder_before(config))):
+    """UserError if this stage would start afresh from a previous stage that has ended, but whose gates do not hold.
+
+    Whether the previous stage has ended, and where it is, components/start.py says.
+    """
+    if not config.stage.after or not Path(config.stage.after).is_file() or newest_manifest(config)[1] is not None:
+        return
+    previous, folder = stage_as_run(config), folder_before(config)
+    steps = complete_steps(folder / previous.checkpoint.folder)
+    if not steps or steps[-1] < previous.training.steps:
+        return
+    if failure := gate_failure(previous, folder):
         raise UserError(f"stage.after = {config.stage.after}: a gate of that stage does not hold: {failure}.")
 
 

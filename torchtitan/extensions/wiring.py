@@ -1,0 +1,74 @@
+"""The only file that names all extensions: what of them takes part in a stage, and in which order.
+
+Of the package train.py alone imports it; scripts and tests may. Importing it does not import PyTorch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchtitan.config import JobConfig
+from torchtitan.config.checks import check_config
+from torchtitan.extensions.cluster.gates import check_previous_gates
+from torchtitan.extensions.evaluation.checks import check_evaluation
+
+
+def check(config: JobConfig, world_size: int) -> None:
+    """UserError for whatever the configuration can be wrong about by itself; needs no file and no PyTorch."""
+    check_config(config, world_size)
+    check_evaluation(config)
+
+
+def prepare_inputs(config: JobConfig, world_size: int) -> Any:
+    """The StageInputs (components/setup.py) of a stage; text is tokenized first. UserError for all that is wrong."""
+    from torchtitan.components.setup import prepare_inputs
+    from torchtitan.extensions.ingest.resolve import resolve_source
+
+    check_previous_gates(config)
+    return prepare_inputs(config, world_size, resolve_source)
+
+
+def hooks_of(config: JobConfig) -> list[Any]:
+    """The hooks of a stage, in the order in which each of their methods is called; those of job.hooks come last."""
+    from torchtitan.components.hooks import Hook, load_hook
+    from torchtitan.extensions.cluster.gates import Gates
+    from torchtitan.extensions.cluster.health import Heartbeat, StackDumps, Stragglers
+    from torchtitan.extensions.cluster.node_check import NodeCheck
+    from torchtitan.extensions.cluster.profiling import Profiler
+    from torchtitan.extensions.cluster.progress import ProgressBar
+    from torchtitan.extensions.convert.export import Export
+    from torchtitan.extensions.evaluation.hook import EvaluationHook
+    from torchtitan.extensions.planner.data_report import DataReport
+    from torchtitan.extensions.planner.host_memory import HostMemoryCheck
+
+    own = [load_hook(name) for name in config.job.hooks]
+    hooks: list[Hook] = [
+        NodeCheck(),
+        HostMemoryCheck(),
+        DataReport(),
+        Heartbeat(),
+        StackDumps(),
+        Stragglers(),
+        ProgressBar(),
+        EvaluationHook(),
+        Gates(),  # before the export: what does not hold its gates is not exported
+        Export(),
+        Profiler(),
+    ]
+    return [*hooks, *own]
+
+
+def build_trainer(config: JobConfig, rank: int, local_rank: int, world_size: int) -> Any:
+    """Collective. The Trainer (trainer.py) of a stage with everything that takes part in it, ready for train()."""
+    from torchtitan.trainer import Trainer
+
+    hooks = hooks_of(config)  # first: importing a user's module may be what brings his model
+    return Trainer(config, prepare_inputs(config, world_size), rank, local_rank, world_size, hooks)
+
+
+def who_answers(trainer: Any) -> str:
+    """After a collective has failed: the ranks that do not answer any more, in a sentence."""
+    from torchtitan.extensions.cluster.health import who_answers
+    from torchtitan.tools.torch_compat import default_store
+
+    return who_answers(default_store(), trainer.rank, trainer.hosts)
