@@ -224,10 +224,8 @@ def test_the_node_check_names_a_slow_host_and_training_goes_on(runs: dict[str, d
     assert any("node1 is slow" in line for line in checked["log"])
     for host, other in (("node0", "node1"), ("node1", "node0")):
         measured = report["hosts"][host]
-        assert all(0 < measured[key] < 60 for key in ("matmul", "write", "read"))
-        assert measured["free_gib"] > 0
-        assert 0 < measured["pairs"][other] < 60 and abs(measured["clock"]) < 1
-    assert not list((folder / "checked").glob(".node-check*")) + list((folder / "checked").glob(".shared*"))
+        assert 0 < measured["matmul"] < 60 and 0 < measured["pairs"][other] < 60
+    assert not list((folder / "checked").glob(".shared*"))
 
 
 def test_a_dump_folder_that_is_not_shared_names_the_host(runs: dict[str, dict[str, Any]]):

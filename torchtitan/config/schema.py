@@ -364,8 +364,8 @@ class Comm:
     """Longest wait in a collective after the first step."""
 
     node_check: bool = False
-    """Before training, time every rank's matrix product, the all-reduce inside nodes and between neighbouring ones, the
-    clocks and the disk; slow hosts are named in the log and in node_check.json, broken ones stop the run. Also
+    """Before training, time every rank's matrix product and the all-reduce inside nodes and between neighbouring ones;
+    slow hosts are named in the log and in node_check.json, broken ones stop the run. Also
     `python -m torchtitan.extensions.cluster.node_check`."""
 
     node_check_factor: float = 1.5

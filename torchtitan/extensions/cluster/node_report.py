@@ -6,28 +6,19 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-CLOCK_SECONDS = 1.0
-"""Clocks that differ by more are named: logs and file times of the hosts do not fit together."""
-
-# name in the report -> (what it is called, of several ranks the worst or the best)
+# name in the report -> (what it is called, which of several ranks or pairs counts)
 _TIMES = {
     "matmul": ("matrix product", max),
     "inside": ("all-reduce inside the node", max),
     "pair": ("all-reduce with its best neighbour", min),
-    "write": ("write to the dump folder", max),
-    "read": ("read of the dump folder", max),
 }
-
-
-_UNNOTICED = {"write": 0.1, "read": 0.1}
-"""Seconds by which a disk may be slower: small files come from caches, in times that say nothing."""
 
 
 @dataclass
 class Report:
     """What was measured, by host, and which hosts are named for what."""
 
-    hosts: dict[str, dict[str, Any]]
+    hosts: dict[str, dict[str, Any]] = field(default_factory=dict)
     slow: dict[str, list[str]] = field(default_factory=dict)
     broken: dict[str, list[str]] = field(default_factory=dict)
 
@@ -42,61 +33,47 @@ class Report:
 
 
 def judge(answers: list[dict[str, Any]], hosts: list[str], factor: float) -> Report:
-    """Hosts that are slow or broken, from what every rank measured.
+    """Hosts that are slow or broken. answers: what every rank measured (node_check.py), in seconds; hosts: by rank.
 
     Between nodes a host counts as slow only if it is so with its best neighbour: a slow host spoils its neighbours'
     other pairs, but not those. With two nodes a slow link has two ends, and neither is named.
     """
-    report = Report({})
-    silent = [answer for answer in answers if "silent" in answer]
+    report = Report()
+    someone_is_silent = any("silent" in answer for answer in answers)
     for host in dict.fromkeys(hosts):
-        mine = [answer for answer, name in zip(answers, hosts) if name == host]
-        pairs = {
-            k: max(a["pairs"][k] for a in mine if k in a.get("pairs", {})) for a in mine for k in a.get("pairs", {})
-        }
-        summary: dict[str, Any] = {"ranks": len(mine), "pairs": pairs}
-        for key, (_, worst) in _TIMES.items():
-            values = list(pairs.values()) if key == "pair" else [a[key] for a in mine if key in a]
-            if values:
-                summary[key] = worst(values)
-        for key in ("clock", "free_gib"):
-            values = [a[key] for a in mine if key in a]
-            if values:
-                summary[key] = max(values, key=abs)
-        report.hosts[host] = summary
-        reasons = [answer["silent"] for answer in mine if "silent" in answer]
-        # a failed collective says nothing of this host when another one has fallen silent
-        reasons += [answer["error"] for answer in mine if "error" in answer and not silent]
-        if any(answer.get("same") is False for answer in mine):
+        ranks = [answer for answer, name in zip(answers, hosts) if name == host]
+        pairs: dict[str, float] = {}
+        for other, seconds in (pair for answer in ranks for pair in answer.get("pairs", {}).items()):
+            pairs[other] = max(seconds, pairs.get(other, 0.0))
+        summary = report.hosts[host] = {"ranks": len(ranks), "pairs": pairs}
+        for key, (_, which) in _TIMES.items():
+            if values := list(pairs.values()) if key == "pair" else [answer[key] for answer in ranks if key in answer]:
+                summary[key] = which(values)
+        reasons = [answer["silent"] for answer in ranks if "silent" in answer]
+        if not someone_is_silent:  # else a failed collective says nothing of this host
+            reasons += [answer["error"] for answer in ranks if "error" in answer]
+        if any(answer.get("same") is False for answer in ranks):
             reasons.append("the same matrix product gave different results")
         if any(host in answer.get("blind", []) for answer in answers):
             reasons.append("it does not see what rank 0 writes to the dump folder, which is not shared")
         if reasons:
             report.broken[host] = list(dict.fromkeys(reasons))
     for key, (what, _) in _TIMES.items():
-        known = {host: summary[key] for host, summary in report.hosts.items() if key in summary}
-        if len(known) < 2:
-            continue
-        median = statistics.median_low(list(known.values()))
-        for host, value in known.items():
-            if value > factor * median and value > median + _UNNOTICED.get(key, 0.0):
-                report.slow.setdefault(host, []).append(
-                    f"{what} {value * 1e3:.1f} ms, {value / median:.1f} times the median host's {median * 1e3:.1f} ms"
-                )
-    for host, summary in report.hosts.items():
-        if abs(summary.get("clock", 0.0)) > CLOCK_SECONDS:
-            report.slow.setdefault(host, []).append(f"its clock is {summary['clock']:+.1f} s off rank 0's")
+        times = {host: summary[key] for host, summary in report.hosts.items() if key in summary}
+        median = statistics.median_low(times.values()) if times else 0.0
+        for host, seconds in times.items():
+            if seconds > factor * median:
+                ratio = f"{seconds / median:.1f} times the median host's {median * 1e3:.1f} ms"
+                report.slow.setdefault(host, []).append(f"{what} {seconds * 1e3:.1f} ms, {ratio}")
     return report
 
 
 def table(report: Report) -> list[str]:
-    """Lines for people: a host each, times in milliseconds."""
-    keys = [*_TIMES, "clock"]
+    """Lines for people: one per host, times in milliseconds."""
     width = max(4, *(len(host) for host in report.hosts))
-    lines = [f"{'host':<{width}} ranks " + " ".join(f"{key + ' ms':>10}" for key in keys) + "   free GiB"]
+    lines = [f"{'host':<{width}} ranks " + " ".join(f"{key + ' ms':>10}" for key in _TIMES)]
     for host, summary in report.hosts.items():
-        cells = [f"{summary[key] * 1e3:>10.1f}" if key in summary else f"{'-':>10}" for key in keys]
-        free = f"{summary['free_gib']:>10.1f}" if "free_gib" in summary else f"{'-':>10}"
+        cells = (f"{summary[key] * 1e3:>10.1f}" if key in summary else f"{'-':>10}" for key in _TIMES)
         mark = "  BROKEN" if host in report.broken else "  slow" if host in report.slow else ""
-        lines.append(f"{host:<{width}} {summary['ranks']:>5} {' '.join(cells)} {free}{mark}")
+        lines.append(f"{host:<{width}} {summary['ranks']:>5} {' '.join(cells)}{mark}")
     return lines
