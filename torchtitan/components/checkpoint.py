@@ -36,8 +36,6 @@ from torchtitan.components.manifest import (
     check_load_step,
     complete_steps,
     find_damage,
-    load_step_now,
-    note_load_step,
     size_and_crc,
 )
 from torchtitan.config.schema import Checkpoint
@@ -228,7 +226,7 @@ class Checkpointer:
         Checkpoints later than the one that is returned are renamed to step-N.replaced: they are damaged or of a run
         that is being taken back, and must not be resumed from, nor counted in keep_latest_k, once this run saves.
         """
-        here = load_step_now(self.folder, self.config.load_step), complete_steps(self.folder)
+        here = self.config.load_step, complete_steps(self.folder)
         wanted, steps = _from_rank0(here if dist.get_rank() == 0 else None, self.group)
         check_load_step(self.folder, wanted, steps)
         for step in [wanted] if wanted >= 0 else reversed(steps):
@@ -237,8 +235,6 @@ class Checkpointer:
             if not found:
                 if dist.get_rank() == 0:
                     _set_aside([self.folder / f"step-{later}" for later in steps if later > step])
-                    if wanted >= 0:
-                        note_load_step(self.folder, wanted)
                 dist.barrier(self.group)
                 return path
             if wanted >= 0:

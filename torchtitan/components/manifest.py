@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import zlib
 from pathlib import Path
@@ -18,7 +17,6 @@ from torchtitan.config.schema import JobConfig
 from torchtitan.tools.errors import UserError
 
 MANIFEST = "manifest.json"
-WENT_BACK = "went_back.json"
 FORMAT = 1
 
 
@@ -49,23 +47,6 @@ def complete_steps(folder: Path) -> list[int]:
     """Steps of the published checkpoints, ascending."""
     names = (re.fullmatch(r"step-(\d+)", p.name) for p in folder.glob("step-*"))
     return sorted(int(m[1]) for m in names if m)
-
-
-def load_step_now(folder: Path, wanted: int) -> int:
-    """checkpoint.load_step, or -1 where this Slurm job has gone back to it already, before it was requeued: its command
-    line is still the same, and what it has trained since is not to be taken back each time."""
-    try:
-        done = json.loads((folder / WENT_BACK).read_text())
-    except (OSError, ValueError):
-        return wanted
-    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    return -1 if requeued and done == [os.environ.get("SLURM_JOB_ID"), wanted] else wanted
-
-
-def note_load_step(folder: Path, wanted: int) -> None:
-    """That this job has gone back to step `wanted`, for load_step_now."""
-    if job := os.environ.get("SLURM_JOB_ID"):
-        (folder / WENT_BACK).write_text(json.dumps([job, wanted]))
 
 
 def check_load_step(folder: Path, wanted: int, steps: list[int]) -> None:

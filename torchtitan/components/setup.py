@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torchtitan.attention.backends import choose_backend
 from torchtitan.attention.varlen import check_window
 from torchtitan.components.lineage import check_before, flat, lineage, shown
-from torchtitan.components.manifest import check_load_step, complete_steps, digest, load_step_now, newest_manifest
+from torchtitan.components.manifest import check_load_step, complete_steps, digest, newest_manifest
 from torchtitan.components.metrics import import_wandb
 from torchtitan.components.start import Start, check_start, find_start, hugging_face_start
 from torchtitan.config import JobConfig, as_tables
@@ -226,7 +226,7 @@ def _own_manifest(config: JobConfig) -> dict[str, Any] | None:
         return None
     folder = Path(config.job.dump_folder) / config.checkpoint.folder
     steps = complete_steps(folder)
-    check_load_step(folder, load_step_now(folder, config.checkpoint.load_step), steps)
+    check_load_step(folder, config.checkpoint.load_step, steps)
     return newest_manifest(config)[1]
 
 

@@ -36,6 +36,7 @@ def hooks_of(config: JobConfig) -> list[Any]:
     from torchtitan.extensions.cluster.node_check import NodeCheck
     from torchtitan.extensions.cluster.profiling import Profiler
     from torchtitan.extensions.cluster.progress import ProgressBar
+    from torchtitan.extensions.cluster.requeue import WentBack
     from torchtitan.extensions.convert.export import Export
     from torchtitan.extensions.evaluation.hook import EvaluationHook
     from torchtitan.extensions.planner.data_report import DataReport
@@ -54,14 +55,17 @@ def hooks_of(config: JobConfig) -> list[Any]:
         Gates(),  # before the export: what does not hold its gates is not exported
         Export(),
         Profiler(),
+        WentBack(),
     ]
     return [*hooks, *own]
 
 
 def build_trainer(config: JobConfig, rank: int, local_rank: int, world_size: int) -> Any:
     """Collective. The Trainer (trainer.py) of a stage with everything that takes part in it, ready for train()."""
+    from torchtitan.extensions.cluster.requeue import with_load_step
     from torchtitan.trainer import Trainer
 
+    config = with_load_step(config)
     hooks = hooks_of(config)  # first: importing a user's module may be what brings his model
     return Trainer(config, prepare_inputs(config, world_size), rank, local_rank, world_size, hooks)
 

@@ -27,12 +27,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from torchtitan.components.manifest import complete_steps, load_step_now, results_file
+from torchtitan.components.manifest import complete_steps, results_file
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.checks import check_config, check_stage, resolve_shard_degree
 from torchtitan.config.manager import config_file, flag_name
 from torchtitan.config.toml_file import load_tables
 from torchtitan.extensions.cluster.chain import ended
+from torchtitan.extensions.cluster.requeue import with_load_step
 from torchtitan.extensions.cluster.stages import chain, without_flags
 from torchtitan.extensions.evaluation.checks import check_asked, check_evaluation
 from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, LOST_A_RANK, STOPPED, GateError, UserError
@@ -95,8 +96,7 @@ def start(nodes: int, per_node: int, args: list[str], unchanged: bool = True) ->
     config = load_config(args)
     check_config(config, nodes * per_node)
     check_evaluation(config)
-    folder = Path(config.job.dump_folder) / config.checkpoint.folder
-    goes_back = unchanged and load_step_now(folder, config.checkpoint.load_step) >= 0
+    goes_back = unchanged and with_load_step(config).checkpoint.load_step >= 0
     if not goes_back and ended(args, unchanged) == 0:
         return ENDED
     print(f"DUMP_FOLDER={shlex.quote(str(Path(config.job.dump_folder).absolute()))}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan.components.manifest import digest, load_step_now, note_load_step, read_manifest
+from torchtitan.components.manifest import digest, read_manifest
 from torchtitan.extensions.cluster.chain import main
 from torchtitan.tools.errors import GATE_NOT_HELD, NOT_ENDED
 
@@ -64,21 +64,6 @@ def test_a_stage_that_is_another_now_has_not_simply_ended(tmp_path: Path, capsys
     assert ask(tmp_path, "--training.seq_len", "4096", "--rope.theta", "5e5") == 1
     assert "has ended, but with another configuration" in (said := capsys.readouterr().err)
     assert "training.seq_len 2048 -> 4096" in said and "rope.theta" not in said
-
-
-def test_a_requeued_job_goes_back_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Its command line says load_step at every start; another job, or the same in its first start, goes back again."""
-    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
-        monkeypatch.delenv(name, raising=False)
-    note_load_step(tmp_path, 500)
-    assert load_step_now(tmp_path, 500) == 500  # not on Slurm: nothing is noted
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    note_load_step(tmp_path, 500)
-    assert load_step_now(tmp_path, 500) == 500
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert [load_step_now(tmp_path, step) for step in (500, 400, -1)] == [-1, 400, -1]
-    monkeypatch.setenv("SLURM_JOB_ID", "8")
-    assert load_step_now(tmp_path, 500) == 500
 
 
 def test_the_stage_before_is_the_one_that_was_gone_on_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
