@@ -1,7 +1,30 @@
 # shellcheck shell=bash disable=SC2034
-# What a job makes of its allocation; sourced by train.sbatch and evaluate.sbatch, which have fail and say, the
-# repository in REPO and in `restarts` how often Slurm has started the job anew. Leaves PYTHON, nodes, hosts, per_node
-# (processes a node), gpus (of a node; empty where Slurm knows of none) and port.
+# A job and its allocation; sourced by train.sbatch and evaluate.sbatch, which define fail, say and REPO (the repository).
+# Leaves what env.sh sets, restarts (how often Slurm has started the job anew), PYTHON, nodes, hosts, per_node (processes
+# per node), gpus (per node; empty if Slurm knows of none) and port.
+
+# ---- what Slurm says of a job
+described="" # on one line
+describe() { # JOB: fails if Slurm does not know it (any more) with 1, if Slurm does not answer for five minutes with 2
+    local i
+    for (( i = 0; i < 60; i++ )); do
+        described=$(scontrol --oneliner show job "$1" 2>&1) && return 0
+        [[ $described != *"Invalid job id"* ]] || return 1
+        (( i )) || say "Slurm does not answer (${described%%$'\n'*}): trying again for 5 minutes"
+        sleep 5 & wait $!
+    done
+    return 2
+}
+said_of_job() { [[ " $described" =~ \ $1=([^ ]*) ]] && echo "${BASH_REMATCH[1]}"; } # FIELD
+
+describe "$SLURM_JOB_ID" || fail "Slurm does not know this job: $described"
+restarts=$(said_of_job Restarts) # not SLURM_RESTART_COUNT, which a job that was submitted from within a job inherits
+
+# ---- the site's settings, and Python
+set +u # a site's file may use variables that are not set
+# shellcheck source=env.sh
+source "$REPO/multinode/env.sh"
+set -u
 source "$REPO/scripts/setup.sh"
 if [[ -n ${PYTHON:-} ]]; then
     setup_has_all "$PYTHON" || fail "PYTHON=$PYTHON lacks what is needed: $(setup_lacks "$PYTHON")"
@@ -15,13 +38,13 @@ export PYTHON PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 nodes=$SLURM_JOB_NUM_NODES
 gpus=${SLURM_GPUS_ON_NODE:-}
 if [[ -n ${NGPU:-} && -n $gpus && $NGPU != "$gpus" ]]; then
-    fail "NGPU=$NGPU processes a node, but the allocation has $gpus GPUs a node: sbatch --gpus-per-node=$NGPU, or" \
+    fail "NGPU=$NGPU processes per node, but the allocation has $gpus GPUs per node: sbatch --gpus-per-node=$NGPU, or" \
         "leave NGPU out"
 fi
 per_node=${NGPU:-${gpus:-}}
 if [[ -z $per_node ]]; then
     if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
-        fail "this node has GPUs, but the allocation has none: sbatch --gpus-per-node=N; or NGPU=N, where Slurm does" \
+        fail "this node has GPUs, but the allocation has none: sbatch --gpus-per-node=N; or NGPU=N, if Slurm does" \
             "not know of GPUs"
     fi
     per_node=1

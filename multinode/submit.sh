@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Submit a recipe to Slurm: a job for each stage from the first that has not ended on, each after the one before.
+# Submit a recipe to Slurm: one job per stage, from the first stage that has not ended on, each after the previous one.
 #
 #   multinode/submit.sh [--dry-run] [--evaluate] --job.config_file LAST_STAGE.toml [--x.y z ...] [-- SBATCH OPTIONS]
 #   multinode/submit.sh --job.config_file train_configs/prolong_8b/512k.toml -- --nodes=4 --gpus-per-node=8 --time=24:00:00
 #
 # Overrides hold for every stage; job.dump_folder gets a folder for each. SBATCH OPTIONS hold for every stage too, and win
-# over those of env.sh and of the stage's TOML (stage.sbatch). A stage starts when the one before has ended well (afterok);
-# when that has failed, the jobs after it are cancelled (--kill-on-invalid-dep). --dry-run prints the commands. Paths are
-# relative to where you stand. The jobs' numbers are printed, the first stage's first.
+# over those of env.sh and of the stage's TOML (stage.sbatch). A stage starts when the previous one has ended well (afterok);
+# if that has failed, the jobs after it are cancelled (--kill-on-invalid-dep). --dry-run prints the commands. Paths are
+# relative to the current folder. The jobs' numbers are printed, the first stage's first.
 #
-# --evaluate puts a job with evaluate.sbatch behind each stage, also behind one that has ended and whose newest
+# --evaluate puts a job with evaluate.sbatch behind each stage, also behind a stage that has ended and whose newest
 # checkpoint has no evaluation/step-N.json; the next stage does not wait for it. It has the stage's options of sbatch,
-# then those said here, which win: --evaluate="--nodes=1 --time=1:00:00". Its number is printed behind the stage's.
+# then those given here, which win: --evaluate="--nodes=1 --time=1:00:00". Its number is printed behind the stage's.
 set -euo pipefail
 REPO=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
-set +u # a site's file may use what is not set
+set +u # a site's file may use variables that are not set
 source "$REPO/multinode/env.sh"
 set -u
 source "$REPO/scripts/setup.sh"
@@ -33,7 +33,7 @@ while [[ $# -gt 0 && $1 != -- ]]; do
     shift
 done
 if [[ $# -gt 0 ]]; then shift; fi
-said=("$@")
+user_options=("$@")
 if ! $dry && ! command -v sbatch >/dev/null; then
     echo "error: there is no sbatch on this machine's PATH: submit from a login node of a Slurm cluster. --dry-run shows" \
         "what would be submitted, ./run_train.sh trains on this machine, multinode/torchrun.sh on plain hosts." >&2
@@ -72,31 +72,31 @@ submit() { # WHAT JOB_NAME DUMP_FOLDER AFTER SCRIPT SBATCH_OPTIONS... -- ARGUMEN
     echo "$what: job $job, log $folder/slurm/$job.log" >&2
     echo "$job"
 }
-options() { # SBATCH_OPTIONS... -- ARGUMENTS...: those of the stage in `own`, the rest in `rest`
-    own=()
-    while [[ $1 != -- ]]; do own+=("$1"); shift; done
-    own+=(${said[@]+"${said[@]}"})
+options() { # SBATCH_OPTIONS... -- ARGUMENTS...: the stage's, with the user's, in `sbatch_options`; the rest in `rest`
+    sbatch_options=()
+    while [[ $1 != -- ]]; do sbatch_options+=("$1"); shift; done
+    sbatch_options+=(${user_options[@]+"${user_options[@]}"})
     rest=("$@")
 }
 stage() { # NAME DUMP_FOLDER HAS_ENDED SBATCH_OPTIONS... -- ARGUMENTS...
-    local own rest
+    local sbatch_options rest
     options "${@:4}"
     job=""
     if [[ $3 == yes ]]; then
         echo "stage $1 has ended ($2)" >&2
         return
     fi
-    submit "stage $1" "$1" "$2" "$previous" train.sbatch ${own[@]+"${own[@]}"} "${rest[@]}"
+    submit "stage $1" "$1" "$2" "$previous" train.sbatch ${sbatch_options[@]+"${sbatch_options[@]}"} "${rest[@]}"
     previous=$job
 }
-evaluation() { # NAME DUMP_FOLDER IS_EVALUATED SBATCH_OPTIONS... -- ARGUMENTS...: of the stage before it
-    local own rest
+evaluation() { # NAME DUMP_FOLDER IS_EVALUATED SBATCH_OPTIONS... -- ARGUMENTS...: of the stage that was submitted last
+    local sbatch_options rest
     options "${@:4}"
     if [[ $3 == yes ]]; then
         echo "stage $1 is evaluated ($2/evaluation)" >&2
         return
     fi
-    own+=(${evaluation_options[@]+"${evaluation_options[@]}"})
-    submit "evaluation of stage $1" "$1-evaluation" "$2" "$job" evaluate.sbatch ${own[@]+"${own[@]}"} "${rest[@]}"
+    sbatch_options+=(${evaluation_options[@]+"${evaluation_options[@]}"})
+    submit "evaluation of stage $1" "$1-evaluation" "$2" "$job" evaluate.sbatch ${sbatch_options[@]+"${sbatch_options[@]}"} "${rest[@]}"
 }
 eval "$stages"

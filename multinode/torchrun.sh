@@ -4,11 +4,11 @@
 #   multinode/torchrun.sh --nnodes 2 --node-rank 0 --master-addr host0 [--master-port 29500] [--nproc-per-node 8] \
 #       -- --job.config_file my.toml [--x.y z]
 #
-# Flags are torchrun's, what it starts is this project's launcher (torchtitan/extensions/cluster/launch.py): on SIGTERM the trainers
-# take as long as their checkpoint needs. Nothing is started again by itself: repeat the command, and it resumes.
+# Flags are torchrun's, but it starts this project's launcher (torchtitan/extensions/cluster/launch.py): on SIGTERM the
+# trainers take as long as their checkpoint needs. Nothing is started again by itself: repeat the command to resume.
 set -euo pipefail
 REPO=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
-set +u # a site's file may use what is not set
+set +u # a site's file may use variables that are not set
 source "$REPO/multinode/env.sh"
 set -u
 source "$REPO/scripts/setup.sh"
@@ -33,12 +33,12 @@ done
 if [[ $# -gt 0 ]]; then shift; fi
 for name in nnodes node_rank host; do [[ -n ${!name} ]] || { usage >&2; exit 1; }; done
 for name in nnodes node_rank port; do
-    [[ ${!name} =~ ^[0-9]+$ ]] || fail "--${name//_/-} ${!name}: a number is wanted; nothing is elastic here"
+    [[ ${!name} =~ ^[0-9]+$ ]] || fail "--${name//_/-} ${!name}: it must be a number: nothing is elastic here"
 done
 gpus=0
 if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true); fi
 if [[ -z $per_node ]]; then per_node=$((gpus > 0 ? gpus : 1)); fi
-[[ $per_node =~ ^[1-9][0-9]*$ ]] || fail "--nproc-per-node $per_node: a number is wanted"
+[[ $per_node =~ ^[1-9][0-9]*$ ]] || fail "--nproc-per-node $per_node: it must be a number"
 if [[ $gpus -gt 0 ]]; then setup_allocator; fi
 setup_python
 settings=$("$PYTHON" -m torchtitan.extensions.cluster.slurm start "$nnodes" "$per_node" "$@") || {

@@ -538,7 +538,7 @@ def test_a_dead_or_hanging_rank_ends_the_run_in_time_and_it_comes_back(outcomes:
 def test_what_loses_a_rank_at_every_start_is_given_up(outcomes: dict[str, Future[Facts]]) -> None:
     outcome = outcomes["hopeless"].result()
     assert outcome["state"] == "FAILED" and outcome["exit"] == "76:0" and outcome["restarts"] == 2, outcome["log"]
-    assert outcome["log"].count("killed (exit code 76)") == 3 and "it does not get on" in outcome["log"]
+    assert outcome["log"].count("killed (exit code 76)") == 3 and "it makes no progress" in outcome["log"]
 
 
 def test_random_kills_lose_nothing(outcomes: dict[str, Future[Facts]]) -> None:
@@ -613,7 +613,7 @@ def test_bad_input(outcomes: dict[str, Future[Facts]]) -> None:
     assert outcome["missing"].returncode == 1 and "gone.toml, which does not exist" in outcome["missing"].stderr
     expected = {
         "head": "the name no-such-host does not resolve on node",
-        "gpus": "NGPU=3 processes a node, but the allocation has 2 GPUs a node",
+        "gpus": "NGPU=3 processes per node, but the allocation has 2 GPUs per node",
         "degrees": "context_parallel_degree 3",
         "text": "/nowhere/",
     }

@@ -2,13 +2,14 @@
 
     python -m torchtitan.extensions.cluster.chain NPROC <arguments of torchtitan.train>
 
-run_train.sh does so for --stage.run_chain. Stages that have ended are passed over, so that the same command, started
-again after whatever ended it, goes on in the stage and at the step where it was.
+run_train.sh does so for --stage.run_chain. Stages that have ended are passed over: the same command, started again,
+goes on in the stage and at the step where it was.
 
     python -m torchtitan.extensions.cluster.chain --has-ended <arguments of torchtitan.train>
 
-asks of one stage whether anything is left to do: exit code 0 if it has ended and its gates hold, NOT_ENDED if it has
-not, GATE_NOT_HELD or, for a mistake in the configuration, FAILED. PyTorch is not imported, so a launcher can ask often.
+asks whether anything of one stage is left to do: exit code 0 if it has ended and its gates hold, NOT_ENDED if it has
+not ended, GATE_NOT_HELD or, for a mistake in the configuration, FAILED. PyTorch is not imported: a launcher can ask
+often.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ def run_chain(args: list[str], nproc: int) -> int:
         if not stage.config.checkpoint.enable:
             raise UserError(f"stage {stage.config.stage.name}: a chain needs checkpoints (checkpoint.enable = true).")
     names = " -> ".join(stage.config.stage.name for stage in stages)
-    print(f"chain: {names}", file=sys.stderr, flush=True)
+    _say(names)
     for stage in stages:
         config = stage.config
         if not has_ended(config):
-            print(f"chain: stage {config.stage.name}, into {config.job.dump_folder}", file=sys.stderr, flush=True)
+            _say(f"stage {config.stage.name}, into {config.job.dump_folder}")
             code = launch([sys.executable, "-m", "torchtitan.train", *stage.arguments], nproc)
             if code == STOPPED:  # it has saved and says so
-                print(f"chain: stopped in stage {config.stage.name}; start again to go on", file=sys.stderr, flush=True)
+                _say(f"stopped in stage {config.stage.name}; start again to go on")
                 return code
             if code:
-                print(f"chain: stage {config.stage.name} failed; the chain stops", file=sys.stderr, flush=True)
+                _say(f"stage {config.stage.name} failed; the chain stops")
                 return code
         else:
             _check_unchanged(config)
-            print(f"chain: stage {config.stage.name} has ended", file=sys.stderr, flush=True)
+            _say(f"stage {config.stage.name} has ended")
         _check_gates(config)
     return 0
 
@@ -109,6 +110,10 @@ def ended(args: list[str], unchanged: bool = True) -> int:
         _check_unchanged(config)
     _check_gates(config)
     return 0
+
+
+def _say(message: str) -> None:
+    print(f"chain: {message}", file=sys.stderr, flush=True)
 
 
 def _check_gates(config: JobConfig) -> None:

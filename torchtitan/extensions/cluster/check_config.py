@@ -1,7 +1,7 @@
-"""Is this configuration right? `python -m torchtitan.config WORLD_SIZE <arguments of torchtitan.train>`
+"""Is this configuration right? `python -m torchtitan.extensions.cluster.check_config WORLD_SIZE <as torchtitan.train>`
 
-run_train.sh asks before it starts anything: a mistake is then told once and at once, rather than by every process after
-it has imported torch.
+run_train.sh asks before it starts anything: a mistake is then reported once and at once, rather than by every process
+after it has imported PyTorch.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torchtitan.tools.errors import UserError
 def main(args: list[str]) -> int:
     try:
         config = load_config(args[1:])
-        # a mistake in the last stage is told before the first one is paid for
-        for each in [stage.config for stage in chain(args[1:])] if config.stage.run_chain else [config]:
-            check_config(each, int(args[0]))
-            check_evaluation(each)
+        # a mistake in the last stage is reported before the first one is paid for
+        stages = [stage.config for stage in chain(args[1:])] if config.stage.run_chain else [config]
+        for stage in stages:
+            check_config(stage, int(args[0]))
+            check_evaluation(stage)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Do all hosts of a job see the same dump folder? A folder that each has for itself would tear checkpoints apart."""
+"""Do all hosts of a job see the same dump folder? If each host has a folder of its own, checkpoints are torn apart."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SEEN_WITHIN_SECONDS = 20.0
 """How long a file may take to be seen on other hosts; NFS caches folders for seconds."""
 
 
-def hosts_of(group: dist.ProcessGroup, host: str | None = None) -> list[str]:
-    """Collective. The host of every rank; host: the name to give this one, for tests."""
+def hosts_of(group: dist.ProcessGroup) -> list[str]:
+    """Collective. The host name of every rank."""
     hosts: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(hosts, host or host_name(), group)
+    dist.all_gather_object(hosts, host_name(), group)
     return hosts
 
 
@@ -29,30 +29,30 @@ def blind_hosts(
 ) -> list[str]:
     """Collective. The hosts whose first rank does not see, within `seconds`, a file that rank 0 writes to `folder`."""
     rank = dist.get_rank()
-    box: list[Any] = [None]
-    file = folder / ".shared"
+    word = uuid.uuid4().hex
+    message: list[Any] = [word, None]
     if rank == 0:
-        box = [uuid.uuid4().hex]
-        file = folder / f".shared-{box[0]}"
         try:
-            file.write_text(box[0])
+            (folder / f".shared-{word}").write_text(word)
         except OSError as e:
-            box = [e]
-    dist.broadcast_object_list(box, src=0, group=group)
-    if isinstance(box[0], OSError):
-        raise UserError(f"{folder} cannot be written to on {hosts[0]}: {box[0]}.")
-    file = folder / f".shared-{box[0]}"
-    sees = hosts.index(hosts[rank]) != rank  # one rank a host looks
+            message[1] = e
+    dist.broadcast_object_list(message, src=0, group=group)
+    word, error = message
+    if error:
+        raise UserError(f"{folder} cannot be written to on {hosts[0]}: {error}.")
+    file = folder / f".shared-{word}"
+    sees = hosts.index(hosts[rank]) != rank  # one rank per host looks
     deadline = time.monotonic() + seconds
     while not sees:
         try:
             os.listdir(folder)  # makes NFS look again
-            sees = file.read_text() == box[0]
+            sees = file.read_text() == word
         except OSError:
             pass
-        if sees or time.monotonic() > deadline:
-            break
-        time.sleep(0.2)
+        if not sees:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
     seen: list[bool] = [False] * len(hosts)
     dist.all_gather_object(seen, sees, group)
     if rank == 0:
@@ -61,7 +61,7 @@ def blind_hosts(
 
 
 def not_shared(folder: Path, writer: str, blind: list[str]) -> str:
-    """The sentence for a dump folder that some hosts have for themselves."""
+    """The message for a dump folder that the `blind` hosts do not share with the host `writer`."""
     return (
         f"job.dump_folder = {folder} is not shared between the nodes: {', '.join(blind)} "
         f"{'does' if len(blind) == 1 else 'do'} not see what {writer} wrote there ({SEEN_WITHIN_SECONDS:g} s ago). "

@@ -1,4 +1,4 @@
-"""What the scripts under multinode/ ask about a configuration. Imports no PyTorch: a login node may lack it.
+"""What the scripts under multinode/ ask about a configuration. It imports no PyTorch: a login node may lack it.
 
     python -m torchtitan.extensions.cluster.slurm QUESTION ...
 
@@ -8,15 +8,15 @@
     verdict CODE ASKED NODE_CODES NODES PER_NODE <...>                      how did a start of it end?
     evaluation NODES PER_NODE <arguments of scripts/evaluate.py>            can it be evaluated?
 
-`stages` prints shell code, a line a stage, the first one first:
+`stages` prints shell code, one line per stage, the first stage first:
     stage NAME DUMP_FOLDER HAS_ENDED SBATCH_OPTIONS... -- ARGUMENTS...
-(HAS_ENDED is no for all that stand behind one that has not), and with --evaluate, after each of them,
+(HAS_ENDED is no for all stages behind one that has not ended), and with --evaluate, after each of them,
     evaluation NAME DUMP_FOLDER HAS_ENDED_AND_IS_EVALUATED SBATCH_OPTIONS... -- ARGUMENTS...
 `verdict` prints the exit code for the job and a word: ended, failed, saved, asked (to stop, before it could save) or
 lost.
-`start` prints the dump folder and the arguments to train with as shell code, and ends with 0; with ENDED or
-GATE_NOT_HELD for a stage that has ended already, with FAILED and the reason for one that cannot work. `evaluation`
-prints the same.
+`start` prints the dump folder and the arguments to train with as shell code, and exits with 0. It exits with ENDED or
+GATE_NOT_HELD if the stage has ended already, with FAILED and the reason if it cannot work. `evaluation` prints the
+same.
 """
 
 from __future__ import annotations
@@ -46,52 +46,55 @@ TERMINATED = 128 + 15
 
 DEGREES = ("data_parallel_replicate_degree", "data_parallel_shard_degree")
 
-
 EVALUATE_FLAGS = ("model", "step", "tokenizer", "processes", "label", "out")
-"""Those of scripts/evaluate.py that are no keys of a stage."""
+"""The flags of scripts/evaluate.py that are no keys of a stage."""
 
 
 def stages(args: list[str], evaluates: bool = False) -> int:
-    """Print the stages of a recipe; UserError for what no number of processes could mend."""
-    all_before_ended = True
+    """Print the stages of a recipe; UserError for a mistake that no number of processes could mend."""
+    leaves_evaluation = not any(flag_name(arg) == "evaluation.at_end" for arg in args)
+    at_end = ["--evaluation.at_end", "false"] if leaves_evaluation else []
+    all_ended = True
     for stage in chain(args):
         config = stage.config
         check_stage(config)
         if not config.checkpoint.enable:
             raise UserError(f"stage {config.stage.name}: Slurm's jobs need checkpoints (checkpoint.enable = true).")
         try:
-            done = "yes" if ended(stage.arguments) == 0 else "no"
+            has_ended = ended(stage.arguments) == 0
         except GateError:
-            done = "no"  # its job says so, and stops those after it
-        if not all_before_ended:
-            done = "no"  # its job looks once more whether the one before is still what it began from
-        all_before_ended = done == "yes"
-        dump_folder = str(Path(config.job.dump_folder).absolute())
-        said = [*config.stage.sbatch, "--", *stage.arguments]
+            has_ended = False  # its job says so, and stops the jobs after it
+        # behind a stage that has not ended, the job asks once more whether its start is still what it began from
+        all_ended = all_ended and has_ended
+
+        def line(what: str, done: bool, more: list[str], config: JobConfig = config) -> str:
+            folder, options = str(Path(config.job.dump_folder).absolute()), [*config.stage.sbatch, "--", *more]
+            return shlex.join([what, config.stage.name, folder, "yes" if done else "no", *options])
+
         if not evaluates:
-            print(shlex.join(["stage", config.stage.name, dump_folder, done, *said]))
+            print(line("stage", all_ended, stage.arguments))
             continue
         try:
             check_asked(config)
             check_evaluation(config)
         except UserError as error:
             raise UserError(f"--evaluate, stage {config.stage.name}: {error}") from None
-        at_end = [] if any(flag_name(arg) == "evaluation.at_end" for arg in args) else ["--evaluation.at_end", "false"]
-        print(shlex.join(["stage", config.stage.name, dump_folder, done, *said, *at_end]))
-        known = "yes" if done == "yes" and is_evaluated(config) else "no"
-        print(shlex.join(["evaluation", config.stage.name, dump_folder, known, *said]))
+        print(line("stage", all_ended, stage.arguments + at_end))
+        print(line("evaluation", all_ended and is_evaluated(config), stage.arguments))
     return 0
 
 
 def is_evaluated(config: JobConfig) -> bool:
-    """Whether the newest checkpoint has its results, where scripts/evaluate.py leaves them."""
+    """Whether the newest checkpoint has its results in the place where scripts/evaluate.py leaves them."""
     steps = complete_steps(Path(config.job.dump_folder) / config.checkpoint.folder)
     return bool(steps) and results_file(config, steps[-1]).is_file()
 
 
 def start(nodes: int, per_node: int, args: list[str], unchanged: bool = True) -> int:
-    """Print how to train this stage on nodes * per_node processes, or say why it is not to be trained. unchanged: see
-    chain.ended; False after a start, whose checkpoint.load_step is done."""
+    """Print how to train this stage on nodes * per_node processes, or say why it must not be trained.
+
+    unchanged: see chain.ended; False after a start, which has gone back to checkpoint.load_step already.
+    """
     args = args + replicas(args, nodes, per_node)
     config = load_config(args)
     check_config(config, nodes * per_node)
@@ -99,36 +102,38 @@ def start(nodes: int, per_node: int, args: list[str], unchanged: bool = True) ->
     goes_back = unchanged and with_load_step(config).checkpoint.load_step >= 0
     if not goes_back and ended(args, unchanged) == 0:
         return ENDED
+    return _print_settings(config, args)
+
+
+def evaluation(nodes: int, per_node: int, args: list[str]) -> int:
+    """Print how to evaluate on nodes * per_node processes, in the layout of training; UserError if that cannot be."""
+    keys = without_flags(args, *EVALUATE_FLAGS)
+    more = replicas(keys, nodes, per_node)
+    config = load_config(keys + more)
+    check_asked(config)
+    check_evaluation(config)
+    resolve_shard_degree(config, nodes * per_node)
+    return _print_settings(config, args + more)
+
+
+def _print_settings(config: JobConfig, args: list[str]) -> int:
     print(f"DUMP_FOLDER={shlex.quote(str(Path(config.job.dump_folder).absolute()))}")
     print(f"ARGUMENTS=({shlex.join(args)})")
     return 0
 
 
-def evaluation(nodes: int, per_node: int, args: list[str]) -> int:
-    """Print how to evaluate on nodes * per_node processes, in the layout of training, or say why it cannot be."""
-    said = without_flags(args, *EVALUATE_FLAGS)
-    more = replicas(said, nodes, per_node)
-    config = load_config(said + more)
-    check_asked(config)
-    check_evaluation(config)
-    resolve_shard_degree(config, nodes * per_node)
-    print(f"DUMP_FOLDER={shlex.quote(str(Path(config.job.dump_folder).absolute()))}")
-    print(f"ARGUMENTS=({shlex.join(args + more)})")
-    return 0
-
-
 def replicas(args: list[str], nodes: int, per_node: int) -> list[str]:
-    """HSDP inside the node: arguments for a copy of the model a node, unless TOML or command line say otherwise.
+    """HSDP inside the node: arguments for one copy of the model per node, unless TOML or command line say otherwise.
 
-    data_parallel_shard_degree is then what context and tensor parallelism leave of a node. Where these two span nodes
+    data_parallel_shard_degree is then what context and tensor parallelism leave of a node. If these two span nodes,
     nothing is added: the parameters are sharded over a row's ranks, on whatever nodes they are.
     """
     path = config_file(args)
-    said = load_tables(Path(path)).get("parallelism", {}) if path else {}
+    table = load_tables(Path(path)).get("parallelism", {}) if path else {}
     flags = {flag_name(arg) for arg in args}
     p = load_config(args).parallelism
-    a_row = p.context_parallel_degree * p.tensor_parallel_degree
-    if nodes == 1 or per_node % a_row or any(key in said or f"parallelism.{key}" in flags for key in DEGREES):
+    ranks_per_row = p.context_parallel_degree * p.tensor_parallel_degree
+    if nodes == 1 or per_node % ranks_per_row or any(k in table or f"parallelism.{k}" in flags for k in DEGREES):
         return []
     print(
         f"HSDP: a copy of the model on each of the {nodes} nodes, sharded over its {per_node} processes. Too large? "
@@ -141,14 +146,14 @@ def replicas(args: list[str], nodes: int, per_node: int) -> list[str]:
 def verdict(code: int, node_codes: list[int], asked: bool, stage: int) -> tuple[int, str]:
     """The job's exit code and how this start ended, from what each node noted rather than from srun's code.
 
-    stage: what `start` now says of it. A failure of one node explains what became of the others, not the other way
-    round: Slurm ends those with SIGTERM, which alone would be a wish to stop.
+    stage: what `start` now says of the stage. A failure of one node explains what became of the others, not the other
+    way round: Slurm ends the others with SIGTERM, which alone would be a wish to stop.
     """
     if code == 0 and stage == ENDED:
         return 0, "ended"
     if stage == GATE_NOT_HELD:
         return GATE_NOT_HELD, "failed"
-    code = code or LOST_A_RANK  # srun says 0 of a node that was lost, too
+    code = code or LOST_A_RANK  # srun returns 0 for a node that was lost, too
     failed = [c for c in node_codes if 0 < c < 128 and c not in (STOPPED, LOST_A_RANK)]
     if failed:
         return failed[0], "failed"
@@ -163,7 +168,7 @@ def verdict(code: int, node_codes: list[int], asked: bool, stage: int) -> tuple[
 
 
 def main(argv: list[str]) -> int:
-    """See above; exit code 1 and one paragraph for what the user has wrong."""
+    """See above; exit code 1 and one paragraph for a mistake of the user's."""
     verb, args = argv[0], without_flags(argv[1:], "stage.run_chain")
     try:
         if verb == "stages":
@@ -175,7 +180,7 @@ def main(argv: list[str]) -> int:
             return 0
         if verb == "verdict":
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                # what this job has trained has ended, though its file may be another by now
+                # what this job has trained has ended, even if its file has changed since
                 stage = main(["judge", *args[3:]])
             print(*verdict(int(args[0]), [int(c) for c in args[2].split()], bool(args[1]), stage))
             return 0

@@ -1,4 +1,4 @@
-"""The stages of a recipe in order: a TOML file, the one it comes after, and so on."""
+"""The stages of a recipe in order, found from the last one: a TOML file, the file it comes after, and so on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torchtitan.config.manager import check_circle, config_file, flag_name, load
 from torchtitan.config.schema import JobConfig
 from torchtitan.tools.errors import UserError
 
+OF_ONE_STAGE = ("stage.run_chain", "stage.after", "stage.name", "stage.after_dump_folder", "job.dump_folder")
+"""Keys that cannot hold for every stage of a chain alike."""
+
 
 @dataclass(frozen=True)
 class ChainedStage:
@@ -20,10 +23,10 @@ class ChainedStage:
 
 
 def chain(args: list[str]) -> list[ChainedStage]:
-    """The stages that `args` (a command line with --job.config_file) leads to, the first one first.
+    """The stages that `args` (a command line with --job.config_file) leads to, the first stage first.
 
-    Overrides hold for every stage, but for job.dump_folder, of which each stage gets a folder of its name.
-    UserError for a file that does not exist, stages that go round in a circle, and two that would write to one folder.
+    Overrides hold for every stage, but under --job.dump_folder each stage gets a folder of its name. UserError for a
+    file that does not exist, stages that go round in a circle, and two stages that would write to one folder.
     """
     path = config_file(args)
     if path is None:
@@ -35,25 +38,15 @@ def chain(args: list[str]) -> list[ChainedStage]:
             raise UserError(f"{files[-1]} comes after {after}, which does not exist (stage.after).")
         files.append(Path(after))
         after = load_config(["--job.config_file", after]).stage.after
-    shared = without_flags(
-        args,
-        "stage.run_chain",
-        "job.config_file",
-        "job.dump_folder",
-        "stage.after",
-        "stage.name",
-        "stage.after_dump_folder",
-    )
-    top = _value(args, "job.dump_folder")
+    shared = without_flags(args, "job.config_file", *OF_ONE_STAGE)
+    top, first_after = _value(args, "job.dump_folder"), _value(args, "stage.after")
     stages: list[ChainedStage] = []
-    overridden = _value(args, "stage.after")
     for file in reversed(files):
         arguments = ["--job.config_file", str(file), *shared]
-        if file == files[0] and overridden is not None:
-            arguments += ["--stage.after", overridden]
+        if file == files[0] and first_after is not None:
+            arguments += ["--stage.after", first_after]
         if top is not None:
-            name = load_config(arguments).stage.name
-            arguments += ["--job.dump_folder", os.path.join(top, name)]
+            arguments += ["--job.dump_folder", os.path.join(top, load_config(arguments).stage.name)]
         if stages:
             arguments += ["--stage.after_dump_folder", stages[-1].config.job.dump_folder]
         config = load_config(arguments)
