@@ -1,7 +1,7 @@
 """What the tests with several ranks share: a tiny stage on ragged text, and a way to run functions on real ranks.
 
 Importing PyTorch takes seconds a process. So one spawn runs many cases, each of which makes its own process group and
-ends it, and the ranks are forks of a server that has imported it and done nothing else.
+ends it, and the ranks are forks of a server that has imported it (preload.py).
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def spawn(world_size: int, function: Callable[..., Any], cases: list[Any], folde
     results = folder / f"results-{random.getrandbits(64):x}"
     surroundings = dict(os.environ), [Descriptor(1), Descriptor(2)]
     arguments = (world_size, function, cases, ports, str(results), surroundings)
-    multiprocessing.set_forkserver_preload(["torchtitan.trainer"])
+    multiprocessing.set_forkserver_preload(["tests.distributed.preload"])
     ranks = mp.start_processes(_worker, arguments, world_size, join=False, start_method="forkserver")  # type: ignore
     try:
         while not ranks.join():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,10 +96,8 @@ def test_killed_at_step_13_and_restarted(folder: Path, assets: Path, unbroken):
 
     other = folder / "killed-other-layout"
     subprocess.run(["cp", "-r", out, other], check=True)
-    process = launch(args, 2)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    assert "resumed from" in output and "step-10" in output
+    resumed = spawn(2, run_stage, [args], folder)[0]
+    assert [numbers["step"] for numbers in resumed] == list(range(11, 21)), "it goes on from step 10"
     assert_equal(tensors(out / "checkpoint" / "step-20"), tensors(folder / "unbroken" / "checkpoint" / "step-20"))
     logged = steps_of(out)
     assert list(logged) == list(range(1, 21))
@@ -205,34 +204,41 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_skipped_and_named(damage: str, folder: Path, assets: Path, capfd):
-    out = folder / damage.replace(" ", "-")
-    args = flags(folder, assets, checkpoint__enable=True, checkpoint__interval=1, job__dump_folder=out)
-    whole = spawn(2, run_stage, [args], folder)[0]
-    last = out / "checkpoint" / "step-4"
-    file = max(last.glob("*.distcp"), key=lambda f: f.stat().st_size)
-    DAMAGES[damage](file)
-    assert file.name in find_damage(last)
-    (steps,) = spawn(2, run_stage, [args], folder)
-    assert "Skipping a damaged checkpoint" in (warned := capfd.readouterr().err) and file.name in warned
-    assert [numbers["step"] for numbers in steps] == [4]
-    assert steps[0]["loss"] == whole[3]["loss"]
-    assert find_damage(last) is None, "the damaged one is written anew"
-    assert (out / "checkpoint" / "step-4.replaced").is_dir()
+def test_a_damaged_checkpoint_is_skipped_and_named(folder: Path, assets: Path, capfd):
+    """One run, copied; what is damaged in a copy; and the copies' restarts, each of its own log lines."""
+    options = {"checkpoint__enable": True, "checkpoint__interval": 1}
+    outs = {damage: folder / damage.replace(" ", "-") for damage in DAMAGES}
+    args = {damage: flags(folder, assets, **options, job__dump_folder=out) for damage, out in outs.items()}
+    first, *others = outs.values()
+    whole = spawn(2, run_stage, [next(iter(args.values()))], folder)[0]
+    for other in others:
+        shutil.copytree(first, other)
+    files = {}
+    for damage, out in outs.items():
+        last = out / "checkpoint" / "step-4"
+        files[damage] = max(last.glob("*.distcp"), key=lambda f: f.stat().st_size)
+        DAMAGES[damage](files[damage])
+        assert files[damage].name in find_damage(last)
+    capfd.readouterr()
+    restarts = spawn(2, run_stage, list(args.values()), folder)
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "Skipping a damaged checkpoint" in line]
+    for steps, (damage, out) in zip(restarts, outs.items(), strict=True):
+        assert any(str(out) in line and files[damage].name in line for line in warnings), damage
+        assert [numbers["step"] for numbers in steps] == [4]
+        assert steps[0]["loss"] == whole[3]["loss"]
+        assert find_damage(out / "checkpoint" / "step-4") is None, "the damaged one is written anew"
+        assert (out / "checkpoint" / "step-4.replaced").is_dir()
 
 
 def test_async_saves_what_was_and_keeps_the_latest(folder: Path, assets: Path):
     """A save in the background holds the state of its step, though training goes on meanwhile."""
-    saved = []
-    for mode in ("disabled", "async"):
-        out = folder / f"mode-{mode}"
-        options = {"checkpoint__async_mode": mode, "checkpoint__keep_latest_k": 2}
-        args = flags(folder, assets, checkpoint__enable=True, checkpoint__interval=1, job__dump_folder=out, **options)
-        spawn(2, run_stage, [args], folder)
+    options = {"checkpoint__enable": True, "checkpoint__interval": 1, "checkpoint__keep_latest_k": 2}
+    outs = {mode: folder / f"mode-{mode}" for mode in ("disabled", "async")}
+    args = [flags(folder, assets, **options, checkpoint__async_mode=m, job__dump_folder=out) for m, out in outs.items()]
+    spawn(2, run_stage, args, folder)
+    for out in outs.values():
         assert complete_steps(out / "checkpoint") == [3, 4]
-        saved.append(tensors(out / "checkpoint" / "step-3"))
-    assert_equal(*saved)
+    assert_equal(*(tensors(out / "checkpoint" / "step-3") for out in outs.values()))
 
 
 def test_going_back_to_an_earlier_step(folder: Path, assets: Path):
@@ -240,8 +246,8 @@ def test_going_back_to_an_earlier_step(folder: Path, assets: Path):
     out = folder / "back"
     options = {"checkpoint__enable": True, "checkpoint__interval": 1, "checkpoint__keep_latest_k": 3}
     args = flags(folder, assets, **options, job__dump_folder=out)
-    forward = spawn(1, run_stage, [args], folder)[0]
-    back = spawn(1, run_stage, [[*args, "--checkpoint.load_step", "2", "--training.steps", "3"]], folder)[0]
+    earlier = [*args, "--checkpoint.load_step", "2", "--training.steps", "3"]
+    forward, back = spawn(1, run_stage, [args, earlier], folder)
     assert [n["step"] for n in back] == [3] and back[0]["grad_norm"] == forward[2]["grad_norm"]
     assert complete_steps(out / "checkpoint") == [2, 3]
     assert sorted(p.name for p in (out / "checkpoint").glob("*.replaced")) == ["step-3.replaced", "step-4.replaced"]

@@ -1,0 +1,104 @@
+"""The repository as a whole: commands, links and scripts that the documents name exist, and nothing names a machine."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("train_configs/*/README.md"))]
+SCRIPTS = sorted(ROOT.glob("scripts/**/*.py"))
+NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+
+
+def run_by(text: str) -> set[str]:
+    """What the commands of a document start: `scripts/plan.py`, `torchtitan.train`, `run_train.sh`."""
+    files = r"(?:^|[\s`(])(?:\./)?((?:scripts|multinode)/[\w/]+\.(?:py|sh|sbatch)|run_\w+\.sh)"
+    return {*re.findall(files, text), *re.findall(r"python3? -m ((?:torchtitan|tests)[\w.]*\w)", text)}
+
+
+def exists(command: str) -> bool:
+    if command.startswith(("torchtitan", "tests")):
+        path = ROOT / command.replace(".", "/")
+        return path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+    return (ROOT / command).is_file()
+
+
+def test_commands_are_found_in_a_text():
+    text = "`python scripts/a/b.py X` and\n    ./run_train.sh --x\npython -m torchtitan.train. See docs/scripts/no.md."
+    assert run_by(text) == {"scripts/a/b.py", "run_train.sh", "torchtitan.train"}
+    assert exists("torchtitan.train") and exists("run_train.sh") and not exists("scripts/a/b.py")
+
+
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if path.name != "moved.md"], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_every_command_of_a_document_exists(document: Path):
+    assert [command for command in sorted(run_by(document.read_text())) if not exists(command)] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+def test_every_relative_link_of_a_document_exists(document: Path):
+    links = re.findall(r"\]\(([^)#\s]+)", document.read_text())
+    local = [link for link in links if "://" not in link]
+    assert [link for link in local if not (document.parent / link).exists()] == []
+
+
+def test_what_moved_exists_where_the_page_says():
+    """docs/moved.md: nothing of the left column exists, everything of the right one does."""
+    rows = [
+        line.split("|")[1:3] for line in (ROOT / "docs/moved.md").read_text().splitlines() if line.startswith("| `")
+    ]
+    assert len(rows) > 5
+    for before, now in rows:
+        assert not any(exists(command) for command in run_by(before)), before
+        assert all(exists(command) for command in run_by(now)), now
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_script_stands_in_a_document_and_imports_no_script_by_path(script: Path):
+    text = script.read_text()
+    assert not re.search(r"sys\.path\.(insert|append|extend)", text)
+    if '__name__ == "__main__"' in text:
+        name = str(script.relative_to(ROOT))
+        assert any(name in path.read_text() for path in DOCUMENTS if path.name != "moved.md"), (
+            f"no document names {name}"
+        )
+
+
+def committed() -> dict[str, str]:
+    """The text files that git knows, but for this one."""
+    names = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    binary = (".png", ".mds", ".st", ".arrow", ".safetensors", ".distcp", ".npy", ".bin", ".gz", ".zip", ".zstd")
+    paths = [ROOT / name for name in names if not name.endswith(binary) and (ROOT / name).is_file()]
+    return {str(path.relative_to(ROOT)): path.read_text(errors="ignore") for path in paths if path != Path(__file__)}
+
+
+def test_nothing_committed_names_a_machine():
+    """No path of a developer's machine, and no host but public ones: an index or a proxy has no place here."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout")
+    homes = re.compile(r"(?:^|[\s\"'`(=:])/(?:work|root|home/\w+)/", re.M)
+    hosts = re.compile(r"https?://([\w.-]+)")
+    public = re.compile(r"(?:^|\.)(?:arxiv\.org|github\.com|huggingface\.co|pytorch\.org|python\.org|pypi\.org)$")
+    for name, text in committed().items():
+        if name.startswith("assets/"):
+            continue
+        assert not (match := homes.search(text)), f"{name}: {match and match[0]}"
+        for host in hosts.findall(text):
+            assert public.search(host) or host in ("127.0.0.1", "localhost") or "example" in host, f"{name}: {host}"
+
+
+def test_the_quick_tests_reach_every_room():
+    """tests/quick.txt, which ./run_tests.sh --quick reads: its files exist, and each room and extension has one."""
+    listed = [line.split("#")[0].strip() for line in (ROOT / "tests/quick.txt").read_text().splitlines()]
+    files = [name for name in listed if name]
+    assert [name for name in files if not (ROOT / name).is_file()] == [] and len(files) == len(set(files))
+    rooms = [path.parent.relative_to(ROOT / "tests/unit") for path in (ROOT / "tests/unit").rglob("test_*.py")]
+    for room in {str(room) for room in rooms if str(room) != "."}:
+        assert any(name.startswith(f"tests/unit/{room}/") for name in files), f"nothing of tests/unit/{room} is listed"
