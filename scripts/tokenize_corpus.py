@@ -19,8 +19,7 @@ from torchtitan.config import load_config
 from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import is_tokenized, open_corpus
 from torchtitan.datasets.tokenizer import load_tokenizer
-from torchtitan.extensions.ingest.hub import is_hub
-from torchtitan.extensions.ingest.source_files import source_path
+from torchtitan.extensions.ingest.source_files import is_hub, source_path
 from torchtitan.extensions.ingest.tokenize import tokenize_shard
 from torchtitan.tools.errors import UserError
 

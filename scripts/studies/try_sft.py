@@ -127,7 +127,7 @@ def check_labels(loaded: Loaded, file: Path) -> None:
         made = encoder.read(record)
         if made is None:
             continue
-        (ids, roles) = encoder.encode_batch([made])[0]
+        ids, roles = encoder.encode(made)
         said = [m["content"] + END for m in record["messages"] if m["role"] == "assistant"]
         spelled = loaded.tokenizer.decode(ids[roles == ASSISTANT].tolist())
         assert spelled == "".join(said), f"labels spell {spelled!r}, the responses are {said!r}"
@@ -150,7 +150,7 @@ def measure(loaded: Loaded, file: Path, heldout: int, answers: int, longest: int
         made = encoder.read(record)
         if made is None or len(ends) >= heldout:
             continue
-        ids, roles = encoder.encode_batch([made])[0]
+        ids, roles = encoder.encode(made)
         if len(ids) > 256:
             continue
         trained = torch.from_numpy(roles[1:] == ASSISTANT)

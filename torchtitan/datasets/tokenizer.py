@@ -2,7 +2,7 @@
 
 Two file kinds: Hugging Face `tokenizer.json` (the `tokenizers` library) and Llama-3 style `tokenizer.model` (lines of
 base64 bytes and a rank, through `tiktoken`). No text is ever turned into a special token, so data cannot inject the
-end of a document: BOS and EOS are added by extensions/ingest/documents.py, by id. What a chat template made is the one
+end of a document: BOS and EOS are added by extensions/ingest/encoder.py, by id. What a chat template made is the one
 exception, and extensions/ingest/chat.py sees to it that only the template spells special tokens there.
 """
 

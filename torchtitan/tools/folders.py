@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,15 @@ def put_aside(folder: Path, after: int) -> Path | None:
 
 
 @contextlib.contextmanager
-def written(path: Path, durable: bool = False) -> Iterator[Path]:
+def written(path: Path, durable: bool = False, unique: bool = False) -> Iterator[Path]:
     """Yields where to write a file that shall be at `path`: it is there complete or not at all.
 
     The name beside it is path.partial; it becomes `path` when the block ends, and is deleted if the block raises.
     Whatever was at `path` stays until then. durable: the bytes and the name survive a power loss (fsync). The parent
-    folder must exist. A process that is killed leaves path.partial, which the next writer overwrites.
+    folder must exist. A process that is killed leaves path.partial, which the next writer overwrites. unique: a name of
+    this process alone, for files that several processes may write at once.
     """
-    aside = path.with_name(path.name + ".partial")
+    aside = path.with_name(f"{path.name}{f'.{uuid.uuid4().hex}' if unique else ''}.partial")
     try:
         yield aside
         if durable:

@@ -14,7 +14,7 @@ import pytest
 from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import Corpus, open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
-from torchtitan.extensions.ingest import tokenize
+from torchtitan.extensions.ingest import units
 from torchtitan.extensions.ingest.resolve import resolve_source
 from torchtitan.extensions.ingest.tokenize import tokenize_source
 from torchtitan.tools.errors import UserError
@@ -25,7 +25,7 @@ TEXTS = ["text " * (i % 9 + 1) for i in range(60)]
 
 @pytest.fixture
 def folder(tokenizer: Tokenizer, data: Data, make_source: MakeSource, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(tokenize, "UNIT_BYTES", 500)
+    monkeypatch.setattr(units, "UNIT_BYTES", 500)
     return tokenize_source(make_source(TEXTS), tokenizer, data, 1)
 
 

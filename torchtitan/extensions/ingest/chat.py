@@ -1,15 +1,15 @@
-"""Conversations -> tokens, each with the role that it belongs to; the loss is on the assistant's alone.
+"""Conversations -> tokens, each with its role: the assistant's, which the loss is on, or other.
 
 A record has a list of messages, each with a role and a content (a text, or a list of parts with `text`), perhaps
 tool_calls; tools that the model may call stand in a field `tools` beside it. The model's chat template makes a text of
-them, and the question is which part of that text the model is to say:
+them. Which part of that text must the model learn to say?
 
-- where the template marks it ({% generation %}), that;
-- otherwise it is rendered up to each response with the prompt for one, and with the response: what the second has more
-  is the response. Both must be how the whole conversation begins. A template that rewrites earlier turns (some take the
-  thoughts out of them) breaks this, and is refused rather than guessed at.
+- If the template marks it ({% generation %}), the marked part.
+- Otherwise the template renders the conversation up to each response, with the prompt for it, and then with the
+  response: what the second text has more is the response. The whole conversation must begin with both texts. A template
+  that rewrites earlier turns (some remove the thoughts from them) breaks this, and is refused.
 
-Either way a response goes up to the token that ends the turn: white space that the template puts after its last special
+Either way a response includes the token that ends the turn: white space that the template puts after its last special
 token is not the model's to say, and a mark that ends just before a special token includes it. Only the template may
 spell special tokens, so that data cannot forge the end of a turn: conversations that do are left out and counted.
 """
@@ -21,42 +21,42 @@ import os
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from torchtitan.datasets.corpus import ASSISTANT, ROLES
+from torchtitan.datasets.corpus import ASSISTANT
+from torchtitan.datasets.corpus import FORMAT as CORPUS_FORMAT
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.chat_template import MARKS, ChatTemplate
+from torchtitan.extensions.ingest.encoder import tokenizer_metadata
 from torchtitan.extensions.ingest.text import Fields
 
 FORMAT = 3
-"""Version of the way conversations become tokens; part of the key of their corpora."""
+"""Version of the way conversations become tokens and labels; part of the key of their corpora."""
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "tool": "tool", "assistant": "assistant"}
+_ROLES = ("system", "developer", "user", "tool", "assistant")
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text. parts: [start, stop) of what belongs to a role, and its number; the rest is 0. marked:
-    the template says itself which are the assistant's."""
+    """A conversation as text. responses: [start, stop) of what the assistant says. marked: the template marks them."""
 
     text: str
-    parts: list[tuple[int, int, int]]
+    responses: list[tuple[int, int]]
     marked: bool = False
-
-    def __len__(self) -> int:
-        """Characters."""
-        return len(self.text)
 
 
 class ChatEncoder:
-    """Conversations to documents, int32[2, n]: tokens, and the roles that they belong to."""
+    """Conversations to documents, int32[2, n]: tokens, and their roles (assistant, or 0 for other)."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, messages_field: str) -> None:
         self.fields = Fields("messages_field", messages_field, ("tools",))
+        self.key = [CORPUS_FORMAT, tokenizer.fingerprint, "chat", FORMAT, template.fingerprint, messages_field]
+        source = {"messages_field": messages_field, "chat_template": template.fingerprint}
+        self.metadata = tokenizer_metadata(tokenizer) | source
         self._tokenizer = tokenizer
         self._template = template
         spelled = [*sorted(tokenizer.special, key=len, reverse=True), *MARKS]
@@ -74,29 +74,26 @@ class ChatEncoder:
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         messages = messages[: last + 1]
         text, responses = self._responses(messages, tools)
-        prompts = _prompt_parts(text, messages, responses)
-        parts = sorted([*prompts, *((start, stop, ASSISTANT) for start, stop in responses)])
-        return Rendered(text, parts, self._template.has_marks(tools))
+        return Rendered(text, responses, self._template.has_marks(tools))
 
-    def encode_batch(self, conversations: Sequence[Rendered | None]) -> list[np.ndarray]:
-        """The documents, int32[2, n] each; empty ones for what was left out."""
-        return [self._encode(one) if one else np.empty((2, 0), np.int32) for one in conversations]
+    def encode(self, one: Rendered | None) -> np.ndarray:
+        """The document, int32[2, n]; an empty one for what was left out."""
+        if one is None:
+            return np.empty((2, 0), np.int32)
+        ids, spans = self._tokenizer.encode_template(one.text)
+        starts = [start for start, _ in spans]
+        roles = np.zeros(len(ids), np.int32)
+        for start, stop in one.responses:  # a token belongs where it begins
+            first, end = bisect_left(starts, start), bisect_left(starts, stop)
+            if one.marked and first and spans[first - 1][1] > start:
+                first -= 1  # but a token that a mark stands in is trained: transformers' assistant masks
+            roles[first:end] = ASSISTANT
+        return np.stack([np.array(ids, np.int32), roles])
 
     def closing(self) -> dict[str, Any]:
         """How many were left out since the last call, by reason, to be kept with a unit's counts."""
         left_out, self._left_out = self._left_out, Counter()
         return {"left_out": dict(left_out)}
-
-    def _encode(self, one: Rendered) -> np.ndarray:
-        ids, spans = self._tokenizer.encode_template(one.text)
-        starts = [start for start, _ in spans]
-        roles = np.zeros(len(ids), np.int32)
-        for start, stop, role in one.parts:  # a token belongs where it begins
-            first, end = bisect_left(starts, start), bisect_left(starts, stop)
-            if one.marked and role == ASSISTANT and first and spans[first - 1][1] > start:
-                first -= 1  # but for one that a mark stands in, which is trained: transformers' assistant masks
-            roles[first:end] = role
-        return np.stack([np.array(ids, np.int32), roles])
 
     def _reason(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
         answers = [message for message in messages if message["role"] == "assistant"]
@@ -145,11 +142,11 @@ class ChatEncoder:
                 )
         return text, spans
 
-    def _check_written(self, said: str, message: dict[str, Any]) -> None:
-        """ValueError unless what the last message says is in the text, white space aside. Some templates leave out a
+    def _check_written(self, text: str, message: dict[str, Any]) -> None:
+        """ValueError unless the text holds what the last message says, white space aside. Some templates leave out a
         chain of thought, or tool calls."""
         for wanted in (message["content"], *_names_called(message.get("tool_calls"))):
-            if "".join(wanted.split()) not in "".join(said.split()):
+            if "".join(wanted.split()) not in "".join(text.split()):
                 raise ValueError(
                     f"the chat template in {self._template.path} does not write all that the last message of the "
                     f"assistant says: {wanted.strip()[:60]!r} is not in the text. Change the template, or the "
@@ -166,14 +163,14 @@ class ChatEncoder:
 
 def _conversation(record: dict[str, Any], field: str) -> tuple[list[dict[str, Any]], list[Any] | None]:
     """Messages and tools of a record; ValueError says what is wrong with them."""
-    found = record[field]
-    if not isinstance(found, list) or not found or not all(isinstance(message, dict) for message in found):
-        what = "an empty list" if found == [] else f"a {type(found).__name__}"
+    value = record[field]
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        what = "an empty list" if value == [] else f"a {type(value).__name__}"
         raise ValueError(
             f"the field {field!r} is {what}, where messages should be: a list of objects with role and content."
         )
     messages = []
-    for number, message in enumerate(found, 1):
+    for number, message in enumerate(value, 1):
         role = message.get("role")
         if not isinstance(role, str) or role not in _ROLES:
             hint = ""
@@ -190,8 +187,8 @@ def _conversation(record: dict[str, Any], field: str) -> tuple[list[dict[str, An
             raise ValueError(f"message {number} of {field!r}: its content must be text, or a list of parts with text.")
         if texts_only:  # templates that know only texts would write the list's spelling
             content = "".join(part["text"] for part in content)
-        there = {key: value for key, value in message.items() if value is not None}
-        messages.append(there | {"content": "" if content is None else content})
+        present = {key: inner for key, inner in message.items() if inner is not None}
+        messages.append(present | {"content": "" if content is None else content})
     tools = record.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
@@ -211,9 +208,9 @@ def _conversation(record: dict[str, Any], field: str) -> tuple[list[dict[str, An
 def _names_called(calls: Any) -> Iterator[str]:
     """The tools' names in tool_calls, with or without the API's `function` around them."""
     for call in calls if isinstance(calls, list) else []:
-        for about in (call, call.get("function")) if isinstance(call, dict) else ():
-            if isinstance(about, dict) and isinstance(about.get("name"), str):
-                yield about["name"]
+        for function in (call, call.get("function")) if isinstance(call, dict) else ():
+            if isinstance(function, dict) and isinstance(function.get("name"), str):
+                yield function["name"]
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -227,30 +224,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from _strings(inner)
-
-
-def _prompt_parts(
-    text: str, messages: list[dict[str, Any]], responses: list[tuple[int, int]]
-) -> list[tuple[int, int, int]]:
-    """Where the contents of the other messages stand in the text, outside of the responses.
-
-    For the report's counts by role alone. What a template does not write as it is, is not found and remains 0.
-    """
-    parts = []
-    at = 0
-    for message in messages:
-        role = ROLES.index(_ROLES[message["role"]])
-        if role == ASSISTANT:
-            continue
-        content = message["content"].strip()
-        start = text.find(content, at) if content else -1
-        while start >= 0 and (said := _overlapping(responses, start, start + len(content))):
-            start = text.find(content, said[1])
-        if start >= 0:
-            at = start + len(content)
-            parts.append((start, at, role))
-    return parts
-
-
-def _overlapping(spans: list[tuple[int, int]], start: int, stop: int) -> tuple[int, int] | None:
-    return next((span for span in spans if start < span[1] and stop > span[0]), None)

@@ -1,10 +1,10 @@
 """A model's chat template: the Jinja text in its tokenizer's files that makes one text of a conversation.
 
-Looked for where Hugging Face keeps it: chat_template.jinja, or `chat_template` in tokenizer_config.json, which may be a
-list of named ones. A template gets what it gets there: messages, tools, add_generation_prompt, the spelling of special
-tokens (bos_token, ...), raise_exception; whitespace is trimmed around blocks, and it runs in a sandbox. One thing is
-left out: strftime_now, which would put today's date into a corpus; templates that ask whether it is there use a date of
-their own. `{% generation %}` marks what the model says.
+It is where Hugging Face keeps it: chat_template.jinja, or `chat_template` in tokenizer_config.json, which may be a list
+of named templates. A template gets what Hugging Face gives it: messages, tools, add_generation_prompt, the spelling of
+special tokens (bos_token, ...), raise_exception; whitespace is trimmed around blocks, and it runs in a sandbox. Only
+strftime_now is missing, which would put today's date into a corpus; templates that ask whether it is defined then use a
+date of their own. `{% generation %}` marks what the model says.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import read_json
 
 BEGINS, ENDS = "_generation_begins", "_generation_ends"
 MARKS = ("\ufdd0", "\ufdd1")
-"""Put around what {% generation %} encloses: two characters that Unicode keeps out of all text."""
+"""Put around what {% generation %} encloses: two characters that Unicode never assigns to text."""
 
 
 class ChatTemplate:
@@ -60,7 +61,7 @@ class ChatTemplate:
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None = None, answering: bool = False) -> str:
         """The conversation as text; with answering it ends where the model's answer would begin.
 
-        ValueError where the template refuses the conversation or cannot take it.
+        ValueError if the template refuses the conversation or cannot take it.
         """
         return self._render(messages, tools, answering, ("", ""))
 
@@ -121,9 +122,9 @@ def _refuse(message: str) -> None:
 
 
 def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
-    """The chat template in the tokenizer's folder; UserError where there is none."""
+    """The chat template in the tokenizer's folder; UserError if there is none."""
     folder = Path(tokenizer.folder)
-    config = _read_json(folder / "tokenizer_config.json")
+    config = _json_in(folder / "tokenizer_config.json")
     path = folder / "chat_template.jinja"
     if path.is_file():
         texts: Any = {"default": path.read_text(encoding="utf-8")}
@@ -141,7 +142,7 @@ def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
             "chat_template.jinja of the model's instruct version into that folder, or write one."
         )
     special = {}
-    for names in (_read_json(folder / "special_tokens_map.json"), config):
+    for names in (_json_in(folder / "special_tokens_map.json"), config):
         for name, token in names.items():
             content = token.get("content") if isinstance(token, dict) else token
             if name.endswith("_token") and isinstance(content, str):
@@ -157,11 +158,5 @@ def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
     return ChatTemplate(path, texts, special)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from error
-    return value if isinstance(value, dict) else {}
+def _json_in(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

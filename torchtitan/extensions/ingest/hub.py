@@ -1,201 +1,186 @@
-"""A dataset of the Hugging Face hub as a source: streamed, tokenized as it arrives, and kept like any other corpus.
+"""A dataset of the Hugging Face hub as a source: downloaded once by its own libraries, then tokenized like files.
 
-`hub:OWNER/NAME` is downloaded once, in order, by one process whose threads tokenize: the network is what is waited
-for. Its revision is resolved to a commit, which the key carries. After every unit the stream's position is kept, so
-that a killed run goes on from its last whole unit. `hub:./folder` (or ../, /, ~) reads a local copy in the same way.
+`hub:OWNER/NAME` is resolved to a commit, which the corpus's key carries. The libraries download it into their cache
+(HF_HOME), go on with a broken download, and keep an Arrow file of each split, whose rows are cut into units of work.
+`hub:./folder` (or ../, /, ~) reads a local copy in the same way. With max_documents the dataset is streamed instead,
+into a .jsonl file beside the unfinished corpus, and no more of it is downloaded than that takes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import re
-import time
-from dataclasses import asdict
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import CORPUS_FILE
-from torchtitan.datasets.tokenizer import Tokenizer
-from torchtitan.extensions.ingest.chat import ChatEncoder
-from torchtitan.extensions.ingest.documents import Encoder, make_encoder, policy_about, policy_key
-from torchtitan.extensions.ingest.hub_stream import (
-    UNIT_CHARACTERS,
-    HubDataset,
-    Stream,
-    gated_message,
-    one_line,
-    open_dataset,
+from torchtitan.extensions.ingest.source_files import (
+    HUB,
+    Material,
+    SourceFile,
+    check_unchanged,
+    files_below,
+    hash_files,
 )
-from torchtitan.extensions.ingest.source_files import check_unchanged, files_below, hash_files
-from torchtitan.extensions.ingest.units import Counts, Place, begin, cut_of, finish, folder_name, is_made, write_unit
-from torchtitan.extensions.ingest.workers import Progress
+from torchtitan.extensions.ingest.text import Fields, encoded_documents, spans_of, without_nulls
+from torchtitan.extensions.ingest.units import folder_name, into_units, is_made, unit_bytes
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import lock
+from torchtitan.tools.folders import lock, read_json, written
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "hub:"
-ASK_AGAIN_SECONDS = 600.0
-ASK_AGAIN_SECONDS_OFFLINE = 60.0
-"""How long all processes with this cache folder go by one answer of the hub: ranks that start together must not see
-different commits of a branch, nor wait one after the other for a hub that cannot be reached."""
+Request = dict[str, str]
+"""name (OWNER/NAME, or a local folder), subset, split, revision: what is asked for, kept in corpus.json under `hub`."""
 
 
 class UnreachableError(Exception):
     """The hub did not answer."""
 
 
-def is_hub(source: Source) -> bool:
-    """Whether source.path names a dataset of the hub."""
-    return source.path.startswith(PREFIX)
+@dataclass(frozen=True)
+class Rows:
+    """Rows [start, stop) of a downloaded dataset of about `size` bytes."""
+
+    dataset: Any
+    start: int
+    stop: int
+    size: int
 
 
-def stream_source(source: Source, tokenizer: Tokenizer, data: Data, cache: Path, threads: int) -> Path:
-    """Tokenize a hub source into the cache folder unless it is there; the folder.
+def hub_material(source: Source, data: Data, cache: Path, encoder: Any) -> Material | Path:
+    """What a hub source has to be tokenized; a Path: the newest finished corpus of it, if the hub cannot be reached.
 
-    UserError for a dataset, subset, split or field that is not there or not allowed, and for a hub that cannot be
-    reached, unless the finished corpus of an earlier download is in the cache.
+    UserError if the dataset or revision does not exist or is not allowed, or if the hub cannot be reached and the cache
+    holds no corpus. What is wrong with subset, split or field is found when the units are asked for.
     """
-    encoder = make_encoder(source, tokenizer, data)
     if source.max_documents is not None and source.max_documents < 1:
         raise UserError(f"data.sources.max_documents = {source.max_documents} of {source.name!r} must be 1 or more.")
-    wanted = _parse(source, data, cache)
-    about: dict[str, Any] = policy_about(source, tokenizer, data) | {
-        "max_documents": source.max_documents,
-        "path": source.path,
-    }
+    request, files = _parse(source, data, cache)
+    metadata: dict[str, Any] = encoder.metadata | {"max_documents": source.max_documents, "path": source.path}
     try:
-        commit = "" if wanted.files else _commit(wanted, cache)
+        commit = "" if files else _commit(request)
     except UnreachableError as error:
-        return _made_before(source, cache, wanted, about, str(error))
-    files = [(os.path.relpath(file.path, wanted.name), file.sha256) for file in wanted.files]
-    content: list[Any] = files or [wanted.name, commit]
-    key = [*policy_key(source, tokenizer, data), "hub", content, wanted.subset, wanted.split, encoder.fields.name]
-    name = folder_name(source.name, [*key, source.max_documents])
-    if is_made(cache, name):
-        return cache / name
-    for folder, before in _finished(source, cache, wanted, about)[:1]:
-        logger.warning(
-            f"data source {source.name}: {folder} was made of {wanted.name} at commit {before}, but its "
-            f"{wanted.revision} is {commit} now: it is downloaded again. To keep the other, set hub_revision to it."
-        )
-    about |= {
+        return _made_before(source, cache, request, metadata, str(error))
+    content: list[Any] = [(os.path.relpath(file.path, request["name"]), file.sha256) for file in files]
+    key = [*encoder.key, "hub", content or [request["name"], commit], request["subset"], request["split"]]
+    name = folder_name(source.name, [*key, encoder.fields.name, source.max_documents])
+    if not files and not is_made(cache, name):
+        for folder, before in _finished(source, cache, request, metadata)[:1]:
+            logger.warning(
+                f"data source {source.name}: {folder} was made of {request['name']} at commit {before}, but its "
+                f"{request['revision']} is {commit} now: it is downloaded again. To keep the other, set hub_revision "
+                "to it."
+            )
+    metadata |= {
         "fingerprint": name.rpartition("-")[2],
-        "hub": wanted.request() | {"commit": commit},
-        "files": [asdict(file) for file in wanted.files],
+        "hub": request | {"commit": commit},
+        "files": [asdict(file) for file in files],
     }
-    place = Place(cache, name, cut_of(UNIT_CHARACTERS))
-    with lock(cache, f"{name}.shard-0-of-1"):
-        done = begin(place)
-        if done is not None:
-            try:
-                finish(place, _stream_units(place, source, wanted, commit, encoder, done, threads), about)
-            except UserError:
-                with contextlib.suppress(OSError):  # what is done is kept; nothing was
-                    place.aside.rmdir()
-                raise
-    return place.folder
+
+    def units() -> list[list[Any]]:
+        if source.max_documents is not None:
+            path = _first_documents(request, commit, encoder, source.max_documents, cache, name)
+            target = unit_bytes(path.stat().st_size)
+            return into_units(list(spans_of(str(path), target)), target)
+        dataset = _open(request, commit, encoder.fields, streaming=False)
+        for file in files:  # the key stands for what was hashed
+            check_unchanged(file)
+        rows, size = len(dataset), dataset.data.nbytes
+        each = max(1, rows * unit_bytes(size) // max(1, size))
+        cuts = [*range(0, rows, each), rows]
+        return [[Rows(dataset, a, b, size * (b - a) // rows)] for a, b in zip(cuts, cuts[1:])]
+
+    def documents(part: Any) -> Iterator[np.ndarray]:
+        if source.max_documents is not None:
+            return encoded_documents(part, encoder)
+        records = part.dataset.select(range(part.start, part.stop))
+        return (encoder.encode(one) for _, one in _read(records, part.start, encoder, request["name"]))
+
+    what = request["name"] + (f" at commit {commit}" if commit else "")
+    return Material(name, metadata, what, units, documents, encoder.closing)
 
 
-def _parse(source: Source, data: Data, cache: Path) -> HubDataset:
-    name = source.path.removeprefix(PREFIX)
-    rest = (source.hub_subset, source.hub_split, source.hub_revision)
+def _parse(source: Source, data: Data, cache: Path) -> tuple[Request, list[SourceFile]]:
+    """What is asked for, and the files of a local copy; UserError if the path names neither."""
+    name, files = source.path.removeprefix(HUB), []
     if name.startswith((".", "/", "~")):
         folder = (Path(data.folder).expanduser() / Path(name).expanduser()).absolute()
-        files = files_below(folder) if folder.is_dir() else []
-        if not files:
+        paths = files_below(folder) if folder.is_dir() else []
+        if not paths:
             raise UserError(f"The path {source.path!r} of data source {source.name!r}: {folder} is no folder of files.")
-        return HubDataset(str(folder), *rest, tuple(hash_files(files, cache)))
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        name, files = str(folder), hash_files(paths, cache)
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(
             f"The path {source.path!r} of data source {source.name!r} names no dataset: write hub:OWNER/NAME, or "
             "hub:./folder for a local copy. Subset, split and revision are the keys hub_subset, hub_split and "
             "hub_revision."
         )
-    return HubDataset(name, *rest)
+    rest = {"subset": source.hub_subset, "split": source.hub_split, "revision": source.hub_revision}
+    return {"name": name} | rest, files
 
 
 # ---- which commit, and what to do without an answer ------------------------------------------------------------------
 
 
-def _commit(wanted: HubDataset, cache: Path) -> str:
+def _commit(request: Request) -> str:
     """The commit that the revision is; UnreachableError if the hub does not answer."""
-    if re.fullmatch("[0-9a-f]{40}", wanted.revision):
-        return wanted.revision
-    name = "hub-" + folder_name(wanted.name, [wanted.revision])
-    with lock(cache, name):
-        with contextlib.suppress(OSError, ValueError):
-            answer = json.loads((cache / f".{name}.json").read_bytes())
-            age = time.time() - answer["time"]
-            if 0 <= age < (ASK_AGAIN_SECONDS if answer["commit"] else ASK_AGAIN_SECONDS_OFFLINE):
-                return _commit_in(answer)
-        answer = {"commit": "", "why": "", "time": 0.0}
-        try:
-            answer["commit"] = _ask_for_commit(wanted)
-        except UnreachableError as error:
-            answer["why"] = str(error)
-        answer["time"] = time.time()
-        (cache / f".{name}.json").write_text(json.dumps(answer))
-    return _commit_in(answer)
+    return request["revision"] if re.fullmatch("[0-9a-f]{40}", request["revision"]) else _ask_for_commit(request)
 
 
-def _commit_in(answer: dict[str, Any]) -> str:
-    if not answer["commit"]:
-        raise UnreachableError(answer["why"])
-    return str(answer["commit"])
-
-
-def _ask_for_commit(wanted: HubDataset) -> str:
+def _ask_for_commit(request: Request) -> str:
     import huggingface_hub
     from huggingface_hub.utils import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+    name = request["name"]
     try:
-        return str(huggingface_hub.HfApi().dataset_info(wanted.name, revision=wanted.revision, timeout=20).sha)
+        return str(huggingface_hub.HfApi().dataset_info(name, revision=request["revision"], timeout=20).sha)
     except GatedRepoError as error:
-        raise UserError(gated_message(wanted.name)) from error
+        raise UserError(_gated_message(name)) from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"The hub has no dataset {wanted.name!r}, or it is private and this user is not logged in with a token "
+            f"The hub has no dataset {name!r}, or it is private and this user is not logged in with a token "
             "that may read it (hf auth login, or the variable HF_TOKEN)."
         ) from error
     except RevisionNotFoundError as error:
         raise UserError(
-            f"hub_revision = {wanted.revision!r}: the dataset {wanted.name} has no such branch, tag or commit."
+            f"hub_revision = {request['revision']!r}: the dataset {name} has no such branch, tag or commit."
         ) from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status is not None and status < 500 and status != 429:
-            raise UserError(f"The hub refuses to say what {wanted.name} is: {one_line(error)}") from error
-        raise UnreachableError(one_line(error)) from error
+            raise UserError(f"The hub refuses to say what {name} is: {_one_line(error)}") from error
+        raise UnreachableError(_one_line(error)) from error
     except Exception as error:  # whatever the HTTP library of the day raises; offline mode too
-        raise UnreachableError(one_line(error)) from error
+        raise UnreachableError(_one_line(error)) from error
 
 
-def _finished(source: Source, cache: Path, wanted: HubDataset, about: dict[str, Any]) -> list[tuple[Path, str]]:
+def _finished(source: Source, cache: Path, request: Request, metadata: dict[str, Any]) -> list[tuple[Path, str]]:
     """Finished corpora of the same request and policy, with the commit each was made of; the newest first."""
-    if wanted.files:
-        return []
     prefix = folder_name(source.name, []).rpartition("-")[0]
     corpora = (p for p in cache.glob(f"*/{CORPUS_FILE}") if p.parent.name.rpartition("-")[0] == prefix)
-    ours = wanted.request() | {k: v for k, v in about.items() if k not in ("path", "tokenizer_folder")}
-    found = []
+    asked = request | {k: v for k, v in metadata.items() if k not in ("path", "tokenizer_folder")}
+    finished = []
     for corpus in sorted(corpora, key=lambda path: path.stat().st_mtime, reverse=True):
-        there = json.loads(corpus.read_bytes())
-        hub = there.get("hub", {})
-        if all((there | hub).get(key) == value for key, value in ours.items()):
-            found.append((corpus.parent, str(hub["commit"])))
-    return found
+        made = read_json(corpus)
+        hub = made.get("hub", {})
+        if all((made | hub).get(key) == value for key, value in asked.items()):
+            finished.append((corpus.parent, str(hub["commit"])))
+    return finished
 
 
-def _made_before(source: Source, cache: Path, wanted: HubDataset, about: dict[str, Any], why: str) -> Path:
-    for folder, commit in _finished(source, cache, wanted, about):
+def _made_before(source: Source, cache: Path, request: Request, metadata: dict[str, Any], why: str) -> Path:
+    for folder, commit in _finished(source, cache, request, metadata):
         logger.warning(
             f"data source {source.name}: the hub cannot be reached ({why}); going on with {folder}, which was made of "
-            f"{wanted.name} at commit {commit}"
+            f"{request['name']} at commit {commit}"
         )
         return folder
     raise UserError(
@@ -205,37 +190,103 @@ def _made_before(source: Source, cache: Path, wanted: HubDataset, about: dict[st
     )
 
 
-def _stream_units(
-    place: Place,
-    source: Source,
-    wanted: HubDataset,
-    commit: str,
-    encoder: Encoder | ChatEncoder,
-    done: dict[int, Counts],
-    threads: int,
-) -> int:
-    """Make the units that are not done; how many there are in all."""
-    index = next(i for i in range(len(done) + 1) if i not in done)
-    last = done.get(index - 1)
-    if last and last["ended"]:
-        return index
-    dataset = open_dataset(wanted, commit, encoder.fields)
-    stream = Stream(dataset, wanted.name, encoder, threads, source.max_documents)
-    if last:
-        stream.resume(last)
-    logger.info("%s: streaming %s%s", source.name, source.path, f" at commit {commit}" if commit else "")
-    progress = Progress(
-        f"tokenizing {place.source}", None, source.max_documents or 0, index, last["kept"] if last else 0
+# ---- the download ----------------------------------------------------------------------------------------------------
+
+
+def _open(request: Request, commit: str, fields: Fields, streaming: bool) -> Any:
+    """The datasets library's Dataset or IterableDataset of the wanted fields alone; UserError if it cannot be had."""
+    import datasets
+
+    name, revision = request["name"], commit or None
+    try:
+        dataset = datasets.load_dataset(
+            name, request["subset"] or None, split=request["split"], revision=revision, streaming=streaming
+        )
+        columns = dataset.column_names or list(next(iter(dataset), {fields.name: None}))  # some files do not say
+    except Exception as error:  # the library raises ValueError, OSError, RuntimeError and its own
+        raise _refusal(
+            error,
+            name,
+            f"The dataset {name} with hub_subset = {request['subset']!r}, hub_split = {request['split']!r} and "
+            f"hub_revision = {request['revision']!r} cannot be opened: ",
+            " What was downloaded is kept: start again to continue." if isinstance(error, OSError) else "",
+        ) from error
+    paths = [] if streaming else [Path(entry["filename"]) for entry in dataset.cache_files]
+    if commit and not all(commit in path.parts for path in paths):  # without a network: the newest that it has
+        raise UserError(f"The hub cannot be reached, and {paths[0].parent} is {name} at another commit than {commit}.")
+    if fields.name not in columns:
+        raise UserError(
+            f"The dataset {name} has no column {fields.name!r} (the source's {fields.key}); it has "
+            f"{', '.join(map(repr, columns)) or 'none'}. {fields.hint(columns)}"
+        )
+    return dataset.select_columns([fields.name, *(beside for beside in fields.beside if beside in columns)])
+
+
+def _first_documents(request: Request, commit: str, encoder: Any, most: int, cache: Path, corpus: str) -> Path:
+    """A .jsonl file of the records up to the `most`-th that is a document; streamed unless it is there."""
+    folder = cache / f".unfinished-{corpus}.download"  # deleted with what else is unfinished once the corpus is made
+    path = folder / "records.jsonl"
+    with lock(cache, f"{corpus}.download"):
+        if path.is_file():
+            return path
+        dataset = _open(request, commit, encoder.fields, streaming=True)
+        folder.mkdir(exist_ok=True)
+        try:
+            with written(path, durable=True) as aside, aside.open("w") as file:
+                kept = 0
+                for record, one in _read(dataset, 0, encoder, request["name"]):
+                    file.write(json.dumps(record, default=str) + "\n")
+                    kept += one is not None
+                    if kept == most:
+                        break
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            encoder.closing()  # they are counted when they are tokenized
+    return path
+
+
+def _read(records: Any, first: int, encoder: Any, name: str) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Each record and what the encoder reads of it; first: the number of records before them, for messages."""
+    iterator = iter(records)
+    number = first
+    while True:
+        try:
+            if (record := next(iterator, None)) is None:
+                return
+        except Exception as error:  # from the network, or from files that are not what they seem
+            before = f"The download of {name} broke after {number} records: "
+            raise _refusal(error, name, before, " Start again.") from error
+        number += 1
+        record = {field: without_nulls(value) for field, value in record.items()}
+        try:
+            one = encoder.read(record)
+        except ValueError as error:
+            raise UserError(f"{name}, record {number}: {error}") from error
+        yield record, one
+
+
+def _refusal(error: BaseException, name: str, before: str, behind: str) -> UserError:
+    """The UserError for what a library raised; a gated dataset is told by what the error came from."""
+    from huggingface_hub.utils import GatedRepoError
+
+    chain: list[BaseException] = [error]
+    while below := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(below)
+    if any(isinstance(one, GatedRepoError) or "gated dataset" in str(one) for one in chain):
+        return UserError(_gated_message(name))
+    hidden = type(error).__name__ == "DatasetGenerationError" and error.__cause__  # it says only that there was one
+    return UserError(before + _one_line(hidden or error).rstrip(".") + "." + behind)
+
+
+def _gated_message(name: str) -> str:
+    return (
+        f"The dataset {name} is gated: accept its terms at https://huggingface.co/datasets/{name} and log in with a "
+        "token of that account (hf auth login, or the variable HF_TOKEN)."
     )
 
-    def closing() -> Counts:
-        for file in wanted.files:
-            check_unchanged(file)
-        return stream.position() | encoder.closing()
 
-    with progress:
-        while not stream.ended:
-            write_unit(place, index, stream.unit(progress), closing)
-            progress.advance(1, 0, 0)
-            index += 1
-    return index
+def _one_line(error: BaseException) -> str:
+    """An error of a library as part of a sentence."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]

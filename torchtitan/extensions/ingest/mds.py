@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan.datasets.corpus import ASSISTANT
+from torchtitan.extensions.ingest.encoder import Encoder
 from torchtitan.tools.errors import UserError
 
 INDEX_FILE = "index.json"
@@ -167,6 +168,12 @@ def read_shard(shard: MdsShard) -> Iterator[tuple[np.ndarray, bool]]:
             continue
         for start, stop in _spans(columns["indices"], len(ids), where):
             yield document[..., start:stop], True
+
+
+def mds_documents(shard: MdsShard, encoder: Encoder) -> Iterator[np.ndarray]:
+    """The documents of a shard, with the ends that rows which are not packed lack."""
+    for document, whole in read_shard(shard):
+        yield document if whole or not document.size else encoder.add_ends(document)
 
 
 def _read(shard: MdsShard) -> np.ndarray:

@@ -8,9 +8,7 @@ from typing import Any
 from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import CORPUS_FILE, MAKE_AGAIN, Corpus, is_tokenized, open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
-from torchtitan.extensions.ingest.chat_template import load_chat_template
-from torchtitan.extensions.ingest.hub import is_hub
-from torchtitan.extensions.ingest.source_files import source_path
+from torchtitan.extensions.ingest.source_files import is_hub, source_path
 from torchtitan.extensions.ingest.tokenize import tokenize_source
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import read_json
@@ -22,35 +20,39 @@ def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
     if is_hub(source) or not is_tokenized(path):
         # The cache was just found by its content, so that is not looked at a second time.
         return open_corpus(tokenize_source(source, tokenizer, data), tokenizer.fingerprint, check_text=False)
-    about = read_json(path / CORPUS_FILE, MAKE_AGAIN) if (path / CORPUS_FILE).is_file() else {}
+    metadata = read_json(path / CORPUS_FILE, MAKE_AGAIN) if (path / CORPUS_FILE).is_file() else {}
     for key, wanted in (("add_bos", data.add_bos), ("add_eos", data.add_eos)):
-        if about.get(key, wanted) != wanted:
-            has, asked = str(about[key]).lower(), str(wanted).lower()
+        if metadata.get(key, wanted) != wanted:
+            has, asked = str(metadata[key]).lower(), str(wanted).lower()
             raise UserError(
                 f"data.{key} = {asked}, but {path} of data source {source.name!r} was tokenized with {key} = {has}: "
                 f"set data.{key} = {has}, or tokenize the text again."
             )
     corpus = open_corpus(path, tokenizer.fingerprint)
-    _check_chat(source, path, about, corpus, tokenizer)
+    _check_chat(source, path, metadata, corpus, tokenizer)
     return corpus
 
 
-def _check_chat(source: Source, path: Path, about: dict[str, Any], corpus: Corpus, tokenizer: Tokenizer) -> None:
-    """Whether a tokenized folder is what messages_field says, and of the template that the model has now."""
+def _check_chat(source: Source, path: Path, metadata: dict[str, Any], corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """UserError unless a tokenized folder is what messages_field says, and of the template that the model has now."""
     if source.messages_field and not corpus.has_roles:
         raise UserError(
             f"Data source {source.name!r} has messages_field = {source.messages_field!r}, but {path} was tokenized as "
             "text: it has no column roles. Name the conversations as the source, or leave messages_field out to train "
             "on every token."
         )
-    made_by = about.get("chat_template")
+    made_by = metadata.get("chat_template")
     if made_by and not source.messages_field:
         raise UserError(
             f"{path} of data source {source.name!r} holds conversations: set messages_field = "
-            f'"{about["messages_field"]}", so that they are treated as such.'
+            f'"{metadata["messages_field"]}", so that they are treated as such.'
         )
-    if made_by and made_by != (now := load_chat_template(tokenizer)).fingerprint:
-        raise UserError(
-            f"{path} was made with another chat template ({made_by}) than {now.path} has ({now.fingerprint}): name the "
-            "conversations as the source to have them tokenized again, or put the template back."
-        )
+    if made_by:
+        from torchtitan.extensions.ingest.chat_template import load_chat_template
+
+        now = load_chat_template(tokenizer)
+        if made_by != now.fingerprint:
+            raise UserError(
+                f"{path} was made with another chat template ({made_by}) than {now.path} has ({now.fingerprint}): name "
+                "the conversations as the source to have them tokenized again, or put the template back."
+            )

@@ -1,7 +1,7 @@
 """The files of a source: where its path leads, and what they held when they were read.
 
-A corpus is named by the content of the files that it was made of: their SHA-256, kept in the cache folder with their
-size and time, so that they are read once for it and again only when one of these has changed.
+A corpus is named by the content of the files that it was made of: their SHA-256. The cache folder keeps these with each
+file's size and time, so that a file is read once for it, and again only if one of the two has changed.
 """
 
 from __future__ import annotations
@@ -12,16 +12,44 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from torchtitan.config.schema import Data, Source
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import hash_file, lock
+from torchtitan.tools.folders import hash_file, lock, read_json, write_text
 
 logger = logging.getLogger(__name__)
+
+HUB = "hub:"
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a source has to be tokenized, as tokenize.py needs to know it."""
+
+    name: str
+    """NAME-KEY of its corpus (units.folder_name)."""
+
+    metadata: dict[str, Any]
+    """What corpus.json says of it beside the counts."""
+
+    what: str
+    """For the log: "3 files of text, 1.2 MB"."""
+
+    units: Callable[[], list[list[Any]]]
+    """Units of work in document order, each a list of parts with a `size`. May download."""
+
+    documents: Callable[[Any], Iterator[np.ndarray]]
+    """The documents of a part, int32[n] each, or int32[2, n] with the tokens' roles."""
+
+    closing: Callable[[], dict[str, Any]]
+    """What the encoder wants kept with the counts of a unit, asked for after its last document."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +66,13 @@ class ChangedError(UserError):
     """A file is not what it was when it was hashed."""
 
 
+def is_hub(source: Source) -> bool:
+    """Whether source.path names a dataset of the hub, or a local copy of one."""
+    return source.path.startswith(HUB)
+
+
 def source_path(source: Source, data: Data) -> Path:
-    """source.path, from data.folder where it is relative; ~ is expanded in both. It may be a glob."""
+    """source.path, below data.folder if it is relative; ~ is expanded in both. It may be a glob."""
     if not source.path:
         raise UserError(
             f"Data source {source.name!r} has no path: give a tokenized folder, text files, a folder of MDS shards or "
@@ -55,50 +88,44 @@ def matching_files(source: Source, data: Data) -> list[Path]:
         return [path]
     if os.path.isabs(os.path.expanduser(source.path)):
         pattern = str(path)
-    else:  # what data.folder is called is no pattern
+    else:  # the name of data.folder is no pattern
         pattern = os.path.join(glob.escape(os.path.expanduser(data.folder)), source.path)
     return [Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files in a folder and the folders in it, hidden ones left out; sorted."""
-    found = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    return sorted(p for p in found if p.is_file())
+    """All files in a folder and its subfolders, without hidden ones; sorted."""
+    paths = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    return sorted(p for p in paths if p.is_file())
 
 
 def hash_files(paths: list[Path], cache: Path) -> list[SourceFile]:
-    """Hash the files, but those that have the size and mtime of last time are not read again."""
+    """The files with their hashes; a file that has the size and mtime of last time is not read again."""
     name = "hashes-" + hashlib.sha256("\n".join(map(str, paths)).encode()).hexdigest()[:16]
-    known_path = cache / f".{name}.json"
+    kept = cache / f".{name}.json"  # path -> [size, mtime_ns, sha256]
     stats = [path.stat() for path in paths]
 
-    def look() -> tuple[dict[str, list[Any]], list[bool]]:
-        known: dict[str, list[Any]] = {}
-        with contextlib.suppress(FileNotFoundError, ValueError):  # not there yet, or cut short by a loss of power
-            known = json.loads(known_path.read_text())
+    def look() -> tuple[dict[str, Any], list[bool]]:
+        known: dict[str, Any] = {}
+        with contextlib.suppress(FileNotFoundError, UserError):  # missing, or cut short by a loss of power
+            known = read_json(kept)
         return known, [known.get(str(p), [])[:2] != [s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats)]
+
+    def hashed(path: Path, stat: os.stat_result, new: bool) -> SourceFile:
+        return SourceFile(str(path), stat.st_size, stat.st_mtime_ns, hash_file(path) if new else known[str(path)][2])
 
     known, fresh = look()
     if not any(fresh):  # a thousand ranks need not wait for one another
-        return [SourceFile(str(p), s.st_size, s.st_mtime_ns, known[str(p)][2]) for p, s in zip(paths, stats)]
+        return list(map(hashed, paths, stats, fresh))
     with lock(cache, name):
         known, fresh = look()
         size = sum(stat.st_size for stat, new in zip(stats, fresh) if new)
         if size >= 1 << 30:
             logger.info("hashing %.1f GB in %d files, once", size / 1e9, sum(fresh))
-
-        def one(path: Path, stat: os.stat_result, new: bool) -> SourceFile:
-            return SourceFile(
-                str(path), stat.st_size, stat.st_mtime_ns, hash_file(path) if new else known[str(path)][2]
-            )
-
-        with ThreadPoolExecutor(8) as pool:  # hashlib leaves the interpreter lock alone
-            files = list(pool.map(one, paths, stats, fresh))
-        now = {f.path: [f.size, f.mtime_ns, f.sha256] for f in files}
-        if now != known:
-            aside = known_path.with_suffix(".tmp")
-            aside.write_text(json.dumps(now))
-            os.replace(aside, known_path)
+        with ThreadPoolExecutor(8) as pool:  # hashlib releases the interpreter lock
+            files = list(pool.map(hashed, paths, stats, fresh))
+        if any(fresh):
+            write_text(kept, json.dumps({f.path: [f.size, f.mtime_ns, f.sha256] for f in files}))
     return files
 
 

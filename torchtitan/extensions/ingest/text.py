@@ -1,7 +1,7 @@
 """Text files -> documents: .jsonl and .parquet (some fields of each record) and .txt (a file is a document).
 
-A file is cut into spans, each of which one worker reads without looking at the rest. What cannot be read is a
-UserError that names the file and, where there are lines, the line.
+A file is cut into spans; a worker reads a span without looking at the rest. What cannot be read is a UserError that
+names the file and, if it has lines, the line.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from torchtitan.config.schema import Data, Source
 from torchtitan.extensions.ingest.source_files import files_below, matching_files, source_path
@@ -27,16 +29,16 @@ Document = TypeVar("Document")
 
 @dataclass(frozen=True)
 class Fields:
-    """What is read of a record: the field `name`, which the source's key `key` names, and those of `beside` that are
-    there."""
+    """What is read of a record: the field `name`, which the source's key `key` names, and the fields of `beside` that
+    it has."""
 
     key: str
     name: str
     beside: tuple[str, ...] = ()
 
-    def hint(self, there: Iterable[str]) -> str:
-        """What to do about a record that has the fields `there`, and not this one."""
-        if self.key == "text_field" and "messages" in there:
+    def hint(self, names: Iterable[str]) -> str:
+        """What to do about a record that has the fields `names`, but lacks this one."""
+        if self.key == "text_field" and "messages" in names:
             return 'Conversations are read with messages_field = "messages".'
         return f"Set {self.key} to the right one."
 
@@ -57,12 +59,12 @@ def find_text_files(source: Source, data: Data) -> list[Path]:
     path = source_path(source, data)
     where = f"the path {source.path!r} of data source {source.name!r}"
     if path.is_dir():
-        found = files_below(path)
-        files = [p for p in found if p.suffix in EXTENSIONS]
-        others = sorted({p.suffix or p.name for p in found} - set(EXTENSIONS))
+        below = files_below(path)
+        files = [p for p in below if p.suffix in EXTENSIONS]
+        others = sorted({p.suffix or p.name for p in below} - set(EXTENSIONS))
         if not files:
-            there = f"only {', '.join(others[:8])}" if others else "nothing"
-            raise UserError(f"There is no {', '.join(EXTENSIONS)} file in {where}; the folder holds {there}.")
+            content = f"only {', '.join(others[:8])}" if others else "nothing"
+            raise UserError(f"There is no {', '.join(EXTENSIONS)} file in {where}; the folder holds {content}.")
         if others:
             logger.info("%s: passing over %s in %s", source.name, ", ".join(others[:8]), source.path)
     else:
@@ -79,7 +81,7 @@ def find_text_files(source: Source, data: Data) -> list[Path]:
 
 
 def spans_of(path: str, target: int) -> Iterator[Span]:
-    """The spans of a file in order, each of about `target` bytes at most where the file can be cut."""
+    """The spans of a file in order, each of about `target` bytes at most if the file can be cut."""
     size = os.path.getsize(path)
     if path.endswith(".jsonl"):
         parts = -(-size // target)
@@ -94,21 +96,26 @@ def spans_of(path: str, target: int) -> Iterator[Span]:
         yield Span(path, 0, size, size)
 
 
+def encoded_documents(span: Span, encoder: Any) -> Iterator[np.ndarray]:
+    """The documents of a span as tokens (encoder.make_encoder), empty ones too."""
+    return map(encoder.encode, read_records(span, encoder.fields, encoder.read))
+
+
 def read_documents(span: Span, text_field: str) -> Iterator[str]:
     """The texts of a span in order, empty ones too."""
     return read_records(span, Fields("text_field", text_field), lambda r: as_text(r[text_field], text_field))
 
 
-def read_records(span: Span, wanted: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
-    """What `read` makes of each record of a span, in order; a ValueError of it becomes a UserError that says where."""
+def read_records(span: Span, fields: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
+    """What `read` makes of each record of a span, in order; its ValueError becomes a UserError that says where."""
     if span.path.endswith(".jsonl"):
-        return _read_jsonl(span, wanted, read)
+        return _read_jsonl(span, fields, read)
     if span.path.endswith(".parquet"):
-        return _read_parquet(span, wanted, read)
-    return _read_txt(span, wanted, read)
+        return _read_parquet(span, fields, read)
+    return _read_txt(span, fields, read)
 
 
-def _read_txt(span: Span, wanted: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
+def _read_txt(span: Span, fields: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
     with open(span.path, "rb") as file:
         content = file.read()
     try:
@@ -119,20 +126,20 @@ def _read_txt(span: Span, wanted: Fields, read: Callable[[dict[str, Any]], Docum
             "(e.g. iconv -f latin1 -t utf-8) or take it out of the source."
         ) from error
     try:
-        yield read({wanted.name: text})
+        yield read({fields.name: text})
     except ValueError as error:
         raise UserError(f"{span.path}: {error}") from error
 
 
-def _read_jsonl(span: Span, wanted: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
+def _read_jsonl(span: Span, fields: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
     with open(span.path, "rb") as file:
-        if span.start:  # the line that begins before the span belongs to the span before
+        if span.start:  # the line that begins before the span belongs to the previous span
             file.seek(span.start - 1)
             file.readline()
         while (start := file.tell()) < span.stop:
             line = file.readline()
             try:
-                record = _parse_line(line, wanted, first=start == 0)
+                record = _parse_line(line, fields, first=start == 0)
                 if record is None:
                     continue
                 document = read(record)
@@ -142,8 +149,8 @@ def _read_jsonl(span: Span, wanted: Fields, read: Callable[[dict[str, Any]], Doc
             yield document
 
 
-def _parse_line(line: bytes, wanted: Fields, first: bool) -> dict[str, Any] | None:
-    """Record of a line, None for a blank line; ValueError says what is wrong with it."""
+def _parse_line(line: bytes, fields: Fields, first: bool) -> dict[str, Any] | None:
+    """The record of a line, None for a blank line; ValueError says what is wrong with it."""
     try:
         decoded = line.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
@@ -159,19 +166,19 @@ def _parse_line(line: bytes, wanted: Fields, first: bool) -> dict[str, Any] | No
         what = error.msg.removesuffix(" at")
         raise ValueError(
             f"broken JSON: {what} at character {error.pos} of {len(decoded)}. A .jsonl file has one whole JSON object "
-            "a line; mend the line or take it out."
+            "per line; mend the line or take it out."
         ) from error
     if not isinstance(record, dict):
-        raise ValueError(f"the record is a JSON {type(record).__name__}, not an object with a field {wanted.name!r}.")
-    if wanted.name not in record:
-        there = ", ".join(map(repr, record)) or "none"
-        raise ValueError(f"no field {wanted.name!r}; the record has {there}. {wanted.hint(record)}")
+        raise ValueError(f"the record is a JSON {type(record).__name__}, not an object with a field {fields.name!r}.")
+    if fields.name not in record:
+        names = ", ".join(map(repr, record)) or "none"
+        raise ValueError(f"no field {fields.name!r}; the record has {names}. {fields.hint(record)}")
     return record
 
 
 def without_nulls(value: Any) -> Any:
-    """A value without the keys whose value is None, at any depth: a column has every key of any of its records in all
-    of them, so that absent and null cannot be told apart."""
+    """A value without the keys whose value is None, at any depth: in a column every record has the keys of all records,
+    so that absent and null cannot be told apart."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
@@ -180,7 +187,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def as_text(value: Any, text_field: str) -> str:
-    """A field of a record as text, "" for None; ValueError says why it is none."""
+    """A field of a record as text, "" for None; ValueError if it is not text."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -209,17 +216,17 @@ def _open_parquet(path: str) -> Any:
         raise UserError(f"{path} is not a Parquet file that can be read: {error}.") from error
 
 
-def _read_parquet(span: Span, wanted: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
+def _read_parquet(span: Span, fields: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
     import pyarrow as pa
 
     file = _open_parquet(span.path)
     names = file.schema_arrow.names
-    if wanted.name not in names:
+    if fields.name not in names:
         raise UserError(
-            f"{span.path} has no column {wanted.name!r} (the source's {wanted.key}); it has "
-            f"{', '.join(map(repr, names))}. {wanted.hint(names)}"
+            f"{span.path} has no column {fields.name!r} (the source's {fields.key}); it has "
+            f"{', '.join(map(repr, names))}. {fields.hint(names)}"
         )
-    columns = [wanted.name, *(name for name in wanted.beside if name in names)]
+    columns = [fields.name, *(name for name in fields.beside if name in names)]
     row = sum(file.metadata.row_group(i).num_rows for i in range(span.start))
     try:
         for batch in file.iter_batches(64, row_groups=list(range(span.start, span.stop)), columns=columns):
@@ -227,7 +234,7 @@ def _read_parquet(span: Span, wanted: Fields, read: Callable[[dict[str, Any]], D
                 row += 1
                 yield read({name: without_nulls(batch.column(name)[index].as_py()) for name in columns})
     except UnicodeDecodeError as error:
-        raise UserError(f"{span.path} row {row}: {wanted.name!r} is not UTF-8 at byte {error.start}.") from error
+        raise UserError(f"{span.path} row {row}: {fields.name!r} is not UTF-8 at byte {error.start}.") from error
     except ValueError as error:
         if isinstance(error, pa.ArrowException):
             raise UserError(f"{span.path} is damaged near row {row}: {error}.") from error

@@ -8,16 +8,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
 
 from torchtitan.extensions.ingest.units import Counts
 
 logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 30.0
-"""Longest time without a line about the progress, where there is no terminal to show a bar."""
+"""Longest time without a line about the progress, if there is no terminal to show a bar."""
 
 
 class WorkerKilledError(Exception):
@@ -37,8 +36,8 @@ def run_units(
 ) -> Iterator[tuple[int, Counts]]:
     """work(index) of every index, by num_proc processes (1: this one), as they are done.
 
-    What work raises is raised here, once the units that were begun have ended; WorkerKilledError for a process that
-    was killed.
+    What work raises is raised here, once the units that were begun have ended; WorkerKilledError if a process was
+    killed.
     """
     global _work
     if num_proc <= 1:
@@ -50,7 +49,7 @@ def run_units(
     fork = multiprocessing.get_context("fork")
     # An executor, since it notices a worker that was killed; a Pool waits for ever.
     with ProcessPoolExecutor(num_proc, mp_context=fork, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
-        futures: dict[Future[Counts], int] = {pool.submit(_run_one, index): index for index in indices}
+        futures = {pool.submit(_run_one, index): index for index in indices}
         try:
             with progress:  # only now: it may start a thread, and the workers were forked with the first unit
                 for future in as_completed(futures):
@@ -70,7 +69,7 @@ def _start_worker(parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """A worker whose parent was killed would wait for work for ever, perhaps with the parent's lock in its hands."""
+    """A worker whose parent was killed would wait for work for ever, perhaps holding the parent's lock."""
     while os.getppid() == parent:
         time.sleep(0.3)
     os._exit(1)
@@ -82,36 +81,29 @@ def _run_one(index: int) -> Counts:
 
 
 class Progress:
-    """What is done of a source: a bar on a terminal, else a line in the log every LOG_SECONDS. A context manager.
+    """How much of a source is done: a bar on a terminal, else a line in the log every LOG_SECONDS. A context manager.
 
-    units: how many there are, None where nobody knows. size: what they are together, in any measure; 0 where nobody
-    knows. done, size_done: how much of either was done before.
+    units, size: of all the work, size in bytes of the source. done, size_done: how much of them was done before.
     """
 
-    def __init__(self, title: str, units: int | None, size: float, done: int = 0, size_done: float = 0.0) -> None:
+    def __init__(self, title: str, units: int, size: int, done: int, size_done: int) -> None:
         self.title, self.units, self.size = title, units, size
         self.done, self.size_done, self._size_before = done, size_done, size_done
         self.tokens = 0
-        self._bar: Any = None
-        self._ended = threading.Event()
 
-    def advance(self, units: int, size: float, tokens: int) -> None:
-        """So much more is done."""
-        self.done += units
+    def advance(self, size: int, tokens: int) -> None:
+        """One more unit is done."""
+        self.done += 1
         self.size_done += size
         self.tokens += tokens
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self.size_done, tokens=self.tokens)
+        self._bar.update(self._bar.task_ids[0], completed=self.size_done, tokens=self.tokens)
 
     def line(self) -> str:
         """For the log: units, speed, and the time that is left."""
         seconds = max(time.monotonic() - self._start, 1e-9)
-        text = f"{self.title}: {self.done}{'' if self.units is None else f' of {self.units}'} units"
-        text += f", {self.tokens / seconds:,.0f} tokens/s"
+        text = f"{self.title}: {self.done} of {self.units} units, {self.tokens / seconds:,.0f} tokens/s"
         speed = (self.size_done - self._size_before) / seconds
-        if self.size and speed > 0:
-            text += f", about {(self.size - self.size_done) / speed / 60:.1f} minutes left"
-        return text
+        return text + (f", about {(self.size - self.size_done) / speed / 60:.1f} minutes left" if speed > 0 else "")
 
     def __enter__(self) -> Progress:
         from rich.console import Console
@@ -119,14 +111,13 @@ class Progress:
         from rich.progress import Progress as Bar
 
         self._start = time.monotonic()
+        self._ended = threading.Event()
         console = Console(stderr=True)
-        if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[tokens]:,} tokens"))
-            self._bar = Bar(*columns, TimeRemainingColumn(), console=console)
-            total = self.size or None
-            self._bar.add_task(self.title, total=total, completed=self.size_done, tokens=0)
-            self._bar.start()
-        else:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[tokens]:,} tokens"))
+        self._bar = Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self._bar.add_task(self.title, total=self.size, completed=self.size_done, tokens=0)
+        self._bar.start()
+        if not console.is_terminal:
             threading.Thread(target=self._log, daemon=True).start()
         return self
 
@@ -136,5 +127,4 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()

@@ -314,7 +314,7 @@ def _source_notes(report: dict[str, Any], s: dict[str, Any]) -> Iterator[str]:
     if report["inputs"]["strategy"] == "per_source_upsampling" and s["tokens_read"] and s["long_share"] == 0:
         yield f"warning: source {name} has no document of more than {report['long_threshold']:,} tokens to raise"
     if "tokens_by_role" in s:
-        roles = ", ".join(f"{role} {n:,}" for role, n in s["tokens_by_role"].items())
+        roles = ", ".join(f"{role} {n:,}" for role, n in s["tokens_by_role"].items() if n)
         share = s["trained_tokens"] / max(1, s["tokens_read"])
         yield f"{name}: the loss is on {s['trained_tokens']:,} tokens ({share:.1%}); by role: {roles}"
     for reason, count in s["conversations_left_out"].items():

@@ -18,7 +18,7 @@ from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.extensions.ingest.chat import ChatEncoder
 from torchtitan.extensions.ingest.chat_template import load_chat_template
-from torchtitan.extensions.ingest.documents import policy_key
+from torchtitan.extensions.ingest.encoder import make_encoder
 from torchtitan.extensions.ingest.resolve import resolve_source
 from torchtitan.extensions.ingest.text import Fields, read_documents, read_records, spans_of
 from torchtitan.extensions.planner.data_report import format_report, make_report
@@ -118,7 +118,7 @@ def test_every_token_has_its_role(tmp_path: Path) -> None:
 
     def check(template: str, record: dict[str, Any], *parts: tuple[str, str]) -> None:
         encoder, tokenizer = encoder_of(tmp_path / template, TEMPLATES[template])
-        (made,) = encoder.encode_batch([encoder.read(record)])
+        made = encoder.encode(encoder.read(record))
         ids, roles = by_hand(tokenizer, *parts)
         assert (made[0].tolist(), [ROLES[code] for code in made[1]]) == (ids, roles)
 
@@ -131,33 +131,33 @@ def test_every_token_has_its_role(tmp_path: Path) -> None:
         "chatml",
         {"messages": chat},
         *(*header("system"), (o, "Be brief."), end, line),
-        *(*header("user"), ("user", "What is a river?"), (o, " "), end, line),
+        *(*header("user"), (o, "What is a river?"), (o, " "), end, line),
         *(*header("assistant"), (a, "Hmm. Water that moves.\n\n"), (a, "<end>"), line),
-        *(*header("user"), ("user", "And a lake, für 木?"), end, line),
+        *(*header("user"), (o, "And a lake, für 木?"), end, line),
         *(*header("assistant"), (a, "Hmm. Water that stays: 湖."), (a, "<end>"), line),
     )
     check(
         "trimmed",
         {"messages": [*CHAT, {"role": "user", "content": "Thanks."}]},  # which trains nothing
         (o, "<s>"),
-        *(*header("user"), ("user", "What is a river?"), end),
+        *(*header("user"), (o, "What is a river?"), end),
         *(*header("assistant"), (a, "Hmm. Water that moves."), (a, "<end>")),
-        *(*header("user"), ("user", "And a lake, für 木?"), end),
+        *(*header("user"), (o, "And a lake, für 木?"), end),
         *(*header("assistant"), (a, "Hmm. Water that stays: 湖."), (a, "<end>")),
     )
     check(
         "instructions",
         {"messages": [CHAT[2], CHAT[1], CHAT[0] | {"content": "What is a river?"}, CHAT[3]]},
-        *((o, "<s>"), (o, "[INST]"), ("user", "And a lake, für 木?"), (o, " [/INST]")),
+        *((o, "<s>"), (o, "[INST]"), (o, "And a lake, für 木?"), (o, " [/INST]")),
         *((a, " Hmm. Water that moves.\n\n"), (a, "</s>"), (o, "<s>"), (o, "[INST]")),
-        *(("user", "What is a river?"), (o, " [/INST]"), (a, " Hmm. Water that stays: 湖."), (a, "</s>")),
+        *((o, "What is a river?"), (o, " [/INST]"), (a, " Hmm. Water that stays: 湖."), (a, "</s>")),
     )
     check(
         "marked",
         {"messages": chat},
-        *(*header("user"), ("user", "What is a river?"), (o, " "), end, line),
+        *(*header("user"), (o, "What is a river?"), (o, " "), end, line),
         *(*header("assistant"), (a, "Water that moves.\n\n"), (a, "<end>"), line),
-        *(*header("user"), ("user", "And a lake, für 木?"), end, line),
+        *(*header("user"), (o, "And a lake, für 木?"), end, line),
         *(*header("assistant"), (a, "Hmm. Water that stays: 湖."), (a, "<end>"), line),
     )
     tools = '[{"name": "add", "parameters": {"a": "<number>", "b": "number"}}]'
@@ -167,10 +167,10 @@ def test_every_token_has_its_role(tmp_path: Path) -> None:
         "trimmed",
         record,
         *((o, "<s>"), *header("tools"), (o, tools), end),
-        *(*header("system"), ("system", "You add numbers."), end),
-        *(*header("user"), ("user", "Add 2 and 3."), end),
+        *(*header("system"), (o, "You add numbers."), end),
+        *(*header("user"), (o, "Add 2 and 3."), end),
         *(*header("assistant"), (a, call), (a, "<end>")),
-        *(*header("tool"), ("tool", "The tool says 5."), end),
+        *(*header("tool"), (o, "The tool says 5."), end),
         *(*header("assistant"), (a, "Five."), (a, "<end>")),
     )
 
@@ -183,7 +183,7 @@ def test_it_agrees_with_transformers(name: str, tmp_path: Path) -> None:
 
     encoder, tokenizer = encoder_of(tmp_path, TEMPLATES[name])
     witness = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    (made,) = encoder.encode_batch([encoder.read({"messages": CHAT})])
+    made = encoder.encode(encoder.read({"messages": CHAT}))
     marked = name == "marked"
     theirs = witness.apply_chat_template(CHAT, return_dict=True, return_assistant_tokens_mask=marked)
     assert made[0].tolist() == theirs["input_ids"]
@@ -212,7 +212,7 @@ def test_llama_3s_tokenizer_model(tmp_path: Path) -> None:
     )
     tokenizer = load_tokenizer(tmp_path)
     encoder = ChatEncoder(tokenizer, load_chat_template(tokenizer), "messages")
-    made = encoder.encode_batch([encoder.read({"messages": [CHAT[2], CHAT[3]]})])[0]
+    made = encoder.encode(encoder.read({"messages": [CHAT[2], CHAT[3]]}))
     begin, start, stop, eot = 256, 256 + 6, 256 + 7, 256 + 9
     asked, said = (message["content"].encode() for message in (CHAT[2], CHAT[3]))
     assert made[0].tolist() == [
@@ -220,7 +220,7 @@ def test_llama_3s_tokenizer_model(tmp_path: Path) -> None:
         *(start, *b"assistant", stop, *said, eot),
     ]
     assert [ROLES[code] for code in made[1]] == [
-        *(["other"] * 7 + ["user"] * len(asked) + ["other"]),
+        *(["other"] * (7 + len(asked) + 1)),
         *(["other"] * 11 + ["assistant"] * (len(said) + 1)),
     ]
 
@@ -244,7 +244,7 @@ def test_bos_by_its_id_alone_is_no_bos_in_a_template(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text("{" + str(error.value).split("Add ")[1].split(" to ")[0] + "}")
     tokenizer = load_tokenizer(folder)
     encoder = ChatEncoder(tokenizer, load_chat_template(tokenizer), "messages")
-    (made,) = encoder.encode_batch([encoder.read({"messages": CHAT[:2]})])
+    made = encoder.encode(encoder.read({"messages": CHAT[:2]}))
     assert made[0][:2].tolist() == [0, 4096] and tokenizer.bos_id == 0
 
 
@@ -257,7 +257,7 @@ def test_a_token_that_a_mark_stands_in_is_trained(tmp_path: Path) -> None:
     encoder, tokenizer = encoder_of(tmp_path, marks)
     witness = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     chat = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "the river is here"}]
-    (made,) = encoder.encode_batch([encoder.read({"messages": chat})])
+    made = encoder.encode(encoder.read({"messages": chat}))
     theirs = witness.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
     said = made[1] == ROLES.index("assistant")
     # the end of the turn, which follows the marks, is trained too
@@ -278,7 +278,7 @@ def test_equal_messages_and_marks_of_choice_are_taken(tmp_path: Path) -> None:
 {%- generation %}{{ m.content.split('|')[1] }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"""
     encoder, _ = encoder_of(tmp_path / "marks", marks)
     made = encoder.read({"messages": [CHAT[0], {"role": "assistant", "content": "thought|answer"}]})
-    assert made and [made.text[a:b] for a, b, role in made.parts if ROLES[role] == "assistant"] == ["answer"]
+    assert made and [made.text[a:b] for a, b in made.responses] == ["answer"]
 
 
 GOOD = {"messages": CHAT}
@@ -362,9 +362,9 @@ def test_other_things_that_are_refused(tmp_path: Path) -> None:
     assert resolve_source(tokenized, tokenizer, data).has_roles
     with pytest.raises(UserError, match='set messages_field = "messages"'):
         resolve_source(replace(tokenized, messages_field=""), tokenizer, data)
-    key = policy_key(source, tokenizer, data)
+    key = make_encoder(source, tokenizer, data).key
     (tmp_path / "assets/chat_template.jinja").write_text(TEMPLATES["trimmed"])
-    assert policy_key(source, tokenizer, data) != key
+    assert make_encoder(source, tokenizer, data).key != key
     with pytest.raises(UserError, match="made with another chat template"):
         resolve_source(tokenized, tokenizer, data)
     (tmp_path / "text.jsonl").write_text('{"text": "a text"}\n')
@@ -457,7 +457,7 @@ def test_the_loss_is_on_the_responses_and_on_plain_text(mixed: tuple[Plan, list[
     roles = report["sources"][0]["tokens_by_role"]
     assert roles["assistant"] == by_role["assistant"]
     assert sum(roles.values()) == report["sources"][0]["tokens_read"]
-    assert roles["system"] == roles["tool"] == 0 and roles["user"] > 0 and roles["other"] > 0
+    assert roles["system"] == roles["tool"] == roles["user"] == 0 and roles["other"] > 0
     lines = format_report(report)
     assert "left out of chat: 2 conversations that spell a special token" in lines
     dropped = int((chat.lengths > plan.seq_len).sum())

@@ -1,4 +1,4 @@
-"""Hub sources: real streams of local files and of a server on this machine, kills, broken networks, wrong names."""
+"""Hub sources: local copies and a server on this machine, kills, broken networks, wrong names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import pytest
 from tests.unit.extensions.ingest.hub_server import COMMIT, serve
 from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.tokenizer import Tokenizer
-from torchtitan.extensions.ingest import hub, hub_stream, units
+from torchtitan.extensions.ingest import hub, units
 from torchtitan.extensions.ingest.resolve import resolve_source
 from torchtitan.extensions.ingest.tokenize import tokenize_shard, tokenize_source
 from torchtitan.tools.errors import UserError
@@ -34,10 +34,10 @@ TEXTS = [f"document {i} " + "long " * (i * 7 % 30) if i % 9 else " \n" for i in 
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_stream, "UNIT_CHARACTERS", 500)
-    monkeypatch.setattr(hub, "UNIT_CHARACTERS", 500)
-    monkeypatch.setattr(hub_stream, "BATCH_CHARACTERS", 100)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 500)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home")
+    datasets.disable_progress_bars()
 
 
 @pytest.fixture(autouse=True)
@@ -90,11 +90,10 @@ def counted(base: Tokenizer, seen: list[str]) -> Tokenizer:
 # ---- local copies ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_local_copy_is_streamed_in_order(tokenizer: Tokenizer, data: Data, mirror: Path, threads: int) -> None:
+def test_a_local_copy_is_read_in_order(tokenizer: Tokenizer, data: Data, mirror: Path) -> None:
     source = Source(name="web", path=f"hub:{mirror}")
     seen: list[str] = []
-    folder = tokenize_source(source, counted(tokenizer, seen), data, threads)
+    folder = tokenize_source(source, counted(tokenizer, seen), data, 1)
     assert len(list(folder.glob("*.arrow"))) > 3
     about = json.loads((folder / "corpus.json").read_text())
     assert about["empty_documents"] == sum(not text.strip() for text in TEXTS)
@@ -102,6 +101,8 @@ def test_a_local_copy_is_streamed_in_order(tokenizer: Tokenizer, data: Data, mir
     assert documents(source, counted(tokenizer, seen), data) == expected(TEXTS)
     assert sorted(seen) == sorted(text for text in TEXTS if text.strip())  # once: the second time from the cache
     assert documents(replace(source, hub_split="test"), tokenizer, data) == expected(["to be tested"])
+    with_workers = replace(data, cache_folder=data.cache_folder + "-3")
+    assert contents(tokenize_source(source, tokenizer, with_workers, 3)) == contents(folder)
 
 
 def test_it_starts_at_data_folder(tokenizer: Tokenizer, data: Data, mirror: Path) -> None:
@@ -158,10 +159,14 @@ def killed_at(event: int, folder: str) -> None:
     sys.addaudithook(hook)
 
 
-def test_a_kill_at_many_moments(tokenizer: Tokenizer, data: Data, mirror: Path, tmp_path: Path) -> None:
-    """The next run begins at the first record that is in no whole unit, and the folder is an unbroken run's."""
-    source = Source(name="web", path=f"hub:{mirror}")
+@pytest.mark.parametrize("most", [None, 33])
+def test_a_kill_at_many_moments(
+    tokenizer: Tokenizer, data: Data, mirror: Path, tmp_path: Path, most: int | None
+) -> None:
+    """The next run makes the units that are not whole, no others, and the folder is an unbroken run's."""
+    source = Source(name="web", path=f"hub:{mirror}", max_documents=most)
     unbroken = contents(tokenize_source(source, tokenizer, replace(data, cache_folder=str(tmp_path / "unbroken"))))
+    wanted = [text for text in TEXTS if text.strip()][:most]
     progress = set()
     for event in range(4, 1000, 5):
         there = replace(data, cache_folder=str(tmp_path / f"cache{event}"))
@@ -179,9 +184,9 @@ def test_a_kill_at_many_moments(tokenizer: Tokenizer, data: Data, mirror: Path, 
         folder = tokenize_source(source, counted(tokenizer, seen), there, 1)
         assert contents(folder) == unbroken, f"killed at event {event}"
         assert not unfinished(there)
-        read = len(TEXTS) if finished else max((unit["read"] for unit in done), default=0)
-        assert seen == [text for text in TEXTS[read:] if text.strip()], f"killed at event {event}"
-        progress.add(read)
+        made = len(wanted) if finished else sum(unit["documents"] for unit in done)  # units are made in order
+        assert seen == wanted[made:], f"killed at event {event}"
+        progress.add(made)
         shutil.rmtree(there.cache_folder)
         if job.exitcode == 0:
             break
@@ -190,27 +195,29 @@ def test_a_kill_at_many_moments(tokenizer: Tokenizer, data: Data, mirror: Path, 
 
 
 class Loader:
-    """In place of datasets.load_dataset: a hub dataset of three files, whose records are counted as they are read."""
+    """In place of datasets.load_dataset: a hub dataset, whose records are counted as they are streamed."""
 
     def __init__(self, texts: list[str] = TEXTS) -> None:
-        self.files = [texts[:7], texts[7:30], texts[30:]]
+        self.texts = texts
         self.read: list[str] = []
         self.breaks_at: str | None = None
         self.commits: list[str | None] = []
 
-    def __call__(self, path: str, name: str | None = None, **options: Any) -> datasets.IterableDataset:
-        assert (path, name, options["split"], options["streaming"]) == ("own/name", None, "train", True)
+    def __call__(self, path: str, name: str | None = None, **options: Any) -> Any:
+        assert (path, name, options["split"]) == ("own/name", None, "train")
         self.commits.append(options["revision"])
+        if not options["streaming"]:
+            return datasets.Dataset.from_dict({"text": self.texts, "n": [1] * len(self.texts)})
 
-        def records(files: list[list[str]]) -> Iterator[dict[str, Any]]:
-            for file in files:
-                for text in file:
-                    if text == self.breaks_at:
-                        raise ConnectionError("the line went dead")
-                    self.read.append(text)
-                    yield {"text": text, "n": 1}
+        def records() -> Iterator[dict[str, Any]]:
+            for text in self.texts:
+                if text == self.breaks_at:
+                    raise ConnectionError("the line went dead")
+                self.read.append(text)
+                yield {"text": text, "n": 1}
 
-        return datasets.IterableDataset.from_generator(records, gen_kwargs={"files": self.files})
+        features = datasets.Features({"text": datasets.Value("string"), "n": datasets.Value("int64")})
+        return datasets.IterableDataset.from_generator(records, features=features)
 
 
 WEB = Source(name="web", path="hub:own/name")
@@ -226,40 +233,18 @@ def loader(monkeypatch: pytest.MonkeyPatch) -> Loader:
     return made
 
 
-@pytest.mark.parametrize("same_library", [True, False])
-def test_a_stream_that_breaks_goes_on(
-    tokenizer: Tokenizer,
-    data: Data,
-    loader: Loader,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    same_library: bool,
-) -> None:
-    unbroken = contents(tokenize_source(WEB, tokenizer, replace(data, cache_folder=str(tmp_path / "unbroken"))))
-    loader.breaks_at = TEXTS[35]
-    with pytest.raises(UserError) as error:
-        tokenize_source(WEB, tokenizer, data)
-    for word in ("own/name", "after 35 records", "the line went dead", "Start again"):
-        assert word in str(error.value)
-    loader.breaks_at = None
-    loader.read.clear()
-    if not same_library:
-        monkeypatch.setattr(datasets, "__version__", "99")
-    assert contents(tokenize_source(WEB, tokenizer, data)) == unbroken
-    if same_library:
-        assert loader.read and not set(loader.read) & set(TEXTS[1:7]), "the first file is not read again"
-    else:
-        assert loader.read == TEXTS
-
-
-def test_max_documents_counts_what_an_earlier_run_did(tokenizer: Tokenizer, data: Data, loader: Loader) -> None:
+def test_no_more_is_streamed_than_max_documents_take(tokenizer: Tokenizer, data: Data, loader: Loader) -> None:
     few = replace(WEB, max_documents=33)
     loader.breaks_at = TEXTS[30]
-    with pytest.raises(UserError, match="after 30 records"):
+    with pytest.raises(UserError) as error:
         tokenize_source(few, tokenizer, data)
+    for word in ("own/name", "after 30 records", "the line went dead", "Start again"):
+        assert word in str(error.value)
+    assert not unfinished(data)
     loader.breaks_at = None
+    loader.read.clear()
     assert documents(few, tokenizer, data) == expected(TEXTS)[:33]
-    assert TEXTS[39] not in loader.read
+    assert loader.read == TEXTS[:38]  # 5 of them are blank
 
 
 def test_what_was_downloaded_is_finished_without_the_stream(
@@ -268,9 +253,9 @@ def test_what_was_downloaded_is_finished_without_the_stream(
     with monkeypatch.context() as patch:
         patch.setattr(units, "_write_dataset_files", None)
         with pytest.raises(TypeError):
-            tokenize_source(WEB, tokenizer, data)
+            tokenize_source(replace(WEB, max_documents=20), tokenizer, data)
     monkeypatch.setattr(datasets, "load_dataset", None)
-    assert documents(WEB, tokenizer, data) == expected(TEXTS)
+    assert documents(replace(WEB, max_documents=20), tokenizer, data) == expected(TEXTS)[:20]
 
 
 def test_a_disk_that_is_full(
@@ -311,10 +296,13 @@ def test_several_ranks_download_once(tokenizer: Tokenizer, data: Data, mirror: P
     assert notes.stat().st_size == len(expected(TEXTS))
 
 
-def test_a_stream_is_the_work_of_shard_0(tokenizer: Tokenizer, data: Data, loader: Loader) -> None:
-    assert tokenize_shard(WEB, tokenizer, data, 1, 2) is None
-    assert loader.commits == []
-    assert tokenize_shard(WEB, tokenizer, data, 0, 2) is not None
+@pytest.mark.parametrize("most", [None, 33])
+def test_shards_in_any_order(tokenizer: Tokenizer, data: Data, loader: Loader, most: int | None) -> None:
+    source = replace(WEB, max_documents=most)
+    assert tokenize_shard(source, tokenizer, data, 1, 2, 1) is None
+    folder = tokenize_shard(source, tokenizer, data, 0, 2, 1)
+    assert folder is not None and documents(source, tokenizer, data) == expected(TEXTS)[:most]
+    assert not unfinished(data)
 
 
 # ---- which commit ----------------------------------------------------------------------------------------------------
@@ -327,9 +315,7 @@ def test_the_commit_is_kept_and_a_branch_that_moved_is_noticed(
     asked = {"name": "own/name", "subset": "", "split": "train", "revision": "main"}
     assert json.loads((first / "corpus.json").read_text())["hub"] == asked | {"commit": COMMITS[0]}
     monkeypatch.setattr(hub, "_ask_for_commit", lambda wanted: COMMITS[1])
-    assert tokenize_source(WEB, tokenizer, data) == first  # ranks that start within minutes hear the same
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-    monkeypatch.setattr(hub, "ASK_AGAIN_SECONDS", 0)
     second = tokenize_source(WEB, tokenizer, data)
     assert second != first
     assert str(first) in caplog.text and all(commit in caplog.text for commit in COMMITS)
@@ -344,7 +330,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def cut() -> None:
         monkeypatch.setattr(hub, "_ask_for_commit", ASK_FOR_COMMIT)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-        monkeypatch.setattr(hub, "ASK_AGAIN_SECONDS", 0)
 
     return cut
 
@@ -359,7 +344,6 @@ def test_without_a_network_what_was_made_is_used(
 ) -> None:
     made = [tokenize_source(WEB, tokenizer, data)]
     monkeypatch.setattr(hub, "_ask_for_commit", lambda wanted: COMMITS[1])
-    monkeypatch.setattr(hub, "ASK_AGAIN_SECONDS", 0)
     made.append(tokenize_source(WEB, tokenizer, data))
     os.utime(made[0] / "corpus.json", (1, 1))
     no_network()
@@ -446,7 +430,7 @@ PROGRAM = """
 import json, sys
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.config.schema import Data, Source
-from torchtitan.datasets.corpus import resolve_source
+from torchtitan.extensions.ingest.resolve import resolve_source
 from torchtitan.tools.errors import UserError
 
 encode = lambda texts: [list(text.encode()) for text in texts]
@@ -488,4 +472,17 @@ def test_a_server_that_speaks_as_the_hub_does(tmp_path: Path) -> None:
         errors, (["'v9'"], ["'dev'", "'train'"], ["no dataset 'own/nothing'"], ["gated", "log in"])
     ):
         assert all(word in error for word in words), error
-    assert sum("train-1.jsonl bytes" in request for request in requests) == 1  # the first run's; three need the other
+    content = [request for request in requests if request.startswith("GET") and "train-1.jsonl" in request]
+    assert len(content) == 1  # the first source's; three documents need the other file alone
+
+
+def test_the_librarys_newest_does_not_pass_for_the_commit(
+    tokenizer: Tokenizer, data: Data, loader: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a network load_dataset takes the newest commit that it has, whatever was asked for."""
+    other = datasets.Dataset.from_dict({"text": TEXTS})
+    folder = tmp_path / COMMITS[1]
+    other.save_to_disk(str(folder))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.load_from_disk(str(folder)))
+    with pytest.raises(UserError, match=f"another commit than {COMMITS[0]}"):
+        tokenize_source(WEB, tokenizer, data)

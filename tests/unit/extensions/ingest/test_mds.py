@@ -17,7 +17,7 @@ import pytest
 from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import ASSISTANT, open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
-from torchtitan.extensions.ingest import tokenize
+from torchtitan.extensions.ingest import tokenize, units
 from torchtitan.extensions.ingest.mds import find_mds, read_index, read_shard
 from torchtitan.extensions.ingest.resolve import resolve_source
 from torchtitan.extensions.ingest.tokenize import tokenize_source
@@ -75,7 +75,7 @@ def test_it_is_a_corpus_like_any_other(tokenizer: Tokenizer, data: Data, monkeyp
 
 
 def test_each_shard_can_be_a_unit(tokenizer: Tokenizer, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenize, "UNIT_BYTES", 1)
+    monkeypatch.setattr(units, "UNIT_BYTES", 1)
     folder = tokenize_source(Source(name="mds", path=str(FIXTURES / "mds_unpacked")), tokenizer, data, 2)
     assert len(list(folder.glob("*.arrow"))) == 2
     corpus = open_corpus(folder)

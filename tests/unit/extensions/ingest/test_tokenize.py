@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
-from torchtitan.extensions.ingest import source_files, tokenize, units
+from torchtitan.extensions.ingest import source_files, units
 from torchtitan.extensions.ingest.resolve import resolve_source
 from torchtitan.extensions.ingest.tokenize import tokenize_source
 from torchtitan.tools.errors import UserError
@@ -40,7 +41,7 @@ def folders_in(data: Data) -> list[Path]:
 def test_documents_do_not_depend_on_processes_or_units(
     tokenizer: Tokenizer, data: Data, make_source: MakeSource, monkeypatch: pytest.MonkeyPatch, num_proc: int, unit: int
 ) -> None:
-    monkeypatch.setattr(tokenize, "UNIT_BYTES", unit)
+    monkeypatch.setattr(units, "UNIT_BYTES", unit)
     monkeypatch.setattr(units, "RECORD_BATCH_TOKENS", 500)
     folder = tokenize_source(make_source(TEXTS), tokenizer, data, num_proc)
     assert documents(folder) == expected(TEXTS)
@@ -162,6 +163,29 @@ def test_the_cache_is_used_until_an_input_changes(
     assert counting.count == 50
 
 
+def test_corpora_of_older_versions_are_found_again(
+    tokenizer: Tokenizer, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names, and digests of all files but corpus.json, as commit 89cc635 wrote them for this input."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 200)
+    (tmp_path / "text").mkdir()
+    lines = [json.dumps({"text": "line é\n" * i}) + "\n" for i in range(20)]
+    (tmp_path / "text" / "a.jsonl").write_text("".join(lines))
+    (tmp_path / "text" / "b.txt").write_text("two\nlines")
+    source = Source(name="old text", path=str(tmp_path / "text"))
+    for policy, name, digest in (
+        (data, "old_text-16ddb0b571bff3d5", "0e3c4c185bd7de85"),
+        (replace(data, add_eos=False), "old_text-e145c562b7741f31", "9be413854bb9fc2c"),
+    ):
+        folder = tokenize_source(source, tokenizer, policy, 1)
+        files = [p.name.encode() + p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "corpus.json"]
+        assert (folder.name, hashlib.sha256(b"".join(files)).hexdigest()[:16]) == (name, digest)
+    mds = Path(__file__).parent / "data"
+    for name in ("mds_packed-a8d41dc9e67a840c", "mds_zstd-91cd2d2d56e00b97"):
+        source = Source(name=name.partition("-")[0], path=str(mds / name.partition("-")[0]))
+        assert tokenize_source(source, tokenizer, data, 1).name == name
+
+
 def test_text_of_the_same_size_is_noticed(tokenizer: Tokenizer, data: Data, make_source: MakeSource) -> None:
     first = tokenize_source(make_source(["aaaa"]), tokenizer, data, 1)
     assert documents(first) == expected(["aaaa"])
@@ -207,7 +231,7 @@ BAD_TEXT: dict[str, tuple[str, bytes, list[str]]] = {
 def test_bad_text(
     tokenizer: Tokenizer, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, num_proc: int
 ) -> None:
-    monkeypatch.setattr(tokenize, "UNIT_BYTES", 100)  # the bad line is in another unit than the first
+    monkeypatch.setattr(units, "UNIT_BYTES", 100)  # the bad line is in another unit than the first
     file, content, words = BAD_TEXT[name]
     (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError) as error:

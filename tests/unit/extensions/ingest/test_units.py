@@ -33,7 +33,7 @@ TEXTS = ["first", "second " * 40, " \n", "fourth\n" * 9, "fifth"]
 
 @pytest.fixture(autouse=True)
 def one_document_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenize, "UNIT_BYTES", 1)
+    monkeypatch.setattr(units, "UNIT_BYTES", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -390,7 +390,7 @@ def test_another_cut_is_another_unfinished_folder(
 ) -> None:
     """Units of two partitions must not be mixed: documents would be lost or doubled."""
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize, "UNIT_BYTES", 100)
+        patch.setattr(units, "UNIT_BYTES", 100)
         tokenize_shard(source, tokenizer, data, 1, 2, 1)
     assert done_units(data) == [1]
     (left,) = Path(data.cache_folder).glob(".unfinished-*")

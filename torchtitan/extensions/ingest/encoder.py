@@ -1,0 +1,93 @@
+"""A record -> a document's tokens: its text encoded, between BOS and EOS if data.add_bos and add_eos ask for them.
+
+Conversations have an encoder of their own (chat.py), because their chat template decides about the ends. An encoder
+says what its tokens depend on, twice: `key` names the corpus folder, `metadata` is for people and open_corpus.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from torchtitan.config.schema import Data, Source
+from torchtitan.datasets.corpus import FORMAT
+from torchtitan.datasets.tokenizer import Tokenizer
+from torchtitan.extensions.ingest.text import Fields, as_text
+from torchtitan.tools.errors import UserError
+
+EMPTY = np.empty(0, np.int32)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Text to documents; made by make_encoder. bos, eos: the ids put at the ends, [] for none."""
+
+    tokenizer: Tokenizer
+    fields: Fields
+    bos: list[int]
+    eos: list[int]
+
+    @property
+    def key(self) -> list[Any]:
+        """What the tokens depend on beside the content, as JSON."""
+        return [FORMAT, self.tokenizer.fingerprint, bool(self.bos), bool(self.eos)]
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The same in words, for corpus.json."""
+        ends = {"add_bos": bool(self.bos), "add_eos": bool(self.eos), "text_field": self.fields.name}
+        return tokenizer_metadata(self.tokenizer) | ends
+
+    def read(self, record: dict[str, Any]) -> str | None:
+        """The text of a record, None if it is blank; ValueError says why it is none."""
+        text = as_text(record[self.fields.name], self.fields.name)
+        return text if text and not text.isspace() else None
+
+    def encode(self, text: str | None) -> np.ndarray:
+        """The document, int32[n]; an empty one, without ends, for None."""
+        ids = self.tokenizer.encode(text) if text is not None else []
+        return np.array(self.bos + ids + self.eos, np.int32) if ids else EMPTY
+
+    def closing(self) -> dict[str, Any]:
+        """Nothing needs to be kept beside the counts of a unit."""
+        return {}
+
+    def add_ends(self, document: np.ndarray) -> np.ndarray:
+        """A document that somebody else tokenized, int32[n] or, with roles, [2, n], with the ends that it lacks."""
+        if document.ndim == 2:  # a conversation, which ends as its template says
+            return document
+        bos = self.bos if document[0] not in self.bos else []
+        eos = self.eos if document[-1] not in self.eos else []
+        return np.concatenate([np.array(bos, np.int32), document, np.array(eos, np.int32)])
+
+
+def make_encoder(source: Source, tokenizer: Tokenizer, data: Data) -> Any:
+    """The source's Encoder or ChatEncoder; UserError if data.add_bos or add_eos asks for a token that the tokenizer
+    lacks, or if chat data have no template."""
+    if source.messages_field:
+        from torchtitan.extensions.ingest.chat import ChatEncoder
+        from torchtitan.extensions.ingest.chat_template import load_chat_template
+
+        return ChatEncoder(tokenizer, load_chat_template(tokenizer), source.messages_field)
+    ends = []
+    for wanted, token, name in ((data.add_bos, tokenizer.bos_id, "bos"), (data.add_eos, tokenizer.eos_id, "eos")):
+        if wanted and token is None:
+            raise UserError(
+                f"data.add_{name} = true, but the tokenizer in {tokenizer.folder} names no {name.upper()} token in "
+                f"tokenizer_config.json, special_tokens_map.json, generation_config.json or config.json: set "
+                f"data.add_{name} = false, or name the token in one of these files."
+            )
+        ends.append([token] if wanted and token is not None else [])
+    return Encoder(tokenizer, Fields("text_field", source.text_field), *ends)
+
+
+def tokenizer_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What corpus.json says of every tokenizer."""
+    return {
+        "format": FORMAT,
+        "tokenizer": tokenizer.fingerprint,
+        "tokenizer_folder": tokenizer.folder,
+        "vocab_size": tokenizer.vocab_size,
+    }
