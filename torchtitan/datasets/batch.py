@@ -17,12 +17,12 @@ class PackedBatch:
     """One micro-batch of T tokens in S segments and D documents."""
 
     tokens: torch.Tensor
-    """int64[T]; 0 where there is padding."""
+    """int64[T]; 0 for padding."""
 
     labels: torch.Tensor
-    """int64[T]: the next token of the same document; -100 at its end, also where a row's end cuts it (its next token is
-    trained on nowhere: the piece that begins there has nothing before it), for padding, and in conversations where the
-    next token is not the assistant's."""
+    """int64[T]: the next token of the same document; -100 at its end, also if a row's end cuts it (its next token is
+    never trained on: the piece that begins there has nothing before it), for padding, and in conversations if the next
+    token is not the assistant's."""
 
     positions: torch.Tensor
     """int64[T]: what RoPE is given (data.positions). They say nothing about where documents or segments end."""
@@ -38,11 +38,11 @@ class PackedBatch:
     """int16[D]: the source of each document, -1 for padding."""
 
     long: torch.Tensor | None = None
-    """bool[T], where rows of short and of long documents are told apart (rope.mixed_window): whether a token's row is
-    one of long ones, which LongRoPE's long list is for. None: no row is told apart."""
+    """bool[T], if rows of short and of long documents are told apart (rope.mixed_window): whether a token's row holds
+    long documents, which LongRoPE's long list is for. None: rows are not told apart."""
     anchor: torch.Tensor | None = None
-    """int32[S], with data.anchor_attention: one token that all of a segment see beside their own segment, the first of
-    their row; -1 for padding, which sees none. None: there are no anchors."""
+    """int32[S], with data.anchor_attention: the first token of the row, which all of a segment see beside their own
+    segment; -1 for padding, which sees none. None: there are no anchors."""
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """On a device; asynchronous from pinned memory."""

@@ -1,8 +1,9 @@
-"""A tokenized source on disk: memory-mapped Arrow with a column `input_ids`, one document a row, and perhaps `roles`.
+"""A tokenized source on disk: memory-mapped Arrow with a column `input_ids`, one document per row, and perhaps `roles`.
 
-Opening reads Arrow's metadata and offsets, never the tokens: all lengths are there at once and a document is a view
-into the mapped file. A folder of ours (with corpus.json) is checked against what it says of itself; a folder that
-someone else wrote with datasets' save_to_disk is taken as it is.
+open_corpus is all that the core knows of where data come from; extensions/ingest makes such folders. Opening reads
+Arrow's metadata and offsets, never the tokens: all lengths are known at once and a document is a view into the mapped
+file. A folder of ours (with corpus.json) is checked against what it says of itself; a folder that someone else wrote
+with datasets' save_to_disk is taken as it is.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ import numpy as np
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import hash_file, read_json
 
-pass
-
 CORPUS_FILE = "corpus.json"
 STATE_FILE = "state.json"  # of datasets' save_to_disk; names the Arrow files in order
 
@@ -27,8 +26,8 @@ FORMAT = 1
 """Version of corpus.json and of the way text becomes tokens; part of every key."""
 
 ROLES = ("other", "system", "user", "tool", "assistant")
-"""What a token of a conversation belongs to, by its number in the column `roles`; other: what is around the messages.
-The loss is on the assistant's alone."""
+"""What a token of a conversation belongs to, by its number in the column `roles`; the loss is on the assistant's alone.
+Corpora that are made now tell only `assistant` and `other` apart; older ones know the rest."""
 
 ASSISTANT = ROLES.index("assistant")
 
@@ -39,9 +38,9 @@ class Corpus:
     """Documents of a source; made by open_corpus.
 
     folder: str. lengths: int64[n], tokens of every document. tokens: their sum. fingerprint: hex, of the content.
-    max_token_id: largest id in the corpus, None where the folder does not say. has_roles: whether its tokens have
-    roles (ROLES), so that the assistant's alone are trained on. left_out: conversations that were left out of it,
-    by reason.
+    max_token_id: the largest id in the corpus, None if the folder does not say. has_roles: whether its tokens have
+    roles (ROLES), so that only the assistant's are trained on. left_out: how many conversations were left out, by
+    reason.
     """
 
     def __init__(
@@ -70,17 +69,17 @@ class Corpus:
         return len(self.lengths)
 
     def document(self, index: int) -> np.ndarray:
-        """Tokens of a document, int32[lengths[index]]; a read-only view into the file where that is int32 too."""
+        """Tokens of a document, int32[lengths[index]]; a read-only view into the file if that holds int32 too."""
         part, tokens = self._place(index)
         return self._values[part][tokens].astype(np.int32, copy=False)
 
     def roles(self, index: int) -> np.ndarray:
-        """The role of each of its tokens, int8[lengths[index]]; only where has_roles."""
+        """The role of each of its tokens, int8[lengths[index]]; only if has_roles."""
         part, tokens = self._place(index)
         return self._roles[part][tokens]
 
     def _place(self, index: int) -> tuple[int, slice]:
-        """The shard that a document is in, and where."""
+        """The shard that a document is in, and its tokens there."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)} in {self.folder}")
         part = int(np.searchsorted(self._first, index, side="right")) - 1
@@ -97,7 +96,7 @@ def open_corpus(
 ) -> Corpus:
     """Open a tokenized folder. With a fingerprint, a corpus.json that names another tokenizer is refused.
 
-    With check_text, text files that corpus.json lists and that are still there must not have changed since.
+    With check_text, text files that corpus.json lists and that still exist must not have changed since.
     """
     path = Path(folder).expanduser()
     if (path / "dataset_dict.json").is_file():
@@ -108,9 +107,9 @@ def open_corpus(
             f"{path} is not a tokenized corpus: it has no {STATE_FILE}, which datasets' save_to_disk writes. Make the "
             "folder again, or name the text as the source."
         )
-    about = read_json(path / CORPUS_FILE, MAKE_AGAIN) if (path / CORPUS_FILE).is_file() else None
-    if about is not None:
-        _check(path, about, tokenizer_fingerprint, check_text)
+    metadata = read_json(path / CORPUS_FILE, MAKE_AGAIN) if (path / CORPUS_FILE).is_file() else None
+    if metadata is not None:
+        _check(path, metadata, tokenizer_fingerprint, check_text)
     names = [str(entry["filename"]) for entry in read_json(path / STATE_FILE, MAKE_AGAIN).get("_data_files", [])]
     mapped = [part for name in names for part in _map_shard(path / name)]
     shards = [(offsets, values) for offsets, values, _ in mapped]
@@ -122,13 +121,14 @@ def open_corpus(
             f"The corpus {path} is empty: {STATE_FILE} names {len(names)} Arrow files, and they hold no document. "
             "Delete the folder and make it again."
         )
-    if about is not None:
-        left_out = about.get("left_out")
-        corpus = Corpus(str(path), shards, about["fingerprint"], about["max_token_id"], roles or None, left_out)
-        if (len(corpus), corpus.tokens) != (about["documents"], about["tokens"]):
+    if metadata is not None:
+        left_out = metadata.get("left_out")
+        corpus = Corpus(str(path), shards, metadata["fingerprint"], metadata["max_token_id"], roles or None, left_out)
+        if (len(corpus), corpus.tokens) != (metadata["documents"], metadata["tokens"]):
             raise UserError(
                 f"The corpus {path} holds {len(corpus)} documents and {corpus.tokens} tokens, its {CORPUS_FILE} says "
-                f"{about['documents']} and {about['tokens']}: it was changed. Delete the folder and tokenize again."
+                f"{metadata['documents']} and {metadata['tokens']}: it was changed. Delete the folder and tokenize "
+                "again."
             )
         return corpus
     identity = hashlib.sha256(json.dumps([[name, os.path.getsize(path / name)] for name in names]).encode())
@@ -141,17 +141,19 @@ def open_corpus(
     return Corpus(str(path), shards, identity.hexdigest()[:16], None, roles or None)
 
 
-def _check(path: Path, about: dict[str, Any], tokenizer_fingerprint: str | None, check_text: bool) -> None:
+def _check(path: Path, metadata: dict[str, Any], tokenizer_fingerprint: str | None, check_text: bool) -> None:
     again = "Delete the folder and tokenize the text again."
-    if about.get("format") != FORMAT:
-        raise UserError(f"{path / CORPUS_FILE} has format {about.get('format')}, this version reads {FORMAT}. {again}")
-    if tokenizer_fingerprint is not None and about["tokenizer"] != tokenizer_fingerprint:
+    if metadata.get("format") != FORMAT:
         raise UserError(
-            f"{path} was tokenized with the tokenizer {about['tokenizer'][:12]} (from {about['tokenizer_folder']}), "
-            f"but model.hf_assets_path gives {tokenizer_fingerprint[:12]}: point it at that one, or name the text "
-            "as the source to have it tokenized with this one."
+            f"{path / CORPUS_FILE} has format {metadata.get('format')}, this version reads {FORMAT}. {again}"
         )
-    for shard in about["shards"]:
+    if tokenizer_fingerprint is not None and metadata["tokenizer"] != tokenizer_fingerprint:
+        raise UserError(
+            f"{path} was tokenized with the tokenizer {metadata['tokenizer'][:12]} (from "
+            f"{metadata['tokenizer_folder']}), but model.hf_assets_path gives {tokenizer_fingerprint[:12]}: point it "
+            "at that one, or name the text as the source to have it tokenized with this one."
+        )
+    for shard in metadata["shards"]:
         file = path / shard["name"]
         if not file.is_file():
             raise UserError(f"{file} is missing from the corpus. {again}")
@@ -159,7 +161,7 @@ def _check(path: Path, about: dict[str, Any], tokenizer_fingerprint: str | None,
             raise UserError(
                 f"{file} has {file.stat().st_size} bytes, {CORPUS_FILE} says {shard['size']}: it is damaged. {again}"
             )
-    for text in about["files"] if check_text else ():
+    for text in metadata["files"] if check_text else ():
         if not os.path.exists(text["path"]):
             continue  # a corpus outlives its text
         stat = os.stat(text["path"])
@@ -181,8 +183,8 @@ def _map_shard(file: Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | No
     try:
         with pa.ipc.open_stream(pa.memory_map(str(file))) as reader:
             if "input_ids" not in reader.schema.names:
-                there = ", ".join(reader.schema.names)
-                raise UserError(f"{file} has no column input_ids (it has {there}): it is not a tokenized corpus.")
+                names = ", ".join(reader.schema.names)
+                raise UserError(f"{file} has no column input_ids (it has {names}): it is not a tokenized corpus.")
             batches = list(reader)
         parts = []
         for batch in batches:
@@ -190,7 +192,7 @@ def _map_shard(file: Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | No
             if len(column) == 0:
                 continue
             if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-                raise UserError(f"{file}: the column input_ids is {column.type}, not a list of integers a row.")
+                raise UserError(f"{file}: the column input_ids is {column.type}, not a list of integers per row.")
             if not pa.types.is_integer(column.type.value_type) or column.null_count or column.values.null_count:
                 raise UserError(f"{file}: the column input_ids ({column.type}) must hold integers without nulls.")
             offsets = column.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
@@ -199,9 +201,9 @@ def _map_shard(file: Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | No
                 raise UserError(f"{file} is a damaged Arrow file: its offsets are out of order.")
             roles = None
             if "roles" in batch.schema.names:
-                beside = batch.column("roles")
-                roles = beside.values.to_numpy(zero_copy_only=True)
-                if beside.type.value_type != pa.int8() or not beside.offsets.equals(column.offsets):
+                role_column = batch.column("roles")
+                roles = role_column.values.to_numpy(zero_copy_only=True)
+                if role_column.type.value_type != pa.int8() or not role_column.offsets.equals(column.offsets):
                     raise UserError(f"{file}: the column roles must hold an int8 for each of the input_ids.")
             parts.append((offsets, values, roles))
         return parts

@@ -1,7 +1,7 @@
 """Which rank computes which rows of a step: the same rows whoever computes them, with the attention work even.
 
-Rows have equally many tokens, so all but attention costs the same; attention grows with the squares of the segments and
-differs by large factors between packed rows (1.7 to 5 between data-parallel ranks that take rows as they come).
+All rows have the same number of tokens, so only the cost of attention differs: it grows with the squares of the
+segments, and by large factors (1.7 to 5 between data-parallel ranks that take packed rows as they come).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ def deal(work: np.ndarray, dp_degree: int, local_batch_size: int) -> np.ndarray:
     """int64[dp_degree, accumulation, local_batch_size]: the rows of a step (work int64[rows]) that each rank takes.
 
     The rows go round by round, heaviest first, one to each rank, the heaviest of a round to the rank that has least so
-    far. Ranks wait for each other in every micro-batch, and those of a round are of about the same weight.
+    far. Ranks wait for each other in every micro-batch, and the rows of a round have about the same weight.
     """
     rounds = np.argsort(-work, kind="stable").reshape(-1, dp_degree)
     load = np.zeros(dp_degree, np.int64)
@@ -26,14 +26,14 @@ def deal(work: np.ndarray, dp_degree: int, local_batch_size: int) -> np.ndarray:
 
 
 def undealt(rows: int, dp_degree: int, local_batch_size: int) -> np.ndarray:
-    """The same for rows taken as they come, to compare with."""
+    """The same for rows taken as they come, for comparison."""
     return np.arange(rows).reshape(-1, dp_degree, local_batch_size).swapaxes(0, 1)
 
 
 def imbalance(work: np.ndarray, dealt: np.ndarray) -> tuple[float, float]:
     """(over the step, micro-batch by micro-batch): work of the rank that has most over the mean of the ranks.
 
-    The second is what is waited for where ranks meet in every micro-batch, as FSDP's do.
+    The second is what ranks wait for if they meet in every micro-batch, as FSDP's do.
     """
     by_micro_batch = work[dealt].sum(axis=2, dtype=np.float64)  # [dp, accumulation]
     mean = by_micro_batch.sum() / len(dealt)

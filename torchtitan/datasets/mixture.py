@@ -3,6 +3,7 @@
 Filters, the long-document policy and the length strategies all come down to streams: a stream is the pieces of some of
 a source's documents, read again and again in new orders, with a share of the stage's tokens. A source whose long
 documents are raised is two streams, its long and its short documents, so that the long share holds like any other.
+data.strategy acts in three functions: piece_limit (cut_*), _weights (domain_*) and _split_share (*_upsampling).
 """
 
 from __future__ import annotations
@@ -70,10 +71,10 @@ class _Eligible:
 def build_streams(
     data: Data, lengths: Sequence[np.ndarray], separators: Sequence[int], seq_len: int
 ) -> tuple[list[Stream], list[LeftOut]]:
-    """The streams of data.sources (those with a weight) and what each source leaves out.
+    """The streams of data.sources (of those with a weight) and what each source leaves out.
 
-    lengths: int64[n] a source, tokens of its documents. separators: tokens that follow each document of a source.
-    UserError when a source has nothing left, or cannot be raised as asked.
+    lengths: int64[n] per source, tokens of its documents. separators: how many tokens follow each document of a source.
+    UserError if a source has nothing left, or cannot be raised as asked.
     """
     eligible = [
         _apply_filters(source, data, tokens, separator, seq_len)
@@ -114,7 +115,7 @@ def build_streams(
 
 
 def check_epochs(data: Data, streams: Sequence[Stream], read: Sequence[int]) -> None:
-    """UserError where a stage that reads so many tokens of each stream reads a source more often than max_epochs."""
+    """UserError if a stage that reads `read` tokens of each stream reads a source more often than max_epochs."""
     for stream, needed in zip(streams, read, strict=True):
         source, epochs = data.sources[stream.source], needed / stream.tokens
         if source.max_epochs is not None and epochs > source.max_epochs:
@@ -152,7 +153,7 @@ def _apply_filters(source: Source, data: Data, tokens: np.ndarray, separator: in
         beyond_max_documents=(len(beyond), int(beyond.sum())),
         truncated=(int(cut.sum()), int((tokens - used)[cut].sum())),
     )
-    # A separator that the last piece has no room for is left out: it separates what shares a row.
+    # A separator is left out if the last piece has no room for it: it separates what shares a row.
     room = separator if bound is None else np.where((used - 1) % bound + 1 + separator <= bound, separator, 0)
     used = np.where(cut, used, used + room)
     return _Eligible(np.flatnonzero(keep).astype(np.int32), tokens[keep], used[keep], limit, left_out)
@@ -189,7 +190,7 @@ def _split_share(index: int, data: Data, weights: list[float], long_shares: list
     """Shares of the stage's tokens for a source's long and short documents; None: they are not told apart.
 
     Equal to keeping short documents with a probability q, as the paper's code does, with q solved for the wanted
-    share (p long by nature, t wanted: q = p (1 - t) / (t (1 - p))), but exact in every part of the stage.
+    share (p long by nature, t wanted: q = p (1 - t) / (t (1 - p))), but exact in every stretch of the stage.
     """
     source, weight, natural = data.sources[index], weights[index], long_shares[index]
     if data.strategy == "global_upsampling":
@@ -258,7 +259,7 @@ class Merged:
 
 
 def merge(streams: Sequence[Stream], tokens: int, seed: int) -> Merged:
-    """The streams' pieces, merged so that every part of the result has their shares; at least `tokens` in all.
+    """The streams' pieces, merged so that every stretch of the result has their shares; at least `tokens` in all.
 
     A piece's time is the middle of its tokens on its stream's line, divided by the stream's share, and pieces are taken
     in the order of time: at any moment each stream is within about half a piece of its exact share. Each epoch is a

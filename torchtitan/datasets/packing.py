@@ -1,7 +1,7 @@
-"""Pieces of documents -> rows of at most seq_len tokens, in an order in which every part of the stage has its shares.
+"""Pieces of documents -> rows of at most seq_len tokens, in an order in which any stretch of the stage has its shares.
 
-The pieces come merged (mixture.py) and are packed in blocks of some rows, so that a row's contents depend on its
-neighbourhood only and a longer stage begins like a shorter one. What does not fill a row waits for the next block.
+The pieces come merged (mixture.py) and are packed in groups of some rows, so that a row's contents depend on its
+neighbourhood only, and a longer stage begins like a shorter one. What does not fill a row waits for the next group.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from functools import partial
 
 import numpy as np
 
-BLOCK_ROWS = 128
+GROUP_ROWS = 128
 """Rows packed together: enough pieces for best-fit to leave little room, few enough to keep the order of the pieces."""
 
 SPARE_ROWS = 4
-"""Rows' worth of further pieces that best-fit packs with a block: the fullest rows are taken, the others wait."""
+"""Rows' worth of further pieces that best-fit packs with a group: the fullest rows are taken, the others wait."""
 
 CHOICE = 32
 """Rows among which the next one is chosen, so that the tokens so far have their shares."""
 
-BLOCK_SEED = 2  # apart from the streams' seeds, which end in 1
+GROUP_SEED = 2  # apart from the streams' seeds, which end in 1
 _BIN_BITS = 20  # a bin's room and number in one integer
 
 
@@ -37,10 +37,10 @@ class Rows:
     """int32[N], which of the merged pieces each part is of."""
 
     lengths: np.ndarray
-    """int32[N], its tokens: the whole piece, but where concat cuts it."""
+    """int32[N], its tokens: the whole piece, unless concat cuts it."""
 
 
-Block = tuple[np.ndarray, np.ndarray, np.ndarray]  # row in the block, piece, tokens of each part; by row
+Group = tuple[np.ndarray, np.ndarray, np.ndarray]  # row in the group, piece, tokens of each part; by row
 
 
 def pack(
@@ -48,21 +48,21 @@ def pack(
 ) -> Rows:
     """`rows` rows of the merged pieces (lengths int32[N]); ValueError if these are not enough.
 
-    short_window: best-fit puts pieces of at most so many tokens and longer ones into rows of their own.
+    short_window: best-fit does not put pieces of at most this many tokens into one row with longer pieces.
 
-    The rows of a block come in a random order, seeded by (seed, block): best-fit makes the fullest first, and concat
+    The rows of a group come in a random order, seeded by (seed, group): best-fit makes the fullest first, and concat
     puts the rows of a long document side by side.
     """
-    packers: dict[str, Callable[[np.ndarray, int], Iterator[Block]]] = {
-        "best_fit": partial(_best_fit_blocks, short_window=short_window),
-        "concat": _concat_blocks,
-        "single": _single_blocks,
+    packers: dict[str, Callable[[np.ndarray, int], Iterator[Group]]] = {
+        "best_fit": partial(_best_fit_groups, short_window=short_window),
+        "concat": _concat_groups,
+        "single": _single_groups,
     }
     counts, pieces, tokens, made = [], [], [], 0
     for number, (row, piece, count) in enumerate(packers[packing](lengths, seq_len)):
         size = int(row[-1]) + 1
         in_order = packing == "single"  # pieces come shuffled, and merged with the right shares
-        place = np.arange(size) if in_order else np.random.default_rng([seed, number, BLOCK_SEED]).permutation(size)
+        place = np.arange(size) if in_order else np.random.default_rng([seed, number, GROUP_SEED]).permutation(size)
         order = np.argsort(place[row], kind="stable")
         pieces.append(piece[order].astype(np.int32))
         tokens.append(count[order].astype(np.int32))
@@ -77,13 +77,13 @@ def pack(
 
 
 def tokens_wanted(rows: int, seq_len: int) -> int:
-    """Tokens of merged pieces that are enough for so many rows under every packing."""
-    # Each block takes what fills it and leaves less than half of what it had, in at most BLOCK_ROWS + SPARE_ROWS rows.
-    return (-(-rows // BLOCK_ROWS) * BLOCK_ROWS + 2 * (BLOCK_ROWS + SPARE_ROWS)) * seq_len
+    """Tokens of merged pieces that are enough for `rows` rows under every packing."""
+    # Each group takes what fills it and leaves less than half of what it had, in at most GROUP_ROWS + SPARE_ROWS rows.
+    return (-(-rows // GROUP_ROWS) * GROUP_ROWS + 2 * (GROUP_ROWS + SPARE_ROWS)) * seq_len
 
 
 def best_fit(lengths: list[int], room: int) -> list[int]:
-    """Bin of each length, every one put where the least room is left over, or into a new bin where none has room.
+    """The bin of each length: the one in which the least room is left over, or a new bin if none has room.
 
     Lengths in decreasing order make it best-fit decreasing (Ding et al., arXiv 2404.10830): at most 11/9 of the fewest
     bins and 1 more. O(n log bins), for bins in the hundreds.
@@ -104,17 +104,17 @@ def best_fit(lengths: list[int], room: int) -> list[int]:
     return bins
 
 
-def _best_fit_blocks(lengths: np.ndarray, seq_len: int, short_window: int | None = None) -> Iterator[Block]:
+def _best_fit_groups(lengths: np.ndarray, seq_len: int, short_window: int | None = None) -> Iterator[Group]:
     ends = np.cumsum(lengths, dtype=np.int64)
     waiting = np.zeros(0, np.int64)
     begin = 0
     while begin < len(lengths):
-        wanted = (BLOCK_ROWS + SPARE_ROWS) * seq_len - int(lengths[waiting].sum())
+        wanted = (GROUP_ROWS + SPARE_ROWS) * seq_len - int(lengths[waiting].sum())
         end = int(np.searchsorted(ends, (ends[begin - 1] if begin else 0) + wanted)) + 1
         pieces = np.concatenate([waiting, np.arange(begin, min(end, len(lengths)))])
         is_new = pieces >= begin
         begin = end
-        # Those that have waited choose their rows first, and these rows come first: none waits for long.
+        # Pieces that have waited choose their rows first, and these rows come first: none waits for long.
         by_length = np.lexsort((-lengths[pieces], is_new))
         pieces, is_new = pieces[by_length], is_new[by_length]
         bins = np.empty(len(pieces), np.int64)
@@ -130,7 +130,7 @@ def _best_fit_blocks(lengths: np.ndarray, seq_len: int, short_window: int | None
         # within a row the order of the merge, not that of the lengths
         order = np.lexsort((pieces, row))
         row, pieces = row[order], pieces[order]
-        taken = int(np.searchsorted(row, BLOCK_ROWS))
+        taken = int(np.searchsorted(row, GROUP_ROWS))
         waiting = np.sort(pieces[taken:])
         yield row[:taken], pieces[:taken], lengths[pieces[:taken]]
 
@@ -142,9 +142,9 @@ def _kinds(lengths: np.ndarray, short_window: int | None) -> list[np.ndarray]:
     return [kind for kind in (lengths <= short_window, lengths > short_window) if kind.any()]
 
 
-def _concat_blocks(lengths: np.ndarray, seq_len: int) -> Iterator[Block]:
+def _concat_groups(lengths: np.ndarray, seq_len: int) -> Iterator[Group]:
     ends = np.cumsum(lengths, dtype=np.int64)
-    size = BLOCK_ROWS * seq_len
+    size = GROUP_ROWS * seq_len
     for begin in range(0, int(ends[-1]) // size * size, size):
         cuts = np.arange(begin, begin + size + 1, seq_len)
         first, last = np.searchsorted(ends, begin, side="right"), np.searchsorted(ends, begin + size, side="left")
@@ -153,9 +153,9 @@ def _concat_blocks(lengths: np.ndarray, seq_len: int) -> Iterator[Block]:
         yield (starts - begin) // seq_len, np.searchsorted(ends, starts, side="right"), stops - starts
 
 
-def _single_blocks(lengths: np.ndarray, seq_len: int) -> Iterator[Block]:
-    for begin in range(0, len(lengths), BLOCK_ROWS):
-        pieces = np.arange(begin, min(begin + BLOCK_ROWS, len(lengths)))
+def _single_groups(lengths: np.ndarray, seq_len: int) -> Iterator[Group]:
+    for begin in range(0, len(lengths), GROUP_ROWS):
+        pieces = np.arange(begin, min(begin + GROUP_ROWS, len(lengths)))
         yield np.arange(len(pieces)), pieces, lengths[pieces]
 
 
@@ -163,7 +163,7 @@ def order_rows(tokens: np.ndarray, shares: np.ndarray, seq_len: int, count: int)
     """int64[count]: the order in which rows are read, so that the tokens read so far have the streams' shares.
 
     tokens: int64[R, S], tokens of each stream in each row. Every row is chosen among the first CHOICE that are left
-    (the oldest where it makes no difference, or where that has waited for 2 * CHOICE rows), so R must be at least
+    (the oldest if it makes no difference, or if the oldest has waited for 2 * CHOICE rows), so R must be at least
     count + CHOICE, and a longer stage begins the same.
     """
     excess = tokens - shares * tokens.sum(axis=1, keepdims=True)

@@ -1,7 +1,19 @@
 """The plan of a stage's data: (seed, step, slot) -> row, before anything is trained.
 
 A pure function of its inputs: it knows nothing of ranks, workers or restarts, so all of them see the same rows at the
-same step. Steps and slots count from 0: step k is the one after k finished steps, slot i is row i of its global batch.
+same step. Steps and slots count from 0: step k comes after k finished steps, slot i is row i of its global batch.
+
+The words of this room, from the text to the step:
+    document  what an author wrote, or one conversation; a corpus is a list of documents.
+    piece     a document, or a cut of it that is packed as a whole: at most a row, or chunk_length (mixture.py).
+    stream    the pieces of one source, or of its long or short documents, with a share of the tokens (mixture.py).
+    group     the 128 rows that are packed together (packing.py).
+    part      the tokens of one piece in one row: the whole piece, unless concat cuts it.
+    row       seq_len tokens: parts, then padding.
+    slot      the place of a row in its step's global batch.
+    segment   a run of tokens that may attend to each other: a part, or all parts of a row (batch.py).
+(A unit is work: what one process tokenizes at a time, in extensions/ingest.)
+
 `inputs` says what a resumed run must have left unchanged; report.py says what the stage will read.
 """
 
@@ -55,10 +67,10 @@ class Row:
 class Plan:
     """Rows of a stage.
 
-    corpora: one for each of data.sources. separators: for each, the tokens put after its documents. sentence_end_ids:
-    tokens that end a sentence, for data.positions = "longrecipe". short_window: documents of at most so many tokens
-    have rows of their own, in which they do not see each other (rope.mixed_window). cache: folder in which the table of
-    rows is kept, shared by ranks and restarts; None builds it in memory.
+    corpora: one per source of data.sources. separators: per source, the tokens put after its documents.
+    sentence_end_ids: tokens that end a sentence, for data.positions = "longrecipe". short_window: documents of at most
+    this many tokens have rows of their own, in which they do not see each other (rope.mixed_window). cache: folder that
+    keeps the table of rows for all ranks and restarts; None builds it in memory.
     UserError for a source that has nothing to read, cannot be raised as asked, or is read too often.
     """
 
@@ -112,7 +124,7 @@ class Plan:
         data = {key: value for key, value in _plain(asdict(self.data)).items() if self._decides(key)}
         shares = normalize([source.weight for source in self.data.sources])
         sources = zip(self.data.sources, shares, self.corpora, self.separators)
-        # NumPy may change what a seed gives from one version to another; a resumed run must not take that in silence.
+        # What a seed gives may change from one version of NumPy to another; a resumed run must not ignore that.
         random = np.random.default_rng([self.seed, 1])
         canary = [random.permutation(1000)]
         if self.data.positions not in ("reset", "continue"):
@@ -140,7 +152,7 @@ class Plan:
         return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()[:16]
 
     def _decides(self, key: str) -> bool:
-        """Whether a key of [data] decides the batches, as the others are set."""
+        """Whether a key of [data] decides the batches, given the other keys."""
         data = self.data
         raises = any(s.upsample is not None or s.upsample_to is not None for s in data.sources)
         by_length = data.strategy in ("per_source_upsampling", "global_upsampling")
@@ -191,7 +203,7 @@ class Plan:
         return np.concatenate(parts)
 
     def trained(self, row: Row) -> np.ndarray:
-        """bool[sum of the row's lengths]: which of its tokens the loss may be on: of conversations the assistant's."""
+        """bool[sum of the row's lengths]: the tokens that the loss may be on; of conversations the assistant's."""
         parts = np.ones(int(row.lengths.sum()), bool)
         for stop, source, document, start, length in zip(
             np.cumsum(row.lengths), row.sources, row.documents, row.starts, row.lengths

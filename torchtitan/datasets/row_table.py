@@ -1,6 +1,6 @@
 """The rows of a stage as a table: which tokens of which document each row holds, computed once and memory-mapped.
 
-Built from document lengths alone, in about a microsecond a piece; every rank and loader process then maps the same
+Built from document lengths alone, in about a microsecond per piece; every rank and loader process then maps the same
 files. The files' folder is named by a fingerprint of all that decides them.
 """
 
@@ -19,10 +19,10 @@ from torchtitan.config.schema import Data
 from torchtitan.datasets.mixture import Merged, Stream, merge
 from torchtitan.datasets.packing import CHOICE, Rows, order_rows, pack, tokens_wanted
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import sync
+from torchtitan.tools.folders import partial_of, sync
 
 PADDING_SEGMENT = 1024
-"""Padding is cut into segments of at most so many tokens, so that masked tokens cost little attention."""
+"""Padding is cut into segments of at most this many tokens, so that masked tokens cost little attention."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class RowTable:
     """int32[N], in the source."""
 
     epoch: np.ndarray
-    """int32[N], how often the source (or its long, or its short documents) had been read before."""
+    """int32[N], how many times the source (or its long, or its short documents) had been read before."""
 
     start: np.ndarray
     """int32[N]"""
@@ -104,7 +104,7 @@ def _packed_rows(
 
 
 def _merge_pieces(streams: Sequence[Stream], count: int, seed: int) -> Merged:
-    """At least so many merged pieces, and not many more."""
+    """At least `count` merged pieces, and not many more."""
     tokens = int(count / sum(s.share * len(s.lengths) / s.tokens for s in streams)) + 1
     while len((merged := merge(streams, tokens, seed)).lengths) < count:
         tokens += tokens // 2 + 1
@@ -120,10 +120,10 @@ def _of_several(documents: np.ndarray) -> np.ndarray:
 def _starts(
     stream: np.ndarray, epoch: np.ndarray, document: np.ndarray, length: np.ndarray, partial: np.ndarray
 ) -> np.ndarray:
-    """int32[N]: where each part begins in its document; 0 but for the partial ones.
+    """int32[N]: where each part begins in its document; 0 unless it is partial (indices `partial`).
 
     Packing decides how long the parts of a document are, not which part is which: they take its tokens in the order in
-    which they are read, so that a document is read from its beginning to its end.
+    which the parts are read, so that a document is read from its beginning to its end.
     """
     start = np.zeros(len(length), np.int32)
     epochs, documents = int(epoch.max()) + 1, int(document.max()) + 1
@@ -137,13 +137,13 @@ def _starts(
 
 
 def cut_padding(tokens: int) -> np.ndarray:
-    """int64[k]: lengths of the segments that so much padding is cut into."""
+    """int64[k]: lengths of the segments that `tokens` of padding are cut into."""
     whole, rest = divmod(tokens, PADDING_SEGMENT)
     return np.array([PADDING_SEGMENT] * whole + [rest] * (rest > 0), np.int64)
 
 
 def is_short(lengths: np.ndarray, short_window: int | None) -> bool:
-    """Whether a row of documents of these lengths is one of short documents, which never see each other."""
+    """Whether a row of documents of these lengths holds short documents only, which never see each other."""
     return short_window is not None and bool(lengths.max() <= short_window)
 
 
@@ -166,8 +166,8 @@ def _anchor_work(offsets: np.ndarray, length: np.ndarray) -> np.ndarray:
 
 
 def save_table(table: RowTable, folder: Path) -> None:
-    """Write the columns aside and rename the folder into place: it is whole or not there."""
-    aside = folder.with_name(f".unfinished-{folder.name}")
+    """Write the columns aside and rename the folder into place: it is whole or absent."""
+    aside = partial_of(folder)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:

@@ -2,8 +2,8 @@
 
 Two file kinds: Hugging Face `tokenizer.json` (the `tokenizers` library) and Llama-3 style `tokenizer.model` (lines of
 base64 bytes and a rank, through `tiktoken`). No text is ever turned into a special token, so data cannot inject the
-end of a document: BOS and EOS are added by extensions/ingest/encoder.py, by id. What a chat template made is the one
-exception, and extensions/ingest/chat.py sees to it that only the template spells special tokens there.
+end of a document: whoever makes a corpus adds BOS and EOS by id. The one exception is what a chat template made
+(encode_template); extensions/ingest/chat.py makes sure that only the template spells special tokens there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import read_json
 
 # The split pattern and the special tokens published with Llama 3; the names are Llama 3.1's where the two differ.
 LLAMA3_PATTERN = (
@@ -50,7 +51,7 @@ MAX_RUN = 25_000
 class Tokenizer:
     """Text to ids and back; made by load_tokenizer.
 
-    vocab_size counts the ids, special ones included: every id is below it. bos_id and eos_id are None where the folder
+    vocab_size counts the ids, special ones included: every id is below it. bos_id and eos_id are None if the folder
     names no such token. fingerprint is the SHA-256 of the tokenizer file's bytes and of the two ids. special: spelling
     -> id of the tokens that are marked as special.
     """
@@ -65,7 +66,7 @@ class Tokenizer:
     special: dict[str, int] = field(default_factory=dict)
     _encode_template: Callable[[str], tuple[list[int], list[tuple[int, int]]]] | None = None
     adds_bos: bool = False
-    """Whether it puts BOS before a text by itself, in the library that it comes from."""
+    """Whether the library that it comes from puts BOS before a text by itself."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without BOS and EOS; the spelling of a special token is ordinary text."""
@@ -157,8 +158,8 @@ def _load_hugging_face(folder: Path) -> Tokenizer:
     special = {t["content"]: int(t["id"]) for t in description.get("added_tokens", []) if t.get("special")}
     fingerprint = _fingerprint(content, bos, eos)
     size = max(ids.values()) + 1
-    said = _read_json(folder / "tokenizer_config.json").get("add_bos_token")  # transformers makes it so for Llama
-    adds_bos = bos is not None and (said if isinstance(said, bool) else library.encode("a").ids[:1] == [bos])
+    setting = _json_in(folder / "tokenizer_config.json").get("add_bos_token")  # transformers makes it so for Llama
+    adds_bos = bos is not None and (setting if isinstance(setting, bool) else library.encode("a").ids[:1] == [bos])
     return Tokenizer(str(folder), size, bos, eos, fingerprint, encode_batch, decode, special, encode_template, adds_bos)
 
 
@@ -206,7 +207,7 @@ def _load_tiktoken(folder: Path) -> Tokenizer:
 
 
 def _read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
-    """Lines `base64-of-the-bytes rank`, ranks 0..n-1; every single byte must be there."""
+    """Lines `base64-of-the-bytes rank`, ranks 0..n-1; every single byte must have one."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
@@ -233,9 +234,9 @@ def _fingerprint(content: bytes, bos: int | None, eos: int | None) -> str:
 
 
 def _special_id(folder: Path, name: str, ids: dict[str, int]) -> int | None:
-    """Id of the token called bos or eos. An explicit null in a tokenizer file means that there is none."""
+    """Id of the token called bos or eos; None if a tokenizer file says null, or no file names one."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        config = _read_json(folder / file)
+        config = _json_in(folder / file)
         if f"{name}_token" in config:
             token = config[f"{name}_token"]
             content = token.get("content") if isinstance(token, dict) else token
@@ -245,7 +246,7 @@ def _special_id(folder: Path, name: str, ids: dict[str, int]) -> int | None:
                 raise UserError(f"{folder / file} says {name}_token = {content!r}, which the tokenizer does not have.")
             return ids[content]
     for file in ("generation_config.json", "config.json"):
-        value = _read_json(folder / file).get(f"{name}_token_id")
+        value = _json_in(folder / file).get(f"{name}_token_id")
         if isinstance(value, list):  # several ends are listed for chat models, the document's end first
             value = value[0] if value else None
         if value is not None:
@@ -253,20 +254,12 @@ def _special_id(folder: Path, name: str, ids: dict[str, int]) -> int | None:
     return None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object.")
-    return value
+def _json_in(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
-# Places where LLAMA3_PATTERN ends a token whatever stands around: after a line break and before a lone space, since
-# no alternative has a line break before, or a space after, a character that is not white space.
+# Places where LLAMA3_PATTERN always ends a token: after a line break and before a lone space, since no alternative has
+# a line break before, or a space after, a character that is not white space.
 _SAFE_CUT = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= \S)")
 _SEARCH = 20_000
 
@@ -274,7 +267,7 @@ _SEARCH = 20_000
 def bounded_parts(text: str) -> Iterator[str]:
     """The text in parts of at most MAX_CHARACTERS without a run of white space, or of none, above MAX_RUN.
 
-    Linear in the text. Where a cut can be placed so that the tokens stay the same it is; inside a longer run it cannot.
+    Linear in the text. A cut is placed so that the tokens stay the same, which a cut inside a longer run cannot do.
     """
     start = 0
     while len(text) - start > MAX_CHARACTERS:

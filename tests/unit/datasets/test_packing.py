@@ -71,7 +71,7 @@ def test_no_piece_waits_for_long(name: str) -> None:
     unused = sorted(set(range(max(used))) - used)
     if unused:
         tokens_since = LENGTHS[name][unused[0] : max(used)].sum()
-        assert tokens_since <= 4 * (packing.BLOCK_ROWS + packing.SPARE_ROWS) * SEQ_LEN
+        assert tokens_since <= 4 * (packing.GROUP_ROWS + packing.SPARE_ROWS) * SEQ_LEN
 
 
 @pytest.mark.parametrize("name, most", [("mixed", 0.02), ("short", 1e-9), ("full", 0.0)])
@@ -86,11 +86,11 @@ def test_concat_is_the_line_cut_every_seq_len(name: str) -> None:
     line = [piece for piece, n in enumerate(LENGTHS[name]) for _ in range(n)]
     expected = [line[i * SEQ_LEN : (i + 1) * SEQ_LEN] for i in range(-(-ROWS // 128) * 128)]
     got = [[piece for piece, n in row for _ in range(n)] for row in rows]
-    block = packing.BLOCK_ROWS
-    for begin in range(0, ROWS // block * block, block):
-        assert sorted(got[begin : begin + block]) == sorted(expected[begin : begin + block])
+    group = packing.GROUP_ROWS
+    for begin in range(0, ROWS // group * group, group):
+        assert sorted(got[begin : begin + group]) == sorted(expected[begin : begin + group])
     if name != "full":
-        assert got[:block] != expected[:block]  # shuffled within the block
+        assert got[:group] != expected[:group]  # shuffled within the group
 
 
 @pytest.mark.parametrize("how", ["best_fit", "concat", "single"])
@@ -125,8 +125,8 @@ def test_order_keeps_shares_and_no_row_waits(kind: str) -> None:
     count = 4000
     tokens = np.zeros((count + CHOICE, len(shares)), np.int64)
     # as packing gives them: blocks of rows with the right shares, in a random order
-    block = np.repeat(np.arange(len(shares)), np.rint(shares * 100).astype(int))
-    streams = np.concatenate([random.permutation(block) for _ in range(count // 100 + 1)])[: count + CHOICE]
+    group = np.repeat(np.arange(len(shares)), np.rint(shares * 100).astype(int))
+    streams = np.concatenate([random.permutation(group) for _ in range(count // 100 + 1)])[: count + CHOICE]
     tokens[np.arange(count + CHOICE), streams] = SEQ_LEN * 1000
     order = order_rows(tokens, shares, SEQ_LEN * 1000, count)
     assert len(set(order.tolist())) == count
