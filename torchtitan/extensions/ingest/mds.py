@@ -1,17 +1,15 @@
-"""Reader of MDS folders, the format that mosaicml-streaming writes and in which ProLong's data is published.
+"""Importer of MDS folders, the format that mosaicml-streaming writes and in which ProLong's data is published.
 
 A folder has index.json, which lists shard files and their columns. A shard holds, little-endian: uint32 n, uint32
 offsets[n + 1] from the file's beginning, then anything up to the first offset, then n samples. A sample is the uint32
-sizes of those columns that have no fixed size, followed by the bytes of all columns. Three columns are looked at:
-`input_ids`; `indices` [k, 2], which says that a row is packed and where its documents begin and end; and `mask`, which
-is 1 for the tokens of a conversation that are trained on.
+sizes of the columns without a fixed size, followed by the bytes of all columns. Three columns are read: `input_ids`;
+`indices` [k, 2], which says that a row is packed and where its documents begin and end; and `mask`, which is 1 for the
+tokens of a conversation that are trained on.
 The library itself is not used: it pins old versions of what we need and cannot be imported beside PyTorch for CPUs.
 """
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import json
 import os
 from collections.abc import Iterator
@@ -26,7 +24,7 @@ from torchtitan.extensions.ingest.encoder import Encoder
 from torchtitan.tools.errors import UserError
 
 INDEX_FILE = "index.json"
-COMPRESSIONS = ("bz2", "gz", "zstd")
+COMPRESSIONS = {"bz2": "bz2", "gz": "gzip", "zstd": "zstd"}  # the names here -> pyarrow's
 COLUMNS = ("input_ids", "indices", "mask")
 _INTEGERS = {8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 32: "uint32", 33: "int32", 64: "uint64", 65: "int64"}
 """Types that an array without a type in its encoding names by a byte, and that token ids may have."""
@@ -34,9 +32,9 @@ _INTEGERS = {8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 32: "uint32", 33:
 
 @dataclass(frozen=True)
 class MdsShard:
-    """A shard as its index.json describes it. path: the file that is there, compressed if compression is not empty.
+    """A shard as its index.json describes it. path: the file that exists, compressed if compression is not empty.
 
-    size: bytes of its samples, uncompressed. columns: name, encoding, size in bytes (None where it varies), in order.
+    size: bytes of the uncompressed file. columns: name, encoding, size in bytes (None if it varies), in order.
     """
 
     path: str
@@ -52,16 +50,16 @@ class MdsShard:
 
 
 def find_mds(path: Path) -> list[Path]:
-    """The index.json files of a folder and the folders in it, sorted by path; [] if it is not a folder of MDS shards.
+    """The index.json files of a folder and its subfolders, sorted by path; [] if it is not a folder of MDS shards.
 
-    One that has an index.json speaks for what is below it too, as the library's own merged index does.
+    An index.json speaks for what is below its folder too, as the library's own merged index does.
     """
-    found = []
+    indexes = []
     for folder, below, names in os.walk(path):
         below[:] = [] if INDEX_FILE in names else sorted(name for name in below if not name.startswith("."))
         if INDEX_FILE in names and _is_index(Path(folder) / INDEX_FILE, names):
-            found.append(Path(folder) / INDEX_FILE)
-    return sorted(found)
+            indexes.append(Path(folder) / INDEX_FILE)
+    return sorted(indexes)
 
 
 def _is_index(path: Path, beside: list[str]) -> bool:
@@ -72,37 +70,36 @@ def _is_index(path: Path, beside: list[str]) -> bool:
 
 
 def read_index(path: Path) -> list[MdsShard]:
-    """The shards that an index.json lists; UserError if one is missing, of another size, or cannot be read by us."""
+    """The shards that an index.json lists; UserError if one is missing, of another size, or unreadable for us."""
     try:
         index = json.loads(path.read_bytes())
         if index["version"] != 2:
             raise UserError(f"{path} is of MDS version {index['version']}; version 2 is known.")
-        shards = [_shard(path, shard) for shard in index["shards"]]
+        return [_shard(path, shard) for shard in index["shards"]]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path} is damaged, or not the index of MDS shards: {type(error).__name__} {error}. Download it again."
         ) from error
-    return shards
 
 
-def _shard(index: Path, about: dict[str, Any]) -> MdsShard:
-    raw, packed = about["raw_data"], about.get("zip_data")
-    there = raw if packed is None or (index.parent / raw["basename"]).is_file() else packed
-    path = index.parent / there["basename"]
-    compression = "" if there is raw else str(about["compression"]).partition(":")[0]  # zstd:7 is zstd
-    columns = tuple(zip(about["column_names"], about["column_encodings"], about["column_sizes"], strict=True))
-    if about["format"] != "mds" or about["version"] != 2:
-        raise UserError(f"{path}: {index} says format {about['format']} {about['version']}; mds 2 is known.")
+def _shard(index: Path, entry: dict[str, Any]) -> MdsShard:
+    raw, packed = entry["raw_data"], entry.get("zip_data")
+    file = raw if packed is None or (index.parent / raw["basename"]).is_file() else packed
+    path = index.parent / file["basename"]
+    compression = "" if file is raw else str(entry["compression"]).partition(":")[0]  # zstd:7 is zstd
+    columns = tuple(zip(entry["column_names"], entry["column_encodings"], entry["column_sizes"], strict=True))
+    if entry["format"] != "mds" or entry["version"] != 2:
+        raise UserError(f"{path}: {index} says format {entry['format']} {entry['version']}; mds 2 is known.")
     if not path.is_file():
         raise UserError(f"{path} is missing: {index} lists it. Download it again.")
     if compression and compression not in COMPRESSIONS:
         raise UserError(
-            f"{path} is compressed with {about['compression']!r}; known are {', '.join(COMPRESSIONS)}. Decompress it "
+            f"{path} is compressed with {entry['compression']!r}; known are {', '.join(COMPRESSIONS)}. Decompress it "
             f"to {raw['basename']} beside it, which is then read instead."
         )
-    if path.stat().st_size != there["bytes"]:
+    if path.stat().st_size != file["bytes"]:
         raise UserError(
-            f"{path} has {path.stat().st_size} bytes, {index} says {there['bytes']}: it is cut short or damaged. "
+            f"{path} has {path.stat().st_size} bytes, {index} says {file['bytes']}: it is cut short or damaged. "
             "Download it again."
         )
     encodings = {name: encoding for name, encoding, _ in columns}
@@ -114,11 +111,11 @@ def _shard(index: Path, about: dict[str, Any]) -> MdsShard:
     for name in COLUMNS:
         if name in encodings:
             _parse_encoding(path, name, encodings[name])
-    return MdsShard(str(path), compression, raw["bytes"], about["samples"], columns)
+    return MdsShard(str(path), compression, raw["bytes"], entry["samples"], columns)
 
 
 def _parse_encoding(path: str | Path, name: str, encoding: str) -> tuple[str, tuple[int, ...]]:
-    """Type and shape in the name of an ndarray encoding; "" and () where each array says its own."""
+    """Type and shape in the name of an ndarray encoding; "" and () if each array says its own."""
     kind, _, rest = encoding.partition(":")
     dtype, _, shape = rest.partition(":")
     if kind != "ndarray" or (dtype and dtype not in _INTEGERS.values()):
@@ -130,10 +127,10 @@ def _parse_encoding(path: str | Path, name: str, encoding: str) -> tuple[str, tu
 
 
 def read_shard(shard: MdsShard) -> Iterator[tuple[np.ndarray, bool]]:
-    """The documents of a shard in order, int32[n] each, and whether it is whole: taken from a packed row as it is.
+    """The documents of a shard in order, int32[n] each, and whether each is whole: taken from a packed row as it is.
 
-    Where there are masks a document is int32[2, n], with the tokens' roles in its second row: assistant or other.
-    UserError naming the file, and where it can the row, for whatever does not fit.
+    If there are masks, a document is int32[2, n], with the tokens' roles in its second row: assistant or other.
+    UserError that names the file, and if it can the row, for whatever does not fit.
     """
     data = _read(shard)
     header = 4 * (shard.samples + 2)
@@ -181,10 +178,12 @@ def _read(shard: MdsShard) -> np.ndarray:
     if not shard.compression:
         data = np.memmap(shard.path, np.uint8, "r") if shard.size else np.empty(0, np.uint8)
     else:
-        content = Path(shard.path).read_bytes()
+        import pyarrow as pa
+
         try:
-            data = np.frombuffer(_decompress(content, shard), np.uint8)
-        except (OSError, ValueError, EOFError) as error:  # pyarrow's errors are these too
+            with pa.input_stream(shard.path, compression=COMPRESSIONS[shard.compression]) as stream:
+                data = np.frombuffer(stream.read(), np.uint8)
+        except (OSError, ValueError) as error:  # pyarrow's errors are these too
             raise UserError(
                 f"{shard.path} cannot be decompressed ({shard.compression}): {error}. Download it again."
             ) from error
@@ -193,24 +192,13 @@ def _read(shard: MdsShard) -> np.ndarray:
     return data
 
 
-def _decompress(content: bytes, shard: MdsShard) -> bytes:
-    if shard.compression == "gz":
-        return gzip.decompress(content)
-    if shard.compression == "bz2":
-        return bz2.decompress(content)
-    import pyarrow as pa
-
-    decompressed: bytes = pa.decompress(content, shard.size, codec=shard.compression, asbytes=True)
-    return decompressed
-
-
 def _columns(shard: MdsShard, sample: np.ndarray, where: str) -> dict[str, np.ndarray]:
-    """The columns that are looked at, of one sample uint8[n]."""
+    """The columns that are read, of one sample uint8[n]."""
     varying = 4 * sum(not size for _, _, size in shard.columns)
     if len(sample) < varying:
         raise UserError(f"{where} is damaged: {len(sample)} bytes, and the sizes of its columns alone take {varying}.")
-    given = iter(sample[:varying].view("<u4").tolist())
-    sizes = [size or next(given) for _, _, size in shard.columns]
+    varying_sizes = iter(sample[:varying].view("<u4").tolist())
+    sizes = [size or next(varying_sizes) for _, _, size in shard.columns]
     if varying + sum(sizes) != len(sample):
         raise UserError(
             f"{where} is damaged: its columns take {varying} + {' + '.join(map(str, sizes))} = "

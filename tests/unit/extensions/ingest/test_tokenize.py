@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +186,24 @@ def test_corpora_of_older_versions_are_found_again(
     for name in ("mds_packed-a8d41dc9e67a840c", "mds_zstd-91cd2d2d56e00b97"):
         source = Source(name=name.partition("-")[0], path=str(mds / name.partition("-")[0]))
         assert tokenize_source(source, tokenizer, data, 1).name == name
+
+
+def test_text_needs_no_other_format(tmp_path: Path) -> None:
+    """What reads MDS, the hub and conversations is imported when a source needs it."""
+    (tmp_path / "a.txt").write_text("text")
+    program = f"""
+import sys
+from torchtitan.config.schema import Data, Source
+from torchtitan.datasets.tokenizer import Tokenizer
+from torchtitan.extensions.ingest.resolve import resolve_source
+tokenizer = Tokenizer("bytes", 258, 256, 257, "f" * 64, lambda texts: [list(text.encode()) for text in texts], None)
+data = Data(cache_folder={str(tmp_path / "cache")!r})
+assert resolve_source(Source(name="a", path={str(tmp_path / "a.txt")!r}), tokenizer, data).tokens == 6
+ingest = "torchtitan.extensions.ingest."
+print([name for name in ("mds", "hub", "chat", "chat_template") if ingest + name in sys.modules])
+"""
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
 
 
 def test_text_of_the_same_size_is_noticed(tokenizer: Tokenizer, data: Data, make_source: MakeSource) -> None:
