@@ -1,0 +1,53 @@
+"""What short runs of every kind lose is what they lost before the modules moved: loss and grad_norm of each step.
+
+The record, tests/before_the_move/losses.json, and what is compared with it are made by the same driver,
+tests/before_the_move/losses.py, which says which runs there are. To record anew, after a change that is meant to change
+numbers: `OMP_NUM_THREADS=1 python -m tests.before_the_move.losses --record` in the root of the repository.
+
+Bits depend on the version of PyTorch, the CPU and the number of threads (which is one). Where version, capability and
+processor are those of the record every bit must be the recorded one; elsewhere 1e-5 of the number may be off, and runs
+in bfloat16, whose rounding is coarser, are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.before_the_move.losses import KINDS, RECIPES, RECORD
+from tests.before_the_move.record import REPOSITORY, differences, machine, run
+
+RECORDED: dict[str, Any] = json.loads(RECORD.read_text())
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("losses") / "found.json"
+    run(REPOSITORY, "-m", "tests.before_the_move.losses", "--out", out)
+    return json.loads(out.read_text())["runs"]
+
+
+@pytest.mark.parametrize("name", RECORDED["runs"])
+def test_losses_are_the_recorded_ones(name: str, found: dict[str, Any]) -> None:
+    bits = machine() == RECORDED["machine"]
+    if not bits and in_bfloat16(name):
+        pytest.skip("another machine than that of the record rounds bfloat16 elsewhere")
+    assert differences(RECORDED["runs"][name], found[name], bits) == []
+
+
+def in_bfloat16(name: str) -> bool:
+    """All but those with the TOML files of the folder, which say float32; recipes and demo are as they are."""
+    return name in RECIPES or name.startswith("demo ") or "bfloat16" in name
+
+
+def test_every_run_is_recorded_and_the_last_bit_counts(found: dict[str, Any]) -> None:
+    assert list(found) == list(RECORDED["runs"]) and set(KINDS) < set(found)
+    loss = float.fromhex(RECORDED["runs"]["plain"][0]["loss"])
+    a, b = [{"loss": loss.hex()}], [{"loss": (loss * (1 + 2**-52)).hex()}]
+    assert differences(a, a, bits=True) == [] and len(differences(a, b, bits=True)) == 1
+    assert differences(a, b, bits=False) == []
+    assert differences(a, [{"loss": (loss * (1 + 2e-5)).hex()}], bits=False) and differences(
+        a, "exit code 1", bits=False
+    )
