@@ -80,16 +80,18 @@ def estimate(own: argparse.Namespace, overrides: list[str]) -> int:
     # the imports of PyTorch take seconds: a mistake in the TOML should not
     from torchtitan.config.checks import check_config
     from torchtitan.extensions.evaluation.checks import check_evaluation
+    from torchtitan.models.rope_checks import check_rope
 
     check_config(config, own.world_size)
     check_evaluation(config)
-    from torchtitan.components.setup import architecture
+    check_rope(config)
     from torchtitan.distributed.options.ulysses import check_ulysses
     from torchtitan.distributed.tensor_parallel import check_tensor_parallel
     from torchtitan.extensions.planner.advice import changes, cheapest, single_tricks
     from torchtitan.extensions.planner.estimate_report import advice_as_text, as_dict, as_text, fit_toml
     from torchtitan.extensions.planner.speed import step_of
     from torchtitan.extensions.planner.stage_numbers import numbers_of
+    from torchtitan.models.registry import architecture
 
     args, p = architecture(config.model), config.parallelism
     check_tensor_parallel(args, p.tensor_parallel_degree)

@@ -21,6 +21,7 @@ from pathlib import Path
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.checks import check_config
 from torchtitan.extensions.evaluation.checks import check_evaluation
+from torchtitan.models.rope_checks import check_rope
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import check_can_be_written, make_writable
 
@@ -45,6 +46,7 @@ def main(args: list[str]) -> int:
         config = load_config(others)
         world_size, why = choose_world_size(config, own.world_size, os.environ.get("NGPU"))
         check_evaluation(config)
+        check_rope(config)
         if own.out is not None:
             check_can_be_written(own.out, "--out")
         text, report = plan_stage(config, world_size)

@@ -46,9 +46,11 @@ def compare(config: JobConfig, world_size: int) -> int:
     from torchtitan.extensions.evaluation.checks import check_evaluation
     from torchtitan.extensions.planner.memory import peak
     from torchtitan.extensions.planner.stage_numbers import numbers_of
+    from torchtitan.models.rope_checks import check_rope
 
     check_config(config, world_size)
     check_evaluation(config)
+    check_rope(config)
     if config.optimizer.implementation != "fused":
         raise UserError(
             f'optimizer.implementation = "{config.optimizer.implementation}" reads its step from memory that is not '

@@ -27,7 +27,8 @@ import torchtitan.trainer
 from tests.distributed.harness import TINY, flags, write_assets, write_text
 from torchtitan.config import load_config
 from torchtitan.extensions.wiring import prepare_inputs
-from torchtitan.models.hf.weights import hf_name, read_config
+from torchtitan.models.hf.config import read_config
+from torchtitan.models.hf.weights import hf_name
 from torchtitan.models.transformer import Transformer
 from torchtitan.tools import device
 from torchtitan.tools.errors import UserError

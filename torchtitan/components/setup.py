@@ -20,7 +20,7 @@ from torchtitan.components.metrics import import_wandb
 from torchtitan.components.start import Start, check_start, find_start, hugging_face_start
 from torchtitan.config import JobConfig, as_tables
 from torchtitan.config.checks import check_config, rows_per_step
-from torchtitan.config.schema import Data, Model, Source, Training
+from torchtitan.config.schema import Data, Source, Training
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.plan import Plan, changed_inputs
 from torchtitan.datasets.positions import sentence_end_ids
@@ -31,11 +31,11 @@ from torchtitan.distributed.parallelize import check_backend
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.models.architecture import as_json, complete, rope_from_manifest
 from torchtitan.models.hf.config import config_json
-from torchtitan.models.hf.weights import check_weights, read_config
-from torchtitan.models.registry import FLAVORS
-from torchtitan.models.rope import RopeArgs
-from torchtitan.models.rope_config import build_rope
-from torchtitan.models.rope_scaling import GeneScaling, LongRopeScaling
+from torchtitan.models.hf.weights import check_weights
+from torchtitan.models.registry import architecture
+from torchtitan.models.rope import RopeArgs, drawn_rope
+from torchtitan.models.rope_checks import check_rope
+from torchtitan.models.rope_config import build_rope, check_mixed_window
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.device import device_type
 from torchtitan.tools.errors import UserError
@@ -77,10 +77,7 @@ class StageInputs:
 
     def drawn_rope(self, training: Training, step: int, micro_batch: int) -> RopeArgs | None:
         """GeNE's RoPE for a micro-batch of this step, the same on all ranks; None if nothing is drawn."""
-        rope = self.args.rope
-        if not isinstance(rope.scaling, GeneScaling):
-            return None
-        return replace(rope, scaling=rope.scaling.drawn(training.seq_len, training.seed, step, micro_batch))
+        return drawn_rope(self.args.rope, training.seq_len, training.seed, step, micro_batch)
 
 
 OpenSource = Callable[[Source, Tokenizer, Data], Corpus]
@@ -90,6 +87,7 @@ OpenSource = Callable[[Source, Tokenizer, Data], Corpus]
 def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) -> StageInputs:
     """Everything that can be wrong with a stage is found here: UserError."""
     check_config(config, world_size)
+    check_rope(config)
     assets = Path(config.model.hf_assets_path)
     tokenizer = load_tokenizer(assets)
     own = _own_manifest(config)
@@ -168,30 +166,12 @@ def make_plan(
     )
 
 
-def architecture(model: Model) -> TransformerArgs:
-    """The architecture that [model] names: a flavor, or a folder's config.json."""
-    if model.flavor == "auto":
-        return read_config(Path(model.hf_assets_path))
-    if model.flavor not in FLAVORS:
-        raise UserError(f'model.flavor = "{model.flavor}" is not known; there are auto, {", ".join(FLAVORS)}.')
-    return FLAVORS[model.flavor]
-
-
 def model_args(config: JobConfig, rope_before: RopeArgs | None = None) -> TransformerArgs:
     """The architecture that [model] names, with what [rope] changes; rope_before: that of its weights."""
     args = architecture(config.model)
     length = config.data.target_seq_len or config.training.seq_len
     rope = build_rope(config.rope, args.rope, args.head_dim, args.n_kv_heads, length, rope_before)
-    longrope = rope.scaling if isinstance(rope.scaling, LongRopeScaling) else None
-    if config.rope.mixed_window and not longrope:
-        raise UserError("rope.mixed_window = true tells rows apart for LongRoPE's two lists, which this model has not.")
-    if longrope and longrope.short_factor != longrope.long_factor and not config.rope.mixed_window:
-        raise UserError(
-            "RoPE has a short list for texts up to rope.original_max_position_embeddings = "
-            f"{longrope.original_max_position_embeddings}, which is used for them at inference, but every row would be "
-            "trained with the long one. Set rope.mixed_window = true, which tells rows apart, or one list for both "
-            '(rope.type = "longrope" with long_factor alone).'
-        )
+    check_mixed_window(config.rope.mixed_window, rope)
     return replace(args, rope=rope)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torchtitan.config.schema import JobConfig, Rope, Source
+from torchtitan.config.schema import JobConfig, Source
 from torchtitan.config.toml_file import known_names
 from torchtitan.tools.constants import BLOCK
 from torchtitan.tools.errors import UserError
@@ -105,7 +105,6 @@ def check_config(config: JobConfig, world_size: int) -> None:
     _check_head_chunks(config)
     _check_memory(config)
     _check_schedule(config)
-    check_rope(config)
     _check_sources(config)
     if config.checkpoint.load_step >= 0 and not config.checkpoint.enable:
         raise UserError(
@@ -328,60 +327,6 @@ def _check_schedule(config: JobConfig) -> None:
             f"training.steps {steps} = {decay}) = {s.warmup_steps + decay} steps is more than the {steps} there are. "
             f"Set decay_ratio to at most {(steps - s.warmup_steps) / steps:g}, or warmup_steps to at most "
             f"{steps - decay}."
-        )
-
-
-# What each rope.type needs, and what it reads beside; `theta` and `layers` go with all.
-_ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "model": ((), ("mixed_window",)),
-    "none": ((), ()),
-    "linear": (("factor",), ()),
-    "ntk": (("factor",), ()),
-    "dynamic": (("factor", "original_max_position_embeddings"), ()),
-    "ntk_by_parts": (("factor", "original_max_position_embeddings"), ("beta_fast", "beta_slow")),
-    "yarn": (
-        ("factor", "original_max_position_embeddings"),
-        ("beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "attention_factor"),
-    ),
-    "llama3": (("factor", "original_max_position_embeddings"), ("low_freq_factor", "high_freq_factor")),
-    "longrope": (
-        ("original_max_position_embeddings", "long_factor"),
-        ("short_factor", "attention_factor", "factor", "mixed_window"),
-    ),
-    "gene": (("factor", "original_max_position_embeddings"), ()),
-    "harpe": (("bases",), ()),
-}
-
-
-def check_rope(config: JobConfig) -> None:
-    """UserError for keys of [rope] that are missing, not read, or no numbers for it."""
-    rope, default = config.rope, Rope()
-    needed, read = _ROPE_KEYS[rope.type]
-    for key in needed:
-        if not getattr(rope, key):
-            raise UserError(f'rope.type = "{rope.type}" needs rope.{key}, which is not set.')
-    for key, value in vars(rope).items():
-        if key not in ("type", "theta", "layers", *needed, *read) and value != getattr(default, key):
-            readers = [kind for kind, keys in _ROPE_KEYS.items() if key in keys[0] + keys[1]]
-            raise UserError(
-                f'rope.{key} = {value} is read by rope.type = {", ".join(readers)} only, but rope.type = "{rope.type}"'
-                f"{' (the default: as the model says)' if rope.type == 'model' else ''}: nothing would be rescaled by "
-                "it. Change one of the two."
-            )
-    for key in ("long_factor", "short_factor", "bases"):
-        wrong = [value for value in getattr(rope, key) if not (math.isfinite(value) and value > 0)]
-        if wrong:
-            raise UserError(f"rope.{key} holds {wrong[0]}: every number must be finite and above 0.")
-    if rope.type == "harpe" and rope.theta is not None:
-        raise UserError('rope.type = "harpe" takes a base for each head from rope.bases: leave rope.theta out.')
-    for low, high, standard in (("beta_slow", "beta_fast", (1, 32)), ("low_freq_factor", "high_freq_factor", (1, 4))):
-        ends = [standard[i] if getattr(rope, key) is None else getattr(rope, key) for i, key in enumerate((low, high))]
-        if ends[0] >= ends[1]:
-            raise UserError(f"rope.{low} = {ends[0]:g} must be less than rope.{high} = {ends[1]:g}.")
-    if rope.mixed_window and config.data.packing != "best_fit":
-        raise UserError(
-            f"rope.mixed_window = true packs short and long documents into rows of their own, which data.packing = "
-            f'"{config.data.packing}" cannot: use "best_fit".'
         )
 
 

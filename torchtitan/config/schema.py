@@ -83,8 +83,8 @@ class Model:
     """Which architecture, and where its tokenizer, config.json and weights are."""
 
     flavor: str = "debugmodel"
-    """A size from torchtitan/models/registry.py (`llama3.1_8b`, `qwen3_8b`, ...), or `auto`: read config.json in
-    hf_assets_path."""
+    """A size from torchtitan/models/registry.py (`llama3.1_8b`, `qwen3_8b`, ...); `auto`: read config.json in
+    hf_assets_path; or `module:NAME`, a TransformerArgs of your own on PYTHONPATH (docs/extending.md)."""
 
     hf_assets_path: str = "./assets/tokenizer"
     """Hugging Face style folder with the tokenizer (tokenizer.json or a Llama-3 tokenizer.model) and, for flavor

@@ -11,12 +11,14 @@ from torchtitan.config import JobConfig
 from torchtitan.config.checks import check_config
 from torchtitan.extensions.cluster.gates import check_previous_gates
 from torchtitan.extensions.evaluation.checks import check_evaluation
+from torchtitan.models.rope_checks import check_rope
 
 
 def check(config: JobConfig, world_size: int) -> None:
     """UserError for whatever the configuration can be wrong about by itself; needs no file and no PyTorch."""
     check_config(config, world_size)
     check_evaluation(config)
+    check_rope(config)
 
 
 def prepare_inputs(config: JobConfig, world_size: int) -> Any:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, fields, replace
-from typing import Any, get_args
+from typing import Any
 
+from torchtitan.models import rope_scaling
 from torchtitan.models.rope import RopeArgs
-from torchtitan.models.rope_scaling import Scaling
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.errors import UserError
-
-_SCALINGS = {cls.rope_type: cls for cls in get_args(Scaling)}
 
 
 def as_json(args: TransformerArgs | RopeArgs) -> dict[str, Any]:
@@ -37,12 +35,13 @@ def rope_from_manifest(rope: dict[str, Any]) -> RopeArgs:
     scaling = rope.get("scaling")
     if scaling is not None:
         kind = scaling["rope_type"]
-        if kind not in _SCALINGS:
+        methods = {method.rope_type: method for method in rope_scaling.METHODS}
+        if kind not in methods:
             raise UserError(
                 f'The manifest has rope.scaling.rope_type = "{kind}", which this version does not know; it knows '
-                f"{', '.join(_SCALINGS)}. It was written by a newer version: use that."
+                f"{', '.join(methods)}. It was written by a newer version: use that."
             )
-        rope["scaling"] = _build(_SCALINGS[kind], scaling, "rope.scaling.")
+        rope["scaling"] = _build(methods[kind], scaling, "rope.scaling.")
     return _build(RopeArgs, rope, "rope.")
 
 

@@ -15,13 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from torchtitan.models.rope_scaling import (
-    DynamicNTKScaling,
-    GeneScaling,
-    LongRopeScaling,
-    Scaling,
-    plain_frequencies,
-)
+from torchtitan.models.rope_method import Scaling, plain_frequencies
 
 
 @dataclass(frozen=True)
@@ -46,35 +40,18 @@ class RopeTables(NamedTuple):
 
 
 def inverse_frequencies(rope: RopeArgs, head_dim: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Radians a token for each pair: [D / 2]; longrope: [2, D / 2], short and long; harpe: [Hkv, D / 2]."""
+    """Radians per token for each pair: [D / 2]; longrope: [2, D / 2], short and long; harpe: [Hkv, D / 2]."""
     if rope.scaling is None:
         return plain_frequencies(rope.theta, head_dim, dtype)
     return rope.scaling.frequencies(rope.theta, head_dim, dtype)
-
-
-def rope_for(rope: RopeArgs, length: int) -> RopeArgs:
-    """The RoPE under which a document of `length` tokens is read, for methods that depend on the length.
-
-    LongRoPE has its short list up to the original length (as transformers does by the longest position), a dynamic NTK
-    the base of the length unless one is fixed, and GeNE the factor max(factor, ceil(length / L0)).
-    """
-    scaling = rope.scaling
-    if isinstance(scaling, LongRopeScaling) and length <= scaling.original_max_position_embeddings:
-        return replace(rope, scaling=replace(scaling, long_factor=scaling.short_factor))
-    if isinstance(scaling, DynamicNTKScaling) and scaling.length is None:
-        return replace(rope, scaling=replace(scaling, length=length))
-    if isinstance(scaling, GeneScaling):
-        factor = max(scaling.factor, math.ceil(length / scaling.original_max_position_embeddings))
-        return replace(rope, scaling=replace(scaling, factor=float(factor)))
-    return rope
 
 
 def longest_wavelength(rope: RopeArgs, head_dim: int) -> float:
     """Tokens after which the slowest pair has turned once; of HARPE's heads the one that covers least, of LongRoPE's
     lists the long one."""
     freqs = inverse_frequencies(rope, head_dim)
-    if rope.scaling and rope.scaling.rope_type == "longrope":
-        freqs = freqs[1]
+    if rope.scaling:
+        freqs = rope.scaling.of_tokens(freqs, None, slice(None))
     return 2 * math.pi / float(freqs.amin(-1).max())
 
 
@@ -91,15 +68,23 @@ def rope_tables(
     long: bool [T], which tokens use LongRoPE's long list; None: all. heads: of the key-value heads, where they differ.
     """
     freqs = _inverse_frequencies_on(rope, head_dim, positions.device)
-    kind = rope.scaling.rope_type if rope.scaling else None
-    if kind == "longrope":
-        freqs = freqs[1] if long is None else freqs[long.long()]
-    elif kind == "harpe":
-        freqs = freqs[heads]
-    freqs = freqs.reshape(len(positions), 1, -1) if freqs.ndim == 2 and kind != "harpe" else freqs
+    if rope.scaling:
+        freqs = rope.scaling.of_tokens(freqs, long, heads)
     angles = positions.double()[:, None, None] * freqs
     magnitude = rope.scaling.magnitude() if rope.scaling else 1.0
     return RopeTables((angles.cos() * magnitude).float(), (angles.sin() * magnitude).float())
+
+
+def rope_for(rope: RopeArgs, length: int) -> RopeArgs:
+    """The RoPE under which a document of `length` tokens is read: LongRoPE's short list up to the original length, the
+    base of a dynamic NTK that no stage has fixed to a length, GeNE's factor max(factor, ceil(length / L0))."""
+    return replace(rope, scaling=rope.scaling.at_length(length)) if rope.scaling else rope
+
+
+def drawn_rope(rope: RopeArgs, seq_len: int, seed: int, step: int, micro_batch: int) -> RopeArgs | None:
+    """The RoPE of a micro-batch under a method that draws it (GeNE), the same on all ranks; None: as it is."""
+    scaling = rope.scaling.drawn(seq_len, seed, step, micro_batch) if rope.scaling else None
+    return replace(rope, scaling=scaling) if scaling else None
 
 
 def apply_rope(x: torch.Tensor, tables: RopeTables) -> torch.Tensor:

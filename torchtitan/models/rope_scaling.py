@@ -1,71 +1,53 @@
-"""How rotary frequencies are rescaled for longer contexts: one small dataclass a method.
-
-Each gives, for a base theta and a head dimension D, the radians a token of every pair (`frequencies`), and what cos and
-sin are multiplied by (`magnitude`). `hf` is the same as Hugging Face's rope_parameters: what a model that was trained
-so must be exported with. Formulas are written in the order of operations of Hugging Face's code, so that in float32
-they give its very bits; training uses float64. f_j = theta^(-2j/D) is the frequency of pair j, w_j = 2 pi / f_j its
-wavelength in tokens, L0 the original length.
-"""
+"""The methods of rescaling rotary frequencies for longer contexts: one small dataclass each (see rope_method.py)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-import torch
-
+from torchtitan.config.schema import Rope
+from torchtitan.models.rope_method import (
+    ORIGINAL,
+    Keys,
+    Scaling,
+    Tensor,
+    ntk_theta,
+    plain_frequencies,
+    waves,
+    with_factor,
+)
 from torchtitan.tools.errors import UserError
 
 
-def plain_frequencies(theta: float, head_dim: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """f_j, [D / 2]."""
-    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=dtype) / head_dim)
-
-
-def ntk_theta(theta: float, factor: float, head_dim: int) -> float:
-    """The base whose slowest pair is `factor` times slower: theta * factor^(D / (D - 2))."""
-    return theta * factor ** (head_dim / (head_dim - 2))
-
-
-class _Unit:
-    """What most methods share: cos and sin are not scaled."""
-
-    def magnitude(self) -> float:
-        return 1.0
-
-
 @dataclass(frozen=True)
-class LinearScaling(_Unit):
+class LinearScaling(Scaling):
     """Position interpolation (arXiv 2306.15595): f_j / factor."""
 
     factor: float
     rope_type: str = field(default="linear", init=False)
+    in_hf = True
 
-    def frequencies(self, theta: float, head_dim: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    def frequencies(self, theta: float, head_dim: int, dtype: Any = None) -> Tensor:
         return plain_frequencies(theta, head_dim, dtype) / self.factor
 
-    def hf(self, theta: float, head_dim: int) -> dict[str, Any]:
-        return {"rope_type": "linear", "rope_theta": theta, "factor": self.factor}
+    def hf_length(self, trained: int) -> int:
+        return math.ceil(trained / max(self.factor, 1.0))  # vLLM multiplies it by the factor
 
 
 @dataclass(frozen=True)
-class NTKScaling(_Unit):
+class NTKScaling(Scaling):
     """NTK-aware: the base becomes theta * factor^(D / (D - 2)). Hugging Face has no name for it but the new base."""
 
     factor: float
     rope_type: str = field(default="ntk", init=False)
 
-    def frequencies(self, theta: float, head_dim: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        return plain_frequencies(ntk_theta(theta, self.factor, head_dim), head_dim, dtype)
-
-    def hf(self, theta: float, head_dim: int) -> dict[str, Any]:
-        return {"rope_type": "default", "rope_theta": ntk_theta(theta, self.factor, head_dim)}
+    def theta(self, theta: float, head_dim: int) -> float:
+        return ntk_theta(theta, self.factor, head_dim)
 
 
 @dataclass(frozen=True)
-class DynamicNTKScaling(_Unit):
+class DynamicNTKScaling(Scaling):
     """Dynamic NTK for one length: the factor of the NTK-aware rule is factor * length / L0 - (factor - 1).
 
     A stage has one length, so the base is fixed, and exported as such: Hugging Face's "dynamic" would compute it anew
@@ -75,27 +57,40 @@ class DynamicNTKScaling(_Unit):
     factor: float
     original_max_position_embeddings: int
     length: int | None = None
-    """Tokens that the frequencies are for; None, and what is shorter than L0: L0. None only of a model that came so
-    from Hugging Face and that nothing has fixed to a length."""
+    """Tokens that the frequencies are for; None, and what is shorter than L0: L0. None only in a model that came so
+    from Hugging Face and that no stage has fixed to a length."""
     rope_type: str = field(default="dynamic", init=False)
+    in_hf = True
+
+    @classmethod
+    def toml(cls) -> dict[str, Keys]:
+        return {"dynamic": Keys(("factor", ORIGINAL))}
 
     def theta(self, theta: float, head_dim: int) -> float:
-        """The base for `length`."""
         original = self.original_max_position_embeddings
         length = max(self.length or 0, original)
         return ntk_theta(theta, self.factor * length / original - (self.factor - 1), head_dim)
 
-    def frequencies(self, theta: float, head_dim: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        return plain_frequencies(self.theta(theta, head_dim), head_dim, dtype)
+    def trained_at(self, length: int) -> Scaling:
+        return replace(self, length=length) if self.length is None else self
+
+    at_length = trained_at
+
+    @classmethod
+    def from_hf(cls, values: dict[str, Any]) -> Scaling:
+        return super().from_hf({ORIGINAL: values.get("max_position_embeddings", 0), **values})
 
     def hf(self, theta: float, head_dim: int) -> dict[str, Any]:
         if self.length is None:  # as it came from there, never trained for a length
             return {"rope_type": "dynamic", "rope_theta": theta, "factor": self.factor}
         return {"rope_type": "default", "rope_theta": self.theta(theta, head_dim)}
 
+    def hf_length(self, trained: int) -> int:
+        return self.original_max_position_embeddings if self.length is None else trained
+
 
 @dataclass(frozen=True)
-class Llama3Scaling(_Unit):
+class Llama3Scaling(Scaling):
     """Llama 3.1's: w_j > L0 / low: f_j / factor; w_j < L0 / high: f_j; in between linear in the rotations L0 / w_j.
 
     With low = 1 and high = 32 this is NTK-by-parts (arXiv 2309.00071, section 3.2: alpha and beta).
@@ -106,30 +101,39 @@ class Llama3Scaling(_Unit):
     high_freq_factor: float
     original_max_position_embeddings: int
     rope_type: str = field(default="llama3", init=False)
+    in_hf = True
 
-    def frequencies(self, theta: float, head_dim: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    @classmethod
+    def toml(cls) -> dict[str, Keys]:
+        return {
+            "ntk_by_parts": Keys(("factor", ORIGINAL), ("beta_fast", "beta_slow")),
+            "llama3": Keys(("factor", ORIGINAL), ("low_freq_factor", "high_freq_factor")),
+        }
+
+    @classmethod
+    def from_toml(cls, table: Rope, head_dim: int, n_kv_heads: int) -> Scaling:
+        low, high, usual = table.low_freq_factor, table.high_freq_factor, 4.0
+        if table.type == "ntk_by_parts":
+            low, high, usual = table.beta_slow, table.beta_fast, 32.0
+        low, high = 1.0 if low is None else low, usual if high is None else high
+        return cls(table.factor or 1.0, low, high, table.original_max_position_embeddings or 0)
+
+    def frequencies(self, theta: float, head_dim: int, dtype: Any = None) -> Tensor:
         f = plain_frequencies(theta, head_dim, dtype)
         low, high, original = self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
         wavelength = 2 * math.pi / f
-        slowed = torch.where(wavelength > original / low, f / self.factor, f)
+        slowed = (f / self.factor).where(wavelength > original / low, f)
         keep = (original / wavelength - low) / (high - low)
         between = (1 - keep) * slowed / self.factor + keep * slowed
         is_between = (wavelength >= original / high) & (wavelength <= original / low)
-        return torch.where(is_between, between, slowed)
+        return between.where(is_between, slowed)
 
-    def hf(self, theta: float, head_dim: int) -> dict[str, Any]:
-        return {
-            "rope_type": "llama3",
-            "rope_theta": theta,
-            "factor": self.factor,
-            "low_freq_factor": self.low_freq_factor,
-            "high_freq_factor": self.high_freq_factor,
-            "original_max_position_embeddings": self.original_max_position_embeddings,
-        }
+    def hf_length(self, trained: int) -> int:
+        return max(trained, self.original_max_position_embeddings + 1)  # transformers wants it above the original
 
 
 @dataclass(frozen=True)
-class YarnScaling:
+class YarnScaling(Scaling):
     """YaRN (arXiv 2309.00071) as its code, Hugging Face and vLLM have it: the ramp is linear in the pair's index.
 
     The paper's is linear in the rotations (see Llama3Scaling), which is not the same.
@@ -141,13 +145,14 @@ class YarnScaling:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float | None = None
-    """None: 0.1 ln factor + 1, or by mscale and mscale_all_dim where both are given (DeepSeek)."""
+    """None: 0.1 ln factor + 1, or by mscale and mscale_all_dim if both are set (DeepSeek)."""
     mscale: float | None = None
     mscale_all_dim: float | None = None
     rope_type: str = field(default="yarn", init=False)
+    in_hf = True
 
     def ramp(self, theta: float, head_dim: int) -> tuple[float, float]:
-        """First and last pair of the ramp; integers where truncate."""
+        """First and last pair of the ramp; integers if truncate."""
 
         def pair(rotations: float) -> float:
             turns = self.original_max_position_embeddings / (rotations * 2 * math.pi)
@@ -159,10 +164,10 @@ class YarnScaling:
         low, high = max(low, 0), min(high, head_dim - 1)
         return low, high + 0.001 if low == high else high
 
-    def frequencies(self, theta: float, head_dim: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        wave = theta ** (torch.arange(0, head_dim, 2, dtype=dtype) / head_dim)
+    def frequencies(self, theta: float, head_dim: int, dtype: Any = None) -> Tensor:
+        wave = waves(theta, head_dim, dtype)
         low, high = self.ramp(theta, head_dim)
-        keep = 1 - ((torch.arange(head_dim // 2, dtype=dtype) - low) / (high - low)).clamp(0, 1)
+        keep = 1 - ((wave.new_tensor(range(len(wave))) - low) / (high - low)).clamp(0, 1)
         return 1.0 / (self.factor * wave) * (1 - keep) + 1.0 / wave * keep
 
     def magnitude(self) -> float:
@@ -176,21 +181,21 @@ class YarnScaling:
             return of(self.mscale) / of(self.mscale_all_dim)
         return of(1.0)
 
+    @classmethod
+    def from_hf(cls, values: dict[str, Any]) -> Scaling:
+        return super().from_hf(with_factor(values))
+
     def hf(self, theta: float, head_dim: int) -> dict[str, Any]:
-        return {
-            "rope_type": "yarn",
-            "rope_theta": theta,
-            "factor": self.factor,
-            "original_max_position_embeddings": self.original_max_position_embeddings,
-            "beta_fast": self.beta_fast,
-            "beta_slow": self.beta_slow,
-            "truncate": self.truncate,
-            "attention_factor": self.magnitude(),
-        }
+        plain = replace(self, attention_factor=self.magnitude(), mscale=None, mscale_all_dim=None)
+        return super(YarnScaling, plain).hf(theta, head_dim)
+
+    def hf_length(self, trained: int) -> int:
+        # else transformers warns, and vLLM computes this product itself
+        return round(self.factor * self.original_max_position_embeddings)
 
 
 @dataclass(frozen=True)
-class LongRopeScaling:
+class LongRopeScaling(Scaling):
     """LongRoPE (arXiv 2402.13753) and LongRoPE2 (2502.20082): f_j / lambda_j, with one list for rows up to L0 and one
     for longer ones. frequencies gives both: [2, D / 2], short and long."""
 
@@ -201,10 +206,33 @@ class LongRopeScaling:
     """For both lists. None: sqrt(1 + ln factor / ln L0), or 1 without a factor."""
     factor: float | None = None
     rope_type: str = field(default="longrope", init=False)
+    in_hf = True
 
-    def frequencies(self, theta: float, head_dim: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        lists = torch.tensor([self.short_factor, self.long_factor], dtype=dtype)
-        return 1.0 / (lists * theta ** (torch.arange(0, head_dim, 2, dtype=dtype) / head_dim))
+    @classmethod
+    def toml(cls) -> dict[str, Keys]:
+        optional = ("short_factor", "attention_factor", "factor", "mixed_window")
+        return {"longrope": Keys((ORIGINAL, "long_factor"), optional)}
+
+    @classmethod
+    def from_toml(cls, table: Rope, head_dim: int, n_kv_heads: int) -> Scaling:
+        # without rows of their own, short texts have been trained with the long list too
+        unset = (1.0,) * (head_dim // 2) if table.mixed_window else table.long_factor
+        short = table.short_factor or unset
+        for key, values in (("long_factor", table.long_factor), ("short_factor", short)):
+            if len(values) != head_dim // 2:
+                raise UserError(
+                    f"rope.{key} has {len(values)} numbers, but the model's heads of {head_dim} have {head_dim // 2} "
+                    "pairs, and each needs its own."
+                )
+        original = table.original_max_position_embeddings or 0
+        return cls(original, table.long_factor, short, table.attention_factor, table.factor)
+
+    def frequencies(self, theta: float, head_dim: int, dtype: Any = None) -> Tensor:
+        wave = waves(theta, head_dim, dtype)
+        return 1.0 / (wave.new_tensor([self.short_factor, self.long_factor]) * wave)
+
+    def of_tokens(self, frequencies: Tensor, long: Tensor | None, heads: slice) -> Tensor:
+        return frequencies[1] if long is None else frequencies[long.long()].unsqueeze(1)
 
     def magnitude(self) -> float:
         if self.attention_factor is not None:
@@ -213,14 +241,17 @@ class LongRopeScaling:
             return 1.0
         return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position_embeddings))
 
+    def at_length(self, length: int) -> Scaling:
+        """The short list up to the original length, as transformers does by the longest position."""
+        return replace(self, long_factor=self.short_factor) if length <= self.original_max_position_embeddings else self
+
+    @classmethod
+    def from_hf(cls, values: dict[str, Any]) -> Scaling:
+        return super().from_hf(with_factor(values))
+
     def hf(self, theta: float, head_dim: int) -> dict[str, Any]:
         magnitude = self.magnitude()
-        return {
-            "rope_type": "longrope",
-            "rope_theta": theta,
-            "short_factor": list(self.short_factor),
-            "long_factor": list(self.long_factor),
-            "original_max_position_embeddings": self.original_max_position_embeddings,
+        return super().hf(theta, head_dim) | {
             "factor": self.factor or max(self.long_factor),
             "attention_factor": magnitude,
             # vLLM reads these two instead of attention_factor
@@ -230,7 +261,7 @@ class LongRopeScaling:
 
 
 @dataclass(frozen=True)
-class GeneScaling(_Unit):
+class GeneScaling(Scaling):
     """GeNE: f_j / r^(w_j) with w_j from 0 to 1 up to the first pair that turns fewer than 3 times within L0.
 
     r is `factor`, or in training what `drawn` gives for each micro-batch.
@@ -240,16 +271,15 @@ class GeneScaling(_Unit):
     original_max_position_embeddings: int
     rope_type: str = field(default="gene", init=False)
 
-    def _lambdas(self, theta: float, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    def _lambdas(self, theta: float, head_dim: int, dtype: Any = None) -> Tensor:
+        wave = waves(theta, head_dim, dtype)
         turns = self.original_max_position_embeddings * plain_frequencies(theta, head_dim) / (2 * math.pi)
-        slow = torch.nonzero(turns < ROTATIONS)
+        slow = (turns < ROTATIONS).nonzero()
         first_slow = int(slow[0]) if len(slow) else head_dim // 2
-        weights = (torch.arange(head_dim // 2, dtype=dtype) / max(first_slow, 1)).clamp(0, 1)
-        return self.factor**weights
+        return self.factor ** (wave.new_tensor(range(len(wave))) / max(first_slow, 1)).clamp(0, 1)
 
-    def frequencies(self, theta: float, head_dim: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        wave = theta ** (torch.arange(0, head_dim, 2, dtype=dtype) / head_dim)
-        return 1.0 / (self._lambdas(theta, head_dim, dtype) * wave)
+    def frequencies(self, theta: float, head_dim: int, dtype: Any = None) -> Tensor:
+        return 1.0 / (self._lambdas(theta, head_dim, dtype) * waves(theta, head_dim, dtype))
 
     def choices(self, seq_len: int) -> tuple[list[int], list[float]]:
         """The factors that a micro-batch of rows of seq_len can draw, ascending, and their probabilities.
@@ -262,18 +292,20 @@ class GeneScaling(_Unit):
         return [k * unit for k in range(1, count + 1)], probabilities
 
     def drawn(self, seq_len: int, seed: int, step: int, micro_batch: int) -> GeneScaling:
-        """The scaling of one micro-batch: a function of its arguments, so that all ranks and a resumed run agree."""
+        import numpy as np
+
         factors, probabilities = self.choices(seq_len)
         random = np.random.default_rng([seed, step, micro_batch, GENE_SEED])
-        return GeneScaling(
-            float(factors[int(random.choice(len(factors), p=probabilities))]), self.original_max_position_embeddings
-        )
+        return replace(self, factor=float(factors[int(random.choice(len(factors), p=probabilities))]))
+
+    def at_length(self, length: int) -> Scaling:
+        factor = max(self.factor, math.ceil(length / self.original_max_position_embeddings))
+        return replace(self, factor=float(factor))
 
     def hf(self, theta: float, head_dim: int) -> dict[str, Any]:
-        lambdas = tuple(self._lambdas(theta, head_dim, torch.float64).tolist())
-        return LongRopeScaling(self.original_max_position_embeddings, lambdas, lambdas, 1.0, self.factor).hf(
-            theta, head_dim
-        )
+        lambdas = tuple(self._lambdas(theta, head_dim).tolist())
+        same = LongRopeScaling(self.original_max_position_embeddings, lambdas, lambdas, 1.0, self.factor)
+        return same.hf(theta, head_dim)
 
 
 ROTATIONS = 3  # num_rotations of GeNE's code
@@ -281,14 +313,28 @@ GENE_SEED = 3  # apart from the data's seeds
 
 
 @dataclass(frozen=True)
-class HarpeScaling(_Unit):
+class HarpeScaling(Scaling):
     """HARPE (arXiv 2412.07171): a base for each head; a query head has that of its key-value head. [Hkv, D / 2]."""
 
     bases: tuple[float, ...]
     rope_type: str = field(default="harpe", init=False)
 
-    def frequencies(self, theta: float, head_dim: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    @classmethod
+    def from_toml(cls, table: Rope, head_dim: int, n_kv_heads: int) -> Scaling:
+        if len(table.bases) != n_kv_heads:
+            raise UserError(
+                f"rope.bases has {len(table.bases)} numbers, but the model has {n_kv_heads} key-value heads, and each "
+                "needs its own (query heads share that of theirs)."
+            )
+        return cls(table.bases)
+
+    def frequencies(self, theta: float, head_dim: int, dtype: Any = None) -> Tensor:
+        import torch
+
         return torch.stack([plain_frequencies(base, head_dim, dtype) for base in self.bases])
+
+    def of_tokens(self, frequencies: Tensor, long: Tensor | None, heads: slice) -> Tensor:
+        return frequencies[heads]
 
     def hf(self, theta: float, head_dim: int) -> dict[str, Any]:
         raise UserError(
@@ -298,13 +344,10 @@ class HarpeScaling(_Unit):
         )
 
 
-Scaling = (
-    LinearScaling
-    | NTKScaling
-    | DynamicNTKScaling
-    | Llama3Scaling
-    | YarnScaling
-    | LongRopeScaling
-    | GeneScaling
-    | HarpeScaling
-)
+METHODS = Scaling.__subclasses__()
+"""All methods above, in their order."""
+
+
+def method_of(rope_type: str) -> type[Scaling] | None:
+    """The method that a value of rope.type names; None for "model" and "none"."""
+    return next((method for method in METHODS if rope_type in method.toml()), None)

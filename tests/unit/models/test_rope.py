@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
 from decimal import Decimal, getcontext
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 
 from torchtitan.attention.segments import Segments
-from torchtitan.config.schema import Rope
-from torchtitan.models.hf.config import config_json
+from torchtitan.config.schema import JobConfig, Rope
+from torchtitan.models import rope_scaling
+from torchtitan.models.architecture import as_json, rope_from_manifest
+from torchtitan.models.hf.config import config_json, rope_from_hf, rope_to_hf
 from torchtitan.models.registry import FLAVORS
-from torchtitan.models.rope import RopeArgs, apply_rope, inverse_frequencies, rope_for, rope_tables
-from torchtitan.models.rope_config import build_rope, lost_rope, rope_from_hf, rope_to_hf, rope_warnings, smallest_theta
+from torchtitan.models.rope import (
+    RopeArgs,
+    apply_rope,
+    drawn_rope,
+    inverse_frequencies,
+    longest_wavelength,
+    rope_for,
+    rope_tables,
+)
+from torchtitan.models.rope_checks import check_rope
+from torchtitan.models.rope_config import build_rope, lost_rope, rope_warnings, smallest_theta
+from torchtitan.models.rope_method import Scaling, ntk_theta, plain_frequencies
 from torchtitan.models.rope_scaling import (
     DynamicNTKScaling,
     GeneScaling,
@@ -23,9 +39,7 @@ from torchtitan.models.rope_scaling import (
     Llama3Scaling,
     LongRopeScaling,
     NTKScaling,
-    Scaling,
     YarnScaling,
-    ntk_theta,
 )
 from torchtitan.models.transformer import Transformer, init_weights
 from torchtitan.tools.errors import UserError
@@ -371,3 +385,51 @@ def test_a_factor_too_small_for_the_length_is_warned_of():
     yarn = RopeArgs(5e5, YarnScaling(4.0, 8192))
     assert rope_warnings(yarn, 128, 32768) == []
     assert "covers 32,768" in rope_warnings(yarn, 128, 131072)[0]
+
+
+@dataclass(frozen=True)
+class HalvedScaling(Scaling):
+    """A method that nobody has: every frequency is divided by factor and by 2."""
+
+    factor: float
+    truncate: bool = True
+    rope_type: str = field(default="halved", init=False)
+    in_hf = True
+
+    def frequencies(self, theta: float, head_dim: int, dtype: Any = None) -> torch.Tensor:
+        return plain_frequencies(theta, head_dim, dtype) / (2 * self.factor)
+
+
+def test_a_method_is_its_class_and_its_keys(monkeypatch: pytest.MonkeyPatch):
+    """Keys, checks, frequencies, manifest and config.json follow from the class; the schema names its type."""
+    monkeypatch.setattr(rope_scaling, "METHODS", [*rope_scaling.METHODS, HalvedScaling])
+    table = Rope(type="halved", factor=3.0, truncate=False)  # type: ignore[arg-type]
+    check_rope(JobConfig(rope=table))
+    with pytest.raises(UserError, match="needs rope.factor"):
+        check_rope(JobConfig(rope=replace(table, factor=None)))
+    with pytest.raises(UserError, match="rope.beta_fast = 4.0 is read by rope.type = ntk_by_parts, yarn only"):
+        check_rope(JobConfig(rope=replace(table, beta_fast=4.0)))
+    rope = build_rope(table, RopeArgs(1e4), 64, 3, 8192)
+    assert rope.scaling == HalvedScaling(3.0, False)
+    positions = torch.tensor([0, 7, 100])
+    expected = positions.double()[:, None] * inverse_frequencies(RopeArgs(1e4), 64) / 6
+    assert torch.allclose(rope_tables(rope, 64, positions).cos[:, 0], expected.cos().float(), atol=1e-7)
+    assert rope_from_manifest(json.loads(json.dumps(as_json(rope)))) == rope
+    config = config_json(replace(FLAVORS["smollm2_135m"], rope=rope), "float32", {})
+    form = {"rope_type": "halved", "rope_theta": 1e4, "factor": 3.0, "truncate": False}
+    assert config["rope_parameters"] == form and rope_from_hf(config, "x") == rope
+    assert rope_for(rope, 100) == rope and drawn_rope(rope, 8192, 0, 1, 2) is None
+    assert longest_wavelength(rope, 64) == pytest.approx(6 * longest_wavelength(RopeArgs(1e4), 64))
+
+
+def test_every_rope_type_of_the_schema_has_a_method():
+    types = get_args(get_type_hints(Rope)["type"])
+    assert set(types) == {"model", "none"} | {kind for method in rope_scaling.METHODS for kind in method.toml()}
+
+
+def test_rope_is_checked_without_pytorch():
+    code = (
+        "import sys; from torchtitan.config import JobConfig; from torchtitan.models.rope_checks import check_rope; "
+        "check_rope(JobConfig()); assert not {'torch', 'numpy'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

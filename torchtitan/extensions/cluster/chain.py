@@ -28,6 +28,7 @@ from torchtitan.extensions.cluster.gates import gate_failure
 from torchtitan.extensions.cluster.launch import launch
 from torchtitan.extensions.cluster.stages import chain
 from torchtitan.extensions.evaluation.checks import check_evaluation
+from torchtitan.models.rope_checks import check_rope
 from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, NOT_ENDED, STOPPED, GateError, UserError
 
 
@@ -37,6 +38,7 @@ def run_chain(args: list[str], nproc: int) -> int:
     for stage in stages:
         check_config(stage.config, nproc)
         check_evaluation(stage.config)
+        check_rope(stage.config)
         if not stage.config.checkpoint.enable:
             raise UserError(f"stage {stage.config.stage.name}: a chain needs checkpoints (checkpoint.enable = true).")
     names = " -> ".join(stage.config.stage.name for stage in stages)

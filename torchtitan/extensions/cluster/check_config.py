@@ -12,6 +12,7 @@ from torchtitan.config.checks import check_config
 from torchtitan.config.manager import load_config
 from torchtitan.extensions.cluster.stages import chain
 from torchtitan.extensions.evaluation.checks import check_evaluation
+from torchtitan.models.rope_checks import check_rope
 from torchtitan.tools.errors import UserError
 
 
@@ -23,6 +24,7 @@ def main(args: list[str]) -> int:
         for stage in stages:
             check_config(stage, int(args[0]))
             check_evaluation(stage)
+            check_rope(stage)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

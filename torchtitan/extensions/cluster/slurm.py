@@ -36,6 +36,7 @@ from torchtitan.extensions.cluster.chain import ended
 from torchtitan.extensions.cluster.requeue import with_load_step
 from torchtitan.extensions.cluster.stages import chain, without_flags
 from torchtitan.extensions.evaluation.checks import check_asked, check_evaluation
+from torchtitan.models.rope_checks import check_rope
 from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, LOST_A_RANK, STOPPED, GateError, UserError
 
 ENDED = 10
@@ -99,6 +100,7 @@ def start(nodes: int, per_node: int, args: list[str], unchanged: bool = True) ->
     config = load_config(args)
     check_config(config, nodes * per_node)
     check_evaluation(config)
+    check_rope(config)
     goes_back = unchanged and with_load_step(config).checkpoint.load_step >= 0
     if not goes_back and ended(args, unchanged) == 0:
         return ENDED

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from torchtitan.components.manifest import MANIFEST, complete_steps, read_manifest, results_file
 from torchtitan.config import JobConfig, load_config
-from torchtitan.config.checks import check_ranges, check_rope, resolve_shard_degree
+from torchtitan.config.checks import check_ranges, resolve_shard_degree
 from torchtitan.config.manager import config_file, flag_name
 from torchtitan.config.schema import Rope
 from torchtitan.datasets.tokenizer import load_tokenizer
+from torchtitan.models.rope_checks import check_rope
 from torchtitan.tools.errors import UserError
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from torchtitan.config import load_config
 from torchtitan.config.checks import check_config
 from torchtitan.config.schema import Data, Rope, Source
+from torchtitan.models.rope_checks import check_rope
 from torchtitan.tools.errors import UserError
 
 
@@ -58,6 +59,7 @@ def rope_table(flags: list[str]) -> Rope:
         raise UserError(f"{flags[0]} has no --flag before it; every value follows its --flag.")
     # something to train on, which the checks ask for
     check_config(replace(config, data=Data(sources=(Source(name="text", path="text"),))), 1)
+    check_rope(config)
     return config.rope
 
 

@@ -11,6 +11,7 @@ from torchtitan.attention.segments import Segments
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.convert.weights import Weights, parameter_shapes, write_checkpoint
 from torchtitan.models.rope import RopeArgs
+from torchtitan.models.rope_method import Scaling
 from torchtitan.models.rope_scaling import (
     DynamicNTKScaling,
     GeneScaling,
@@ -18,7 +19,6 @@ from torchtitan.models.rope_scaling import (
     Llama3Scaling,
     LongRopeScaling,
     NTKScaling,
-    Scaling,
     YarnScaling,
 )
 from torchtitan.models.transformer import LayerType, Transformer, TransformerArgs

@@ -29,7 +29,8 @@ from torchtitan.extensions.evaluation.rope_search import (
 )
 from torchtitan.models.rope import RopeArgs, inverse_frequencies
 from torchtitan.models.rope_config import build_rope
-from torchtitan.models.rope_scaling import LongRopeScaling, ntk_theta
+from torchtitan.models.rope_method import ntk_theta
+from torchtitan.models.rope_scaling import LongRopeScaling
 from torchtitan.tools.errors import UserError
 
 LLAMA3 = Space(5e5, 128, 8192, 131072)
