@@ -60,10 +60,12 @@ def load_hook(name: str) -> Hook:
     if not module or not attribute:
         raise UserError(f'{key}, which must be "module:Class", e.g. "my_hooks:SayHello".')
     try:
-        found = getattr(importlib.import_module(module), attribute, None)
+        content = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(f"{key}, but there is no module {error.name}. It must be on PYTHONPATH.") from None
-    if not (isinstance(found, type) and issubclass(found, Hook)):
-        what = "has no such class" if found is None else "is no subclass of torchtitan.components.hooks.Hook"
-        raise UserError(f"{key}, but {module}.{attribute} {what}." if found else f"{key}, but {module} {what}.")
-    return found()
+    if not hasattr(content, attribute):
+        raise UserError(f"{key}, but {module} has no such class.")
+    hook = getattr(content, attribute)
+    if not (isinstance(hook, type) and issubclass(hook, Hook)):
+        raise UserError(f"{key}, but {module}.{attribute} is no subclass of torchtitan.components.hooks.Hook.")
+    return hook()
