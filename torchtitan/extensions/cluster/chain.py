@@ -61,7 +61,16 @@ def run_chain(args: list[str], nproc: int) -> int:
     return 0
 
 
-DECISIVE = ("model.flavor", "rope.", "data.", "training.seq_len", "training.global_batch_")
+DECISIVE = (
+    "model.flavor",
+    "model.hf_assets_path",  # under flavor "auto" the only name of the model, and always that of the tokenizer
+    "rope.",
+    "data.",
+    "training.seed",
+    "training.seq_len",
+    "training.global_batch_",
+)
+"""Keys, or beginnings of keys, that decide the model or the rows."""
 INDIFFERENT = ("data.num_workers", "data.cache_folder", "data.folder")
 
 
@@ -87,8 +96,15 @@ def changed_since(manifest: dict[str, Any], config: JobConfig) -> list[str]:
     return [
         f"{key} {was.get(key)} -> {now.get(key)}"
         for key in {**was, **now}
-        if saved and key.startswith(DECISIVE) and key not in INDIFFERENT and was.get(key) != now.get(key)
+        if saved and key.startswith(DECISIVE) and key not in INDIFFERENT and not _same(key, was.get(key), now.get(key))
     ]
+
+
+def _same(key: str, was: Any, now: Any) -> bool:
+    """Whether two values of a key mean the same: a folder may be spelt in two ways."""
+    if key == "model.hf_assets_path" and was is not None and now is not None:
+        return Path(was).expanduser().resolve() == Path(now).expanduser().resolve()
+    return bool(was == now)
 
 
 def _values(tables: dict[str, Any]) -> dict[str, Any]:

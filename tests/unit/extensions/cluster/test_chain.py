@@ -66,6 +66,25 @@ def test_a_stage_that_is_another_now_has_not_simply_ended(tmp_path: Path, capsys
     assert "training.seq_len 2048 -> 4096" in said and "rope.theta" not in said
 
 
+@pytest.mark.parametrize("flavor", ["auto", "debugmodel"])
+def test_a_stage_of_other_assets_or_another_seed_has_not_simply_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flavor: str
+):
+    """The seed decides every row; the folder of the assets is the only name of the model under "auto"."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 2.5}\n')
+    model = {"flavor": flavor, "hf_assets_path": str(tmp_path / "assets")}
+    trained = {"model": model, "training": {"seed": 5, "steps": 4}, "data": {"sources": [{"name": "a"}]}}
+    trained["data"]["sources"][0]["path"] = "a.jsonl"  # type: ignore[index]
+    checkpoint(tmp_path, 4, json.dumps({"format": 1, "step": 4, "config": trained}))
+    same = ["--model.flavor", flavor, "--model.hf_assets_path", f"{tmp_path}/x/../assets", "--training.seed", "5"]
+    assert ask(tmp_path, *same) == 0
+    for key, value in (("training.seed", "7"), ("model.hf_assets_path", str(tmp_path / "other"))):
+        assert ask(tmp_path, *same, f"--{key}", value) == 1
+        assert f"{key} {5 if key == 'training.seed' else tmp_path / 'assets'} -> {value}" in capsys.readouterr().err
+    for key, value in (("metrics.log_freq", "3"), ("data.num_workers", "0"), ("model.attention_backend", "dense")):
+        assert ask(tmp_path, *same, f"--{key}", value) == 0, key
+
+
 def test_the_stage_before_is_the_one_that_was_gone_on_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 2.5}\n')
     before = tmp_path / "before"
