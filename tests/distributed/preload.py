@@ -11,6 +11,7 @@ import pandas  # noqa: F401
 import tokenizers  # noqa: F401
 import torch.profiler  # noqa: F401
 
+import torchtitan.extensions.wiring  # noqa: F401
 import torchtitan.trainer  # noqa: F401
 from torchtitan.config import load_config
 

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-import torchtitan.trainer as trainer_module
+import torchtitan.components.build as build_module
 from tests.distributed.harness import flags, run_stage, spawn, write_assets
 from torchtitan.attention.backends import Mask
 from torchtitan.attention.segments import Segments
@@ -21,7 +21,7 @@ from torchtitan.distributed.context_parallel import exchange as exchange_module
 from torchtitan.distributed.context_parallel import shard as shard_module
 from torchtitan.tools.errors import UserError
 
-real_shard, real_train = shard_module.shard, trainer_module.train_micro_batch
+real_shard, real_train = shard_module.shard, build_module.train_micro_batch
 
 
 def positions_not_sharded() -> Any:
@@ -53,7 +53,7 @@ def gathered_on_the_wrong_dimension() -> Any:
 
 def loss_divided_by_cp() -> Any:
     return patch.object(
-        trainer_module, "train_micro_batch", lambda model, batch, valid: real_train(model, batch, 2 * valid)
+        build_module, "train_micro_batch", lambda model, batch, valid: real_train(model, batch, 2 * valid)
     )
 
 
