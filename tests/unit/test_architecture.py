@@ -39,7 +39,9 @@ EXTENSIONS = {  # what an extension may import beside the core
     "evaluation": {"ingest", "convert"},
     "cluster": {"evaluation"},
 }
-LONGEST = 700
+LONGEST = 400
+OVERFULL = {"schema.py": 800, "checks.py": 520}
+"""The schema is a list; the checks wait for ranges that stand at its fields."""
 READING_CORE = 6750
 
 
@@ -163,8 +165,7 @@ def test_the_trainer_can_be_read_in_one_sitting():
 
 @pytest.mark.parametrize("path", FILES, ids=named)
 def test_a_room_is_not_overfull(path: Path):
-    if path.name != "schema.py":
-        assert lines(path) <= LONGEST, f"{named(path)}: {lines(path)}"
+    assert lines(path) <= OVERFULL.get(path.name, LONGEST), f"{named(path)}: {lines(path)}"
 
 
 def reading_core() -> list[tuple[str, int]]:
