@@ -21,14 +21,8 @@ import numpy as np
 
 from torchtitan.attention.segments import Segments
 from torchtitan.distributed.context_parallel.exchange import kv_received
-from torchtitan.distributed.context_parallel.layout import (
-    BLOCK,
-    LAYOUTS,
-    balanced,
-    block_work,
-    first_key_block,
-    imbalance,
-)
+from torchtitan.distributed.context_parallel.layout import LAYOUTS, balanced, block_work
+from torchtitan.tools.constants import BLOCK
 
 ROWS = (1 << 16, 1 << 17, 1 << 19, 1 << 20)
 DEGREES = (8, 64)
@@ -79,7 +73,19 @@ def mix_segments(mix: str, total: int, seed: int, window: int | None = None) -> 
 
 def tiles(segments: Segments) -> np.ndarray:
     """int64[T/128]: non-empty 128 x 128 tiles of each block's row of the mask: what a block-sparse kernel computes."""
-    return np.arange(segments.total // BLOCK) - first_key_block(segments) + 1
+    # A block sees keys in every block from its first key's to its own: the document that goes on into the block reaches
+    # back without a gap, and further documents begin inside the block.
+    token = np.arange(0, segments.total, BLOCK)
+    first_key = segments.cu_seqlens[np.searchsorted(segments.cu_seqlens, token, side="right") - 1]
+    if segments.window is not None:
+        first_key = np.maximum(first_key, token - segments.window + 1)
+    return token // BLOCK - first_key // BLOCK + 1
+
+
+def imbalance(work: np.ndarray, owner: np.ndarray, cp: int) -> float:
+    """Largest over mean of the ranks' summed `work` [blocks]: 1 is even, and cp is cp - 1 idle ranks."""
+    total = np.bincount(owner, weights=work, minlength=cp)
+    return float(total.max() / total.mean())
 
 
 def ptrr(segments: Segments, cp: int) -> np.ndarray:

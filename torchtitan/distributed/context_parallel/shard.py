@@ -15,7 +15,7 @@ from torchtitan.attention.backends import BACKENDS, Mask
 from torchtitan.attention.segments import Segments
 from torchtitan.datasets.batch import PackedBatch
 from torchtitan.distributed.context_parallel.exchange import plan_exchange
-from torchtitan.distributed.context_parallel.layout import LAYOUTS, block_work
+from torchtitan.distributed.context_parallel.layout import LAYOUTS, work_per_rank
 from torchtitan.tools.constants import BLOCK, IGNORED_LABEL
 
 
@@ -126,9 +126,7 @@ def _layer(
     if owner is None:
         return Mask(segments, prepare(segments)), pairs, pairs, 0
     local, plan = plan_exchange(exchange, segments, owner, cp, rank)
-    if exchange == "ulysses":  # heads are divided, not the pairs
-        busiest = -(-pairs // cp)
-    else:
-        busiest = int(np.bincount(owner, weights=block_work(segments), minlength=cp).max())
+    even = exchange == "ulysses"  # heads are divided, not the pairs
+    busiest = -(-pairs // cp) if even else int(work_per_rank(segments, owner, cp).max())
     received = sum(plan.receive_counts) - plan.receive_counts[rank]
     return Mask(local, prepare(local), plan), pairs, busiest, received * BLOCK
