@@ -3,10 +3,10 @@
     python scripts/studies/search_rope.py --model FOLDER --text books/*.txt --length 131072 \\
         --state search.json --out rope.toml
 
-A candidate is a factor for each pair of dimensions. Its fitness is the perplexity of the answers to questions at the
-end of real text about a needle at its start: --prompts of them, each --length tokens long. With the paper's population
-and iterations (the defaults) that is 1,344 candidates: hours on a GPU. On one device, CUDA where there is one. A search
-that was cut off goes on from --state. --out is a TOML [rope] table to train or evaluate with.
+A candidate (longrope2.py) is a factor per pair of dimensions. Its fitness is the perplexity of the answers to --prompts
+questions, each about a needle at the start of --length tokens of real text. With the paper's population and iterations
+(the defaults) 1,344 candidates are measured: hours on a GPU. Runs on one device, CUDA if there is a GPU. A search that
+was cut off continues from --state. --out is a TOML [rope] table to train or evaluate with.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from longrope2 import Candidate, Space, evolve
 
 from torchtitan.extensions.evaluation.position_curves import (
     add_model_arguments,
@@ -26,23 +29,23 @@ from torchtitan.extensions.evaluation.position_curves import (
     model_progress,
 )
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import check_can_be_written
+from torchtitan.tools.folders import check_can_be_written, read_json, write_text
 
 
 def main(args: list[str]) -> int:
-    """Exit code 1, and one line, for what the user has wrong."""
+    """0; 1 and one line for a mistake."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add_model_arguments(parser)
     parser.add_argument("--length", type=int, help="target length in tokens")
-    parser.add_argument("--original", type=int, help="length the model was trained for (what the model says)")
-    parser.add_argument("--prompts", type=int, default=10, help="needle prompts a candidate is measured on (10)")
-    parser.add_argument("--pieces", type=int, default=1, help="prompts made of one document at most (1)")
+    parser.add_argument("--original", type=int, help="length that the model was trained for (what its config says)")
+    parser.add_argument("--prompts", type=int, default=10, help="needle questions per candidate (10)")
+    parser.add_argument("--pieces", type=int, default=1, help="how many prompts one document may give (1)")
     parser.add_argument("--population", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0, help="of the search and of the needles (0)")
-    parser.add_argument("--state", type=Path, help="JSON file: every candidate measured so far")
+    parser.add_argument("--state", type=Path, help="JSON file that keeps every candidate measured so far")
     parser.add_argument("--out", type=Path, help="TOML file to write")
     own = parser.parse_args(args)
     try:
@@ -50,7 +53,7 @@ def main(args: list[str]) -> int:
         toml = search(own)
         print(toml, end="")
         if own.out:
-            own.out.write_text(toml)
+            write_text(own.out, toml)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -58,7 +61,7 @@ def main(args: list[str]) -> int:
 
 
 def check_arguments(own: argparse.Namespace) -> None:
-    """What can be told without PyTorch."""
+    """UserError for what can be found wrong without PyTorch."""
     for key in ("model", "text", "length"):
         if getattr(own, key) is None:
             raise UserError(f"--{key} is not given; see --help.")
@@ -76,8 +79,7 @@ def search(own: argparse.Namespace) -> str:
 
     from torchtitan.extensions.evaluation.held_out_text import long_documents
     from torchtitan.extensions.evaluation.loading import load
-    from torchtitan.extensions.evaluation.needle import answer_losses, needle_question
-    from torchtitan.extensions.evaluation.rope_search import Candidate, Space, evolve
+    from torchtitan.extensions.evaluation.needle import needle_question
     from torchtitan.models.rope import RopeArgs
     from torchtitan.models.rope_scaling import LongRopeScaling, YarnScaling
     from torchtitan.tools.device import device_type
@@ -96,8 +98,8 @@ def search(own: argparse.Namespace) -> str:
     texts = long_documents(own.text, loaded.tokenizer, own.length, own.prompts, own.text_field, pieces=own.pieces)
     if len(texts) < own.prompts:
         raise UserError(
-            f"--prompts = {own.prompts}, but --text gives {len(texts)} stretches of {own.length:,} tokens, a document "
-            f"{own.pieces} at most. Give more text, a larger --pieces, or fewer --prompts."
+            f"--prompts = {own.prompts}, but --text gives {len(texts)} stretches of {own.length:,} tokens, at most "
+            f"{own.pieces} per document. Give more text, a larger --pieces, or fewer --prompts."
         )
     bos = loaded.tokenizer.bos_id if own.add_bos else None
     prompts = [
@@ -139,7 +141,9 @@ def search(own: argparse.Namespace) -> str:
         def fitness(candidate: Candidate) -> float:
             if candidate not in known:
                 known[candidate] = perplexity(rope_of(candidate))
-                write_state(own.state, settings, [[c.d_rcd, list(c.high), v] for c, v in known.items()])
+                if own.state:
+                    measured = [[c.d_rcd, list(c.high), value] for c, value in known.items()]
+                    write_text(own.state, json.dumps({"settings": settings, "measured": measured}))
             return known[candidate]
 
         def on_iteration(done: int, living: list[tuple[float, Candidate]]) -> None:
@@ -181,30 +185,35 @@ def as_toml(factors: tuple[float, ...], original: int, comments: list[str]) -> s
     )
 
 
+def answer_losses(model: Any, ranks: Any, questions: Sequence[Any], rope: Any) -> Any:
+    """float32 [all questions' target tokens]: -log p of each under the RoPE, in nats."""
+    import torch
+
+    from torchtitan.extensions.evaluation.forward import answer_scores
+    from torchtitan.models.rope import rope_for
+
+    losses = []
+    for one in questions:
+        used = rope_for(rope, len(one.prompt) + len(one.target) - 1)
+        losses.append(-answer_scores(model, ranks, [one.prompt], [one.target], used)[0][0])
+    return torch.cat(losses)
+
+
 def read_state(path: Path | None, settings: dict[str, Any]) -> list[list[Any]]:
-    """[d_rcd, factors, fitness] of what an earlier run measured; UserError if it measured something else."""
+    """[d_rcd, factors, fitness] of each candidate that an earlier run measured; UserError if its settings differ."""
     if path is None or not path.exists():
         return []
-    try:
-        state = json.loads(path.read_text())
-        was, measured = state["settings"], state["measured"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--state {path} is not the state of a search: {type(error).__name__} {error}.") from None
+    state = read_json(path)
+    if not state.keys() >= {"settings", "measured"}:
+        raise UserError(f"--state {path} is not the state of a search: it lacks settings or measured.")
+    was, measured = state["settings"], state["measured"]
     changed = [f"{key} {was.get(key)} -> {value}" for key, value in settings.items() if was.get(key) != value]
     if changed:
         raise UserError(
             f"--state {path} is of another search: {'; '.join(changed)}. (prompts changes with --text, --seed, "
             "--prompts and the tokenizer.) Name another file."
         )
-    return measured
-
-
-def write_state(path: Path | None, settings: dict[str, Any], measured: list[list[Any]]) -> None:
-    """Whole or not at all."""
-    if path is not None:
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps({"settings": settings, "measured": measured}))
-        partial.replace(path)
+    return list(measured)
 
 
 if __name__ == "__main__":

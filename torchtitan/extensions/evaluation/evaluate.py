@@ -7,7 +7,7 @@ Used by a running stage (hook.py) and by scripts/evaluate.py. The result is a di
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ import torch
 from torchtitan.components.metrics import finite
 from torchtitan.config.schema import JobConfig
 from torchtitan.datasets.tokenizer import Tokenizer
-from torchtitan.extensions.evaluation import needle
 from torchtitan.extensions.evaluation.checks import evaluation_length, longest_asked
 from torchtitan.extensions.evaluation.forward import Ranks
 from torchtitan.extensions.evaluation.held_out_text import long_documents
-from torchtitan.extensions.evaluation.questions import Question, Score
+from torchtitan.extensions.evaluation.needle import NeedleTask
+from torchtitan.extensions.evaluation.questions import Question, Score, default_text
 from torchtitan.extensions.evaluation.runner import (
     default_edges,
     free_gathered_parameters,
@@ -79,27 +79,23 @@ def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> P
         texts[name] = long_documents(
             [path], tokenizer, length + 1, e.max_documents, e.text_field, bos, called=f"evaluation.texts ({text})"
         )
-    questions: dict[str, list[Question]] = {}
-    scores: dict[str, Score] = {}
     documents = [document for several in texts.values() for document in several]
     # a haystack is one text: nothing begins or ends in it
-    around = without_special(tokenizer, torch.cat(documents))[:ENOUGH_TEXT] if documents else None
+    held_out = without_special(tokenizer, torch.cat(documents))[:ENOUGH_TEXT] if documents else None
+    prose = default_text() if held_out is None else tokenizer.decode(held_out.tolist())
     bos_id = tokenizer.bos_id if bos else None
+    asked: list[tuple[Any, Any, Sequence[int], int]] = []
+    """(task, its haystack, lengths, how many questions)"""
     if e.needle_lengths:
-        hay = torch.tensor(tokenizer.encode(needle.default_text())) if around is None else around
-        questions[needle.TASK] = needle.needle_questions(
-            tokenizer, hay, e.needle_lengths, e.needle_depths, e.needles, seed=e.seed, bos_id=bos_id
-        )
-        scores[needle.TASK] = needle.score
-    if e.tasks:
-        prose = needle.default_text() if around is None else tokenizer.decode(around.tolist())
-        for task in tasks_of(e.tasks, [folder / file for file in e.qa_files]):
-            questions[task.name] = [
-                question
-                for n in sorted(set(e.task_lengths))
-                for question in task.make(tokenizer, prose, n, e.task_items, e.seed, bos_id)
-            ]
-            scores[task.name] = task.score
+        tokens = torch.tensor(tokenizer.encode(prose)) if held_out is None else held_out
+        asked.append((NeedleTask(e.needle_depths), tokens, e.needle_lengths, e.needles))
+    for task in tasks_of(e.tasks, [folder / file for file in e.qa_files]):
+        asked.append((task, prose, e.task_lengths, e.task_items))
+    questions = {
+        task.name: [one for n in sorted(set(lengths)) for one in task.make(tokenizer, hay, n, count, e.seed, bos_id)]
+        for task, hay, lengths, count in asked
+    }
+    scores = {task.name: task.score for task, _, _, _ in asked}
     prompts = [question.prompt for several in questions.values() for question in several]
     largest = max(int(tokens.max()) for tokens in [*documents, *prompts])
     if largest >= args.vocab_size:
@@ -112,8 +108,8 @@ def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> P
     for name, several in texts.items():
         for document in several:
             digest.update(name.encode() + document.numpy().tobytes())
-    for task_name, asked in questions.items():
-        for question in asked:
+    for task_name, several_questions in questions.items():
+        for question in several_questions:
             digest.update(task_name.encode() + question.prompt.numpy().tobytes() + question.target.numpy().tobytes())
     settings = {
         "texts": list(e.texts),
@@ -168,7 +164,7 @@ def evaluate(
         for task, questions in prepared.questions.items():
 
             def on_task(done: int, total: int, task: str = task) -> None:
-                on_part("needles" if task == needle.TASK else task, done, total)
+                on_part(task, done, total)
 
             outcomes = score_questions(model, ranks, tokenizer, questions, prepared.scores[task], generate, on_task)
             tasks[task] = mean_by_length_and_depth(questions, outcomes)

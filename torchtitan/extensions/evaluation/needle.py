@@ -1,24 +1,21 @@
-"""A needle in a haystack: a number told once, at some depth of a text of some length, and asked for at its end.
+"""A needle in a haystack: a number stated once, at some depth of a text of some length, and asked for at its end.
 
 The test in its familiar form (Kamradt, github.com/gkamradt/LLMTest_NeedleInAHaystack, 2023), with a question that
-leaves nothing to phrase: the answer is a seven-digit number, so that guessing scores 0. LongRoPE2 (arXiv 2502.20082)
-has the needle at the start and takes the likelihood of the answer's tokens alone as the fitness of a RoPE: no text is
-generated, and small differences between models show.
+leaves nothing to phrase: the answer is a seven-digit number, so that guessing scores 0. RULER's niah_single (ruler.py)
+is the same with the depth drawn; this one asks at every depth of a grid, and its questions have exactly the length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.datasets.tokenizer import Tokenizer
-from torchtitan.extensions.evaluation.forward import Ranks, answer_scores
-from torchtitan.extensions.evaluation.questions import Question
-from torchtitan.models.rope import RopeArgs, rope_for
-from torchtitan.models.transformer import Transformer
+from torchtitan.extensions.evaluation.questions import Question, Score, string_match_all
 from torchtitan.tools.errors import UserError
 
 TASK = "needle"
@@ -29,43 +26,37 @@ COLOURS = ("amber", "azure", "bronze", "copper", "crimson", "golden", "green", "
 THINGS = ("anchor", "bridge", "candle", "falcon", "garden", "kettle", "lantern", "letter", "mirror", "orchard", "piano")
 DIGITS = 7
 SPARE_TOKENS = 4
-"""That the model may write beyond the expected answer."""
+"""How many tokens the model may write beyond the expected answer."""
 
 
-def default_text() -> str:
-    """Prose that exists wherever Python does: its own reference, some 0.7 million characters."""
-    from pydoc_data.topics import topics
+@dataclass(frozen=True)
+class NeedleTask:
+    """Needles at a grid of depths; questions are made and scored as those of every other task (fitting.Task)."""
 
-    return "\n\n".join(topics.values())
+    depths: Sequence[float]
+    name: str = TASK
+    score: Score = string_match_all
 
+    def make(
+        self, tokenizer: Tokenizer, text: torch.Tensor, length: int, count: int, seed: int, bos_id: int | None
+    ) -> list[Question]:
+        """`count` questions for each depth, each a function of (text, seed, length, depth, number).
 
-def needle_questions(
-    tokenizer: Tokenizer,
-    text: torch.Tensor,
-    lengths: Sequence[int],
-    depths: Sequence[float],
-    count: int,
-    seed: int = 0,
-    bos_id: int | None = None,
-) -> list[Question]:
-    """`count` questions for each length and depth, a function of (text, seed, length, depth, number).
-
-    text: int64 [N], repeated if it is shorter than a length; each question begins at another place of it. UserError
-    for a length that holds no needle.
-    """
-    try:
-        ends = sentence_end_ids(tokenizer)
-    except UserError:  # of whole words, say: then needles stand wherever their depth is
-        ends = ()
-    questions = []
-    for length in sorted(set(lengths)):
-        for depth in sorted(set(depths)):
+        text: int64 [N], repeated if it is shorter than the length; each question begins at another place of it.
+        UserError if the length holds no needle.
+        """
+        try:
+            ends = sentence_end_ids(tokenizer)
+        except UserError:  # a tokenizer of whole words, for example: needles then stand exactly at their depth
+            ends = ()
+        questions = []
+        for depth in sorted(set(self.depths)):
             for n in range(count):
                 rng = np.random.default_rng([seed, length, round(depth * 1e6), n])
                 start = int(rng.integers(len(text)))
                 around = text[torch.arange(start, start + length) % len(text)]
                 questions.append(needle_question(tokenizer, around, length, rng, bos_id, depth, ends, SPARE_TOKENS))
-    return questions
+        return questions
 
 
 def needle_question(
@@ -78,11 +69,10 @@ def needle_question(
     sentence_ends: Sequence[int] = (),
     spare: int = 0,
 ) -> Question:
-    """A question whose prompt, answer and `spare` more tokens that may be written have exactly `length` tokens, around
-    the beginning of text (int64 [at least length]).
+    """A question of exactly `length` tokens: the prompt, the answer, and `spare` more tokens that may be written.
 
-    depth: share of the text that comes before the needle; the needle goes back to behind the nearest of the tokens
-    sentence_ends, if there is one.
+    text: int64 [at least length]; its first tokens are the haystack. depth: share of the haystack before the needle,
+    which is moved back to just behind the nearest of the tokens sentence_ends, if there is one.
     """
     words = {
         "name": f"{COLOURS[rng.integers(len(COLOURS))]} {THINGS[rng.integers(len(THINGS))]}",
@@ -90,18 +80,20 @@ def needle_question(
     }
     needle, question, answer = (tokenizer.encode_behind(part.format(**words)) for part in (NEEDLE, QUESTION, ANSWER))
     bos = [] if bos_id is None else [bos_id]
-    between = length - spare - len(bos) - len(needle) - len(question) - len(answer)
-    if between < 0:
+    hay_length = length - spare - len(bos) - len(needle) - len(question) - len(answer)
+    if hay_length < 0:
         raise UserError(
-            f"A needle, its question and the answer take {length - between} tokens, but the length is {length}."
+            f"A needle, its question and the answer take {length - hay_length} tokens, but the length is {length}."
         )
-    if len(text) < between:
-        raise UserError(f"{between} tokens of text must stand between needle and question, but there are {len(text)}.")
-    text = text[:between].cpu()
-    place = round(depth * between)
-    ends = torch.nonzero(torch.isin(text[:place], torch.tensor(sentence_ends, dtype=torch.int64)))
+    if len(text) < hay_length:
+        raise UserError(
+            f"A needle at a length of {length} needs {hay_length} tokens of text, but there are {len(text)}."
+        )
+    hay = text[:hay_length].cpu()
+    place = round(depth * hay_length)
+    ends = torch.nonzero(torch.isin(hay[:place], torch.tensor(sentence_ends, dtype=torch.int64)))
     place = int(ends[-1]) + 1 if len(ends) else place
-    parts = [torch.tensor(bos, dtype=torch.int64), text[:place], torch.tensor(needle), text[place:]]
+    parts = [torch.tensor(bos, dtype=torch.int64), hay[:place], torch.tensor(needle), hay[place:]]
     return Question(
         task=TASK,
         length=length,
@@ -111,20 +103,3 @@ def needle_question(
         max_new_tokens=len(answer) + spare,
         depth=depth,
     )
-
-
-def score(text: str, answers: Sequence[str]) -> float:
-    """1 if the number is written, whatever else is."""
-    return float(answers[0] in text)
-
-
-def answer_losses(
-    model: Transformer, ranks: Ranks, questions: Sequence[Question], rope: RopeArgs | None = None
-) -> torch.Tensor:
-    """float32 [all questions' target tokens]: -log p of each, in nats. rope: instead of the model's own."""
-    rope = rope or model.args.rope
-    losses = []
-    for one in questions:
-        used = rope_for(rope, len(one.prompt) + len(one.target) - 1)
-        losses.append(-answer_scores(model, ranks, [one.prompt], [one.target], used)[0][0])
-    return torch.cat(losses)

@@ -1,7 +1,7 @@
-"""What is asked of a model: a prompt, the answers that count, and the tokens of the one that is scored by likelihood.
+"""What a model is asked: a prompt, the answers that count, and the tokens of the answer that is scored by likelihood.
 
-Tasks (needle.py, ruler.py, recall.py) make questions; runner.py puts them to a model in two ways: the answer's tokens
-under teacher forcing, one forward pass, and generated text.
+Tasks (needle.py, ruler.py, recall.py) make questions; runner.py asks a model in two ways: it scores the answer's tokens
+under teacher forcing, in one forward pass, and it scores generated text.
 """
 
 from __future__ import annotations
@@ -40,3 +40,20 @@ class Question:
 
 Score = Callable[[str, Sequence[str]], float]
 """(generated text, answers) -> 0 to 1."""
+
+
+def string_match_all(text: str, answers: Sequence[str]) -> float:
+    """Share of the answers that are in the text, whatever their case."""
+    return sum(answer.lower() in text.lower() for answer in answers) / len(answers)
+
+
+def string_match_part(text: str, answers: Sequence[str]) -> float:
+    """1 if one of the answers, which are spellings of the same, is in the text, whatever its case; else 0."""
+    return float(any(answer.lower() in text.lower() for answer in answers))
+
+
+def default_text() -> str:
+    """Prose for haystacks that exists wherever Python does: its own reference, some 0.7 million characters."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics.values())

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from torchtitan.extensions.evaluation.fitting import Render, Task, Wording, generator
-from torchtitan.extensions.evaluation.ruler import NIAH, drawn, niah_task, string_match_all
+from torchtitan.extensions.evaluation.questions import string_match_all
+from torchtitan.extensions.evaluation.ruler import NIAH, drawn, niah_task
 
 SHOTS = 2
 DEPTHS = tuple(float(d) for d in np.linspace(0, 1, 6))

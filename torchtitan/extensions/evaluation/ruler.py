@@ -18,6 +18,7 @@ from math import pi
 import numpy as np
 
 from torchtitan.extensions.evaluation.fitting import Render, Task, Wording, generator, listed
+from torchtitan.extensions.evaluation.questions import string_match_all
 from torchtitan.extensions.evaluation.words import pair, singles, words
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -36,16 +37,6 @@ TOKENS_PER_CODE = 50
 """fwe has one coded word in its vocabulary per this number of tokens of the length."""
 LEAST_OF_FWE = 100
 """With fewer words the fourth is as frequent as the fifth."""
-
-
-def string_match_all(text: str, answers: Sequence[str]) -> float:
-    """Share of the answers that are in the text, whatever their case."""
-    return sum(answer.lower() in text.lower() for answer in answers) / len(answers)
-
-
-def string_match_part(text: str, answers: Sequence[str]) -> float:
-    """1 if one of the answers is in the text, whatever its case: they are spellings of the same."""
-    return float(any(answer.lower() in text.lower() for answer in answers))
 
 
 @dataclass(frozen=True)

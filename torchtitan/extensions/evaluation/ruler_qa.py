@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 
 from torchtitan.extensions.evaluation.fitting import Render, Task, Wording, generator
-from torchtitan.extensions.evaluation.ruler import QA, string_match_part
+from torchtitan.extensions.evaluation.questions import string_match_part
+from torchtitan.extensions.evaluation.ruler import QA
 from torchtitan.tools.errors import UserError
 
 BUDGET = 32

@@ -28,7 +28,7 @@ from torchtitan.extensions.evaluation.command_line import what_is_asked
 from torchtitan.extensions.evaluation.forward import Ranks
 from torchtitan.extensions.evaluation.hook import StageEvaluation
 from torchtitan.extensions.evaluation.loading import ModelOnDisk, check_own_results, model_for
-from torchtitan.extensions.evaluation.questions import Question
+from torchtitan.extensions.evaluation.questions import Question, default_text
 from torchtitan.extensions.evaluation.runner import Outcome, mean_by_length_and_depth, position_losses, stop_ids
 from torchtitan.models.hf.config import read_config
 from torchtitan.models.hf.weights import hf_name
@@ -56,7 +56,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_needles_stand_where_they_should_and_can_be_found_by_reading():
-    items = needle.needle_questions(TOKENIZER, TEXT, [200, 500], [0.0, 0.3, 1.0], 3, bos_id=TOKENIZER.bos_id)
+    task = needle.NeedleTask([0.0, 0.3, 1.0])
+    items = [item for length in (200, 500) for item in task.make(TOKENIZER, TEXT, length, 3, 0, TOKENIZER.bos_id)]
     assert len(items) == 18
     ends = set(sentence_end_ids(TOKENIZER))
     for item in items:
@@ -75,25 +76,24 @@ def test_needles_stand_where_they_should_and_can_be_found_by_reading():
         tokens = TOKENIZER.encode(text[:before])
         assert item.depth == 0 or tokens[-1] in ends
         # the oracle: who copies what stands behind the name scores 1, who knows nothing 0
-        assert needle.score(f"{item.answers[0]}, I think", item.answers) == 1
-        assert needle.score("1234", item.answers) == 0 and needle.score("", item.answers) == 0
-    same, others = (
-        needle.needle_questions(TOKENIZER, TEXT, [500], [0.3], 3, seed=seed, bos_id=TOKENIZER.bos_id) for seed in (0, 1)
-    )
+        assert task.score(f"{item.answers[0]}, I think", item.answers) == 1
+        assert task.score("1234", item.answers) == 0 and task.score("", item.answers) == 0
+    one_depth = needle.NeedleTask([0.3])
+    same, others = (one_depth.make(TOKENIZER, TEXT, 500, 3, seed, TOKENIZER.bos_id) for seed in (0, 1))
     asked = [item.answers for item in items if (item.length, item.depth) == (500, 0.3)]
     assert [item.answers for item in same] == asked
     assert not {item.answers for item in others} & set(asked)
 
 
 def test_text_is_repeated_for_a_length_beyond_it():
-    (item,) = needle.needle_questions(TOKENIZER, TEXT[:90], [700], [0.5], 1)
+    (item,) = needle.NeedleTask([0.5]).make(TOKENIZER, TEXT[:90], 700, 1, 0, None)
     assert len(item.prompt) + len(item.target) + needle.SPARE_TOKENS == 700
     with pytest.raises(UserError, match="the length is 10"):
-        needle.needle_questions(TOKENIZER, TEXT, [10], [0.5], 1)
+        needle.NeedleTask([0.5]).make(TOKENIZER, TEXT, 10, 1, 0, None)
 
 
 def test_the_default_text_is_there():
-    assert len(needle.default_text()) > 300_000
+    assert len(default_text()) > 300_000
 
 
 def item(length: int, depth: float | None) -> Question:

@@ -12,8 +12,9 @@ import torch
 from tokenizers import decoders, models, normalizers, trainers
 
 from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
-from torchtitan.extensions.evaluation import needle, recall, ruler
+from torchtitan.extensions.evaluation import recall, ruler
 from torchtitan.extensions.evaluation.needle import needle_question
+from torchtitan.extensions.evaluation.questions import default_text
 from torchtitan.extensions.evaluation.tasks import tasks_of
 
 ASSETS = Path(__file__).parents[4] / "assets" / "tokenizer"
@@ -28,7 +29,7 @@ def prepending(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    text = needle.default_text()[:200_000]
+    text = default_text()[:200_000]
     lines = [word for line in text.splitlines() for word in line.replace(" ", "\0 ").split("\0") if word]
     made.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=1500, special_tokens=special))
     folder = tmp_path_factory.mktemp("prepending")
@@ -47,7 +48,7 @@ def test_it_is_of_that_kind(prepending: Tokenizer) -> None:
 def test_targets_are_what_stands_behind_the_prompt(name: str, prepending: Tokenizer) -> None:
     names = [n for n in (ruler.ALL if name == "ruler" else recall.TASKS) if not n.startswith("qa")]
     for task in tasks_of(names):
-        (item,) = task.make(prepending, needle.default_text(), 8192, 1, 5, None)
+        (item,) = task.make(prepending, default_text(), 8192, 1, 5, None)
         prompt, target = item.prompt.tolist(), item.target.tolist()
         said = prepending.decode([*prepending.encode(":"), *target])[1:]
         assert not said.startswith("  "), task.name
@@ -55,7 +56,7 @@ def test_targets_are_what_stands_behind_the_prompt(name: str, prepending: Tokeni
 
 
 def test_a_needles_answer_is_what_stands_behind_the_question(prepending: Tokenizer) -> None:
-    text = torch.tensor(prepending.encode(needle.default_text()))
+    text = torch.tensor(prepending.encode(default_text()))
     for depth in (0.0, 0.5, 1.0):
         asked = needle_question(prepending, text, 700, np.random.default_rng(3), depth=depth)
         tokens, answer = [*asked.prompt.tolist(), *asked.target.tolist()], len(asked.prompt)

@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.scripts import load_script
 from torchtitan.attention.segments import Segments
 from torchtitan.config import load_config
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.evaluation.forward import Ranks
-from torchtitan.extensions.evaluation.needle import answer_losses, needle_question
+from torchtitan.extensions.evaluation.needle import needle_question
 from torchtitan.extensions.evaluation.questions import Question
-from torchtitan.extensions.evaluation.rope_search import (
-    Candidate,
-    Space,
-    critical_index,
-    crossover,
-    evolve,
-    initial,
-    lower_bound,
-    mutate,
-    uniform,
-)
 from torchtitan.models.rope import RopeArgs, inverse_frequencies
 from torchtitan.models.rope_config import build_rope
 from torchtitan.models.rope_method import ntk_theta
 from torchtitan.models.rope_scaling import LongRopeScaling
 from torchtitan.tools.errors import UserError
+
+search_rope = load_script("studies/search_rope")
+answer_losses = search_rope.answer_losses
+longrope2 = sys.modules["longrope2"]
+Candidate, Space, evolve, initial = longrope2.Candidate, longrope2.Space, longrope2.evolve, longrope2.initial
+critical_index, lower_bound = longrope2.critical_index, longrope2.lower_bound
+crossover, mutate, uniform = longrope2.crossover, longrope2.mutate, longrope2.uniform
 
 LLAMA3 = Space(5e5, 128, 8192, 131072)
 PHI3 = Space(1e4, 96, 2048, 131072)
@@ -187,11 +185,11 @@ def test_only_the_answers_tokens_are_scored_and_the_rope_of_the_call_counts(mode
         expected.append(-scores[len(prompt.prompt) - 1 :])
     found = answer_losses(model, Ranks(), prompts, rope)
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
-    assert (found - answer_losses(model, Ranks(), prompts)).abs().max() > 1e-4
+    assert (found - answer_losses(model, Ranks(), prompts, model.args.rope)).abs().max() > 1e-4
 
 
-def test_the_command_line_searches_resumes_and_writes_a_rope_table(model, folder, script, tmp_path, capsys):
-    run = script("studies/search_rope").main
+def test_the_command_line_searches_resumes_and_writes_a_rope_table(model, folder, tmp_path, capsys):
+    run = search_rope.main
     text = tmp_path / "book.txt"
     text.write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 40)
     state, out = tmp_path / "state.json", tmp_path / "rope.toml"

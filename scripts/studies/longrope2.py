@@ -1,10 +1,11 @@
-"""LongRoPE2's search for RoPE factors (arXiv 2502.20082): evolution of one factor a pair of dimensions.
+"""LongRoPE2's search for RoPE factors (arXiv 2502.20082), for search_rope.py: evolution of one factor per pair of
+dimensions.
 
 A candidate is a real critical index d_rcd and factors lambda_j, ascending within [s, 2s], for the pairs j from it on,
 s = target / original length. Below it the NTK rule leads from 1 up to lambda at d_rcd: lambda_j = lambda^(j / d_rcd).
-Only the pairs from d_rcd on are mutated. The fitness, less being better, is given from outside: in the paper it is the
-perplexity of the answers to needle questions (needle.py). How far a mutation goes and how parents are mixed is
-this file's own choice.
+Only the pairs from d_rcd on are mutated. The fitness, less being better, is the caller's: in the paper it is the
+perplexity of the answers to needle questions. How far a mutation goes and how parents are mixed is this file's choice;
+the paper leaves both open.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ PARENTS = 1 / 2
 """Share of a population that lives on; LongRoPE (2402.13753): 32 of 64."""
 
 MUTANTS = 1 / 4
-"""Share of a population that is mutated parents, the rest being crossed ones; LongRoPE: 16 of 64."""
+"""Share of a population that is mutated parents; all others are crossed. LongRoPE: 16 of 64."""
 
 MUTATION_PROBABILITY = 0.3
-"""For each factor; LongRoPE and LongRoPE2."""
+"""Per factor; LongRoPE and LongRoPE2."""
 
 MUTATION_SCALE = 0.1
 """Standard deviation of a mutation as a share of s; ours."""
@@ -57,12 +58,12 @@ class Space:
 
     @property
     def scale(self) -> float:
-        """s, the least factor of a pair that has not turned once; twice that is the largest of any."""
+        """s, the smallest factor of a pair that does not turn once; the largest factor of any pair is 2s."""
         return self.target / self.original
 
     @property
     def indices(self) -> range:
-        """The values of d_rcd: d_10 to d_tcd, as far as there are such pairs."""
+        """The values that d_rcd can have: d_10 to d_tcd, within the pairs that exist."""
         last = min(max(critical_index(self.theta, self.head_dim, self.original), 1), self.pairs - 1)
         return range(min(max(lower_bound(self.theta, self.head_dim, self.original), 1), last), last + 1)
 
@@ -81,7 +82,7 @@ class Candidate:
 
 
 def _candidate(d_rcd: int, high: np.ndarray, space: Space) -> Candidate:
-    """With the factors brought into their range and order."""
+    """A candidate with these factors, clipped to [s, 2s] and sorted."""
     inside = np.sort(np.clip(np.round(high, DECIMALS), space.scale, 2 * space.scale))
     return Candidate(d_rcd, tuple(inside.tolist()))
 
@@ -92,20 +93,20 @@ def uniform(d_rcd: int, c: float, space: Space) -> Candidate:
 
 
 def initial(space: Space, count: int, rng: np.random.Generator) -> list[Candidate]:
-    """`count` different candidates: every d_rcd in turn with an integer c from [s, 2s], mutated where it is there."""
-    found: dict[Candidate, None] = {}
+    """`count` different candidates: every d_rcd in turn with an integer c from [s, 2s]; a repetition is mutated."""
+    candidates: dict[Candidate, None] = {}
     for i in range(count):
         d_rcd = space.indices[i % len(space.indices)]
         c = rng.integers(math.ceil(space.scale), math.floor(2 * space.scale) + 1)
         candidate = uniform(d_rcd, float(c), space)
-        while candidate in found:
+        while candidate in candidates:
             candidate = mutate(candidate, space, rng)
-        found[candidate] = None
-    return list(found)
+        candidates[candidate] = None
+    return list(candidates)
 
 
 def mutate(candidate: Candidate, space: Space, rng: np.random.Generator) -> Candidate:
-    """Each factor from d_rcd on moves with probability 0.3 (one at least) by a normal step; then they are sorted."""
+    """Each factor from d_rcd on (at least one) moves by a normal step with probability 0.3; then they are sorted."""
     high = np.array(candidate.high)
     chosen = rng.random(len(high)) < MUTATION_PROBABILITY
     chosen[rng.integers(len(high))] = True
@@ -114,7 +115,7 @@ def mutate(candidate: Candidate, space: Space, rng: np.random.Generator) -> Cand
 
 
 def crossover(a: Candidate, b: Candidate, space: Space, rng: np.random.Generator) -> Candidate:
-    """a's d_rcd; each factor from there on is a's or b's, then they are sorted."""
+    """a's d_rcd; each factor from there on is a's or b's by chance; then they are sorted."""
     of_a, of_b = (np.array(x.factors()[a.d_rcd :]) for x in (a, b))
     return _candidate(a.d_rcd, np.where(rng.random(len(of_a)) < 0.5, of_a, of_b), space)
 
@@ -127,11 +128,10 @@ def evolve(
     iterations: int = 40,
     on_iteration: Callable[[int, list[tuple[float, Candidate]]], None] | None = None,
 ) -> list[tuple[float, Candidate]]:
-    """The last population, best first, with its fitnesses; NaN counts as the worst.
+    """The last population with its fitnesses, best first; NaN counts as the worst.
 
-    A pure function of its arguments: where fitness remembers what it gave, a search that was cut off is gone through
-    again in no time. on_iteration: called with the number of iterations done (0: the first population) and the
-    population.
+    A pure function of its arguments: if fitness remembers its values, a search that was cut off repeats what it did in
+    no time. on_iteration: called with the number of iterations done (0: the first population) and the population.
     """
 
     def rated(candidates: list[Candidate]) -> list[tuple[float, Candidate]]:
@@ -145,19 +145,19 @@ def evolve(
             parents = living[: max(int(population * PARENTS), 1)]
             young = _offspring([c for _, c in parents], space, population, rng)
             living = parents + rated(young)
-        living = sorted(living, key=lambda pair: pair[0])  # stable: the elder first
+        living = sorted(living, key=lambda pair: pair[0])  # stable: of equals the elder first
         if on_iteration:
             on_iteration(iteration, living)
     return living
 
 
 def _offspring(parents: list[Candidate], space: Space, population: int, rng: np.random.Generator) -> list[Candidate]:
-    """As many new candidates, different from each other and from their parents, as fill the population."""
+    """New candidates, different from each other and from their parents: as many as fill the population."""
     young: dict[Candidate, None] = {}
-    wanted, mutants = population - len(parents), int(population * MUTANTS)
-    while len(young) < wanted:
+    count, mutants = population - len(parents), int(population * MUTANTS)
+    while len(young) < count:
         a = parents[rng.integers(len(parents))]
-        # mutated first; and again where mixing only gives what there is
+        # the first ones are mutated, and so is every mixture that exists already
         mixed = crossover(a, parents[rng.integers(len(parents))], space, rng) if len(young) >= mutants else a
         child = mixed if mixed not in young and mixed not in parents else mutate(mixed, space, rng)
         if child not in young and child not in parents:
