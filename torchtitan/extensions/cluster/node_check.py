@@ -4,8 +4,8 @@ r"""Are the machines fit for the job? Before training, or by itself under any la
         --folder outputs
     srun torchrun ... -m torchtitan.extensions.cluster.node_check --folder outputs
 
-Times a matrix product on every rank, and an all-reduce inside every node and between neighbouring ones. A host that
-takes more than `factor` times the median host's time is slow. A host is broken if it gives a wrong result or no answer,
+Times a matrix product on every rank, and an all-reduce inside every node and between neighbouring nodes. A host is slow
+if it takes more than `factor` times the median host's time. A host is broken if it gives a wrong result or no answer,
 or does not see the other hosts' files. The exit code is 0, or 3 (from rank 0) if a host is named; node_check.json has
 the names as Slurm's --exclude takes them.
 """
@@ -13,6 +13,7 @@ the names as Slurm's --exclude takes them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -70,39 +71,28 @@ def matmul_seconds(device: torch.device, seconds: float) -> tuple[float, bool]:
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     a = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     first = a @ a
-    same, spent, count = True, 0.0, 0
+    same = torch.equal(a @ a, first)  # waits for the device
+    start, count = time.perf_counter(), 0
     # the mean, not the best: a host that is held up now and then is a slow host
-    while spent < seconds or count < REPEATS:
-        took, result = _timed(lambda: a @ a, device)
-        same, spent, count = same and torch.equal(result, first), spent + took, count + 1
+    while (spent := time.perf_counter() - start) < seconds or count < REPEATS:
+        same &= torch.equal(a @ a, first)
+        count += 1
     return spent / count, same
 
 
 def all_reduce_seconds(device: torch.device, group: dist.ProcessGroup, mib: int) -> float:
     """Collective over group. Mean time of an all-reduce of `mib` MiB; RuntimeError if the sum is wrong."""
-
-    def reduce(repeats: int) -> torch.Tensor:
+    seconds, size = 0.0, dist.get_world_size(group)
+    for repeats in (1, REPEATS):  # the first sets up connections
+        # all repeats at once: timed one by one, a host held up between two would look fast, and the other one slow
+        start = time.perf_counter()
         for _ in range(repeats):
             ones = torch.ones(mib * 2**18, device=device)
             dist.all_reduce(ones, group=group)
-        return ones
-
-    reduce(1)  # sets up connections
-    # all repeats at once: timed one by one, a host that is held up between two would look fast, and the other one slow
-    seconds, ones = _timed(lambda: reduce(REPEATS), device)
-    if not bool((ones == dist.get_world_size(group)).all()):
-        raise RuntimeError(f"an all-reduce over {dist.get_world_size(group)} ranks gave a wrong sum")
-    return seconds / REPEATS
-
-
-def _timed(function: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds until the device has done it, and what it returns."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    result = function()
-    synchronize()
-    return time.perf_counter() - start, result
+        if not bool((ones == size).all()):  # waits for the device
+            raise RuntimeError(f"an all-reduce over {size} ranks gave a wrong sum")
+        seconds = (time.perf_counter() - start) / repeats
+    return seconds
 
 
 def rounds_of_neighbours(count: int) -> list[list[tuple[int, ...]]]:
@@ -110,6 +100,23 @@ def rounds_of_neighbours(count: int) -> list[list[tuple[int, ...]]]:
     ring = [(i, (i + 1) % count) for i in range(count)] if count > 2 else [(0, 1)] * (count == 2)
     odd_one_out = [ring.pop()] if count > 2 and count % 2 else []
     return [[*pairs] for pairs in (ring[::2], ring[1::2], odd_one_out) if pairs]
+
+
+def all_reduces(device: torch.device, hosts: list[str], timeout: float) -> dict[str, Any]:
+    """Collective. {"inside": seconds among the ranks of this host, "pairs": {neighbour: seconds among both's}}."""
+    names, here = list(dict.fromkeys(hosts)), hosts[dist.get_rank()]
+    times: dict[str, Any] = {"pairs": {}}
+    each_by_itself: list[tuple[int, ...]] = [(node,) for node in range(len(names))]
+    for nodes_by_group in (each_by_itself, *rounds_of_neighbours(len(names))):
+        groups = [[names[node] for node in nodes] for nodes in nodes_by_group]
+        ranks = [[rank for rank, host in enumerate(hosts) if host in group] for group in groups]
+        mine, _ = dist.new_subgroups_by_enumeration(ranks, timedelta(seconds=timeout))
+        for group in groups:
+            if here in group:
+                seconds = all_reduce_seconds(device, mine, 256 if device.type == "cuda" else 4)
+                times["pairs"] |= {name: seconds for name in group if name != here}
+                times |= {"inside": seconds} if len(group) == 1 else {}
+    return times
 
 
 def node_check(
@@ -121,72 +128,61 @@ def node_check(
     timeout: float,
     seconds: float = 0.5,
 ) -> Report:
-    """Collective, but does not rely on it: a rank that gives no answer within `timeout` seconds is named as broken.
+    """Collective, but a rank that does not answer in time is named as broken. The same report on all ranks.
 
-    What a rank does alone comes first, so that a rank that never comes is known before another waits for it in a
-    collective. The same report on all ranks. group: gloo, of all ranks; hosts: by rank.
+    What a rank does alone comes first: a rank that hangs is then known before others wait for it in a collective.
+    hosts: the host name of each rank; group: gloo, of all ranks; timeout: seconds that an answer may take; seconds: how
+    long the matrix product is repeated. UserError if rank 0 cannot write to `folder`.
     """
 
     def alone() -> dict[str, Any]:
         return dict(zip(("matmul", "same"), matmul_seconds(device, seconds)))
 
-    def together() -> dict[str, Any]:
-        here, names = hosts[dist.get_rank()], list(dict.fromkeys(hosts))
-        inside: list[tuple[int, ...]] = [(node,) for node in range(len(names))]
-        answer: dict[str, Any] = {"pairs": {}}
-        for nodes_of_round in (inside, *rounds_of_neighbours(len(names))):
-            mine: list[tuple[list[str], dist.ProcessGroup]] = []
-            for nodes in nodes_of_round:  # every rank makes every group
-                members = [names[node] for node in nodes]
-                ranks = [rank for rank, host in enumerate(hosts) if host in members]
-                mine += [(members, dist.new_group(ranks, timeout=timedelta(seconds=timeout)))] * (here in members)
-            for members, among in mine:  # at most one
-                took = all_reduce_seconds(device, among, 256 if device.type == "cuda" else 4)
-                others = [name for name in members if name != here]
-                answer["pairs"] |= dict.fromkeys(others, took)
-                answer |= {} if others else {"inside": took}
-        return answer | {"blind": blind_hosts(folder, hosts, group) if len(names) > 1 else []}
-
     answers = _exchange("alone", alone, hosts, timeout)
     if not any("silent" in answer for answer in answers):
-        answers = [a | b for a, b in zip(answers, _exchange("together", together, hosts, timeout))]
+        # twice the time: a rank whose neighbour hangs answers after its collective has timed out
+        together = _exchange("together", lambda: all_reduces(device, hosts, timeout), hosts, 2 * timeout)
+        answers = [mine | more for mine, more in zip(answers, together)]
+    if len(set(hosts)) > 1 and not any({"silent", "error"} & answer.keys() for answer in answers):
+        answers[0]["blind"] = blind_hosts(folder, hosts, group)
     return judge(answers, hosts, factor)
 
 
 def _exchange(
     name: str, measure: Callable[[], dict[str, Any]], hosts: list[str], timeout: float
 ) -> list[dict[str, Any]]:
-    """What every rank has measured, the same list on all ranks: as rank 0 reads it in the store, in no collective.
+    """What each rank has measured, the same list on all ranks. Through the store: a collective would wait for all.
 
-    {"error": why} of a rank whose measurement failed, {"silent": sentence} of a rank `timeout` seconds late.
+    {"error": why} of a rank whose measurement failed, {"silent": sentence} of a rank that is `timeout` seconds late.
     """
-    rank, store, prefix = dist.get_rank(), default_store(), f"node-check/{name}"
+    rank, store = dist.get_rank(), dist.PrefixStore(f"node-check/{name}", default_store())
     try:
         answer = measure()
-    except (OSError, RuntimeError, UserError) as e:
-        answer = {"error": str(e).splitlines()[0] if str(e) else type(e).__name__}
-    store.set(f"{prefix}/{rank}", json.dumps(answer))
+    except (OSError, RuntimeError) as e:
+        answer = {"error": str(e).partition("\n")[0] or type(e).__name__}
+    store.set(f"{rank}", json.dumps(answer))
     if rank > 0:
-        try:
-            store.wait([prefix], timedelta(seconds=2 * timeout + 60))  # rank 0 waits for the slowest
-        except Exception as e:
-            raise UserError(f"The node check got no answer from rank 0 on {hosts[0]}: {e}") from None
-        answers: list[dict[str, Any]] = json.loads(store.get(prefix))
-        store.add(f"{prefix}/read", 1)
+        if not _in_store(store, ["all"], 2 * timeout + 60):  # rank 0 waits for the slowest
+            raise UserError(f"The node check got no answer from rank 0 on {hosts[0]}.")
+        answers: list[dict[str, Any]] = json.loads(store.get("all"))
+        store.set(f"{rank} has read", "")
         return answers
+    answers = [{"silent": f"no answer from rank {other} in {timeout:g} s ({name})"} for other in range(len(hosts))]
     deadline = time.monotonic() + timeout
-    answers = []
-    for other in range(len(hosts)):
-        while not (came := store.check([f"{prefix}/{other}"])) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        silent = {"silent": f"no answer from rank {other} in {timeout:g} s to what it does {name}"}
-        answers.append(json.loads(store.get(f"{prefix}/{other}")) if came else silent)
-    store.set(prefix, json.dumps(answers))
-    readers = sum("silent" not in answer for answer in answers) - 1
-    deadline = time.monotonic() + 10  # the store may be this process's: the others must have read before it ends
-    while store.add(f"{prefix}/read", 0) < readers and time.monotonic() < deadline:
-        time.sleep(0.02)
+    present = [other for other in range(len(hosts)) if _in_store(store, [f"{other}"], deadline - time.monotonic())]
+    for other in present:
+        answers[other] = json.loads(store.get(f"{other}"))
+    store.set("all", json.dumps(answers))
+    _in_store(store, [f"{other} has read" for other in present[1:]], 10)  # the store may end with this process
     return answers
+
+
+def _in_store(store: dist.Store, keys: list[str], seconds: float) -> bool:
+    """Wait until the keys are in the store; False if they are not after so many seconds."""
+    with contextlib.suppress(RuntimeError):
+        store.wait(keys, timedelta(seconds=max(seconds, 0.01)))
+        return True
+    return False
 
 
 def _write(report: Report, path: Path) -> None:

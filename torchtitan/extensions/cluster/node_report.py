@@ -1,4 +1,4 @@
-"""What a node check found: which hosts are slow or broken, from what every rank measured, and how that is shown."""
+"""The report of a node check: which hosts are slow or broken by what every rank has measured, and a table of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-# name in the report -> (what it is called, which of several ranks or pairs counts)
+# key of the report -> (its name for people, which of the values of several ranks or pairs counts)
 _TIMES = {
     "matmul": ("matrix product", max),
     "inside": ("all-reduce inside the node", max),
@@ -16,7 +16,7 @@ _TIMES = {
 
 @dataclass
 class Report:
-    """What was measured, by host, and which hosts are named for what."""
+    """hosts: what was measured, by host name; slow, broken: the reasons, by the host they name."""
 
     hosts: dict[str, dict[str, Any]] = field(default_factory=dict)
     slow: dict[str, list[str]] = field(default_factory=dict)
@@ -24,19 +24,21 @@ class Report:
 
     @property
     def exclude(self) -> str:
-        """For Slurm's --exclude."""
+        """The hosts that are slow or broken, as Slurm's --exclude takes them."""
         return ",".join(sorted({**self.slow, **self.broken}))
 
     def as_json(self) -> dict[str, Any]:
-        """For node_check.json."""
+        """The content of node_check.json."""
         return {"hosts": self.hosts, "slow": self.slow, "broken": self.broken, "exclude": self.exclude}
 
 
 def judge(answers: list[dict[str, Any]], hosts: list[str], factor: float) -> Report:
-    """Hosts that are slow or broken. answers: what every rank measured (node_check.py), in seconds; hosts: by rank.
+    """Find the hosts that are slow or broken.
 
-    Between nodes a host counts as slow only if it is so with its best neighbour: a slow host spoils its neighbours'
-    other pairs, but not those. With two nodes a slow link has two ends, and neither is named.
+    answers: what each rank has measured (node_check.py), in seconds; hosts: the host name of each rank. factor: how
+    many times the median host's time is slow. Between nodes a host is slow only if it is slow with its best neighbour:
+    a slow host also slows one pair of each of its neighbours, but not their other pair. If there are two nodes, a slow
+    link between them names neither.
     """
     report = Report()
     someone_is_silent = any("silent" in answer for answer in answers)
@@ -50,12 +52,12 @@ def judge(answers: list[dict[str, Any]], hosts: list[str], factor: float) -> Rep
             if values := list(pairs.values()) if key == "pair" else [answer[key] for answer in ranks if key in answer]:
                 summary[key] = which(values)
         reasons = [answer["silent"] for answer in ranks if "silent" in answer]
-        if not someone_is_silent:  # else a failed collective says nothing of this host
+        if not someone_is_silent:  # otherwise a failed collective says nothing about this host
             reasons += [answer["error"] for answer in ranks if "error" in answer]
         if any(answer.get("same") is False for answer in ranks):
             reasons.append("the same matrix product gave different results")
         if any(host in answer.get("blind", []) for answer in answers):
-            reasons.append("it does not see what rank 0 writes to the dump folder, which is not shared")
+            reasons.append("it does not see what rank 0 writes to the dump folder: the folder is not shared")
         if reasons:
             report.broken[host] = list(dict.fromkeys(reasons))
     for key, (what, _) in _TIMES.items():
@@ -69,7 +71,7 @@ def judge(answers: list[dict[str, Any]], hosts: list[str], factor: float) -> Rep
 
 
 def table(report: Report) -> list[str]:
-    """Lines for people: one per host, times in milliseconds."""
+    """Lines for people: a header and one line per host, times in milliseconds."""
     width = max(4, *(len(host) for host in report.hosts))
     lines = [f"{'host':<{width}} ranks " + " ".join(f"{key + ' ms':>10}" for key in _TIMES)]
     for host, summary in report.hosts.items():
