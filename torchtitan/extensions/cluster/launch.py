@@ -1,17 +1,14 @@
-"""Start one trainer process for each device of this machine, and end as they end.
+"""Start one trainer process per device of this machine, wait for them, and return their exit code.
 
     python -m torchtitan.extensions.cluster.launch --nproc N -- <arguments of torchtitan.train>
     # on each of M machines:
     python -m torchtitan.extensions.cluster.launch --nproc N --nnodes M --node-rank R --master HOST:PORT -- ...
 
-torchrun kills the trainers 30 seconds after SIGTERM unless told otherwise, in the middle of their checkpoint. Here a
-signal is passed on once and the trainers take as long as they need. The trainers of several machines find each other as
-torchrun's do, in a c10d store that rank 0 opens on HOST:PORT; the trainer reads the same environment variables from
-either. What a dead machine leaves behind, Slurm must end (multinode/).
-
-PyTorch's LocalElasticAgent with a long shutdown_timeout was tried instead (PyTorch 2.13). Importing it takes 1.4 s and
-220 MiB per machine, where this takes 0.04 s and 14 MiB; its processes outlive it when it is killed; its time-out for a
-rank that saves is that for a rank that hangs after another has failed.
+torchrun kills the trainers 30 seconds after SIGTERM unless told otherwise, in the middle of their checkpoint. This
+launcher passes a signal on once and lets the trainers take as long as they need (docs/architecture.md says why it is
+not made of torchrun's LocalElasticAgent). The trainers of several machines find each other as torchrun's do, in a c10d
+store that rank 0 opens on HOST:PORT, and read the same environment variables. If a machine dies, Slurm must end the
+processes of the others (multinode/).
 """
 
 from __future__ import annotations
@@ -32,20 +29,20 @@ from types import FrameType
 from torchtitan.tools.errors import FAILED, STOPPED
 
 GRACE_SECONDS = 2.0
-"""How long the other processes have to end by themselves when one has failed; then they get SIGTERM."""
+"""How long the other processes may go on after one has failed; then they get SIGTERM."""
 
 KILL_SECONDS = 10.0
-"""How long after that they are killed."""
+"""How long after SIGTERM they are killed."""
 
 OWNER_SECONDS = 5.0
-"""How often the owner file is read."""
+"""The interval at which the owner file is read."""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """This machine's place among those of the run, each with as many processes."""
+    """This machine's place among the machines of the run, which all have the same number of processes."""
 
     nnodes: int = 1
     node_rank: int = 0
@@ -56,9 +53,9 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Owner:
-    """A file whose text names the start that may write to a dump folder. If it names another, this start must end.
+    """A file whose text names the start of a job that may write to a dump folder; every other start must end.
 
-    When a node's daemon is lost, Slurm starts the job anew elsewhere, while the node's processes may live on unseen.
+    When Slurm loses a node's daemon, it starts the job again elsewhere while the node's processes may live on.
     """
 
     file: Path
@@ -67,7 +64,7 @@ class Owner:
     def is_another(self) -> bool:
         try:
             return self.file.read_text().strip() != self.text
-        except OSError:  # a file system that fails now and then proves nothing
+        except OSError:  # a failing file system does not mean another owner
             return False
 
 
@@ -79,12 +76,12 @@ def launch(
     nodes: Nodes = Nodes(),
     owner: Owner | None = None,
 ) -> int:
-    """Run `command` as this machine's nproc ranks; 0, STOPPED, or the code of the first to fail (128 + signal).
+    """Run `command` as this machine's nproc ranks; 0, STOPPED, or the exit code of the first rank to fail.
 
-    The processes inherit this one's standard streams and have RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE,
-    MASTER_ADDR and MASTER_PORT. The first SIGTERM, SIGINT or SIGHUP is passed on to them, and SIGUSR1 as SIGTERM: Slurm
-    sends SIGUSR1 to every process of a job, so the processes ignore it. They die with this process, and are killed when
-    the owner is another.
+    A rank that a signal ends has the exit code 128 + signal. The processes inherit this one's standard streams and have
+    RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. The first SIGTERM, SIGINT or SIGHUP is
+    passed on to them, and SIGUSR1 as SIGTERM: Slurm sends SIGUSR1 to every process of a job, so the processes ignore
+    it. They die with this process, and are killed if the owner file names another start.
     """
     signals: list[int] = []
 
@@ -92,7 +89,7 @@ def launch(
         signals.append(signum)
 
     stops = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the terminal was closed, or ssh dropped; nohup ignores it
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal, a lost ssh; nohup ignores it
         stops.append(signal.SIGHUP)
     before = {signum: signal.signal(signum, note) for signum in stops}
     host, port = nodes.master or ("127.0.0.1", _free_port())
@@ -109,8 +106,8 @@ def launch(
                 "MASTER_ADDR": host,
                 "MASTER_PORT": str(port),
             }
-            # A session of its own: Ctrl-C in the terminal reaches this process only, which passes it on once, and
-            # never a trainer's data loaders.
+            # A session of its own: Ctrl-C in the terminal reaches only this process, which passes it on once, and
+            # never reaches a trainer's data loaders.
             processes.append(
                 subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=before_program)
             )
@@ -132,7 +129,7 @@ def _wait(
     kill_seconds: float,
     owner: Owner | None,
 ) -> int:
-    """Wait for all processes, passing on the first of `signals`; the exit code for the whole."""
+    """Wait for all processes, and pass on the first of `signals`; the exit code of the launcher."""
     code, failed_at, passed_on, warned, terminated = 0, 0.0, False, False, False
     owner_read_at = time.monotonic()
     while True:
@@ -146,7 +143,7 @@ def _wait(
             for rank, process in enumerate(processes, first_rank):
                 if process.returncode and process.returncode != STOPPED:
                     code, failed_at = process.returncode, time.monotonic()
-                    if code < 0 and not passed_on:  # it could not explain itself
+                    if code < 0 and not passed_on:  # it could not say why
                         why = " (killed by the system when memory runs out?)" if code == -signal.SIGKILL else ""
                         _say(f"rank {rank} was ended by {signal.Signals(-code).name}{why}")
                     break
@@ -157,7 +154,7 @@ def _wait(
         if signals and not passed_on:
             passed_on = True
             passed = signal.SIGTERM if signals[0] == signal.SIGUSR1 else signals[0]
-            _say(f"{signal.Signals(signals[0]).name}: a trainer that has begun finishes its step and saves")
+            _say(f"{signal.Signals(signals[0]).name}: trainers that have begun finish their step and save")
             for process in running:
                 process.send_signal(passed)
         elif len(signals) > 1 and not warned:
@@ -182,8 +179,8 @@ def _free_port() -> int:
 
 
 def _before_program() -> Callable[[], None]:
-    """What a child runs before its program: SIGUSR1 is not for it, and it dies with this process (Linux)."""
-    # looked up here: a forked child should do next to nothing
+    """What a child runs before its program: it ignores SIGUSR1, and (on Linux) dies with this process."""
+    # looked up here, because a forked child should do next to nothing
     prctl = ctypes.CDLL(None, use_errno=True).prctl if sys.platform.startswith("linux") else None
 
     def run() -> None:
@@ -204,11 +201,11 @@ def main(argv: list[str]) -> int:
         prog="python -m torchtitan.extensions.cluster.launch", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--nproc", type=int, required=True, help="number of processes")
-    parser.add_argument("--module", default="torchtitan.train", help="what each of them runs: a module, or a file.py")
+    parser.add_argument("--module", default="torchtitan.train", help="what each process runs: a module, or a file.py")
     parser.add_argument("--nnodes", type=int, default=1, help="number of machines")
-    parser.add_argument("--node-rank", type=int, default=0, help="which of them this is, from 0")
-    parser.add_argument("--master", help="HOST:PORT, the same on all: the name of machine 0 and a port free there")
-    parser.add_argument("--owner", nargs=2, metavar=("FILE", "TEXT"), help="end when FILE holds something else")
+    parser.add_argument("--node-rank", type=int, default=0, help="which machine this is, from 0")
+    parser.add_argument("--master", help="HOST:PORT, the same on all: the name of machine 0, and a free port there")
+    parser.add_argument("--owner", nargs=2, metavar=("FILE", "TEXT"), help="end when FILE holds anything but TEXT")
     options = parser.parse_args(argv[:split])
     if options.nproc < 1:
         parser.error(f"--nproc {options.nproc}: at least 1 process is needed")
@@ -224,7 +221,7 @@ def main(argv: list[str]) -> int:
 
 
 def _host_and_port(parser: argparse.ArgumentParser, master: str | None) -> tuple[str, int] | None:
-    """Of HOST:PORT, or an end with the reason."""
+    """("HOST", PORT) of --master, checked; None if it is not given."""
     if not master:
         return None
     host, _, port = master.rpartition(":")
@@ -234,8 +231,8 @@ def _host_and_port(parser: argparse.ArgumentParser, master: str | None) -> tuple
         socket.getaddrinfo(host, int(port))
     except OSError as error:
         parser.error(
-            f"--master {master}: the name {host} does not resolve on {socket.gethostname()} ({error.strerror}). Name "
-            "the first machine as all of them know it, or by its address."
+            f"--master {master}: the name {host} does not resolve on {socket.gethostname()} ({error.strerror}). Use a "
+            "name of machine 0 that all machines know, or its address."
         )
     return host, int(port)
 
