@@ -1,6 +1,6 @@
-"""The only file that names all extensions: what of them takes part in a stage, and in which order.
+"""The only file that names all extensions: which of their parts join a stage, and in which order.
 
-Of the package train.py alone imports it; scripts and tests may. Importing it does not import PyTorch.
+Within the package only train.py imports it; scripts and tests may. Importing it does not import PyTorch.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torchtitan.models.rope_checks import check_rope
 
 
 def check(config: JobConfig, world_size: int) -> None:
-    """UserError for whatever the configuration can be wrong about by itself; needs no file and no PyTorch."""
+    """UserError for any mistake that shows in the configuration alone; reads no file and imports no PyTorch."""
     check_config(config, world_size)
     check_evaluation(config)
     check_rope(config)
 
 
 def prepare_inputs(config: JobConfig, world_size: int) -> Any:
-    """The StageInputs (components/setup.py) of a stage; text is tokenized first. UserError for all that is wrong."""
+    """The StageInputs (components/setup.py) of a stage; text is tokenized first. UserError if a stage cannot start."""
     from torchtitan.components.setup import prepare_inputs
     from torchtitan.extensions.ingest.resolve import resolve_source
 
@@ -31,7 +31,7 @@ def prepare_inputs(config: JobConfig, world_size: int) -> Any:
 
 
 def hooks_of(config: JobConfig) -> list[Any]:
-    """The hooks of a stage, in the order in which each of their methods is called; those of job.hooks come last."""
+    """The hooks of a stage, in the order in which the trainer calls them; the hooks of job.hooks come last."""
     from torchtitan.components.hooks import Hook, load_hook
     from torchtitan.extensions.cluster.gates import Gates
     from torchtitan.extensions.cluster.health import Heartbeat, StackDumps, Stragglers
@@ -53,27 +53,27 @@ def hooks_of(config: JobConfig) -> list[Any]:
         StackDumps(),
         Stragglers(),
         ProgressBar(),
+        WentBack(),  # before the evaluation: a run that is killed while it evaluates has gone back, too
         EvaluationHook(),
-        Gates(),  # before the export: what does not hold its gates is not exported
+        Gates(),  # before the export: a stage whose gates do not hold is not exported
         Export(),
         Profiler(),
-        WentBack(),
     ]
     return [*hooks, *own]
 
 
 def build_trainer(config: JobConfig, rank: int, local_rank: int, world_size: int) -> Any:
-    """Collective. The Trainer (trainer.py) of a stage with everything that takes part in it, ready for train()."""
+    """Collective. The Trainer (trainer.py) of a stage with all its hooks, ready for train()."""
     from torchtitan.extensions.cluster.requeue import with_load_step
     from torchtitan.trainer import Trainer
 
     config = with_load_step(config)
-    hooks = hooks_of(config)  # first: importing a user's module may be what brings his model
+    hooks = hooks_of(config)  # first: importing the user's module may add the user's model
     return Trainer(config, prepare_inputs(config, world_size), rank, local_rank, world_size, hooks)
 
 
 def who_answers(trainer: Any) -> str:
-    """After a collective has failed: the ranks that do not answer any more, in a sentence."""
+    """After a collective has failed: which ranks no longer answer, in a sentence."""
     from torchtitan.extensions.cluster.health import who_answers
     from torchtitan.tools.torch_compat import default_store
 

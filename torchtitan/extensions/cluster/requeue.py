@@ -1,6 +1,6 @@
-"""checkpoint.load_step of a job that Slurm has requeued: the command line is still the same, the job goes back once.
+"""checkpoint.load_step of a job that Slurm requeues: its command line stays the same, but it must go back only once.
 
-What it has trained since it went back must not be taken back at each of its starts. Read without PyTorch.
+Otherwise each start would discard what the job has trained since its first. Imported without PyTorch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WENT_BACK = "went_back.json"
 
 
 class WentBack(Hook):
-    """Notes, on Slurm, that this job has gone back to checkpoint.load_step."""
+    """Under Slurm: writes down that this job has gone back to checkpoint.load_step."""
 
     def started(self, trainer: Any) -> None:
         job, step = os.environ.get("SLURM_JOB_ID"), trainer.config.checkpoint.load_step
@@ -29,7 +29,7 @@ class WentBack(Hook):
 
 
 def with_load_step(config: JobConfig) -> JobConfig:
-    """The configuration, with load_step = -1 if this Slurm job was requeued and has gone back to that step already."""
+    """The configuration, with load_step = -1 if this is a requeued Slurm job that has gone back to that step before."""
     try:
         went_back = json.loads(_file(config).read_text())
     except (OSError, ValueError):
