@@ -1,4 +1,5 @@
-"""The door: main() reads the command line, has extensions/wiring.py build the Trainer, trains, says how it ended."""
+"""The entry: main() reads the command line, has extensions/wiring.py build the Trainer, trains, and returns an exit
+code."""
 
 from __future__ import annotations
 
@@ -19,15 +20,15 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def main(args: list[str]) -> int:
-    """Train the stage that args describe; the exit code. Ranks are told apart by torchrun's variables.
+    """Train the stage that args describe; the exit code. RANK, LOCAL_RANK and WORLD_SIZE are torchrun's variables.
 
-    0: the stage has ended. STOPPED: asked to stop, and saved. GATE_NOT_HELD: ended, but not well. LOST_A_RANK: it is
-    another rank that ended or hangs. FAILED: any other.
+    0: the stage has ended. STOPPED: asked to stop, and saved. GATE_NOT_HELD: the stage has ended, but a gate does not
+    hold. LOST_A_RANK: another rank has ended or hangs. FAILED: anything else.
     """
     rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in RANK_VARIABLES)
     init_logger(rank, world_size)
     faulthandler.enable()
-    # Slurm's warning, sent to every process of a job step: it must not kill one that is not ready for it
+    # Slurm sends its warning to every process of a job step: it must not kill a process that is still starting
     early: list[int] = []
     signal.signal(signal.SIGUSR1, lambda signum, _: early.append(signum))
     try:
@@ -37,10 +38,10 @@ def main(args: list[str]) -> int:
             return 0
         if config.stage.run_chain:
             raise UserError(
-                "stage.run_chain is for ./run_train.sh, which starts one stage after the other; here the processes of "
-                "a single stage have been started. Leave it out to train this one."
+                "stage.run_chain is for ./run_train.sh, which starts one stage after the other; these processes train "
+                "a single stage. Leave it out to train this stage."
             )
-        wiring.check(config, world_size)  # importing PyTorch takes seconds: a mistake in the TOML must not
+        wiring.check(config, world_size)  # before PyTorch, which takes seconds to import
         from torchtitan.components.bad_loss import BadLossError
 
         trainer = wiring.build_trainer(config, rank, local_rank, world_size)
@@ -57,7 +58,7 @@ def main(args: list[str]) -> int:
         except RuntimeError as e:
             if not any(words in str(e) for words in LOST_CONNECTION):
                 raise
-            why = f"Another rank has ended, and says why, or the connection to it was lost: {str(e).splitlines()[0]}"
+            why = f"Another rank has ended (and says why) or cannot be reached: {str(e).splitlines()[0]}"
             return _give_up(f"{why}; {wiring.who_answers(trainer)}", rank, LOST_A_RANK)
         finally:
             trainer.close()
@@ -79,18 +80,18 @@ def main(args: list[str]) -> int:
             return LOST_A_RANK
         if type(e).__name__ == "DistStoreError":
             waited = config.comm.init_timeout_seconds
-            why = f"Not all ranks have come within comm.init_timeout_seconds = {waited}: {str(e).splitlines()[0]}"
+            why = f"Not all ranks have connected in comm.init_timeout_seconds = {waited}: {str(e).splitlines()[0]}"
             return _give_up(why, rank, LOST_A_RANK)
         if not any(words in str(e) for words in LOST_CONNECTION):
             raise
-        why = f"Another rank has ended, and says why, or it hangs or is out of reach: {str(e).splitlines()[0]}"
+        why = f"Another rank has ended (and says why), hangs or cannot be reached: {str(e).splitlines()[0]}"
         return _give_up(why, rank, LOST_A_RANK)
 
 
 def _give_up(message: str, rank: int, code: int = FAILED) -> int:
-    """Log the message; the exit code. Rank 0 speaks for all: most mistakes are found by every rank.
+    """Log the message; the exit code. Rank 0 speaks for all, since every rank finds most mistakes.
 
-    The others wait, so that the launcher ends them unheard, and speak only if rank 0 has nothing to say.
+    The other ranks wait, so that the launcher ends them before they log; they log only if rank 0 has not failed.
     """
     if rank > 0:
         for stop_signal in (signal.SIGTERM, signal.SIGINT):
@@ -103,7 +104,7 @@ def _give_up(message: str, rank: int, code: int = FAILED) -> int:
 
 SECONDS_FOR_RANK_0 = 10
 AFTER_MAKING_ROOM = "Make room and start again: training goes on from the newest complete checkpoint."
-LOST_CONNECTION = (  # gloo's words
+LOST_CONNECTION = (  # parts of gloo's messages
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
@@ -115,8 +116,8 @@ RANK_VARIABLES = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    # Not sys.exit: processes that had done their work were seen to abort on a busy machine, most likely when a thread
-    # of gloo wants the interpreter while that is taken down ("terminate called without an active exception").
+    # Not sys.exit: on a busy machine finished processes have aborted ("terminate called without an active exception"),
+    # most likely because a thread of gloo needs the interpreter while it shuts down.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,6 +1,6 @@
-"""The Trainer: one stage from its first step to its last, and one training step.
+"""The Trainer: the loop over a stage's steps, and one training step.
 
-It builds the parts (components/build.py), calls the hooks (components/hooks.py), and knows no extension.
+It builds the parts (components/build.py) and calls the hooks (components/hooks.py); it knows no extension.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Trainer:
     config, inputs (StageInputs), rank, world_size, dump_folder (Path), device, dims (ParallelDims), cpu_group (gloo,
     all ranks), hosts (the host name of each rank), model, optimizer, checkpointer (None without checkpoints), metrics
     (MetricsLogger on rank 0, else None), throughput, timing, losses. step: finished steps. tokens_seen: tokens of the
-    global batches so far, padding left out. stop_requested: set it on any rank to stop all before the next step.
+    global batches so far, without padding. stop_requested: if True on any rank, all stop before the next step.
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step of the stage has ended."""
+        """Whether the last step of the stage is done."""
         return self.step >= self.config.training.steps
 
     def state(self) -> State:
-        """What a checkpoint holds as tensors: model, optimizer and rng, by name; DTensors of this rank's shards."""
+        """The tensors of a checkpoint: model, optimizer and rng, by name; DTensors with this rank's shards."""
         return {
             "model": {name: param.detach() for name, param in self.model.named_parameters()},
             "optimizer": optimizer_state(self.model, self.optimizer),
@@ -95,7 +95,10 @@ class Trainer:
         }
 
     def save(self, last: bool = False) -> bool:
-        """Collective. Save the state after self.step; False if that failed and the run goes on. last: of the run."""
+        """Collective. Save the state after self.step; False if the save failed and the run goes on.
+
+        last: the last save of the run, which must not fail.
+        """
         assert self.checkpointer
         self.pause("saving")
         manifest = self.inputs.manifest(self.config, self.step, self.tokens_seen) | {"watch": self.losses.state()}
@@ -103,12 +106,12 @@ class Trainer:
         return self.checkpointer.save(self.state(), manifest, last)
 
     def pause(self, what: str) -> None:
-        """Tell all hooks that this rank does something else than steps until the next one: what is "saving", ..."""
+        """Tell all hooks that until the next step this rank is busy with `what`: "saving", "evaluating", ..."""
         self.timing.rest()
         self._call("pausing", what)
 
     def train(self) -> None:
-        """Steps until training.steps, or until some rank has been asked to stop; saves at intervals and at the end."""
+        """Train until training.steps, or until a rank is asked to stop; save at intervals and at the end."""
         config, steps = self.config, self.config.training.steps
         start, saved_at, first_step = time.perf_counter(), self.step, self.step + 1
         if self.finished:
@@ -120,7 +123,7 @@ class Trainer:
             self._call("before_step")
             try:
                 numbers = self.train_step()
-            except BadLossError:  # on all ranks at once: what is being saved in the background is sound
+            except BadLossError:  # on all ranks at once; a checkpoint that is being saved in the background is sound
                 if self.checkpointer:
                     self.checkpointer.wait()
                 raise
@@ -152,10 +155,10 @@ class Trainer:
         logger.info(f"ended at step {self.step} after {duration(time.perf_counter() - start)}{mean}")
 
     def train_step(self) -> dict[str, Any] | None:
-        """One optimizer step over the global batch; None, and nothing done, if a rank has been asked to stop.
+        """One optimizer step over the global batch; None, with nothing changed, if a rank has been asked to stop.
 
-        The loss is the sum of token losses over the number of valid labels of the whole global batch, so it does not
-        depend on how the rows are split over ranks and accumulation. Raises BadLossError before anything is changed.
+        The loss is the sum of token losses divided by the number of valid labels of the global batch, so it does not
+        depend on how the rows are split over ranks and accumulation. BadLossError before anything has changed.
         """
         asked = time.perf_counter()
         batches = list(islice(self.batches, self.accumulation))
@@ -177,7 +180,7 @@ class Trainer:
             reduce_over_replicas(self.model, i == len(batches) - 1)
             rope = self.inputs.drawn_rope(self.config.training, self.step, i)
             token_losses.append(train_micro_batch(self.model, batch.to(self.device), valid, rope))
-        # only now: reading a number off the GPU waits for it
+        # not earlier: reading a number from the GPU waits for it
         names = self.inputs.plan.names
         sums = sum_losses(batches, token_losses, len(names)) * counts_here
         norm = clip_gradients(self.model.parameters(), self.config.training.max_norm, self.cpu_group)
@@ -206,7 +209,7 @@ class Trainer:
         }
 
     def _is_skipped(self, loss: float, norm: float) -> bool:
-        """Whether the gradients of this step are thrown away; alike on all ranks, whose numbers are the same sums."""
+        """Whether this step's gradients are discarded; equal on all ranks, since loss and norm are."""
         plan = self.inputs.plan
         try:
             why = self.losses.judge(self.step, loss, norm)
@@ -217,7 +220,7 @@ class Trainer:
         return why is not None
 
     def _log(self, numbers: dict[str, Any]) -> None:
-        """Collective. Rank 0 completes the numbers of the step with the rates since the last line, and writes them."""
+        """Collective. Add the rates since the last logged step to the step's numbers; rank 0 writes them."""
         numbers |= self.throughput.gather(self.cpu_group)
         self._call("logging", numbers)
         if self.metrics:

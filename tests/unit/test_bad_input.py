@@ -412,7 +412,7 @@ def test_a_step_that_is_not_there_names_those_that_are(
 ):
     options = {"checkpoint__enable": True, "checkpoint__load_step": 3, "job__dump_folder": finished}
     message = ends_with(flags(folder, assets, **options), monkeypatch)
-    assert "checkpoint.load_step = 3" in message and "there: 4." in message
+    assert "checkpoint.load_step = 3" in message and "its steps: 4." in message
 
 
 def test_the_dumped_configuration_can_be_given_back(finished: Path, folder: Path, assets: Path):

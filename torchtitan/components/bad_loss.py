@@ -1,4 +1,4 @@
-"""What becomes of a step whose loss or gradients are bad: training.on_bad_loss and the keys beside it."""
+"""What happens to a step whose loss or gradient norm is bad: training.on_bad_loss and the keys beside it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class BadLossError(Exception):
 
 
 class BadLossPolicy:
-    """Judges every step's loss. All ranks come to the same verdict if they give the same numbers, equal to the bit."""
+    """Judges the loss of each step. Given the same numbers, to the bit, all ranks reach the same verdict."""
 
     def __init__(self, config: Training):
         self.config = config
@@ -22,20 +22,20 @@ class BadLossPolicy:
         self.skipped: list[dict[str, Any]] = []
 
     def state(self) -> dict[str, Any]:
-        """JSON for the manifest, so that a resumed run judges as the unbroken one would."""
+        """JSON for the manifest, so that a resumed run judges as an unbroken one would."""
         return {"losses": self.losses, "skipped": self.skipped}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Undo state(). A key that an older manifest lacks is empty."""
+        """Restore state(). A key that an older manifest lacks counts as empty."""
         self.losses = list(state.get("losses", []))
         self.skipped = list(state.get("skipped", []))
 
     def judge(self, step: int, loss: float, norm: float) -> str | None:
-        """Why the step must be skipped; None if it is good, and its loss is remembered; BadLossError to end the run."""
+        """Why the step must be skipped; None if it is good (its loss is remembered). BadLossError ends the run."""
         c = self.config
         why = self._what_is_wrong(loss, norm)
         if why is None:
-            if c.loss_spike_factor is not None:  # else nobody asks for them
+            if c.loss_spike_factor is not None:  # otherwise nothing needs them
                 self.losses = [*self.losses, loss][-c.loss_spike_window :]
             return None
         if c.on_bad_loss == "stop":
@@ -43,7 +43,7 @@ class BadLossPolicy:
         if len(self.skipped) >= c.max_skipped_steps:
             steps = ", ".join(str(skipped["step"]) for skipped in self.skipped)
             raise BadLossError(
-                f"step {step}: {why}; training.max_skipped_steps = {c.max_skipped_steps} have been skipped"
+                f"step {step}: {why}; training.max_skipped_steps = {c.max_skipped_steps} steps have been skipped"
                 f"{f' ({steps})' if steps else ''}"
             )
         finite = [value if math.isfinite(value) else str(value) for value in (loss, norm)]

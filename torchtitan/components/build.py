@@ -1,4 +1,4 @@
-"""The parts of a Trainer, each built from the configuration, in the order in which the Trainer needs them."""
+"""Builds the parts of a Trainer from the configuration, in the order in which the Trainer needs them."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.torch_compat import set_timeout
 
 State = dict[str, dict[str, torch.Tensor]]
-"""What a checkpoint holds as tensors: {"model" | "optimizer" | "rng": {name: tensor}}."""
+"""The tensors of a checkpoint: {"model" | "optimizer" | "rng": {name: tensor}}."""
 
 
 def connect(
     config: JobConfig, rank: int, local_rank: int, world_size: int
 ) -> tuple[torch.device, ParallelDims, dist.ProcessGroup, list[str]]:
-    """Collective. The device, the mesh, a gloo group of all ranks for small things, and each rank's host name."""
+    """Collective. The device, the mesh, a gloo group of all ranks for small messages, and each rank's host name."""
     device, p = pick_device(local_rank), config.parallelism
     if device.type == "cuda" and config.comm.trace_buf_size:
         folder = Path(config.job.dump_folder) / config.comm.save_traces_folder
@@ -56,7 +56,7 @@ def connect(
         p.context_parallel_degree,
         p.tensor_parallel_degree,
     )
-    group = dist.new_group(backend="gloo")  # no stream of the GPU waits for what it carries
+    group = dist.new_group(backend="gloo")  # its collectives block no stream of the GPU
     hosts = [""] * world_size
     dist.all_gather_object(hosts, host_name(), group)
     return device, dims, group, hosts
@@ -65,9 +65,10 @@ def connect(
 def build_model(
     config: JobConfig, args: TransformerArgs, dims: ParallelDims, device: torch.device, group: dist.ProcessGroup
 ) -> tuple[int, Transformer]:
-    """Collective. Micro-batches per step and rank, and the sharded model, its parameters still without values.
+    """Collective. The micro-batches per step and rank, and the sharded model, whose parameters have no values yet.
 
-    Several ranks prove their combination of layout, exchange, backend and degrees first (distributed/self_check.py).
+    If there are several ranks, the self-check first proves their combination of layout, exchange, backend and degrees
+    (distributed/self_check.py).
     """
     torch.manual_seed(config.training.seed)
     if config.training.deterministic:
@@ -86,10 +87,10 @@ def load_state(
     checkpointer: Checkpointer | None,
     group: dist.ProcessGroup,
 ) -> dict[str, Any] | None:
-    """Collective. Weights of the newest complete checkpoint of this stage, else of what a fresh run starts from, else
-    random ones. Returns the manifest of the checkpoint that is resumed from, None for a fresh run.
+    """Collective. Load the state of this stage's newest complete checkpoint; without one, the weights that the stage
+    starts from; without these, random weights. The manifest of the checkpoint, or None for a fresh run.
 
-    state: Trainer.state, whose tensors are loaded into.
+    state: Trainer.state, which returns the tensors to load into.
     """
     path = None
     if checkpointer:
@@ -120,13 +121,13 @@ def _start_from(
     state: State,
     group: dist.ProcessGroup,
 ) -> None:
-    """Collective. Load the parts of the previous stage, or of a checkpoint from elsewhere; log what changes from it."""
+    """Collective. Load what the stage takes from the previous stage, or from another checkpoint; log what changes."""
     if start.manifest is None:
         load_weights(model, start.path)
         logger.info(f"weights from {start.path}")
         return
     if damage := damage_of_all(start.path, group):
-        raise UserError(f"{start.path}, which this run would start from, is damaged: {damage}")
+        raise UserError(f"{start.path}, from which this run would start, is damaged: {damage}")
     parts = saved_parts(start.path)
     taken = [part for part in start.parts if part in parts]
     load(start.path, {part: state[part] for part in taken}, group)
@@ -143,7 +144,7 @@ def _start_from(
 def build_batches(
     config: JobConfig, inputs: StageInputs, dims: ParallelDims, device: torch.device, start_step: int
 ) -> Iterator[LocalBatch]:
-    """This rank's part of each of its micro-batches, from the one after start_step finished steps on."""
+    """This rank's part of its micro-batches, beginning after start_step finished steps."""
     p, args = config.parallelism, inputs.args
     loader = build_loader(
         inputs.plan,
@@ -168,14 +169,14 @@ def build_batches(
 
 
 def open_metrics(config: JobConfig, step: int) -> MetricsLogger:
-    """For rank 0. step: finished steps; later lines of an earlier run are moved aside."""
+    """For rank 0. step: finished steps; lines of an earlier run for later steps are moved aside."""
     keep_going = config.checkpoint.on_failed_save == "go_on"
     folder = Path(config.job.dump_folder)
     return MetricsLogger(config.metrics, folder, config.stage.name, asdict(config), step, keep_going)
 
 
 def log_stage(config: JobConfig, inputs: StageInputs, dims: ParallelDims, device: torch.device) -> None:
-    """For rank 0: config.toml, and in the log what is trained on what."""
+    """For rank 0: write config.toml, and log the stage, its RoPE, the model and the degrees."""
     folder, args = Path(config.job.dump_folder), inputs.args
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(dump_toml(config))
@@ -191,6 +192,6 @@ def log_stage(config: JobConfig, inputs: StageInputs, dims: ParallelDims, device
 
 
 def shorten_timeouts(config: JobConfig, dims: ParallelDims, group: dist.ProcessGroup) -> None:
-    """After the first step, which compiles and warms up: collectives wait comm.train_timeout_seconds at most."""
+    """After the first step, which compiles: collectives wait at most comm.train_timeout_seconds from now on."""
     assert dist.group.WORLD is not None
     set_timeout(config.comm.train_timeout_seconds, [*dims.groups(), dist.group.WORLD, group])

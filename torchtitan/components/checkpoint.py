@@ -1,19 +1,19 @@
 """Checkpoints: complete or absent, never half.
 
 A checkpoint is step-N/: DCP files with the tensors (model, optimizer, random state) and manifest.json with everything
-else. It is written as step-N.partial/ and renamed by the coordinator once every rank's files are on disk, in the
-foreground or in DCP's background thread alike; a kill at any moment leaves the last complete one. The manifest holds
-size and CRC-32 of every file, so that damage is found on resume and the one before is taken.
+else. It is written as step-N.partial/, and the coordinator renames that folder once every rank's files are on disk, be
+it in the foreground or in DCP's background thread; a kill at any moment leaves the last complete checkpoint. The
+manifest holds size and CRC-32 of every file, so that a resume finds damage and takes the previous checkpoint.
+(tools/folders.written does the same for a file that one process writes; this folder is written by all ranks.)
 
-A write that fails is tried again by the rank that failed, while the others wait: every rank learns in the end of the
-same success or failure, in the foreground or in the background.
+A rank whose write fails tries again while the other ranks wait: in the end all ranks learn of the same success or
+failure.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import threading
 import time
@@ -40,15 +40,15 @@ from torchtitan.components.manifest import (
 )
 from torchtitan.config.schema import Checkpoint
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import sync
+from torchtitan.tools.folders import partial_of, sync, write_text
 from torchtitan.tools.logging import logger
 
-ROOM = 1.02  # a checkpoint is larger than its tensors by names and checksums
+ROOM = 1.02  # a checkpoint is its tensors, their names and checksums
 T = TypeVar("T")
 
 
 class WholeWriter(FileSystemWriter):
-    """Writes DCP files into step-N.partial/ and, once all ranks have, publishes the folder as step-N/."""
+    """Writes DCP files into step-N.partial/ and, once all ranks have written, renames the folder to step-N/."""
 
     def __init__(
         self,
@@ -59,25 +59,25 @@ class WholeWriter(FileSystemWriter):
         retries: int = 0,
         retry_seconds: float = 0.0,
     ):
-        """needed: bytes that must be free, or 0 to try without looking; retries: of each rank's writing."""
+        """needed: bytes that must be free, or 0 to write without a check; retries: how many times a rank retries."""
         self.target, self.manifest, self.needed = target, manifest, needed
         self.retries, self.retry_seconds = retries, retry_seconds
         self.files: dict[str, list[int]] = {}
-        self.partial = target.with_name(target.name + ".partial")
+        self.partial = partial_of(target)
         super().__init__(str(self.partial), single_file_per_rank=single_file_per_rank)
 
     def prepare_local_plan(self, plan: Any) -> Any:
-        """Every rank: the folder."""
+        """Every rank: make the folder."""
         return self._tried(super().prepare_local_plan, plan)
 
     def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
-        """Coordinator, before any rank writes: is there room?"""
+        """Coordinator, before any rank writes: check that there is room."""
         self._tried(self._check_room)
         return super().prepare_global_plan(plans)
 
     def _check_room(self) -> None:
         usage = shutil.disk_usage(self.partial)
-        if usage.total and usage.free < self.needed:  # some network file systems do not say
+        if usage.total and usage.free < self.needed:  # some network file systems report 0
             raise OSError(
                 errno.ENOSPC,
                 f"it needs {self.needed / 2**30:.3f} GiB, and {usage.free / 2**30:.3f} GiB are free",
@@ -85,11 +85,11 @@ class WholeWriter(FileSystemWriter):
             )
 
     def _tried(self, function: Callable[..., T], *arguments: Any) -> T:
-        """function(*arguments), again after longer and longer waits while it fails."""
+        """function(*arguments), retried after longer and longer waits."""
         for attempt in range(self.retries):
             try:
                 return function(*arguments)
-            except (OSError, RuntimeError) as e:  # PyTorch's zip writer makes the latter of the former
+            except (OSError, RuntimeError) as e:  # PyTorch's zip writer turns an OSError into a RuntimeError
                 seconds = self.retry_seconds * 2**attempt
                 logger.warning(
                     f"writing {self.target} failed ({str(e).splitlines()[0]}); attempt {attempt + 1} of "
@@ -99,13 +99,13 @@ class WholeWriter(FileSystemWriter):
         return function(*arguments)
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        """Every rank: the tensors, then the checksums of its own files for the coordinator."""
+        """Every rank: write its tensors, then the checksums of its files for the coordinator."""
         return self._tried(self._write_own, plan, planner)
 
     def _write_own(self, plan: Any, planner: Any) -> Any:
         prefix = plan.storage_data.prefix
         for left in (*self.partial.glob(f"{prefix}*"), *self.partial.glob(f"checksums-{prefix}*")):
-            left.unlink()  # of an attempt that failed; its room may be what is missing
+            left.unlink()  # left by an attempt that failed; it may take the room that is missing
         done = super().write_data(plan, planner)
         files = {result.storage_data.relative_path for result in done.value()}
         if files:
@@ -114,11 +114,11 @@ class WholeWriter(FileSystemWriter):
         return done
 
     def finish(self, metadata: Any, results: Any) -> None:
-        """Coordinator, after all ranks have written: the manifest, and the rename that makes it real."""
+        """Coordinator, after all ranks have written: write the manifest, and rename the folder."""
         self._tried(self._publish, metadata, results)
 
     def _publish(self, metadata: Any, results: Any) -> None:
-        if self.partial.exists():  # not so if an attempt failed at the very last
+        if self.partial.exists():  # otherwise an earlier attempt has failed after the rename
             super().finish(metadata, results)
             self.files[".metadata"] = size_and_crc(self.partial / ".metadata")
             for part in sorted(self.partial.glob("checksums-*.json")):
@@ -136,11 +136,11 @@ class Checkpointer:
         self.config = config
         self.folder = dump_folder / config.folder
         self._pending: tuple[Future[Any], Path] | None = None
-        # its own group: a save in the background must not meet the training's collectives
+        # its own group: collectives of a background save must not mix with those of training
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.save_timeout_seconds))
 
     def prepare(self) -> None:
-        """Rank 0: make the folder and clear what killed runs left half written."""
+        """Collective. Rank 0 makes the folder and deletes what killed runs have left incomplete."""
         if dist.get_rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for pattern in ("step-*.partial", "step-*.deleting"):
@@ -149,9 +149,10 @@ class Checkpointer:
         dist.barrier(self.group)
 
     def save(self, state: dict[str, Any], manifest: dict[str, Any], last: bool = False) -> bool:
-        """Collective. state: {part: {name: tensor}}; manifest: JSON with `step`. A save under way is waited for.
+        """Collective. Waits for a save under way first. state: {part: {name: tensor}}; manifest: JSON with `step`.
 
-        False if it failed and the run goes on (checkpoint.on_failed_save); last: of a run, then failure is an error.
+        False if it failed and the run goes on (checkpoint.on_failed_save). last: the last save of a run, of which a
+        failure is a UserError in any case.
         """
         self.wait()
         size = sum(t.numel() * t.element_size() for part in state.values() for t in part.values())
@@ -163,7 +164,7 @@ class Checkpointer:
             retry_seconds=self.config.retry_seconds,
         )
         if self.config.async_mode == "async":
-            # the writer copies the state before this returns; the rest happens in DCP's thread
+            # async_save copies the state before it returns; the rest happens in DCP's thread
             future: Any = dcp.async_save(state, storage_writer=writer, process_group=self.group)
             self._pending = future, writer.target
             return True
@@ -172,14 +173,14 @@ class Checkpointer:
         )
 
     def wait(self, last: bool = False) -> bool:
-        """Collective. Until a save in the background is complete; as save()."""
+        """Collective. Wait for the save in the background, if there is one; result and `last` as of save()."""
         if self._pending is None:
             return True
         (future, target), self._pending = self._pending, None
         return self._completed(future.result, target, last)
 
     def must_stop(self) -> bool:
-        """Whether this rank has seen the save in the background fail, and that ends the run: wait() will raise."""
+        """Whether this rank knows that the background save has failed and that this ends the run: wait() will raise."""
         if self._pending is None or self.config.on_failed_save != "stop" or not self._pending[0].done():
             return False
         return self._pending[0].exception() is not None
@@ -192,26 +193,25 @@ class Checkpointer:
             self._discard(target)
             if last or self.config.on_failed_save == "stop":
                 raise
-            logger.error(f"{e} Training goes on (checkpoint.on_failed_save); the next save is tried at its time.")
+            logger.error(f"{e} Training goes on (checkpoint.on_failed_save) until the next save is due.")
             return False
         logger.info(f"checkpoint: {target}")
         self._delete_old()
         return True
 
     def _discard(self, target: Path) -> None:
-        """Collective. Give back the room of a save that failed, which may be all there is for the next."""
+        """Collective. Free the room of a save that failed: the next may need it."""
         if dist.get_rank() == 0:
-            partial = target.with_name(target.name + ".partial")
             with suppress(OSError):
-                if target.exists():  # renamed, but perhaps not on disk for good
-                    target.rename(partial)
-            shutil.rmtree(partial, ignore_errors=True)
+                if target.exists():  # renamed, but the rename may not survive a power loss
+                    target.rename(partial_of(target))
+            shutil.rmtree(partial_of(target), ignore_errors=True)
         dist.barrier(self.group)
 
     def _delete_old(self) -> None:
         if self.config.keep_latest_k and dist.get_rank() == 0:
             for step in complete_steps(self.folder)[: -self.config.keep_latest_k]:
-                # renamed first, so that a kill leaves no half checkpoint; in a thread, since the other ranks wait
+                # renamed first, so that a kill leaves no incomplete checkpoint; in a thread, since other ranks wait
                 try:
                     path = (self.folder / f"step-{step}").rename(self.folder / f"step-{step}.deleting")
                 except OSError as e:
@@ -222,9 +222,9 @@ class Checkpointer:
     def find(self) -> Path | None:
         """Collective. The checkpoint to resume from: load_step, or the newest undamaged one; None if there is none.
 
-        All ranks share the reading of the files; a damaged checkpoint is skipped with a warning that names the file.
-        Checkpoints later than the one that is returned are renamed to step-N.replaced: they are damaged or of a run
-        that is being taken back, and must not be resumed from, nor counted in keep_latest_k, once this run saves.
+        Each rank reads a share of the files; a damaged checkpoint is skipped with a warning that names the file.
+        Checkpoints later than the returned one are renamed to step-N.replaced: they are damaged, or belong to steps
+        that this run takes back. Once it saves, they must not be resumed from nor counted by keep_latest_k.
         """
         here = self.config.load_step, complete_steps(self.folder)
         wanted, steps = _from_rank0(here if dist.get_rank() == 0 else None, self.group)
@@ -250,9 +250,9 @@ class Checkpointer:
 
 
 def load(path: Path, state: dict[str, Any], group: dist.ProcessGroup) -> None:
-    """Collective. Reads into the tensors of state, whatever layout they were saved from.
+    """Collective. Read a checkpoint into the tensors of `state`, whatever layout it was saved from.
 
-    Random states of ranks that the saving run did not have are left as they are.
+    The random states of ranks that the saving run did not have stay as they are.
     """
     reader = FileSystemReader(str(path))
     saved = reader.read_metadata().state_dict_metadata
@@ -265,12 +265,12 @@ def load(path: Path, state: dict[str, Any], group: dist.ProcessGroup) -> None:
 
 
 def saved_parts(path: Path) -> set[str]:
-    """Of "model", "optimizer" and "rng", those that a checkpoint holds."""
+    """Which of "model", "optimizer" and "rng" a checkpoint holds."""
     return {name.partition(".")[0] for name in FileSystemReader(str(path)).read_metadata().state_dict_metadata}
 
 
 def damage_of_all(path: Path, group: dist.ProcessGroup) -> str | None:
-    """Collective. find_damage with the reading shared by all ranks; the first that some rank found."""
+    """Collective. find_damage with the files shared out among all ranks; the damage that the lowest rank has found."""
     damage: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(damage, find_damage(path, dist.get_rank(), dist.get_world_size()), group=group)
     return next(filter(None, damage), None)
@@ -278,23 +278,23 @@ def damage_of_all(path: Path, group: dist.ProcessGroup) -> str | None:
 
 @contextmanager
 def explain_failure(folder: Path) -> Iterator[None]:
-    """A save that fails for want of room or permission becomes a UserError that says so."""
+    """Turn the failure of a save for lack of room or permission into a UserError that says so."""
     try:
         yield
     except CheckpointException as e:  # a BaseException, which `except Exception` would let through
         causes = [failure[0] for failure in e.failures.values()]
         causes += [c.__context__ for c in causes if c.__context__]
         system = next((c for c in causes if isinstance(c, OSError)), None)
-        # PyTorch's zip writer loses the system's error and fails an assertion
+        # PyTorch's zip writer drops the system's error and fails an assertion of its own
         if system is None and not any("inline_container" in str(c) for c in causes):
             raise RuntimeError(f"a checkpoint could not be written to {folder}: {e}") from e
         try:
             free = f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB are free there"
         except OSError:
-            free = "what is free there cannot be asked"
+            free = "how much is free there is unknown"
         raise UserError(
             f"A checkpoint could not be written to {folder}: {system or 'a write failed'}; {free}. Earlier "
-            "checkpoints are whole: make room (checkpoint.keep_latest_k deletes older ones), or mount it for writing, "
+            "checkpoints are complete: make room (checkpoint.keep_latest_k deletes old ones) or mount it for writing, "
             "and start again."
         ) from e
 
@@ -308,10 +308,7 @@ def _set_aside(checkpoints: list[Path]) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with path.open("w") as f:
-        json.dump(content, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
+    write_text(path, json.dumps(content, indent=1), durable=True)
 
 
 def _from_rank0(value: Any, group: Any) -> Any:
@@ -330,7 +327,7 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def set_random_state(state: dict[str, torch.Tensor]) -> None:
-    """Undo random_state()."""
+    """Restore random_state()."""
     for name, value in state.items():
         if name.startswith("cuda"):
             torch.cuda.set_rng_state(value)

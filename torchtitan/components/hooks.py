@@ -1,7 +1,7 @@
-"""Hooks: how everything beside the training step takes part in a run without the trainer knowing it.
+"""Hooks: how everything beside the training step takes part in a run, unknown to the trainer.
 
-The trainer calls each method of every hook, in the order of its list, on every rank. extensions/wiring.py makes the
-list of a stage; users add hooks of their own by the TOML key job.hooks (docs/extending.md).
+The trainer calls each method of every hook, in the order of its list, on every rank. extensions/wiring.py makes that
+list for a stage; users add their own hooks with the TOML key job.hooks (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -13,48 +13,49 @@ from torchtitan.tools.errors import UserError
 
 
 class Hook:
-    """A base class with empty bodies: override what is needed.
+    """A base class with empty methods: override what is needed.
 
     `trainer` is the Trainer (torchtitan/trainer.py); a hook may read all of its public attributes. "Collective" means
-    that all ranks are at the same place and a hook may use collectives there, on all ranks or none. An exception that
-    a hook raises ends the run: UserError for a mistake that a user can mend, which prints its message alone.
+    that all ranks call the method at the same point of the run, so a hook may use collectives, on all ranks or on none.
+    An exception in a hook ends the run; raise UserError for a mistake that the user can mend: it prints only its
+    message.
     """
 
     def configured(self, trainer: Any) -> None:
-        """Collective. The ranks are connected and the stage is checked; nothing is allocated, no weight is read."""
+        """Collective. The ranks are connected and the stage is checked; nothing is allocated, no weights are read."""
 
     def started(self, trainer: Any) -> None:
-        """Collective. Model, optimizer, data and metrics are there, weights and counters loaded; no step has run."""
+        """Collective. Model, optimizer, data and metrics exist, weights and counters are loaded; no step has run."""
 
     def before_step(self, trainer: Any) -> None:
-        """Collective. trainer.step is the number of finished steps. The step may turn out to be none, at a stop."""
+        """Collective. trainer.step is the number of finished steps. No step follows if a rank was asked to stop."""
 
     def logging(self, trainer: Any, numbers: dict[str, Any]) -> None:
-        """Collective. At steps that are logged, before the line is written: numbers may be added to, on rank 0."""
+        """Collective. At each logged step, before its line is written: rank 0 may add to numbers."""
 
     def after_step(self, trainer: Any, numbers: dict[str, Any]) -> None:
-        """Collective. Step trainer.step has ended, has been logged and, if that was due, saved.
+        """Collective. Step trainer.step has ended and, if that was due, was logged and saved.
 
         numbers: step, loss, grad_norm, lr, ... of this step (docs/training.md).
         """
 
     def pausing(self, trainer: Any, what: str) -> None:
-        """Not collective. Until the next before_step this rank does something else than steps: "saving", "evaluating",
-        or what a hook says with trainer.pause(what)."""
+        """Not collective. Until the next before_step this rank is busy with `what`: "saving", "evaluating", or the
+        words that a hook passes to trainer.pause."""
 
     def saving(self, trainer: Any, manifest: dict[str, Any]) -> None:
-        """Collective. A checkpoint is about to be written: a hook may add a key of its own to its manifest."""
+        """Collective. A checkpoint is about to be written: a hook may add its own key to the manifest."""
 
     def ended(self, trainer: Any) -> None:
-        """Collective. The last step of this run has ended and everything is saved. trainer.finished says whether it
-        was the last step of the stage; otherwise the run has been asked to stop."""
+        """Collective. The last step of this run has ended and everything is saved. If trainer.finished, it was the
+        last step of the stage; otherwise the run was asked to stop."""
 
     def closed(self, trainer: Any) -> None:
-        """Not collective. Always the last call, also after an error: release files, threads and processes."""
+        """Not collective. Always the last call, even after an error: release files, threads and processes."""
 
 
 def load_hook(name: str) -> Hook:
-    """The hook of a TOML entry "module:Class", made without arguments; UserError that says what is missing."""
+    """An instance of "module:Class", an entry of job.hooks; UserError that says what is missing."""
     module, _, attribute = name.partition(":")
     key = f'job.hooks names "{name}"'
     if not module or not attribute:

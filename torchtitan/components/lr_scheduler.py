@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+"""The learning rate as a pure function of the step: it has no state to save or restore."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def learning_rate(step: int, config: JobConfig) -> float:
 
 
 def lr_factor(step: int, steps: int, config: LRScheduler) -> float:
-    """Factor of the peak learning rate for step 1..steps.
+    """The learning rate of step 1..steps as a factor of the peak.
 
     Linear warmup over warmup_steps, then the peak, then a decay over the last decay_ratio of the steps
-    (warmup-stable-decay, arXiv 2404.06395), or over all after warmup if unset. min_lr_factor would be reached one
-    step after the last, so that no step is spent at a rate of 0.
+    (warmup-stable-decay, arXiv 2404.06395), or over all steps after warmup if decay_ratio is None. The decay would
+    reach min_lr_factor one step after the last, so that no step is spent at a rate of 0.
     """
     warmup = config.warmup_steps
     if step < warmup:

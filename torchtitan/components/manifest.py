@@ -1,7 +1,7 @@
-"""What a checkpoint folder says of itself, read without PyTorch: launchers and stage chains ask before they start any.
+"""What a checkpoint says about itself, read without PyTorch: launchers and chains ask before they start a process.
 
 A checkpoint is step-N/ with manifest.json: step, tokens, configuration, architecture, and size and CRC-32 of every
-file. components/checkpoint.py writes them.
+file. components/checkpoint.py writes it.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ FORMAT = 1
 
 
 def has_ended(config: JobConfig) -> bool:
-    """Whether nothing of a stage is left to do: its newest readable checkpoint is of its last step, and exported."""
+    """Whether a stage is done: its newest readable checkpoint is of the last step and, if asked for, exported."""
     step, manifest = newest_manifest(config)
     exported = not config.checkpoint.last_save_in_hf or export_folder(config, step).exists()
     return manifest is not None and step >= config.training.steps and exported
 
 
 def newest_manifest(config: JobConfig) -> tuple[int, dict[str, Any] | None]:
-    """Step and manifest of the stage's newest checkpoint that can be read; (-1, None) where there is none."""
+    """Step and manifest of the stage's newest checkpoint that can be read; (-1, None) if there is none."""
     folder = Path(config.job.dump_folder) / config.checkpoint.folder
     for step in reversed(complete_steps(folder)):
         try:
             return step, read_manifest(folder / f"step-{step}")
         except UserError:
-            continue  # damaged: the trainer says so when it looks for one to resume from, and takes the one before
+            continue  # damaged: the trainer will say so, and resume from the previous one
     return -1, None
 
 
 def export_folder(config: JobConfig, step: int) -> Path:
-    """Where checkpoint.last_save_in_hf writes the model of a step."""
+    """The folder into which checkpoint.last_save_in_hf exports the model of a step."""
     return Path(config.job.dump_folder) / "export" / f"step-{step}"
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """Steps of the published checkpoints, ascending."""
+    """Steps of the complete checkpoints, ascending."""
     names = (re.fullmatch(r"step-(\d+)", p.name) for p in folder.glob("step-*"))
     return sorted(int(m[1]) for m in names if m)
 
 
 def check_load_step(folder: Path, wanted: int, steps: list[int]) -> None:
-    """UserError if checkpoint.load_step names a step (one from 0 up) that is not among those in the folder."""
+    """UserError if checkpoint.load_step, unless negative, is not among the `steps` of the folder."""
     if wanted >= 0 and wanted not in steps:
         raise UserError(
-            f"checkpoint.load_step = {wanted}, but {folder} holds no complete checkpoint of that step; there: "
-            f"{', '.join(map(str, steps)) or 'none'}. -1 takes the newest, and starts anew where there is none."
+            f"checkpoint.load_step = {wanted}, but {folder} holds no complete checkpoint of that step; its steps: "
+            f"{', '.join(map(str, steps)) or 'none'}. -1 takes the newest, and starts anew if there is none."
         )
 
 
@@ -63,19 +63,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
-            raise ValueError(f"its format is {manifest['format']}, this version reads {FORMAT}")
+            raise ValueError(f"its format is {manifest['format']}, but this version reads format {FORMAT}")
         return manifest
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path / MANIFEST} cannot be read: {type(e).__name__} {e}.") from None
 
 
 def digest(manifest: dict[str, Any]) -> str:
-    """Hex, of all that a manifest says: with the CRCs in it, of the whole checkpoint."""
+    """A hash (16 hex digits) of a manifest and, since it holds the CRCs, of the whole checkpoint."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def find_damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, in a sentence that names the file, or None. Reads every parts-th file."""
+    """What is wrong with a checkpoint, in a sentence that names the file; None if nothing is.
+
+    Reads the files part, part + parts, ... in the order of their names.
+    """
     try:
         manifest = read_manifest(path)
     except UserError as e:
@@ -86,7 +89,7 @@ def find_damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
         except OSError as e:
             return f"{path / name} cannot be read: {e.strerror}."
         if actual != expected:
-            return f"{path / name} has size and CRC-32 {actual}, the manifest says {expected}."
+            return f"{path / name} has size and CRC-32 {actual}, but the manifest says {expected}."
     return None
 
 
@@ -100,5 +103,5 @@ def size_and_crc(path: Path) -> list[int]:
 
 
 def results_file(config: JobConfig, step: int, suffix: str = "") -> Path:
-    """Where a stage keeps the results of its checkpoint of a step."""
+    """The file with the evaluation results of a stage's checkpoint of a step."""
     return Path(config.job.dump_folder) / "evaluation" / f"step-{step}{suffix}.json"

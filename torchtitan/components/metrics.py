@@ -1,4 +1,4 @@
-"""Where the numbers of a step go: a line for people, metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Writes the numbers of a step: a line for people, metrics.jsonl, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 
 from torchtitan.config.schema import Metrics
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import write_text
 from torchtitan.tools.logging import logger
 
 
 class MetricsLogger:
-    """Open files and writers of rank 0; the other ranks have none."""
+    """The open files and writers of rank 0; the other ranks have none."""
 
     def __init__(
         self,
@@ -25,9 +26,9 @@ class MetricsLogger:
         from_step: int,
         keep_going: bool = False,
     ):
-        """from_step: the step resumed from; later lines of metrics.jsonl, which come again, are moved aside.
+        """from_step: the step that the run resumes from; lines of metrics.jsonl for later steps are moved aside.
 
-        keep_going: a line that cannot be written (a full disk) is kept and tried with the next, instead of an OSError.
+        keep_going: if a line cannot be written (a full disk), keep it for the next attempt instead of an OSError.
         """
         self.keep_going, self.unwritten = keep_going, b""
         dump_folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +45,7 @@ class MetricsLogger:
             self.wandb = import_wandb().init(name=run_name, dir=str(dump_folder), config=job_config, resume="allow")
 
     def log(self, numbers: dict[str, Any]) -> None:
-        """numbers: flat, but for dictionaries such as loss_by_source; must hold `step`."""
+        """numbers: flat, except for dictionaries such as loss_by_source; `step` is required."""
         numbers = finite(numbers)
         self._write(json.dumps(numbers) + "\n")
         scalars: dict[str, float] = {}
@@ -63,13 +64,13 @@ class MetricsLogger:
         waiting = bool(self.unwritten)
         self.unwritten += line.encode()
         try:
-            while self.unwritten:  # a disk that fills up takes a part
+            while self.unwritten:  # a disk that fills up accepts only a part
                 self.unwritten = self.unwritten[os.write(self.file, self.unwritten) :]
         except OSError as e:
             if not self.keep_going:
                 raise
             if not waiting:
-                logger.warning(f"metrics.jsonl cannot be written, its lines are kept until it can: {e}")
+                logger.warning(f"metrics.jsonl cannot be written; its lines are kept until it can be: {e}")
 
     def close(self) -> None:
         if self.unwritten:
@@ -82,7 +83,7 @@ class MetricsLogger:
 
 
 def finite(value: Any) -> Any:
-    """The same with None for NaN and infinity, which are not JSON."""
+    """The value, with None in place of NaN and infinity, which are not JSON."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -91,7 +92,7 @@ def finite(value: Any) -> Any:
 
 
 def import_wandb() -> Any:
-    """The module; UserError where it is not installed."""
+    """The module; UserError if it is not installed."""
     try:
         import wandb
     except ImportError:
@@ -102,7 +103,7 @@ def import_wandb() -> Any:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Move the lines beyond step, which the run will write anew, to metrics.replaced.jsonl."""
+    """Move the lines after `step`, which the run will write again, to metrics.replaced.jsonl."""
     if not path.exists():
         return
     kept: list[str] = []
@@ -111,16 +112,14 @@ def _drop_lines_after(path: Path, step: int) -> None:
         try:
             (replaced if json.loads(line)["step"] > step else kept).append(line)
         except (json.JSONDecodeError, KeyError, TypeError):
-            continue  # the last line of a killed run can be half written
+            continue  # the last line of a killed run may be incomplete
     with path.with_name("metrics.replaced.jsonl").open("a") as f:
         f.writelines(replaced)
-    aside = path.with_name("metrics.partial.jsonl")
-    aside.write_text("".join(kept))
-    aside.replace(path)
+    write_text(path, "".join(kept))
 
 
 def log_step(numbers: dict[str, Any], steps: int) -> None:
-    """The line a person reads."""
+    """Log the line for people. steps: of the stage."""
     left = (steps - numbers["step"]) * numbers["seconds_per_step"]
     mfu = f"  mfu {numbers['mfu']:.1%}" if numbers["mfu"] is not None else ""
     logger.info(

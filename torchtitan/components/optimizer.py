@@ -1,7 +1,7 @@
 """AdamW, its state as a flat dictionary of tensors by parameter name, and gradient clipping.
 
-Names and DTensors, not indices and groups: such a state loads into any layout, and learning rate, betas and decay
-always come from the TOML, never from a checkpoint.
+Names and DTensors, not indices and groups: such a state loads into any layout. Learning rate, betas and decay always
+come from the TOML file, never from a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torchtitan.config.schema import Optimizer
 
 
 class MixedAdamW(torch.optim.AdamW):
-    """AdamW whose moments are stored in another type than the parameters: each parameter's step is computed in float32,
-    and what is stored of it is rounded to the nearest."""
+    """AdamW whose moments have another dtype than the parameters: each parameter's step is computed in float32, and the
+    results are rounded to nearest when they are stored."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step; its float32 copies are those of one parameter at a time."""
+        """One step; float32 copies of only one parameter exist at a time."""
         assert closure is None
         for group in self.param_groups:
             for param in group["params"]:
@@ -53,14 +53,14 @@ class MixedAdamW(torch.optim.AdamW):
                     maximize=False,
                 )
                 for kept, computed in zip(stored, wide, strict=True):
-                    if kept is not computed:  # float32 was not copied
+                    if kept is not computed:  # .to() copies no float32 tensor
                         kept.copy_(computed)
 
 
 def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over the model's parameters, those that config.no_decay names without decay.
+    """AdamW (arXiv 1711.05101) over the model's parameters, without decay for those that config.no_decay names.
 
-    The state is allocated at once, so that a checkpoint can be read into it and memory does not grow at step 1.
+    The state is allocated here, so that a checkpoint can be read into it and memory does not grow at step 1.
     """
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
@@ -81,7 +81,7 @@ def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.AdamW:
     for group in optimizer.param_groups:
         for param in group["params"]:
             optimizer.state[param] = {
-                # the fused kernel wants the step beside the parameter, the others want it on the CPU
+                # the fused kernel needs the step on the parameter's device, the others on the CPU
                 "step": torch.zeros((), device=param.device if config.implementation == "fused" else "cpu"),
                 "exp_avg": torch.zeros_like(param, dtype=dtype),
                 "exp_avg_sq": torch.zeros_like(param, dtype=dtype),
@@ -90,7 +90,7 @@ def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.AdamW:
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
-    """{"layers.0.attention.wq.weight.exp_avg": tensor, ...}: the live tensors, to be saved or loaded in place."""
+    """{"layers.0.attention.wq.weight.exp_avg": tensor, ...}: the optimizer's own tensors, to save or to load into."""
     return {
         f"{name}.{key}": value
         for name, param in model.named_parameters()
@@ -100,11 +100,11 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str,
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, group: dist.ProcessGroup) -> float:
-    """Scale the gradients so that their global 2-norm is at most max_norm (0: leave them); the norm before.
+    """Scale the gradients so that their global 2-norm is at most max_norm (0: do not scale); returns the norm before.
 
-    Collective over group, the world on the CPU. Squares are summed in float64, and every rank gets the same sum to the
-    bit: torch.nn.utils.clip_grad_norm_ sums in float32, 1e-5 off on a large matrix, and reduces one mesh dimension
-    after the other, so that ranks can differ and replicas drift apart.
+    Collective over group, which is gloo and has all ranks. Squares are summed in float64, and every rank gets the same
+    sum to the bit: torch.nn.utils.clip_grad_norm_ sums in float32 (1e-5 off on a large matrix) and reduces over one
+    mesh dimension after the other, so that ranks can differ and replicas can drift apart.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     squares = []

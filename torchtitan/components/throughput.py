@@ -1,4 +1,4 @@
-"""How fast a run is: what has been done since the last log line, as rates."""
+"""How fast a run is: rates over the steps since the last logged one."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torchtitan.tools.torch_compat import compilations
 
 
 class Throughput:
-    """What has been done since the last log line.
+    """Counts what has been done since the last logged step.
 
-    start: time.perf_counter() then, moved on by whatever is no training. steps; tokens: of the global batches, padding
-    left out; waited: seconds that this rank waited for its loader.
+    start: time.perf_counter() at that step, plus the seconds since then that were not training. steps: finished since
+    then. tokens: of the global batches, without padding. waited: seconds that this rank waited for its loader.
     """
 
     def __init__(self, config: JobConfig, inputs: StageInputs, dims: ParallelDims, device: torch.device) -> None:
@@ -31,7 +31,7 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        """Count from now on."""
+        """Start counting from zero."""
         self.start = time.perf_counter()
         self.steps = self.tokens = 0
         self.flops = self.recomputed_flops = self.waited = 0.0
@@ -42,7 +42,7 @@ class Throughput:
         self.compiled_in_first_step = compilations()
 
     def add(self, batches: list[LocalBatch], tokens: int) -> None:
-        """Count a step: this rank's micro-batches (other ranks have about as much work), the global batch's tokens."""
+        """Count a step. batches: this rank's (other ranks have about as much work); tokens: of the global batch."""
         for batch in batches:
             self.flops += training_flops(self.work.parameters, batch.unpadded, self.work.width, batch.pairs)
             again = self.recomputed
@@ -55,9 +55,10 @@ class Throughput:
         self.steps += 1
 
     def gather(self, group: dist.ProcessGroup) -> dict[str, Any]:
-        """Collective. The rates of metrics.jsonl (docs/training.md); those of one rank are this rank's.
+        """Collective. The rates of metrics.jsonl (docs/training.md).
 
-        memory_gib and recompilations are the largest over all ranks, cp_* sums over them.
+        memory_gib and recompilations are the largest of all ranks, cp_* are ratios of sums over all ranks; mfu, hfu and
+        data_wait are this rank's.
         """
         largest = torch.tensor(
             [peak_memory_gib(self.device), compilations() - self.compiled_in_first_step], dtype=torch.float64

@@ -1,4 +1,4 @@
-"""Which device and which collectives: decided here, once."""
+"""The device, its process group, and what else depends on the machine."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from torchtitan.tools.gpus import gpu_of_device
 
 
 def device_type() -> str:
-    """cuda where PyTorch sees a GPU, else cpu."""
+    """cuda if PyTorch sees a GPU, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pick_device(local_rank: int) -> torch.device:
-    """The GPU of this local rank, made current, or the CPU where there is none."""
+    """The GPU of this local rank, made current, or the CPU if there is no GPU; UserError if there are too few GPUs."""
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         if local_rank >= count:
             raise UserError(
                 f"There is no GPU for process {local_rank} (from 0) of this machine: PyTorch sees {count}. Start one "
-                f"process a GPU, e.g. NGPU={count}; CUDA_VISIBLE_DEVICES decides which are seen."
+                f"process per GPU, e.g. NGPU={count}; CUDA_VISIBLE_DEVICES decides which GPUs are seen."
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -39,20 +39,20 @@ def pick_device(local_rank: int) -> torch.device:
 
 
 def make_deterministic() -> None:
-    """Ask for kernels that give the same bits every time; before anything runs on the GPU."""
+    """Ask for kernels that give the same bits every time. Call it before anything runs on the GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without it
     torch.use_deterministic_algorithms(True)
 
 
 def host_name() -> str:
-    """This machine's name; under Slurm the one that its commands know."""
+    """This machine's name; under Slurm the name that Slurm's commands use."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def record_collectives(folder: Path, size: int) -> None:
     """Have NCCL's flight recorder keep the last `size` collectives, and write them to folder/rank_N on a time-out.
 
-    Before the process group is made, which reads these variables; those that are set already stay.
+    Call it before init_process_group, which reads these environment variables; a variable that is set already stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", str(size))
@@ -61,7 +61,7 @@ def record_collectives(folder: Path, size: int) -> None:
 
 
 def init_process_group(device: torch.device, rank: int, world_size: int, timeout_seconds: int) -> None:
-    """gloo for CPU tensors, NCCL beside it for CUDA tensors. One process needs no launcher."""
+    """Collective. gloo for CPU tensors, and NCCL for CUDA tensors. A single process needs no launcher."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # device_id is left out: given to a mixed backend it also binds gloo to the GPU
     store = dist.HashStore() if world_size == 1 else None
@@ -71,7 +71,7 @@ def init_process_group(device: torch.device, rank: int, world_size: int, timeout
 
 
 def peak_flops(device: torch.device, tflops: float | None) -> float | None:
-    """Peak bf16 FLOP/s of one device: the TOML's, else the data sheet's, else None (then MFU is not reported)."""
+    """Peak bf16 FLOP/s of one device: `tflops` * 1e12 if given, else of its data sheet; None if it is not known."""
     if tflops is not None:
         return tflops * 1e12
     if device.type == "cuda":
@@ -81,7 +81,7 @@ def peak_flops(device: torch.device, tflops: float | None) -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Highest use so far: reserved CUDA memory, or the resident set of the process on the CPU."""
+    """The peak so far in GiB: of reserved CUDA memory, or on the CPU of the process' resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
@@ -89,19 +89,19 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def available_host_memory() -> int | None:
-    """Bytes that processes of this machine can still have, of its memory and of their control group; None: unknown."""
+    """Bytes that are still free for this process, in the machine and in its control group; None: unknown."""
     free = []
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # "max", where there is no limit, is no number
-        group = Path("/sys/fs/cgroup")  # inside a container its own
+    with contextlib.suppress(OSError, ValueError):  # ValueError: "max" stands for no limit
+        group = Path("/sys/fs/cgroup")  # inside a container, the container's
         free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     return min(free) if free else None
 
 
 class GarbageCollection:
-    """Run Python's collector only every `freq` steps: a collection on one rank stalls all the others."""
+    """Run Python's garbage collector only every `freq` steps: a collection on one rank stalls all other ranks."""
 
     def __init__(self, freq: int):
         self.freq = freq

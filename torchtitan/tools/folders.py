@@ -1,4 +1,5 @@
-"""Files and folders: tried before a run needs them, written whole or not at all, read with an error that names them."""
+"""Files and folders: checked before a run needs them, written completely or not at all, read with errors that name
+them."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names (a rename in it), survive a power loss. OSError on a full disk."""
+    """Make a file's bytes, or a folder's entries (a rename in it), survive a power loss. OSError on a full disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -30,22 +31,24 @@ def sync(path: Path) -> None:
 
 
 def make_writable(key: str, folder: Path) -> None:
-    """Make the folder where it is not there; UserError naming the TOML `key` if it cannot be made or written to."""
+    """Make the folder if it is missing; UserError that names the TOML `key` if it cannot be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        why = f"{there} is a file, not a folder" if there.is_file() else str(error.strerror)
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        why = f"{nearest} is a file, not a folder" if nearest.is_file() else str(error.strerror)
         raise UserError(
             f"{key} = {folder} cannot be written to: {why}. Name a folder that this user may make and write to."
         ) from None
 
 
 def check_can_be_written(file: Path, option: str = "") -> None:
-    """UserError that names the file, and the option that asked for it, unless it can be written; makes it if missing.
-    For commands that take minutes before they write."""
+    """UserError that names the file and its command-line option if it cannot be written; makes it if it is missing.
+
+    For commands that take minutes before they write.
+    """
     try:
         with open(file, "a"):
             pass
@@ -54,29 +57,29 @@ def check_can_be_written(file: Path, option: str = "") -> None:
 
 
 def put_aside(folder: Path, after: int) -> Path | None:
-    """Move what an earlier run left in folder for later steps than `after` (step-N, step-N.json, ...) to folder-1, or
-    -2, ...: where that is, None where there is nothing."""
+    """Move what an earlier run has left in `folder` for steps later than `after` (step-N, step-N.json, ...) to
+    folder-1 (or -2, ...). The new folder; None if there is nothing to move."""
     names = [(re.match(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
-    found = [path for match, path in names if match and int(match[1]) > after]
-    if not found:
+    later = [path for match, path in names if match and int(match[1]) > after]
+    if not later:
         return None
     number = 1
     while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
         number += 1
     aside.mkdir()
-    for path in found:
+    for path in later:
         path.rename(aside / path.name)
     return aside
 
 
 @contextlib.contextmanager
 def written(path: Path, durable: bool = False, unique: bool = False) -> Iterator[Path]:
-    """Yields where to write a file that shall be at `path`: it is there complete or not at all.
+    """Yields the path to which to write a file, so that `path` is complete or absent at any moment.
 
-    The name beside it is path.partial; it becomes `path` when the block ends, and is deleted if the block raises.
-    Whatever was at `path` stays until then. durable: the bytes and the name survive a power loss (fsync). The parent
-    folder must exist. A process that is killed leaves path.partial, which the next writer overwrites. unique: a name of
-    this process alone, for files that several processes may write at once.
+    That path is `path`.partial; it is renamed to `path` when the block ends, and deleted if the block raises. Whatever
+    was at `path` stays until then. The parent folder must exist. A killed process leaves `path`.partial behind, and the
+    next writer overwrites it. durable: the bytes and the name survive a power loss (fsync). unique: use a name of this
+    process alone, for files that several processes may write at once.
     """
     aside = path.with_name(f"{path.name}{f'.{uuid.uuid4().hex}' if unique else ''}.partial")
     try:
@@ -93,13 +96,13 @@ def written(path: Path, durable: bool = False, unique: bool = False) -> Iterator
 
 
 def write_text(path: Path, text: str, durable: bool = False) -> None:
-    """`text` as UTF-8 at `path`, whole or not at all: see written."""
+    """Write `text` to `path` as UTF-8, completely or not at all: see written."""
     with written(path, durable) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path, mend: str = "") -> dict[str, Any]:
-    """The JSON object in a file; UserError that names the file, and then says `mend`, if it holds anything else.
+    """The JSON object in a file. UserError that names the file, followed by `mend`, if it holds anything else.
 
     OSError if the file cannot be read.
     """
@@ -108,17 +111,17 @@ def read_json(path: Path, mend: str = "") -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}. {mend}".rstrip()) from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds {type(value).__name__}, but a JSON object is expected. {mend}".rstrip())
+        raise UserError(f"{path} holds a {type(value).__name__}, but a JSON object is expected. {mend}".rstrip())
     return value
 
 
 def partial_of(out: Path) -> Path:
-    """Where a folder is written before it is renamed to `out`, so that it is complete or absent."""
+    """The path at which a folder is written before it is renamed to `out`, so that `out` is complete or absent."""
     return out.with_name(out.name + ".partial")
 
 
 def new_folder(out: Path) -> Path:
-    """`out`, with its parents there and what a killed run left of it removed; UserError if it exists."""
+    """`out`, after making its parents and deleting what a killed run has left of it; UserError if it exists."""
     if out.exists():
         raise UserError(f"{out} exists and is not overwritten: choose another folder, or delete that one.")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +131,7 @@ def new_folder(out: Path) -> Path:
 
 @contextlib.contextmanager
 def lock(cache: Path, name: str) -> Iterator[None]:
-    """Hold the file lock cache/.NAME.lock; says so where it has to wait. The system frees it when its owner dies."""
+    """Hold the file lock cache/.NAME.lock; logs that it waits. The system frees the lock when its owner dies."""
     import filelock
 
     held = filelock.FileLock(cache / f".{name}.lock")

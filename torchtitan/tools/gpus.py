@@ -1,4 +1,4 @@
-"""What is printed about GPUs: memory, peak FLOP/s, links. Everything that needs such a number has it from here."""
+"""Data sheets of GPUs: memory, peak FLOP/s, links. The only place for such numbers."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from torchtitan.tools.errors import UserError
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU. Figures are of its vendor's data sheet, dense (without sparsity)."""
+    """One kind of GPU. The numbers are from the vendor's data sheet, without sparsity."""
 
     name: str
-    """What scripts/estimate.py calls it."""
+    """Its name in scripts/estimate.py --gpu."""
 
     device_name: str
-    """A part of torch.cuda.get_device_name() that tells it from the others."""
+    """A part of torch.cuda.get_device_name() that identifies it."""
 
     memory_gib: float
-    """What is left for PyTorch of the memory, rounded down: the data sheet's GB less what driver and ECC take."""
+    """The memory that PyTorch can use, rounded down: the data sheet's GB less what driver and ECC take."""
 
     bf16_tflops: float
 
     fp8_tflops: float | None
-    """None: it has no FP8."""
+    """None if it does not have FP8."""
 
     link_gb: float
-    """GB/s to the other GPUs of its node, in one direction."""
+    """GB/s to the other GPUs of its node, per direction."""
 
     network_gb: float
-    """GB/s to other nodes for each GPU, in one direction, of the vendor's usual server."""
+    """GB/s per GPU to other nodes, per direction, in the vendor's usual server."""
 
 
 # NVIDIA H100, H200, A100, L40S, GB200, HGX B200 and B300, and AMD Instinct MI300X data sheets. A100, H100, H200 and
-# B200 servers: one network card of 200, 400, 400 and 400 Gb/s for each GPU. The first whose device_name matches wins.
+# B200 servers: one network card of 200, 400, 400 and 400 Gb/s per GPU. The first whose device_name matches is used.
 GPUS = (
     Gpu("h100_nvl", "H100 NVL", 92, 835, 1671, 300, 50),
     Gpu("h100_pcie", "H100 PCIe", 78, 756, 1513, 64, 25),
@@ -53,13 +53,13 @@ GPUS = (
 
 
 def gpu_called(name: str) -> Gpu:
-    """The GPU of that name, in any case; UserError with the list for another."""
+    """The GPU of that name, upper or lower case; UserError with the list of names if there is none."""
     for gpu in GPUS:
         if gpu.name == name.lower().replace("-", "_"):
             return gpu
-    raise UserError(f'--gpu = "{name}" is not known; there are {", ".join(gpu.name for gpu in GPUS)}, and cpu.')
+    raise UserError(f'--gpu = "{name}" is not known; known are {", ".join(gpu.name for gpu in GPUS)}, and cpu.')
 
 
 def gpu_of_device(device_name: str) -> Gpu | None:
-    """The GPU that PyTorch calls so; None where it is not known."""
+    """The GPU whose device name PyTorch reports; None if it is not in the list."""
     return next((gpu for gpu in GPUS if gpu.device_name in device_name), None)

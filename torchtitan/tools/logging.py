@@ -1,4 +1,4 @@
-"""Log lines: a clock, a level and a message from rank 0; warnings and errors from every rank, which is named."""
+"""Log lines: time, level and message. Rank 0 logs everything, the others only warnings and errors, with their rank."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes through the console, so that lines go above a live progress bar and not into it."""
+    """Writes through the console, so that lines appear above a live progress bar and not inside it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         console.print(self.format(record), markup=False)
 
 
 def init_logger(rank: int, world_size: int) -> None:
-    """Rank 0 logs from INFO, the others from WARNING."""
+    """Rank 0 logs from level INFO on, the other ranks from WARNING."""
     who = f" [rank {rank}]" if world_size > 1 and rank > 0 else ""
     handler = _ConsoleHandler()
     handler.setFormatter(logging.Formatter(f"%(asctime)s{who} %(levelname).1s %(message)s", "%H:%M:%S"))

@@ -1,4 +1,4 @@
-"""The only place where private PyTorch names are used, each with what it is for."""
+"""The only place where private PyTorch names are used, each in a function that says what it is for."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from torch.utils._pytree import tree_iter as tree_iter  # the leaves of nested a
 
 
 def set_timeout(seconds: int, groups: list[dist.ProcessGroup]) -> None:
-    """Change the longest wait of existing process groups; there is no public setter."""
+    """Change the time-out of existing process groups; there is no public setter."""
     for group in groups:
         _set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def default_store() -> dist.Store:
-    """The key-value store that the ranks met in; public only to those who make it themselves."""
+    """The key-value store in which the ranks met; init_process_group makes it and has no public way to get it."""
     return _get_default_store()
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """Of its own for as long as it lives, whatever Python object stands for it."""
+    """A number that identifies a storage as long as it lives, whichever Python object stands for it."""
     return storage._cdata
 
 
 def fake_process_group(world_size: int) -> None:
-    """Make this process rank 0 of so many that are not there; collectives return at once, with anything."""
+    """Make this process rank 0 of world_size ranks that do not exist; collectives return at once, with any values."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
 
 
 def record_memory_history(enabled: bool) -> None:
-    """Start or stop recording CUDA allocations; documented for users, but underscored."""
+    """Start or stop recording CUDA allocations; PyTorch documents this function although its name is private."""
     if enabled:
         torch.cuda.memory._record_memory_history(max_entries=100_000)
     else:
@@ -53,9 +53,9 @@ def write_memory_snapshot(path: Path) -> None:
 def cpu_flash_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [B, H, T, D] and log-sum-exp [B, H, T] of the CPU's flash kernel; the public function hides the latter.
+    """Output [B, H, T, D] and log-sum-exp [B, H, T] of the CPU's flash kernel; the public function drops the latter.
 
-    q [B, H, T, D], k and v [B, Hkv, K, D]; causal is aligned at the top left.
+    q [B, H, T, D], k and v [B, Hkv, K, D]. A causal mask is aligned at the top left.
     """
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
     return out, lse
@@ -70,7 +70,7 @@ def cpu_flash_attention_backward(
     lse: torch.Tensor,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v, also where out and lse are those of a softmax over more keys than k."""
+    """Gradients of q, k and v; out and lse may belong to a softmax over more keys than k."""
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, lse, 0.0, causal
     )
@@ -78,20 +78,19 @@ def cpu_flash_attention_backward(
 
 
 def mark_dynamic(dimensions: list[tuple[torch.Tensor, int]]) -> None:
-    """Have torch.compile expect these sizes of these tensors to change, from its first call on."""
+    """Tell torch.compile, before its first call, that these sizes will change: [(tensor, its dimension), ...]."""
     for tensor, dimension in dimensions:
         torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
 
 def compilations() -> int:
-    """How often torch.compile has translated a function in this process, counting each function as often as it was
-    given something that its earlier translations are not for."""
-    dynamo = sys.modules.get("torch._dynamo.utils")  # to import it takes a second, and nothing has been compiled then
+    """How many times torch.compile has compiled a function in this process, recompilations included."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # if it is not imported (a second), nothing has been compiled
     return dynamo.counters["frames"]["total"] if dynamo else 0
 
 
 def attention_operators() -> set[Any]:
-    """The operators that PyTorch's attention kernels are behind, as a dispatch mode sees them; of those that exist."""
+    """The operators of PyTorch's attention kernels, as a dispatch mode sees them; only those that exist."""
     aten = torch.ops.aten
     names = (
         "_scaled_dot_product_flash_attention",
@@ -101,19 +100,21 @@ def attention_operators() -> set[Any]:
         "_flash_attention_forward",
         "_efficient_attention_forward",
     )
-    found: set[Any] = {getattr(aten, name).default for name in names if hasattr(aten, name)}
+    operators: set[Any] = {getattr(aten, name).default for name in names if hasattr(aten, name)}
     if hasattr(torch.ops.torch_attn, "_varlen_attn"):
-        found.add(torch.ops.torch_attn._varlen_attn.default)
-    found.add(torch.ops.higher_order.flex_attention)
+        operators.add(torch.ops.torch_attn._varlen_attn.default)
+    operators.add(torch.ops.higher_order.flex_attention)
     if visible_regions() is not None:
-        found.add(torch._higher_order_ops.inductor_compiled_code)
-    return found
+        operators.add(torch._higher_order_ops.inductor_compiled_code)
+    return operators
 
 
 def visible_regions() -> dict[str, Any] | None:
-    """torch.compile's options with which a compiled region is one operator to dispatch modes; None where PyTorch is too
-    old for them, and such a region is recomputed."""
-    import torch._higher_order_ops  # here: of many processes only one that recomputes pays for them
+    """Options of torch.compile with which dispatch modes see a compiled region as one operator.
+
+    None if PyTorch is too old for them; such a region is then recomputed.
+    """
+    import torch._higher_order_ops  # here: only a process that recomputes pays for these imports
     import torch._inductor.config
 
     name = "wrap_inductor_compiled_regions"

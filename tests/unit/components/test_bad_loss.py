@@ -49,7 +49,7 @@ def test_a_resumed_run_judges_as_the_unbroken_one():
 def test_after_max_skipped_steps_the_run_stops_and_says_which():
     policy = BadLossPolicy(SPIKES)
     assert judged(policy, [math.nan, 1.0, math.nan, math.nan]) == [1, 3, 4]
-    with pytest.raises(BadLossError, match=r"max_skipped_steps = 3 have been skipped \(1, 3, 4\)"):
+    with pytest.raises(BadLossError, match=r"max_skipped_steps = 3 steps have been skipped \(1, 3, 4\)"):
         policy.judge(5, 1.0, math.inf)
 
 

@@ -97,7 +97,7 @@ def test_documents_and_windows_are_counted_by_the_mask(capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     "wrong, says",
     [
-        (["--gpu", "voodoo2"], '--gpu = "voodoo2" is not known; there are h100'),
+        (["--gpu", "voodoo2"], '--gpu = "voodoo2" is not known; known are h100'),
         (["--world-size", "0"], "--world-size = 0 must be at least 1"),
         (["--world-size", "12"], "context_parallel_degree 8"),
         (["--training.sequence", "5"], "is not known"),

@@ -1,6 +1,6 @@
-"""Whether a run is well while it trains: slow ranks, a sign of life, where a rank hangs, and who is gone.
+"""The health of a run while it trains: slow ranks, a heartbeat, where a rank hangs, and which ranks are gone.
 
-All of it is cheap: per step a matrix product and a few clock readings, per log line three numbers per rank.
+All of it is cheap: a matrix product and a few clock readings per step, three numbers per rank and log line.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from torchtitan.tools.logging import logger
 
 FEWEST_PROBES = 3
 STACK_SHARE = 0.8
-"""Of comm.train_timeout_seconds: late enough to mean something, early enough for the stacks to be written."""
+"""The share of comm.train_timeout_seconds after which stacks are dumped: a step that takes so long is likely to hang,
+and there is still time to write them."""
 
 
 class Stragglers(Hook):
-    """Names the slowest ranks in every log line, and warns of those beyond metrics.straggler_factor.
+    """Finds the slowest ranks for every line of metrics.jsonl, and warns of those beyond metrics.straggler_factor.
 
     Ranks that share parameters wait for each other in every layer, so all take the same time for a step. Two things
     tell a slow rank from the others: a matrix product of fixed size, timed before every step while no rank waits for
-    another (the probe), and how late the rank comes to the first collective of a step (components/step_timing.py).
+    another (the probe), and how late the rank is at the first collective of a step (components/step_timing.py).
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class Stragglers(Hook):
         self.first_step = True
 
     def started(self, trainer: Any) -> None:
-        """Make the matrix. The first product sets up libraries, and does not count."""
+        """Make the matrix. The first product also sets up libraries, so it does not count."""
         self.device = trainer.device
         cuda = self.device.type == "cuda"
         n = 4096 if cuda else 256  # 0.2 ms on an H100, about 1 ms on a core
@@ -50,7 +51,7 @@ class Stragglers(Hook):
         self.probes.clear()
 
     def before_step(self, trainer: Any) -> None:
-        """Probe, but not before the first step of the run, while loader processes start."""
+        """Probe, except before the first step of the run, while loader processes start."""
         if not self.first_step:
             self.probe()
         self.first_step = False
@@ -68,10 +69,10 @@ class Stragglers(Hook):
             torch.cuda.synchronize(self.device)
 
     def logging(self, trainer: Any, numbers: dict[str, Any]) -> None:
-        """Gather [probe, alone, waited for data] of every rank, in seconds per step; rank 0 judges them.
+        """Gather [probe, alone, waited for data] of every rank, in seconds per step; rank 0 compares them.
 
-        The probe is the median of the last ten, also if every step is logged: on a busy machine one measurement says
-        nothing. It is 0 while there are too few.
+        The probe is the median of the last ten, even if every step is logged: on a busy machine a single measurement
+        says nothing. It is 0 until there are FEWEST_PROBES.
         """
         steps, group = trainer.throughput.steps, trainer.cpu_group
         probe = statistics.median(self.probes) if len(self.probes) >= FEWEST_PROBES else 0.0
@@ -91,9 +92,9 @@ class Stragglers(Hook):
 def stragglers(
     times: list[list[float]], step_seconds: float, factor: float, hosts: list[str]
 ) -> tuple[dict[str, float], list[str]]:
-    """The slowest ranks as numbers for metrics.jsonl, and a sentence for each beyond `factor`.
+    """The slowest ranks as numbers for metrics.jsonl, and a sentence about each rank beyond `factor`.
 
-    times: per rank [probe, alone, waited for data], in seconds per step; step_seconds: what a step took; hosts: the
+    times: per rank [probe, alone, waited for data], in seconds per step; step_seconds: how long a step took; hosts: the
     host name of each rank.
     """
     if len(times) < 2:
@@ -119,13 +120,13 @@ def stragglers(
     if step_seconds > factor * (step_seconds - lateness):
         sentences.append(
             f"rank {late} on {hosts[late]} comes {lateness:.2f} s late to every step of {step_seconds:.2f} s "
-            f"({columns[2][late]:.2f} s of it, or of what all need, waiting for data)"
+            f"(and waits {columns[2][late]:.2f} s of each step for data)"
         )
     return numbers, sentences
 
 
 class Heartbeat(Hook):
-    """Rank 0's sign of life: heartbeat.json, replaced as a whole. It is not synced: after a crash it is of no use."""
+    """Rank 0's sign of life: heartbeat.json, complete at any moment. After a machine has crashed it may be missing."""
 
     def __init__(self) -> None:
         self.written = -math.inf
@@ -133,7 +134,7 @@ class Heartbeat(Hook):
 
     def configured(self, trainer: Any) -> None:
         self.path = trainer.dump_folder / "heartbeat.json"
-        self.about = {
+        self.metadata = {
             "steps": trainer.config.training.steps,
             "ranks": len(trainer.hosts),
             "hosts": list(dict.fromkeys(trainer.hosts)),
@@ -142,7 +143,7 @@ class Heartbeat(Hook):
         }
 
     def after_step(self, trainer: Any, numbers: dict[str, Any]) -> None:
-        """While training the file is replaced no more often than every metrics.heartbeat_seconds."""
+        """While the run trains, the file is replaced at most once per metrics.heartbeat_seconds."""
         if time.monotonic() - self.written >= trainer.config.metrics.heartbeat_seconds:
             self.beat(trainer, "training")
 
@@ -156,11 +157,11 @@ class Heartbeat(Hook):
         """state: training, saving, evaluating, ended or stopped."""
         if trainer.rank > 0:
             return
-        content = {"step": trainer.step, "time": time.time(), "state": state, **self.about}
+        content = {"step": trainer.step, "time": time.time(), "state": state, **self.metadata}
         try:
             write_text(self.path, json.dumps(content, indent=1) + "\n")
             self.failed = False
-        except OSError as e:  # no reason to end a run
+        except OSError as e:  # this must not end a run
             if not self.failed:
                 logger.warning(f"{self.path} cannot be written: {e}")
             self.failed = True
@@ -168,9 +169,9 @@ class Heartbeat(Hook):
 
 
 class StackDumps(Hook):
-    """Writes where every thread of this rank is when a step takes so long that a collective is about to time out.
+    """Writes the Python stacks of this rank's threads when a step takes so long that a collective will soon time out.
 
-    The flight recorder's counterpart for gloo, and for a rank that is stuck outside any collective.
+    It serves where NCCL's flight recorder does not: under gloo, and for a rank that is stuck outside any collective.
     """
 
     def __init__(self) -> None:
@@ -185,7 +186,7 @@ class StackDumps(Hook):
         threading.Thread(target=self._wait, daemon=True).start()
 
     def before_step(self, trainer: Any) -> None:
-        """The clock starts anew; not for the first step of a run, which compiles and the like."""
+        """Start the clock again, except for the first step of a run, which also compiles."""
         if not self.first_step:
             self.since = time.monotonic()
         self.first_step = False
@@ -214,10 +215,10 @@ class StackDumps(Hook):
 
 
 def who_answers(store: dist.Store, rank: int, hosts: list[str], seconds: float = 5.0) -> str:
-    """After a collective has failed here: which ranks do not answer, in a sentence. Takes `seconds` + 1 at most.
+    """Which ranks do not answer, in a sentence; for a rank whose collective has failed. Takes at most `seconds` + 1.
 
-    Every rank that is alive fails soon after the first, for all waited for the same rank, and says so in the store. The
-    machine that is gone may itself be the store's: then no answer comes at all. hosts: the host name of each rank.
+    Every rank that is alive fails soon after the first, since all waited for the same rank, and says so in the store.
+    If the machine that is gone kept the store, no answer comes at all. hosts: the host name of each rank.
     """
     present: set[int] = set()
     asked = threading.Event()
@@ -236,10 +237,10 @@ def who_answers(store: dist.Store, rank: int, hosts: list[str], seconds: float =
     thread.start()
     thread.join(seconds + 1)
     if not asked.is_set():
-        return f"no answer from rank 0's machine, {hosts[0]}, or the one that keeps the ranks' store"
+        return f"no answer from rank 0's machine, {hosts[0]}, or from the machine that keeps the ranks' store"
     missing = [other for other in range(len(hosts)) if other not in present]
     if not missing:
-        return "all ranks answer: one was slower than the others would wait"
+        return "all ranks answer: one of them was slower than the others could wait"
     named = ", ".join(f"rank {other} on {hosts[other]}" for other in missing[:8])
     return f"no answer from {named}" + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
 

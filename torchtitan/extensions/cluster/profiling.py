@@ -17,7 +17,7 @@ StepEnded = Callable[[int], None]
 
 
 class Profiler(Hook):
-    """What [profiling] asks for, from the first step of a run to its end."""
+    """Records what [profiling] asks for, from the first step of a run to its end."""
 
     def __init__(self) -> None:
         self.stack = ExitStack()
@@ -47,7 +47,7 @@ class Profiler(Hook):
 
 @contextmanager
 def _traces(folder: Path, freq: int, rank: int) -> Iterator[StepEnded]:
-    """Traces open in Perfetto or chrome://tracing."""
+    """The traces can be opened in Perfetto or chrome://tracing."""
     folder.mkdir(parents=True, exist_ok=True)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""A progress bar over the steps, with the loss, shown by rank 0 on a terminal only."""
+"""A progress bar over the steps, with the loss. Only rank 0 shows it, and only on a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchtitan.tools.logging import console
 
 
 class ProgressBar(Hook):
-    """Log lines go above it: both write through the same console."""
+    """Log lines appear above the bar, since both are written through the same console."""
 
     def __init__(self) -> None:
         self.bar: Progress | None = None

@@ -1,4 +1,4 @@
-"""Do all hosts of a job see the same dump folder? If each host has a folder of its own, checkpoints are torn apart."""
+"""Do all hosts of a job see the same dump folder? If each host has its own, every checkpoint is torn apart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchtitan.tools.device import host_name
 from torchtitan.tools.errors import UserError
 
 SEEN_WITHIN_SECONDS = 20.0
-"""How long a file may take to be seen on other hosts; NFS caches folders for seconds."""
+"""How long a file may take to appear on other hosts; NFS caches folders for seconds."""
 
 
 def hosts_of(group: dist.ProcessGroup) -> list[str]:
@@ -65,5 +65,5 @@ def not_shared(folder: Path, writer: str, blind: list[str]) -> str:
     return (
         f"job.dump_folder = {folder} is not shared between the nodes: {', '.join(blind)} "
         f"{'does' if len(blind) == 1 else 'do'} not see what {writer} wrote there ({SEEN_WITHIN_SECONDS:g} s ago). "
-        "Checkpoints would be torn: name a folder on a file system that all nodes mount."
+        "Each node would have a part of every checkpoint: name a folder on a file system that all nodes mount."
     )

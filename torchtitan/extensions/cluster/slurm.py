@@ -1,22 +1,22 @@
-"""What the scripts under multinode/ ask about a configuration. It imports no PyTorch: a login node may lack it.
+"""Answers questions of the scripts in multinode/ about a configuration, without PyTorch: a login node may lack it.
 
     python -m torchtitan.extensions.cluster.slurm QUESTION ...
 
     stages [--evaluate] <arguments of torchtitan.train>                     the stages of a recipe
-    start NODES PER_NODE <arguments of torchtitan.train>                    may this stage start?
-    newest <arguments of torchtitan.train>                                  its newest checkpoint's step
-    verdict CODE ASKED NODE_CODES NODES PER_NODE <...>                      how did a start of it end?
+    start NODES PER_NODE <arguments of torchtitan.train>                    can this stage start?
+    newest <arguments of torchtitan.train>                                  the step of its newest checkpoint
+    verdict CODE ASKED NODE_CODES NODES PER_NODE <...>                      how did a start of this stage end?
     evaluation NODES PER_NODE <arguments of scripts/evaluate.py>            can it be evaluated?
 
-`stages` prints shell code, one line per stage, the first stage first:
+`stages` prints shell code, one line per stage, in their order:
     stage NAME DUMP_FOLDER HAS_ENDED SBATCH_OPTIONS... -- ARGUMENTS...
-(HAS_ENDED is no for all stages behind one that has not ended), and with --evaluate, after each of them,
+(HAS_ENDED is no for all stages after one that has not ended), and with --evaluate, after each of these lines,
     evaluation NAME DUMP_FOLDER HAS_ENDED_AND_IS_EVALUATED SBATCH_OPTIONS... -- ARGUMENTS...
 `verdict` prints the exit code for the job and a word: ended, failed, saved, asked (to stop, before it could save) or
 lost.
-`start` prints the dump folder and the arguments to train with as shell code, and exits with 0. It exits with ENDED or
-GATE_NOT_HELD if the stage has ended already, with FAILED and the reason if it cannot work. `evaluation` prints the
-same.
+`start` prints the dump folder and the arguments to train with, as shell code, and exits with 0. It exits with ENDED or
+GATE_NOT_HELD if the stage has ended already, and with FAILED and the reason if the stage cannot be trained.
+`evaluation` prints the same.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ TERMINATED = 128 + 15
 DEGREES = ("data_parallel_replicate_degree", "data_parallel_shard_degree")
 
 EVALUATE_FLAGS = ("model", "step", "tokenizer", "processes", "label", "out")
-"""The flags of scripts/evaluate.py that are no keys of a stage."""
+"""The flags of scripts/evaluate.py that are not keys of a stage."""
 
 
 def stages(args: list[str], evaluates: bool = False) -> int:
-    """Print the stages of a recipe; UserError for a mistake that no number of processes could mend."""
+    """Print the stages of a recipe; UserError for a mistake whatever the number of processes."""
     leaves_evaluation = not any(flag_name(arg) == "evaluation.at_end" for arg in args)
     at_end = ["--evaluation.at_end", "false"] if leaves_evaluation else []
     all_ended = True
@@ -64,8 +64,8 @@ def stages(args: list[str], evaluates: bool = False) -> int:
         try:
             has_ended = ended(stage.arguments) == 0
         except GateError:
-            has_ended = False  # its job says so, and stops the jobs after it
-        # behind a stage that has not ended, the job asks once more whether its start is still what it began from
+            has_ended = False  # its job reports the gate, and stops the jobs after it
+        # after a stage that has not ended: the job itself asks again, since what the stage starts from may change
         all_ended = all_ended and has_ended
 
         def line(what: str, done: bool, more: list[str], config: JobConfig = config) -> str:
@@ -86,15 +86,15 @@ def stages(args: list[str], evaluates: bool = False) -> int:
 
 
 def is_evaluated(config: JobConfig) -> bool:
-    """Whether the newest checkpoint has its results in the place where scripts/evaluate.py leaves them."""
+    """Whether the results of the newest checkpoint are where scripts/evaluate.py writes them."""
     steps = complete_steps(Path(config.job.dump_folder) / config.checkpoint.folder)
     return bool(steps) and results_file(config, steps[-1]).is_file()
 
 
 def start(nodes: int, per_node: int, args: list[str], unchanged: bool = True) -> int:
-    """Print how to train this stage on nodes * per_node processes, or say why it must not be trained.
+    """Print how to train this stage on nodes * per_node processes, or raise a UserError that says why it cannot be.
 
-    unchanged: see chain.ended; False after a start, which has gone back to checkpoint.load_step already.
+    unchanged: see chain.ended; False after a start, which has already gone back to checkpoint.load_step.
     """
     args = args + replicas(args, nodes, per_node)
     config = load_config(args)
@@ -108,7 +108,7 @@ def start(nodes: int, per_node: int, args: list[str], unchanged: bool = True) ->
 
 
 def evaluation(nodes: int, per_node: int, args: list[str]) -> int:
-    """Print how to evaluate on nodes * per_node processes, in the layout of training; UserError if that cannot be."""
+    """Print how to evaluate on nodes * per_node processes, with training's layout; UserError if they cannot."""
     keys = without_flags(args, *EVALUATE_FLAGS)
     more = replicas(keys, nodes, per_node)
     config = load_config(keys + more)
@@ -125,10 +125,10 @@ def _print_settings(config: JobConfig, args: list[str]) -> int:
 
 
 def replicas(args: list[str], nodes: int, per_node: int) -> list[str]:
-    """HSDP inside the node: arguments for one copy of the model per node, unless TOML or command line say otherwise.
+    """HSDP: arguments for one copy of the model per node, unless the TOML file or the command line set a degree.
 
     data_parallel_shard_degree is then what context and tensor parallelism leave of a node. If these two span nodes,
-    nothing is added: the parameters are sharded over a row's ranks, on whatever nodes they are.
+    nothing is added: the parameters are sharded over the ranks of a row, whatever nodes these are on.
     """
     path = config_file(args)
     table = load_tables(Path(path)).get("parallelism", {}) if path else {}
@@ -138,18 +138,18 @@ def replicas(args: list[str], nodes: int, per_node: int) -> list[str]:
     if nodes == 1 or per_node % ranks_per_row or any(k in table or f"parallelism.{k}" in flags for k in DEGREES):
         return []
     print(
-        f"HSDP: a copy of the model on each of the {nodes} nodes, sharded over its {per_node} processes. Too large? "
-        "--parallelism.data_parallel_replicate_degree 1 shards it over all.",
+        f"HSDP: a copy of the model on each of the {nodes} nodes, sharded over its {per_node} processes. If it is "
+        "too large, --parallelism.data_parallel_replicate_degree 1 shards it over all nodes.",
         file=sys.stderr,
     )
     return ["--parallelism.data_parallel_replicate_degree", str(nodes)]
 
 
 def verdict(code: int, node_codes: list[int], asked: bool, stage: int) -> tuple[int, str]:
-    """The job's exit code and how this start ended, from what each node noted rather than from srun's code.
+    """The job's exit code and how this start ended, from each node's own exit code rather than from srun's.
 
-    stage: what `start` now says of the stage. A failure of one node explains what became of the others, not the other
-    way round: Slurm ends the others with SIGTERM, which alone would be a wish to stop.
+    stage: what `start` now answers for the stage. If a node has failed, its code counts and not those of the others,
+    which Slurm has ended with SIGTERM: by itself SIGTERM is a request to stop.
     """
     if code == 0 and stage == ENDED:
         return 0, "ended"
@@ -165,12 +165,12 @@ def verdict(code: int, node_codes: list[int], asked: bool, stage: int) -> tuple[
     if asked or (TERMINATED in node_codes and not lost):
         return STOPPED, "asked"
     if LOST_A_RANK in node_codes:
-        code = LOST_A_RANK  # and not what Slurm made of the others
+        code = LOST_A_RANK  # not the code of a node that Slurm has ended
     return code, "lost" if code == LOST_A_RANK or code >= 128 else "failed"
 
 
 def main(argv: list[str]) -> int:
-    """See above; exit code 1 and one paragraph for a mistake of the user's."""
+    """Answer the question argv[0]; the exit code. A UserError is printed as a paragraph, with FAILED."""
     verb, args = argv[0], without_flags(argv[1:], "stage.run_chain")
     try:
         if verb == "stages":
@@ -182,7 +182,7 @@ def main(argv: list[str]) -> int:
             return 0
         if verb == "verdict":
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                # what this job has trained has ended, even if its file has changed since
+                # "judge": the stage that this job has trained has ended, even if its file has changed since
                 stage = main(["judge", *args[3:]])
             print(*verdict(int(args[0]), [int(c) for c in args[2].split()], bool(args[1]), stage))
             return 0
