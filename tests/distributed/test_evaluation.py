@@ -119,7 +119,7 @@ def written_by_each(case: None, rank: int, world_size: int) -> list[Any]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
     ranks = Ranks(cp=2, cp_group=mesh.get_group("cp"), tp=2, tp_group=mesh.get_group("tp"))
     found: list[Any] = [None] * world_size
-    dist.all_gather_object(found, ranks.as_the_first([rank, 7 + rank]))
+    dist.all_gather_object(found, ranks.of_first_rank([rank, 7 + rank]))
     dist.destroy_process_group()
     return found
 

@@ -24,13 +24,13 @@ from torchtitan.models.transformer import Transformer
 from torchtitan.tools.constants import BLOCK, IGNORED_LABEL
 
 DUMMY_PROMPT = torch.zeros(2, dtype=torch.int64)
-"""What a rank with nothing left puts through the model, to take part in the other ranks' passes: they may share
-parameters (FSDP). As a document it has one loss."""
+"""What a rank without work left puts through the model, to take part in the passes of other ranks: they may share
+parameters (FSDP). Read as a document it has one loss."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who takes part. The default is one process on the CPU."""
+    """The ranks that take part in an evaluation, as one of them sees them. The default: one process on the CPU."""
 
     device: torch.device = torch.device("cpu")
     backend: str = "sdpa"
@@ -44,7 +44,7 @@ class Ranks:
     dp: int = 1
     dp_rank: int = 0
     group: Any = None
-    """Process group of all ranks, for small tensors on the CPU; None: one process."""
+    """Process group of all ranks, for small tensors on the CPU (gloo); None: one process."""
 
     @staticmethod
     def of(
@@ -73,8 +73,8 @@ class Ranks:
             dist.all_reduce(x, group=self.cp_group)
         return x
 
-    def as_the_first(self, numbers: list[int]) -> list[int]:
-        """On all ranks of a row (context and tensor parallel) the numbers of its first. Collective over these."""
+    def of_first_rank(self, numbers: list[int]) -> list[int]:
+        """The numbers of a row's first rank, on all its ranks (context and tensor parallel). Collective over these."""
         for group in (self.tp_group, self.cp_group):
             if group is not None:
                 x = torch.tensor(numbers, device=self.device)
@@ -99,13 +99,18 @@ class Ranks:
         by_rank = dict(values)
         return [by_rank[r] for r in range(self.dp)]
 
+    def collect(self, answers: dict[int, Any]) -> list[Any]:
+        """The answers of all data-parallel ranks, in the order of their numbers. Collective."""
+        everything = {n: answer for part in self.gather(answers) for n, answer in part.items()}
+        return [everything[n] for n in sorted(everything)]
+
 
 def lay_out(
     model: Transformer, ranks: Ranks, documents: Sequence[torch.Tensor], labels: Sequence[torch.Tensor] | None = None
 ) -> LocalBatch:
-    """This rank's tokens of some documents, int64 [T] each, and of padding that makes the stream as long as the layout
-    needs. `source` says which document a token belongs to, -1 for padding; `index`, how many tokens of the document
-    come before it."""
+    """This rank's tokens of the documents (int64 [T] each, as the labels), followed by padding to the length that the
+    layout needs. `source` says which document a token belongs to, -1 for padding; `index` says how many tokens of its
+    document come before it."""
     lengths = [len(document) for document in documents]
     step = math.lcm(BLOCK, ranks.tp) * ranks.cp if ranks.cp > 1 else ranks.tp
     padding = -sum(lengths) % step
@@ -155,7 +160,7 @@ def document_losses(
 
 
 def window_pieces(length: int, window: int) -> list[tuple[int, int, int]]:
-    """(begin, first that counts, end) of each piece; what counts is all of range(length), once."""
+    """(begin, first that counts, end) of pieces that overlap by half; each of range(length) counts in one of them."""
     pieces = [(0, 0, min(window, length))]
     while (end := pieces[-1][2]) < length:
         begin = end - window // 2
@@ -164,7 +169,7 @@ def window_pieces(length: int, window: int) -> list[tuple[int, int, int]]:
 
 
 def reset_pieces(length: int, every: int) -> list[tuple[int, int, int]]:
-    """The same for pieces that do not overlap."""
+    """(begin, first that counts, end) of pieces that do not overlap: all tokens of each count."""
     return [(begin, begin, min(begin + every, length)) for begin in range(0, length, every)]
 
 
@@ -172,8 +177,8 @@ def reset_pieces(length: int, every: int) -> list[tuple[int, int, int]]:
 def losses_of_documents(
     model: Transformer, ranks: Ranks, documents: Sequence[torch.Tensor], rope: RopeArgs | None = None
 ) -> list[torch.Tensor]:
-    """document_losses of several documents that go through the model together, under the RoPE as it is: int64 [T >= 2]
-    each -> float32 [T - 1] each."""
+    """document_losses of documents that go through the model together, int64 [T >= 2] each -> float32 [T - 1] each.
+    rope is used as it is, whatever the lengths."""
     return _losses(model, ranks, [d[:-1] for d in documents], [d[1:] for d in documents], rope)
 
 
@@ -184,8 +189,8 @@ def _losses(
     labels: Sequence[torch.Tensor],
     rope: RopeArgs | None,
 ) -> list[torch.Tensor]:
-    """inputs and labels int64 [T] each -> the losses of the labels, float32 [T] each, on the CPU. Each input sees only
-    itself; no logits are kept. Collective over the ranks of a row."""
+    """inputs and labels int64 [T] each -> the losses of the labels, float32 [T] each, on the CPU. An input sees only
+    itself; logits are not kept. Collective over the ranks of a row."""
     local = lay_out(model, ranks, inputs, labels)
     device = ranks.device
     on = local.to(device)
@@ -207,35 +212,35 @@ def answer_scores(
     targets: Sequence[torch.Tensor],
     rope: RopeArgs | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Teacher forcing: prompts int64 [P], targets int64 [A] -> for each (log-probabilities of the target's tokens,
-    float32 [A]; whether each token is the likeliest, bool [A]), on the CPU. Collective over the ranks of a row."""
+    """Teacher forcing: prompts int64 [P], targets int64 [A] -> per prompt the log-probabilities of the target's tokens,
+    float32 [A], and whether each token is the likeliest, bool [A]; on the CPU. Collective over the ranks of a row."""
     answers = lay_out_answers(model, ranks, prompts, targets)
     return answers.scores(ranks, logits_of(model, ranks, answers.local, answers.rows, rope))
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Prompts with answers behind them, laid out, and the tokens of the stream that predict an answer's tokens."""
+    """Prompts followed by their answers, laid out, and which tokens of the stream predict an answer's tokens."""
 
     local: LocalBatch
     rows: torch.Tensor
     """int64 [R]: this rank's tokens that are followed by a token of an answer."""
     place: torch.Tensor
-    """int64 [R]: index of the answer's token among the tokens of all answers, one answer after the other."""
+    """int64 [R]: index of that token among the tokens of all answers, laid end to end."""
     targets: Sequence[torch.Tensor]
 
     @property
     def source(self) -> torch.Tensor:
-        """int64 [R]: which prompt."""
+        """int64 [R]: the index of each row's prompt."""
         return self.local.source[self.rows]
 
     @property
     def first(self) -> torch.Tensor:
-        """bool [R]: whether the prompt ends here."""
+        """bool [R]: whether a row is the last token of its prompt."""
         return self.place == _starts(self.targets)[self.source]
 
     def scores(self, ranks: Ranks, logits: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """logits [R, vocab_size] of rows -> what answer_scores() gives. Collective."""
+        """logits [R, vocab_size] of the rows -> what answer_scores() returns. Collective over the ranks of a row."""
         targets = torch.cat([t.cpu() for t in self.targets])[self.place].to(logits.device)
         result = torch.zeros(2, sum(map(len, self.targets)), device=logits.device)
         result[0, self.place] = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -247,7 +252,7 @@ class Answers:
 def lay_out_answers(
     model: Transformer, ranks: Ranks, prompts: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
 ) -> Answers:
-    """prompts int64 [P], targets int64 [A], P and A >= 1; a target's last token is not read."""
+    """prompts int64 [P], targets int64 [A], P and A >= 1; a target's last token is scored but not read."""
     local = lay_out(model, ranks, [torch.cat((p, t[:-1])) for p, t in zip(prompts, targets, strict=True)])
     ends = torch.tensor([len(p) - 1 for p in prompts])
     behind = local.index - ends[local.source]  # meaningless for padding
@@ -256,6 +261,7 @@ def lay_out_answers(
 
 
 def _starts(targets: Sequence[torch.Tensor]) -> torch.Tensor:
+    """int64 [targets + 1]: where each target begins if all are laid end to end; the last is their sum."""
     return torch.tensor([0, *(len(t) for t in targets)]).cumsum(0)
 
 

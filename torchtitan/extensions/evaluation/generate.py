@@ -1,9 +1,9 @@
-"""Text that a model writes: prompts through the training path once, then one token at a time on a key-value cache.
+"""Text that a model writes: prompts go through the training path once, then one token at a time uses a key-value cache.
 
-With context parallelism each rank keeps the keys and values of its own tokens, wherever the layout put them, and never
-more: a new token's query attends to each rank's part, and the parts are merged by their log-sum-exp (FlashAttention,
-arXiv 2205.14135). The keys of new tokens go to the ranks in turn. Everything else of a new token is computed on all
-ranks of a row.
+With context parallelism each rank caches the keys and values of its own tokens alone, wherever the layout put them: a
+new token's query attends to each rank's part, and the parts are merged by their log-sum-exp (FlashAttention, arXiv
+2205.14135). The ranks take turns in caching new tokens' keys. Everything else of a new token is computed on all ranks
+of a row.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from torchtitan.models.transformer import Transformer
 
 BATCH_PROMPTS = 16
 BATCH_TOKENS = 65536
-"""How many prompts are read together at most, and how many tokens they have then, each counted as the longest. A prompt
-that is longer is read alone."""
+"""At most this many prompts, and tokens, are read together; each prompt counts as the longest. A prompt that has more
+tokens is read alone."""
 
 DUMMY_TARGET = DUMMY_PROMPT[:1]
-"""Behind it nothing more than the prompt is read."""
+"""One token: with it nothing more than the prompt is read."""
 
 
 class KVCacheSlots:
-    """Which tokens of each of B prompts this rank has the keys of; the same in all layers. Tokens behind a prompt's
-    length (its answer's) are not kept."""
+    """Which tokens' keys this rank caches, in slots of each of B prompts; the same in all layers. Tokens beyond a
+    prompt's length (its answer's) are not cached."""
 
     def __init__(self, local: LocalBatch, lengths: list[int], new_tokens: int, ranks: Ranks):
         self.ranks = ranks
@@ -47,32 +47,33 @@ class KVCacheSlots:
         self.filled = torch.tensor(here, device=ranks.device)
         """int64 [B]: slots in use."""
         self.index = torch.zeros(len(lengths), self.capacity, dtype=torch.int64, device=ranks.device)
-        """int64 [B, capacity]: how many tokens come before the slot's token."""
+        """int64 [B, capacity]: how many tokens of the text come before the slot's token."""
         for index, rows in zip(self.index, self.rows, strict=True):
             index[: len(rows)] = local.index.to(ranks.device)[rows]
         self.position = torch.tensor(lengths, device=ranks.device)
-        """int64 [B]: tokens so far, which is the index of the next token."""
+        """int64 [B]: how many tokens there are so far, which is the index of the next token."""
         self.step = 0
         self._unseen: dict[int | None, torch.Tensor] = {}
 
     @property
-    def mine(self) -> bool:
-        """Whether the next token's keys stay here."""
+    def caches_next(self) -> bool:
+        """Whether this rank caches the next token's keys."""
         return self.step % self.ranks.cp == self.ranks.cp_rank
 
     def begin(self) -> None:
-        """Before each new token: gives it a slot, on the rank that keeps its keys."""
-        if self.mine:
+        """Before each new token: gives it a slot, on the rank that caches its keys."""
+        if self.caches_next:
             self.index[self.batch, self.filled] = self.position
             self.filled += 1
         self._unseen = {}
 
     def end(self) -> None:
+        """After each new token."""
         self.position = self.position + 1
         self.step += 1
 
     def unseen(self, window: int | None) -> torch.Tensor:
-        """bool [B, capacity]: slots that the new token's query may not see, or that are empty."""
+        """bool [B, capacity]: slots that are empty, or beyond the window of the new token's query."""
         if window not in self._unseen:
             unseen = torch.arange(self.capacity, device=self.filled.device) >= self.filled[:, None]
             if window is not None:
@@ -82,7 +83,7 @@ class KVCacheSlots:
 
 
 class CachedAttention:
-    """What a layer's attention calls during generation, in place of `core`."""
+    """Takes the place of a layer's AttentionCore during generation."""
 
     def __init__(self, core: AttentionCore, slots: KVCacheSlots):
         self.core, self.slots = core, slots
@@ -92,7 +93,7 @@ class CachedAttention:
 
     @torch.compiler.disable
     def start(self, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> Any:
-        """k and v [T, Hkv, D]: at first of this rank's tokens of the prompts, later of one new token per prompt."""
+        """k and v [T, Hkv, D]: first of this rank's tokens of the prompts, in later passes of a new token per prompt."""
         slots = self.slots
         if not self.cache:
             # zeros: an empty slot has weight 0, but 0 times NaN is NaN
@@ -102,14 +103,14 @@ class CachedAttention:
                 for b, rows in enumerate(slots.rows):
                     cached[b, :, : len(rows)] = x[rows].transpose(0, 1)
             return self.core.start(k, v, mask)
-        if slots.mine:
+        if slots.caches_next:
             for cached, x in zip(self.cache, (k, v), strict=True):
                 cached[slots.batch, :, slots.filled - 1] = x[: len(slots.batch)]
         return None
 
     @torch.compiler.disable
     def finish(self, q: torch.Tensor, started: Any, mask: Mask) -> torch.Tensor:
-        """q [T, H, D] -> [T, H, D]."""
+        """q [T, H, D] -> output [T, H, D]; started: what start() returned for the same tokens."""
         if started is not None:
             return self.core.finish(q, started, mask)
         out, lse = self._attend(q[: len(self.slots.batch)], mask.segments.window)
@@ -119,7 +120,7 @@ class CachedAttention:
         return torch.cat((out.to(q.dtype), padding))
 
     def _attend(self, q: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """q [B, H, D] of the new tokens on this rank's keys -> output [B, H, D] and log-sum-exp [B, H], float32."""
+        """q [B, H, D] of the new tokens -> output [B, H, D] over this rank's keys and log-sum-exp [B, H], float32."""
         keys, values = (x.float() for x in self.cache)  # [B, Hkv, capacity, D]
         grouped = q.float().unflatten(1, (keys.shape[1], -1))
         scores = grouped @ keys.transpose(2, 3) / q.shape[-1] ** 0.5  # [B, Hkv, H / Hkv, capacity]
@@ -142,7 +143,7 @@ def merge(out: torch.Tensor, lse: torch.Tensor, group: dist.ProcessGroup) -> tor
 
 @contextmanager
 def caching(model: Transformer, slots: KVCacheSlots) -> Iterator[None]:
-    """Attention with a cache: for a first pass over the prompts, then for passes over new tokens."""
+    """Inside, attention caches: first a pass over the prompts, then passes over a new token per prompt."""
     layers: list[Any] = [block.attention for block in model.layers.values()]
     cores = [attention.core for attention in layers]
     for attention in layers:
@@ -155,10 +156,18 @@ def caching(model: Transformer, slots: KVCacheSlots) -> Iterator[None]:
 
 
 def groups_of(
-    prompts: Sequence[torch.Tensor], new_tokens: Sequence[int], rope: RopeArgs, together: int = BATCH_PROMPTS
+    ranks: Ranks,
+    prompts: Sequence[torch.Tensor],
+    new_tokens: Sequence[int],
+    rope: RopeArgs,
+    together: int = BATCH_PROMPTS,
 ) -> list[tuple[RopeArgs, list[int]]]:
-    """Which prompts are read together, by their indices: prompts of similar length, the longest first, that with their
-    new tokens are read under the same RoPE (which can depend on the length). together: how many prompts at most."""
+    """Which prompts are read together: (RoPE, indices of at most `together` prompts) per forward pass. Collective.
+
+    A group has prompts of similar length, the longest first, that with their new tokens are read under the same RoPE
+    (which can depend on the length). Every rank gets the same number of groups, the last ones empty if other ranks have
+    more, because all ranks must make the same number of passes.
+    """
     by_rope: dict[RopeArgs, list[int]] = {}
     sizes = [len(prompt) + new for prompt, new in zip(prompts, new_tokens, strict=True)]
     for i in sorted(range(len(prompts)), key=lambda i: -sizes[i]):
@@ -170,7 +179,7 @@ def groups_of(
             if not group or len(group) == together or (len(group) + 1) * sizes[group[0]] > BATCH_TOKENS:
                 groups.append((used, group := []))
             group.append(i)
-    return groups
+    return groups + [(rope, [])] * (ranks.largest(len(groups)) - len(groups))
 
 
 def choose(
@@ -180,8 +189,8 @@ def choose(
     top_p: float = 1.0,
     draws: Sequence[tuple[int, ...]] = (),
 ) -> list[int]:
-    """logits [B, vocab_size] -> the n-th token of each prompt. temperature, top_p: see generate. A draw is a function
-    of the prompt's entry of draws and n."""
+    """logits [B, vocab_size] -> the n-th new token of each prompt. temperature, top_p: see generate. A draw is a
+    function of (the prompt's entry of draws, n)."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
     chosen = []
@@ -210,15 +219,15 @@ def generate(
     numbers: Sequence[int] | None = None,
     stop: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """What the model writes behind each prompt (int64 [P], P >= 1): up to max_new_tokens tokens, without the token that
-    stops it. Collective over all ranks: the ranks of a row must have the same prompts, other rows may have others, or
+    """What the model writes behind each prompt (int64 [P], P >= 1): up to max_new_tokens token ids, without the stop
+    token. Collective over all ranks: the ranks of a row must have the same prompts, other rows may have others, or
     none.
 
-    temperature: 0 takes the likeliest token; else tokens are drawn, from the fewest that have top_p of the probability
-    (nucleus sampling, arXiv 1904.09751). A draw is a function of (seed, number of the prompt, number of the token).
-    rope: instead of the model's own. If it depends on the length, that is the prompt's length plus max_new_tokens.
-    numbers: the prompts' numbers, if they are not 0, 1, 2, ...
-    stop: called with all tokens written behind a prompt; True ends the text there, with its last token.
+    temperature: 0 takes the likeliest token; otherwise tokens are drawn from the fewest that have top_p of the
+    probability (nucleus sampling, arXiv 1904.09751). A draw is a function of (seed, number of the prompt, number of the
+    token). rope: instead of the model's own; a RoPE that depends on the length gets the prompt's length plus
+    max_new_tokens. numbers: the prompts' numbers, if they are not 0, 1, 2, ... stop: called with all tokens written
+    behind a prompt; True ends the text there, with its last token.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}")
@@ -227,10 +236,7 @@ def generate(
     written: list[list[int]] = [[] for _ in prompts]
     rope = rope or model.args.rope
     numbers = range(len(prompts)) if numbers is None else numbers
-    groups = groups_of(prompts, [max_new_tokens] * len(prompts), rope)
-    for g in range(ranks.largest(len(groups))):
-        used, batch = groups[g] if g < len(groups) else (rope, [])
-        # a rank with nothing left to write still takes part
+    for used, batch in groups_of(ranks, prompts, [max_new_tokens] * len(prompts), rope):
         some = [prompts[i] for i in batch] or [DUMMY_PROMPT]
         draws = [(seed, numbers[i]) for i in batch] or [(seed, 0)]
         pick = partial(choose, temperature=temperature, top_p=top_p, draws=draws)
@@ -255,17 +261,18 @@ def write(
     pick: Callable[[torch.Tensor, int], list[int]] = choose,
     stop: Callable[[list[int]], bool] | None = None,
 ) -> tuple[list[list[int]], list[tuple[torch.Tensor, torch.Tensor]]]:
-    """generate() for prompts that go through the model together, and answer_scores() of their targets, in one reading.
+    """(texts, scores): generate() for prompts that go through the model together, and answer_scores() of their targets;
+    each prompt is read once for both. Collective.
 
-    limits: new tokens per prompt. needed: False if this rank only takes part. pick: choose(), with its last arguments
-    bound.
+    limits: new tokens per prompt. needed: False if this rank only takes part in others' passes. pick: choose(), with
+    its last arguments bound.
     """
     answers = lay_out_answers(model, ranks, prompts, targets)
     lengths = [len(prompt) for prompt in prompts]
-    longest = ranks.largest(max(limits))  # this rank goes through what other ranks write, too
+    longest = ranks.largest(max(limits))  # this rank takes part in what other ranks write
     slots = KVCacheSlots(answers.local, lengths, longest, ranks)
     tokens: list[list[int]] = [[] for _ in prompts]
-    open_ = [needed] * len(prompts)
+    unfinished = [needed] * len(prompts)
     with caching(model, slots):
         of_answers = logits_of(model, ranks, answers.local, answers.rows, rope)
         scores = answers.scores(ranks, of_answers)
@@ -275,14 +282,14 @@ def write(
         ranks.sum_over_row(logits)
         del of_answers
         for n in range(longest):
-            # logits may differ in the last bit between ranks, and ranks that choose different tokens part for good
-            chosen = ranks.as_the_first(pick(logits, n))
+            # logits may differ in the last bit between ranks, and ranks that choose different tokens never meet again
+            chosen = ranks.of_first_rank(pick(logits, n))
             for b, token in enumerate(chosen):
-                open_[b] = open_[b] and token not in stop_ids
-                if open_[b]:
+                unfinished[b] = unfinished[b] and token not in stop_ids
+                if unfinished[b]:
                     tokens[b].append(token)
-                    open_[b] = len(tokens[b]) < limits[b] and (stop is None or not stop(tokens[b]))
-            if n + 1 == longest or not ranks.largest(int(any(open_))):
+                    unfinished[b] = len(tokens[b]) < limits[b] and (stop is None or not stop(tokens[b]))
+            if n + 1 == longest or not ranks.largest(int(any(unfinished))):
                 break
             slots.begin()
             logits = _next_logits(model, ranks, chosen, [length + n for length in lengths], rope)
@@ -293,7 +300,7 @@ def write(
 def _next_logits(
     model: Transformer, ranks: Ranks, tokens: list[int], positions: list[int], rope: RopeArgs
 ) -> torch.Tensor:
-    """float32 [B, vocab_size] behind one new token per prompt."""
+    """Logits float32 [B, vocab_size] behind one new token per prompt."""
     padding = -len(tokens) % ranks.tp
     args, device = model.args, ranks.device
     segments = Segments.whole(np.arange(len(tokens) + padding + 1))

@@ -9,7 +9,7 @@ weights have the same numbers (tests/unit/extensions/evaluation/test_lm_eval.py)
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from torchtitan.extensions.evaluation.forward import DUMMY_PROMPT, Ranks, answer
 from torchtitan.extensions.evaluation.generate import BATCH_PROMPTS, generate, groups_of
 from torchtitan.extensions.evaluation.runner import stop_ids
 from torchtitan.extensions.ingest.chat_template import ChatTemplate, load_chat_template
+from torchtitan.models.rope import RopeArgs
 from torchtitan.models.transformer import Transformer
 from torchtitan.tools.errors import UserError
 
@@ -186,18 +187,15 @@ class TorchtitanLM(TemplateLM):
             # the last token is scored and not read
             cut = self._cut(context, self.max_length + 1 - len(continuation), len(continuation), "to score")
             pairs.append((torch.tensor(cut), torch.tensor(continuation)))
-        mine = self._deal([len(prompt) + len(target) for prompt, target in pairs])
-        rope, answers = self.model.args.rope, {}
+
+        def score(members: list[int], rope: RopeArgs) -> list[tuple[float, bool]]:
+            prompts, targets = zip(*([pairs[i] for i in members] or [(DUMMY_PROMPT, DUMMY_PROMPT)]), strict=True)
+            scored = answer_scores(self.model, self.ranks, prompts, targets, rope)
+            return [(float(logprobs.sum()), bool(likeliest.all())) for logprobs, likeliest in scored]
+
         # of a continuation all tokens but the last are read
-        groups = groups_of([pairs[i][0] for i in mine], [len(pairs[i][1]) - 1 for i in mine], rope, SCORED_TOGETHER)
-        for g in self._rounds(len(groups), "log-likelihoods"):
-            used, members = groups[g] if g < len(groups) else (rope, [])
-            some = [pairs[mine[j]] for j in members] or [(DUMMY_PROMPT, DUMMY_PROMPT)]
-            prompts, targets = zip(*some, strict=True)
-            scored = answer_scores(self.model, self.ranks, prompts, targets, used)
-            for j, (scores, likeliest) in zip(members, scored):
-                answers[mine[j]] = float(scores.sum()), bool(likeliest.all())
-        return self._collect(answers, len(pairs))
+        prompts, more = [prompt for prompt, _ in pairs], [len(target) - 1 for _, target in pairs]
+        return self._in_groups(prompts, more, score, "log-likelihoods")
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """For each (text,): its log-likelihood behind the prefix token, in windows of max_length that share one token;
@@ -208,17 +206,17 @@ class TorchtitanLM(TemplateLM):
         for n, text in enumerate(texts):
             for read, scored in get_rolling_token_windows(text, self.prefix_token_id, self.max_length, 1):
                 windows.append((n, torch.tensor([*read, scored[-1]]), len(scored)))
-        mine = self._deal([len(tokens) for _, tokens, _ in windows])
-        rope, answers = self.model.args.rope, {}
-        groups = groups_of([windows[i][1][:-1] for i in mine], [0] * len(mine), rope, SCORED_TOGETHER)
-        for g in self._rounds(len(groups), "rolling log-likelihoods"):
-            used, members = groups[g] if g < len(groups) else (rope, [])
-            some = [windows[mine[j]][1] for j in members] or [DUMMY_PROMPT]
-            for j, losses in zip(members, losses_of_documents(self.model, self.ranks, some, used)):
-                answers[mine[j]] = -float(losses[-windows[mine[j]][2] :].double().sum())
+
+        def score(members: list[int], rope: RopeArgs) -> list[float]:
+            read = [windows[i][1] for i in members] or [DUMMY_PROMPT]
+            losses = losses_of_documents(self.model, self.ranks, read, rope)
+            return [-float(x[-windows[i][2] :].double().sum()) for i, x in zip(members, losses)]
+
+        read = [tokens[:-1] for _, tokens, _ in windows]
+        scores = self._in_groups(read, [0] * len(read), score, "rolling log-likelihoods")
         sums = [0.0] * len(texts)
-        for (n, _, _), score in zip(windows, self._collect(answers, len(windows)), strict=True):
-            sums[n] += score
+        for (n, _, _), one in zip(windows, scores, strict=True):
+            sums[n] += one
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -237,7 +235,8 @@ class TorchtitanLM(TemplateLM):
         answers: dict[int, str] = {}
         for writing, members in by_writing.items():
             mine = [members[j] for j in self._deal([len(prompts[i]) for i in members])]
-            for g in self._rounds(-(-len(mine) // BATCH_PROMPTS), "texts"):
+            rounds = self.ranks.largest(-(-len(mine) // BATCH_PROMPTS))
+            for g in tqdm(range(rounds), desc="texts", disable=self.silent):
                 some = mine[g * BATCH_PROMPTS : (g + 1) * BATCH_PROMPTS]
                 written = generate(
                     self.model,
@@ -251,7 +250,7 @@ class TorchtitanLM(TemplateLM):
                     stop=partial(self._ends, writing.until),
                 )
                 answers |= {i: self._text(tokens, writing.until) for i, tokens in zip(some, written, strict=True)}
-        return self._collect(answers, len(requests))
+        return self.ranks.collect(answers)
 
     def _ends(self, until: Sequence[str], tokens: list[int]) -> bool:
         """Whether one of `until` has been written. Special tokens are spelled out: one may be the end of a turn."""
@@ -304,13 +303,21 @@ class TorchtitanLM(TemplateLM):
         order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
         return order[self.ranks.dp_rank :: self.ranks.dp]
 
-    def _rounds(self, groups: int, what: str) -> Iterable[int]:
-        """The same number on every rank, because parameters may be shared (FSDP)."""
-        return tqdm(range(self.ranks.largest(groups)), desc=what, disable=self.silent)
-
-    def _collect(self, answers: dict[int, Any], count: int) -> list[Any]:
-        """Everyone's answers, in the order of the requests."""
-        everything: dict[int, Any] = {}
-        for part in self.ranks.gather(answers):
-            everything |= part
-        return [everything[i] for i in range(count)]
+    def _in_groups(
+        self,
+        read: Sequence[torch.Tensor],
+        more: Sequence[int],
+        score: Callable[[list[int], RopeArgs], Sequence[Any]],
+        what: str,
+    ) -> list[Any]:
+        """The answers to all texts, in their order: score(indices of texts, RoPE) for groups that are read together,
+        without an index if this rank only takes part. read: int64 [T] each; more: how many tokens are read behind each;
+        what: for the progress bar."""
+        mine = self._deal([len(text) + n for text, n in zip(read, more, strict=True)])
+        answers: dict[int, Any] = {}
+        texts, behind = [read[i] for i in mine], [more[i] for i in mine]
+        groups = groups_of(self.ranks, texts, behind, self.model.args.rope, SCORED_TOGETHER)
+        for rope, members in tqdm(groups, desc=what, disable=self.silent):
+            some = [mine[j] for j in members]
+            answers |= zip(some, score(some, rope))
+        return self.ranks.collect(answers)

@@ -1,7 +1,7 @@
-"""Puts questions and documents to a model and sums up what comes out; the same result on every rank.
+"""Asks a model questions, has it read documents, and averages the outcomes; the same result on every rank.
 
-Data-parallel ranks take different questions. As they may share parameters (FSDP), all of them make the same number of
-forward passes: a rank that has nothing left takes part in the others' passes with a dummy prompt.
+Data-parallel ranks take different questions. Because they may share parameters (FSDP), all of them make the same number
+of forward passes: a rank without work left takes part in the others' passes with a dummy prompt.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ FIRST_EDGE = 512
 """Tokens of the first range of positions."""
 
 OnPart = Callable[[int, int], None]
-"""(done, of how many), of the work of this rank."""
+"""(done, total) of this rank's work."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a question."""
+    """How a model did on a question."""
 
     exact: bool
     """Under teacher forcing each token of the target is the likeliest: greedy generation would write it."""
@@ -42,11 +42,11 @@ class Outcome:
     """Mean log-probability of the target's tokens."""
 
     score: float | None = None
-    """Of what the model wrote; None if it was not asked to write."""
+    """Of the text that the model wrote; None if it was not asked to write."""
 
     text: str | None = None
     cut: bool = False
-    """Whether the text ended because it had all the tokens that it may have, without a stop token."""
+    """Whether the text ended because it had max_new_tokens, not by a stop token."""
 
 
 def score_questions(
@@ -58,14 +58,13 @@ def score_questions(
     writes: bool,
     on_part: OnPart = lambda done, total: None,
 ) -> list[Outcome]:
-    """Outcomes of all questions, in their order. Collective. writes: have the model write answers, greedily, too."""
+    """Outcomes of all questions, in their order. Collective. writes: whether the model also writes, greedily."""
     mine = list(range(ranks.dp_rank, len(questions), ranks.dp))
     outcomes: dict[int, Outcome] = {}
     stops = stop_ids(tokenizer)
     spare = [max(questions[i].max_new_tokens, len(questions[i].target)) for i in mine]
-    groups = groups_of([questions[i].prompt for i in mine], spare, model.args.rope)
-    for g in range(rounds := ranks.largest(len(groups))):
-        used, members = groups[g] if g < len(groups) else (model.args.rope, [])
+    groups = groups_of(ranks, [questions[i].prompt for i in mine], spare, model.args.rope)
+    for g, (used, members) in enumerate(groups, 1):
         some = [questions[mine[j]] for j in members]
         read = [one.prompt for one in some] or [DUMMY_PROMPT], [one.target for one in some] or [DUMMY_PROMPT]
         if writes:
@@ -80,9 +79,8 @@ def score_questions(
                 points, cut = score(text, one.answers), len(written[k]) == one.max_new_tokens
                 outcome = replace(outcome, score=points, text=text, cut=cut)
             outcomes[mine[members[k]]] = outcome
-        on_part(g + 1, rounds)
-    everything = dict(pair for part in ranks.gather(list(outcomes.items())) for pair in part)
-    return [everything[i] for i in range(len(questions))]
+        on_part(g, len(groups))
+    return ranks.collect(outcomes)
 
 
 def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
@@ -96,7 +94,7 @@ def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def mean_by_length_and_depth(questions: Sequence[Question], outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Means by length and depth of a task's questions: the form in which results are kept (docs/evaluation.md)."""
+    """A task's means by length and depth: the grids in which results are kept (docs/evaluation.md)."""
     lengths = sorted({one.length for one in questions})
     depths = sorted({one.depth for one in questions if one.depth is not None})
     cells: dict[tuple[int, float | None], list[Outcome]] = {}
@@ -124,13 +122,13 @@ def mean_by_length_and_depth(questions: Sequence[Question], outcomes: Sequence[O
 
 
 def default_edges(length: int) -> tuple[int, ...]:
-    """Where ranges of positions end: 0, 512 and its doubles, length."""
+    """Where ranges of positions begin and end: 0, 512 and its doubles, length."""
     doubles = takewhile(lambda edge: edge < length, (FIRST_EDGE << k for k in count()))
     return (0, *doubles, length)
 
 
 def check_edges(edges: Sequence[int], length: int) -> tuple[int, ...]:
-    """The edges with 0 and length added if they lack; UserError unless they ascend within these."""
+    """The edges, with 0 and length added if they are missing; UserError unless they ascend within these."""
     whole = tuple(dict.fromkeys((0, *edges, length)))
     if any(a >= b for a, b in pairwise(whole)):
         raise UserError(
@@ -150,9 +148,9 @@ def position_losses(
     rope: RopeArgs | None = None,
     on_part: OnPart = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Mean negative log-likelihood (nats per token) by position over documents, int64 [T] each: edges, nll, count,
-    mean_nll; None where nothing was counted. The i-th range is of positions edges[i] to edges[i + 1] - 1; tokens beyond
-    the last edge do not count. window, reset_every, rope: see document_losses. Collective."""
+    """Mean negative log-likelihood (nats per token) by position over documents, int64 [T] each: {"edges", "nll",
+    "count", "mean_nll"}, None if nothing was counted. Range i is of positions edges[i] to edges[i + 1] - 1; tokens
+    beyond the last edge do not count. window, reset_every, rope: see document_losses. Collective."""
     sums = torch.zeros(2, len(edges) - 1, dtype=torch.float64)
     bounds = torch.tensor(edges[1:])
     rounds = -(-len(documents) // ranks.dp)
@@ -175,8 +173,8 @@ def position_losses(
 
 
 def free_gathered_parameters(model: Transformer) -> None:
-    """Free what FSDP has gathered for a forward pass without backward; what it keeps would be out of date after the
-    optimizer's next step."""
+    """Free the parameters that FSDP keeps gathered after a forward pass without backward: the optimizer's next step
+    would leave them out of date."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

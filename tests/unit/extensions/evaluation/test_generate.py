@@ -181,10 +181,10 @@ def test_sampling_has_the_probabilities_of_the_nucleus():
 def test_prompts_of_about_a_length_go_together():
     prompts = [torch.zeros(n, dtype=torch.int64) for n in (10, 40000, 30000, 20, 70000)]
     # a short prompt beside a long one takes as much of the cache
-    assert [members for _, members in groups_of(prompts, [10] * 5, BASE.rope)] == [[4], [1], [2, 3], [0]]
-    many = groups_of([prompts[0]] * 20, [10] * 20, BASE.rope)
+    assert [members for _, members in groups_of(SDPA, prompts, [10] * 5, BASE.rope)] == [[4], [1], [2, 3], [0]]
+    many = groups_of(SDPA, [prompts[0]] * 20, [10] * 20, BASE.rope)
     assert [len(members) for _, members in many] == [16, 4]
-    dynamic = groups_of(prompts, [10] * 5, MODELS["dynamic"].rope)
+    dynamic = groups_of(SDPA, prompts, [10] * 5, MODELS["dynamic"].rope)
     assert len(dynamic) == 5 and {rope.scaling.length for rope, _ in dynamic} == {20, 30, 30010, 40010, 70010}
 
 
