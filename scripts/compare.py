@@ -20,7 +20,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from torchtitan.extensions.evaluation.command_line import text_table
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import read_json
 
 SIGNIFICANT = 0.01
 """Nats: a larger difference of losses is marked; Fu et al. (arXiv 2402.10171) call it significant."""
@@ -54,29 +56,29 @@ def main(args: list[str]) -> int:
     parser.add_argument("--labels", nargs="+", help="names of the results, instead of those in the files")
     parser.add_argument("--short", type=int, help="tokens of short context (the first result's trained length)")
     parser.add_argument("--plot", type=Path, help="picture to draw: loss by position, and scores by length")
-    own = parser.parse_args(args)
+    options = parser.parse_args(args)
     try:
-        if len(own.results) < 2:
-            raise UserError(f"At least two results are compared, but {own.results[0]} is alone.")
-        if own.labels and len(own.labels) != len(own.results):
-            raise UserError(f"--labels has {len(own.labels)} names for {len(own.results)} results.")
-        if own.short is not None and own.short < 1:
-            raise UserError(f"--short = {own.short} must be at least 1.")
-        if own.plot and own.plot.suffix not in PICTURES:
-            raise UserError(f"--plot {own.plot} should end with {', '.join(PICTURES)}.")
-        results = [read(path) for path in own.results]
-        labels = own.labels or [result["label"] for result in results]
+        if len(options.results) < 2:
+            raise UserError(f"At least two results are compared, but {options.results[0]} is alone.")
+        if options.labels and len(options.labels) != len(options.results):
+            raise UserError(f"--labels has {len(options.labels)} names for {len(options.results)} results.")
+        if options.short is not None and options.short < 1:
+            raise UserError(f"--short = {options.short} must be at least 1.")
+        if options.plot and options.plot.suffix not in PICTURES:
+            raise UserError(f"--plot {options.plot} should end with {', '.join(PICTURES)}.")
+        results = [read(path) for path in options.results]
+        labels = options.labels or [result["label"] for result in results]
         if len(set(labels)) < len(labels):
-            labels = [str(path) for path in own.results]
-        print(compare(results, labels, own.short))
-        if own.plot:
+            labels = [str(path) for path in options.results]
+        print(compare(results, labels, options.short))
+        if options.plot:
             from torchtitan.extensions.evaluation import plots  # matplotlib takes a second
 
             texts, tasks = (shared(result[part] for result in results) for part in ("perplexity", "tasks"))
-            figure = plots.comparison_figure(results, labels, texts, tasks, own.short or trained_length(results[0]))
-            own.plot.parent.mkdir(parents=True, exist_ok=True)
-            plots.save(figure, own.plot)
-            print(f"\n{own.plot}")
+            figure = plots.comparison_figure(results, labels, texts, tasks, options.short or trained_length(results[0]))
+            options.plot.parent.mkdir(parents=True, exist_ok=True)
+            plots.save(figure, options.plot)
+            print(f"\n{options.plot}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -86,9 +88,9 @@ def main(args: list[str]) -> int:
 def read(path: Path) -> Result:
     """The result in a file; UserError that names the file if it holds none."""
     try:
-        result: Result = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        result: Result = read_json(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     try:
         str(result["label"])
         for one in result["perplexity"].values():
@@ -184,7 +186,7 @@ def losses(name: str, results: Sequence[Result], labels: Sequence[str], short: i
         rows.append(row)
         if len({count[part] for count in counts if part in count}) > 1:
             apart.append(("other documents, or another tokenizer", f"{name}, positions {span(part)}"))
-    lines = ["", f"loss by position, {name}: nats per token (perplexity)", *as_table(rows)]
+    lines = ["", f"loss by position, {name}: nats per token (perplexity)", *text_table(rows)]
     lines.append(f"{MARK} a difference of more than {SIGNIFICANT} nats")
     if short is None:
         return [*lines, "short and long context: the first result has no trained length; name it with --short N"], apart
@@ -196,7 +198,7 @@ def losses(name: str, results: Sequence[Result], labels: Sequence[str], short: i
         both = [part for part in ranges if first[part] is not None and table.get(part) is not None]
         within = [part for part in both if part[1] <= short], [part for part in both if part[0] >= short]
         rows.append([label, *(mean_difference(first, table, counts[0], parts) for parts in within)])
-    return [*lines, "", *as_table(rows)], apart
+    return [*lines, "", *text_table(rows)], apart
 
 
 def by_range(one: Result | None, key: str) -> dict[Range, Any]:
@@ -261,7 +263,7 @@ def scores(way: str, results: Sequence[Result], labels: Sequence[str]) -> tuple[
             mean = [sum(column) / len(several) for column in zip(*several)]
             rows.append([f"mean of {len(several)}", f"{length:,}", "", *score_cells(mean)])
     head = ["task", "length", "asked", labels[0], *(cell for label in labels[1:] for cell in (label, "difference"))]
-    return ["", f"tasks, {WAYS[way]}", *as_table([head, *rows])], apart
+    return ["", f"tasks, {WAYS[way]}", *text_table([head, *rows])], apart
 
 
 def cells_of(grid: Result, what: str, length: int, depths: Sequence[float | None]) -> list[Any]:
@@ -286,12 +288,6 @@ def score_cells(shares: Sequence[float | None]) -> list[str]:
         both = share is not None and first is not None
         cells += [f"{share:.1%}", f"{(share - first) * 100:+.1f}"] if both else ["-", "-"]
     return cells
-
-
-def as_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as lines: columns as wide as their longest cell, flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
 if __name__ == "__main__":

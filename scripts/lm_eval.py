@@ -5,9 +5,9 @@
     python scripts/lm_eval.py --model outputs/checkpoint/step-1000 --processes 8 --tasks mine --include_path tasks/ \\
         --parallelism.context_parallel_degree 8 --max_length 131072
 
---model, --step, --processes and every --table.key are as in scripts/evaluate.py. --out gets the harness' own results;
-it is evaluation/step-N_lm_eval.json of the stage unless it is given. Needs `pip install -e ".[eval]"`.
-docs/evaluation.md says what is the same as in the harness' own model class and what is not.
+--model, --step, --processes and every --table.key are as in scripts/evaluate.py. --out gets the harness' own results
+and defaults to evaluation/step-N_lm_eval.json of the stage. Needs `pip install -e ".[eval]"`. docs/evaluation.md says
+what differs from the harness' own model class.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 from torchtitan.config import JobConfig
 from torchtitan.extensions.cluster.launch import launch
-from torchtitan.extensions.evaluation.command_line import make_folder, parser_of, what_is_asked
+from torchtitan.extensions.evaluation.command_line import make_folder, parser_of, resolve_request
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import write_text
 
@@ -33,27 +33,27 @@ from torchtitan.tools.folders import write_text
 def main(args: list[str]) -> int:
     """0; 1 and one line for a mistake; or the code of a process that failed."""
     parser = parser_of(__doc__)
-    parser.add_argument("--tasks", help="names of tasks, groups or tags, with commas; * stands for anything")
+    parser.add_argument("--tasks", help="tasks, groups or tags, separated by commas; * stands for anything")
     parser.add_argument("--include_path", type=Path, help="folder of task files of your own")
-    parser.add_argument("--limit", type=float, help="documents per task, or below 1 the share of them")
-    parser.add_argument("--num_fewshot", type=int, help="examples before each question (as the task says)")
+    parser.add_argument("--limit", type=float, help="documents per task; below 1, a share of them")
+    parser.add_argument("--num_fewshot", type=int, help="examples before each question (what the task says)")
     parser.add_argument("--max_length", type=int, help="tokens that the model may read (what it was trained for)")
     parser.add_argument("--truncate", action="store_true", help="cut longer requests from the left, and count them")
     parser.add_argument("--apply_chat_template", action="store_true", help="ask in the tokenizer's chat template")
     parser.add_argument("--log_samples", action="store_true", help="write every request and its answer to --out too")
     parser.add_argument("--metadata", type=json.loads, default={}, help='JSON for tasks: {"max_seq_lengths": [4096]}')
-    own, overrides = parser.parse_known_args(args)
+    options, overrides = parser.parse_known_args(args)
     rank = int(os.environ.get("RANK", "0"))
     try:
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError('lm-evaluation-harness is not installed: pip install -e ".[eval]"')
-        config, folder = what_is_asked(own, overrides, suffix="_lm_eval")
-        check_questions(own)
-        if "RANK" not in os.environ and own.processes > 1:
-            return launch([sys.executable, __file__, *args], own.processes)
-        result = run(own, config, folder)
+        config, folder = resolve_request(options, overrides, suffix="_lm_eval")
+        check_questions(options)
+        if "RANK" not in os.environ and options.processes > 1:
+            return launch([sys.executable, __file__, *args], options.processes)
+        result = run(options, config, folder)
         if rank == 0:
-            report(result, own.out)
+            report(result, options.out)
     except UserError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -61,58 +61,60 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def check_questions(own: argparse.Namespace) -> None:
+def check_questions(options: argparse.Namespace) -> None:
     """UserError for mistakes that can be found without the harness."""
-    if own.out is not None:
-        make_folder(own.out)
-    if not own.tasks:
+    if options.out is not None:
+        make_folder(options.out)
+    if not options.tasks:
         raise UserError("Nothing to ask: name tasks of lm-evaluation-harness with --tasks.")
-    if own.include_path is not None and not own.include_path.is_dir():
-        raise UserError(f"--include_path {own.include_path} is not a folder.")
+    if options.include_path is not None and not options.include_path.is_dir():
+        raise UserError(f"--include_path {options.include_path} is not a folder.")
     for name, least in (("max_length", 1), ("num_fewshot", 0)):
-        if (value := getattr(own, name)) is not None and value < least:
+        if (value := getattr(options, name)) is not None and value < least:
             raise UserError(f"--{name} = {value} must be at least {least}.")
-    if own.limit is not None and not (0 < own.limit < 1 or own.limit >= 1 and own.limit == int(own.limit)):
-        raise UserError(f"--limit = {own.limit:g} must be a number of documents, or a share between 0 and 1.")
+    if options.limit is not None and not (
+        0 < options.limit < 1 or options.limit >= 1 and options.limit == int(options.limit)
+    ):
+        raise UserError(f"--limit = {options.limit:g} must be a number of documents, or a share between 0 and 1.")
 
 
-def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, Any]:
-    """On every rank: loads tasks and model, and answers. On rank 0 the harness' results and ours, else {}."""
+def run(options: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, Any]:
+    """On every rank: loads tasks and model, and answers. On rank 0 the harness' results and ours; elsewhere {}."""
     from lm_eval.evaluator import simple_evaluate
 
-    from torchtitan.extensions.evaluation.evaluate import warn_beyond
+    from torchtitan.extensions.evaluation import loading
+    from torchtitan.extensions.evaluation.evaluate import warn_beyond_trained_length
     from torchtitan.extensions.evaluation.lm_eval_model import TorchtitanLM
-    from torchtitan.extensions.evaluation.loading import check_own_results, loaded, model_for, rank_and_world_size
     from torchtitan.tools.logging import init_logger, logger
 
-    rank, _, world_size = rank_and_world_size()
+    rank, _, world_size = loading.rank_and_world_size()
     init_logger(rank, world_size)
     logging.getLogger("lm_eval").setLevel(logging.WARNING if rank == 0 else logging.ERROR)
-    on_disk = model_for(folder, config, own.max_length, own.tokenizer)
-    check_own_results(own, on_disk)
+    on_disk = loading.inspect_model(folder, config, options.max_length, options.tokenizer)
+    loading.check_own_results(options, on_disk)
     trained = on_disk.args.rope.max_position_embeddings or (on_disk.manifest or {}).get("seq_len")
-    max_length = own.max_length or trained or config.training.seq_len
-    manager, tasks = load_tasks(own, {"tokenizer": on_disk.tokenizer.folder} | own.metadata)
-    warn_beyond(on_disk.args, max_length)
-    with loaded(on_disk, config) as (model, ranks):
+    max_length = options.max_length or trained or config.training.seq_len
+    manager, tasks = load_tasks(options, {"tokenizer": on_disk.tokenizer.folder} | options.metadata)
+    warn_beyond_trained_length(on_disk.args, max_length)
+    with loading.model_on_ranks(on_disk, config) as (model, ranks):
         lm = TorchtitanLM(
-            model, ranks, on_disk.tokenizer, max_length, config.data.add_bos, own.truncate, silent=rank != 0
+            model, ranks, on_disk.tokenizer, max_length, config.data.add_bos, options.truncate, silent=rank != 0
         )
         results = simple_evaluate(
             lm,
             tasks=tasks,
             task_manager=manager,  # else it makes one of all its tasks
-            num_fewshot=own.num_fewshot,
-            limit=own.limit if own.limit is None or own.limit < 1 else int(own.limit),
-            log_samples=own.log_samples,
-            apply_chat_template=own.apply_chat_template,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit if options.limit is None or options.limit < 1 else int(options.limit),
+            log_samples=options.log_samples,
+            apply_chat_template=options.apply_chat_template,
             bootstrap_iters=100_000 if rank == 0 else 0,
         )
     if lm.truncated:
         logger.warning(f"{lm.truncated} requests were cut from the left to max_length = {max_length:,}")
     if rank != 0 or results is None:
         return {}
-    about = {
+    description = {
         "label": on_disk.label,
         "model": str(folder),
         "dtype": config.training.mixed_precision_param,
@@ -121,10 +123,10 @@ def run(own: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, A
         "truncated": lm.truncated,
         "world_size": world_size,
     }
-    return about | results
+    return description | results
 
 
-def load_tasks(own: argparse.Namespace, metadata: dict[str, Any]) -> tuple[Any, list[Any]]:
+def load_tasks(options: argparse.Namespace, metadata: dict[str, Any]) -> tuple[Any, list[Any]]:
     """A TaskManager, and what --tasks names, with its documents.
 
     UserError, with the task's name, if it is not known or cannot be loaded.
@@ -132,16 +134,16 @@ def load_tasks(own: argparse.Namespace, metadata: dict[str, Any]) -> tuple[Any, 
     import numpy as np
     from lm_eval.tasks import TaskManager
 
-    # as simple_evaluate seeds them before it loads tasks by name: every rank must ask the same
+    # the seeds of simple_evaluate, which loads tasks by name only after it has set them: every rank must ask the same
     random.seed(0)
     np.random.seed(1234)
-    asked = [name.strip() for name in own.tasks.split(",") if name.strip()]
+    asked = [name.strip() for name in options.tasks.split(",") if name.strip()]
     manager = None
-    if own.include_path is not None:
-        manager = TaskManager(include_path=str(own.include_path), include_defaults=False, metadata=metadata)
+    if options.include_path is not None:
+        manager = TaskManager(include_path=str(options.include_path), include_defaults=False, metadata=metadata)
     if manager is None or not set(asked) <= set(manager.all_subtasks):
-        # reads the files of all its 14,000 tasks, half a minute: only if they are needed
-        manager = TaskManager(include_path=str(own.include_path or "") or None, metadata=metadata)
+        # reading the files of the harness' 14,000 tasks takes half a minute: only if they are needed
+        manager = TaskManager(include_path=str(options.include_path or "") or None, metadata=metadata)
     chosen: dict[str, Any] = {}
     for pattern in asked:
         names = manager.match_tasks([pattern])
@@ -182,8 +184,8 @@ def report(result: dict[str, Any], out: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    # this folder is the first place where Python looks: there `lm_eval` would be this file, and `evaluate`, which
-    # lm_eval imports, the script beside it
+    # Python looks in this folder first, where `lm_eval` would be this file, and `evaluate`, which lm_eval imports, the
+    # script beside it
     here = Path(__file__).resolve().parent
     sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != here]
     code = main(sys.argv[1:])

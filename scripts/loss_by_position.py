@@ -6,10 +6,10 @@
     python scripts/loss_by_position.py --draw plain.json yarn.json --plot both.png
 
 FOLDER is a Hugging Face folder or a checkpoint (outputs/checkpoint/step-1000). Every document that is long enough is
-read from its beginning, alone; the mean negative log-likelihood is given by ranges of positions. --windows W ...
-measures the same tokens with a context of W / 2 to W tokens, and --reset W ... with the context beginning anew every W
-tokens: what the longer context is worth. --rope.KEY is as in a stage's [rope] table (./run_train.sh --help), against
-the model's own RoPE; theta = auto goes to --length.
+read from its beginning, alone; the result is the mean negative log-likelihood by ranges of positions. --windows W ...
+measures the same tokens with a context of W / 2 to W - 1 tokens, --reset W ... with a context that begins anew every W
+tokens: the difference is what the longer context is worth. --rope.KEY is as in a stage's [rope] table (./run_train.sh
+--help) and applied to the model's own RoPE; theta = auto is raised for --length.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torchtitan.tools.folders import check_can_be_written, write_text
 
 
 def main(args: list[str]) -> int:
-    """Exit code; 1, and one line, for a mistake."""
+    """0; 1 and one line for a mistake."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -41,25 +41,25 @@ def main(args: list[str]) -> int:
     parser.add_argument("--plot", type=Path, help="PNG file to draw")
     parser.add_argument("--title", default="", help="title of the picture")
     parser.add_argument("--draw", type=Path, nargs="+", metavar="JSON", help="measure nothing, draw these")
-    own, others = parser.parse_known_args(args)
+    options, others = parser.parse_known_args(args)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        for path in filter(None, (own.out, own.plot)):
+        for path in filter(None, (options.out, options.plot)):
             check_can_be_written(path)
-        if own.draw:
-            results = [read_result(path) for path in own.draw]
-            if own.plot is None:
+        if options.draw:
+            results = [read_result(path) for path in options.draw]
+            if options.plot is None:
                 raise UserError("--draw needs --plot FILE.png, the picture to write.")
         else:
-            results = [measure(own, rope_table(others))]
+            results = [measure(options, rope_table(others))]
             print(table(results[0]))
-            if own.out:
-                write_text(own.out, json.dumps(results[0], indent=1) + "\n")
-        if own.plot:
+            if options.out:
+                write_text(options.out, json.dumps(results[0], indent=1) + "\n")
+        if options.plot:
             from torchtitan.extensions.evaluation.plots import draw_positions
 
-            draw_positions(results, own.plot, own.title)
-            print(own.plot)
+            draw_positions(results, options.plot, options.title)
+            print(options.plot)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

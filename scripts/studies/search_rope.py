@@ -23,11 +23,7 @@ from typing import Any
 
 from longrope2 import Candidate, Space, evolve
 
-from torchtitan.extensions.evaluation.position_curves import (
-    add_model_arguments,
-    check_vocabulary,
-    model_progress,
-)
+from torchtitan.extensions.evaluation.position_curves import add_model_arguments, model_progress
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import check_can_be_written, read_json, write_text
 
@@ -77,7 +73,7 @@ def search(own: argparse.Namespace) -> str:
     # PyTorch takes seconds to import: a mistake on the command line should not.
     import numpy as np
 
-    from torchtitan.extensions.evaluation.held_out_text import long_documents
+    from torchtitan.extensions.evaluation.held_out_text import check_vocabulary, long_documents
     from torchtitan.extensions.evaluation.loading import load
     from torchtitan.extensions.evaluation.needle import needle_question
     from torchtitan.models.rope import RopeArgs
@@ -106,7 +102,7 @@ def search(own: argparse.Namespace) -> str:
         needle_question(loaded.tokenizer, text, own.length, np.random.default_rng([own.seed, i]), bos)
         for i, text in enumerate(texts)
     ]
-    check_vocabulary([p.prompt for p in prompts], args.vocab_size, loaded.tokenizer.folder)
+    check_vocabulary(max(int(p.prompt.max()) for p in prompts), args.vocab_size, loaded.tokenizer)
 
     def perplexity(rope: RopeArgs) -> float:
         return math.exp(min(float(answer_losses(model, loaded.ranks, prompts, rope).double().mean()), 700))

@@ -1,6 +1,6 @@
-"""What scripts/evaluate.py and scripts/lm_eval.py have in common: the command line, and where results go.
+"""What the scripts of evaluation have in common: the command line, where results go, tables of text.
 
-Imports no PyTorch, which takes seconds: a mistake should be told at once.
+Imports no PyTorch, which takes seconds: a mistake should be reported at once.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +23,8 @@ from torchtitan.tools.errors import UserError
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
-    """A parser of the arguments that say which weights, and in how many processes; load_config reads every other
-    --table.key."""
+    """A parser of the options that say which weights are evaluated, and in how many processes; every other --table.key
+    is left to load_config."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -33,13 +34,13 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, help="Hugging Face folder or checkpoint, instead of the stage's own")
     parser.add_argument("--step", type=int, help="the stage's checkpoint of this step, not its newest")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, if it is not the model's or the run's")
-    parser.add_argument("--processes", type=int, default=1, help="to start here (1)")
+    parser.add_argument("--processes", type=int, default=1, help="how many processes to start here (1)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser
 
 
 def make_folder(file: Path) -> None:
-    """Make the folder in which `file` will be written; UserError if that is impossible."""
+    """Make the folder of a file that will be written; UserError if it cannot be made or written to."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -49,7 +50,7 @@ def make_folder(file: Path) -> None:
 
 
 def check_model_folder(folder: Path) -> None:
-    """UserError unless it is a Hugging Face folder or a checkpoint's step-N folder."""
+    """UserError unless the folder is a Hugging Face folder or a checkpoint's step-N folder."""
     if (folder / MANIFEST).is_file() or (folder / "config.json").is_file():
         return
     steps = [f"step-{step}" for step in complete_steps(folder)[-3:]] if folder.is_dir() else []
@@ -61,37 +62,37 @@ def check_model_folder(folder: Path) -> None:
     )
 
 
-def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "") -> tuple[JobConfig, Path]:
-    """The configuration, with training.dtype set to the dtype of its products, and the folder of the weights.
+def resolve_request(options: argparse.Namespace, overrides: list[str], suffix: str = "") -> tuple[JobConfig, Path]:
+    """The configuration, with training.dtype set to the dtype of matrix products, and the folder of the weights.
 
-    Its [rope] is that of TOML and command line if the latter sets a key of it, and otherwise empty: a stage's
-    checkpoint has the RoPE of the TOML already, and other weights have their own. own.of_stage: whether own.out was
-    not given and is set here, to the stage's own results_file(). UserError for what cannot be.
+    Its [rope] is that of TOML and command line if the command line sets a key of it, otherwise the default: a stage's
+    checkpoint has the RoPE of the TOML already, and other weights have their options. options.of_stage is set: whether
+    options.out was not given and is now the stage's own results_file(). UserError for options that cannot work.
     """
     config = load_config(overrides)
     rescale = any(flag_name(arg).startswith("rope.") for arg in overrides)
     in_file, config = config.rope, config if rescale else replace(config, rope=Rope())
-    if own.processes < 1:
-        raise UserError(f"--processes = {own.processes} must be at least 1.")
-    if own.model is None and config_file(overrides) is None:
+    if options.processes < 1:
+        raise UserError(f"--processes = {options.processes} must be at least 1.")
+    if options.model is None and config_file(overrides) is None:
         raise UserError("Nothing to evaluate: give --model FOLDER, or --job.config_file STAGE.toml.")
-    if own.model is not None and own.step is not None:
-        raise UserError("--step is for a stage's own checkpoints: --model names one by its folder (.../step-1000).")
+    if options.model is not None and options.step is not None:
+        raise UserError("--step is for a stage's own checkpoints; --model names a checkpoint's folder (.../step-1000).")
     check_ranges(config)
     check_rope(config)
-    resolve_shard_degree(config, int(os.environ.get("WORLD_SIZE", own.processes)))
-    folder, own.of_stage = own.model, False
+    resolve_shard_degree(config, int(os.environ.get("WORLD_SIZE", options.processes)))
+    folder, options.of_stage = options.model, False
     if folder is None:
         checkpoints = Path(config.job.dump_folder) / config.checkpoint.folder
         steps = complete_steps(checkpoints)
-        if own.step is not None and own.step not in steps:
-            raise UserError(f"--step = {own.step}: {checkpoints} has {', '.join(map(str, steps)) or 'none'}.")
+        if options.step is not None and options.step not in steps:
+            raise UserError(f"--step = {options.step}: {checkpoints} has {', '.join(map(str, steps)) or 'none'}.")
         if not steps:
             raise UserError(f"{checkpoints} has no complete checkpoint: train the stage first, or give --model.")
-        step = steps[-1] if own.step is None else own.step
+        step = steps[-1] if options.step is None else options.step
         folder = checkpoints / f"step-{step}"
-        if own.out is None:
-            own.out, own.of_stage = results_file(config, step, suffix), True
+        if options.out is None:
+            options.out, options.of_stage = results_file(config, step, suffix), True
     check_model_folder(folder)
     flags = {flag_name(arg) for arg in overrides}
     says_bos = config_file(overrides) is not None or bool(flags & {"data.add_bos", "data.no_add_bos"})
@@ -100,10 +101,16 @@ def what_is_asked(own: argparse.Namespace, overrides: list[str], suffix: str = "
             trained = read_manifest(folder).get("config", {}).get("data", {})
             add_bos = trained.get("add_bos", config.data.add_bos)
         else:  # as its tokenizer does by itself
-            add_bos = load_tokenizer(own.tokenizer or folder).adds_bos
+            add_bos = load_tokenizer(options.tokenizer or folder).adds_bos
         config = replace(config, data=replace(config.data, add_bos=add_bos))
-    first = os.environ.get("RANK", "0") == "0" and (own.processes == 1 or "RANK" in os.environ)
+    first = os.environ.get("RANK", "0") == "0" and (options.processes == 1 or "RANK" in os.environ)
     if not rescale and in_file != Rope() and not (folder / MANIFEST).is_file() and first:
         print(f"note: {folder} keeps its own RoPE; the stage's [rope] is not applied to it.", file=sys.stderr)
     training = replace(config.training, dtype=config.training.mixed_precision_param)
     return replace(config, training=training), folder
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines: columns as wide as their longest cell, flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

@@ -19,7 +19,7 @@ from torchtitan.config.schema import JobConfig
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.evaluation.checks import evaluation_length, longest_asked
 from torchtitan.extensions.evaluation.forward import Ranks
-from torchtitan.extensions.evaluation.held_out_text import long_documents
+from torchtitan.extensions.evaluation.held_out_text import check_vocabulary, long_documents
 from torchtitan.extensions.evaluation.needle import NeedleTask
 from torchtitan.extensions.evaluation.questions import Question, Score, default_text
 from torchtitan.extensions.evaluation.runner import (
@@ -55,7 +55,7 @@ class Prepared:
     """How the questions are asked: two results compare only if these are the same. "asked" in the results."""
 
 
-def warn_beyond(args: TransformerArgs, longest: int) -> None:
+def warn_beyond_trained_length(args: TransformerArgs, longest: int) -> None:
     """Log what a text of `longest` tokens asks of a RoPE that was not made for it."""
     warnings, reach = rope_warnings(args.rope, args.head_dim, longest), args.rope.max_position_embeddings
     if reach is not None and reach < longest:
@@ -77,7 +77,7 @@ def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> P
             raise UserError(f"evaluation.texts names {path}, which does not exist.")
         name = path.stem if path.stem not in texts else text
         texts[name] = long_documents(
-            [path], tokenizer, length + 1, e.max_documents, e.text_field, bos, called=f"evaluation.texts ({text})"
+            [path], tokenizer, length + 1, e.max_documents, e.text_field, bos, option=f"evaluation.texts ({text})"
         )
     documents = [document for several in texts.values() for document in several]
     # a haystack is one text: nothing begins or ends in it
@@ -97,13 +97,8 @@ def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> P
     }
     scores = {task.name: task.score for task, _, _, _ in asked}
     prompts = [question.prompt for several in questions.values() for question in several]
-    largest = max(int(tokens.max()) for tokens in [*documents, *prompts])
-    if largest >= args.vocab_size:
-        raise UserError(
-            f"The tokenizer in {tokenizer.folder} gives the id {largest}, but the model has {args.vocab_size} ids: "
-            "they do not belong together."
-        )
-    warn_beyond(args, longest)
+    check_vocabulary(max(int(tokens.max()) for tokens in [*documents, *prompts]), args.vocab_size, tokenizer)
+    warn_beyond_trained_length(args, longest)
     digest = hashlib.sha256()
     for name, several in texts.items():
         for document in several:

@@ -93,7 +93,7 @@ class CachedAttention:
 
     @torch.compiler.disable
     def start(self, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> Any:
-        """k and v [T, Hkv, D]: first of this rank's tokens of the prompts, in later passes of a new token per prompt."""
+        """k and v [T, Hkv, D]: first of this rank's tokens of the prompts, then of a new token per prompt."""
         slots = self.slots
         if not self.cache:
             # zeros: an empty slot has weight 0, but 0 times NaN is NaN

@@ -1,4 +1,4 @@
-"""Held-out text: text files or a tokenized corpus -> the first tokens of the documents that are long enough."""
+"""Held-out text: text files or a tokenized corpus -> the first tokens of documents that are long enough."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def long_documents(
     text_field: str = "text",
     add_bos: bool = False,
     pieces: int = 1,
-    called: str = "--text",
+    option: str = "--text",
 ) -> list[torch.Tensor]:
-    """The first `tokens` tokens, int64, of the first `most` documents that have that many; UserError if none has.
+    """The first `tokens` tokens, int64, of the first `most` documents that have as many; UserError if none has.
 
-    paths: .txt, .jsonl and .parquet files, folders of such, and tokenized folders (whose BOS stays as it is). pieces:
-    how many pieces of `tokens` tokens, one after the other, are taken of a document at most. called: the user's name
-    for paths, for messages.
+    paths: .txt, .jsonl and .parquet files, folders of these, and tokenized folders (whose BOS stays as it is). pieces:
+    how many consecutive pieces of `tokens` tokens one document gives at most. option: what the user calls paths, for
+    messages.
     """
     if add_bos and tokenizer.bos_id is None:
         raise UserError(f"--add_bos, but the tokenizer in {tokenizer.folder} has no BOS token.")
@@ -45,10 +45,19 @@ def long_documents(
                 return long_enough[:most]
     if not long_enough:
         raise UserError(
-            f"None of the {seen} documents of {called} has {tokens:,} tokens; the longest has {longest:,}. Give longer "
+            f"None of the {seen} documents of {option} has {tokens:,} tokens; the longest has {longest:,}. Give longer "
             "text, or a smaller length."
         )
     return long_enough
+
+
+def check_vocabulary(largest: int, vocab_size: int, tokenizer: Tokenizer) -> None:
+    """UserError if the tokenizer gives an id, `largest`, that the model lacks: it would be an index error later."""
+    if largest >= vocab_size:
+        raise UserError(
+            f"The tokenizer in {tokenizer.folder} gives the id {largest}, but the model has {vocab_size} ids: they do "
+            "not belong together. Name the right tokenizer's folder with --tokenizer."
+        )
 
 
 def _documents(path: Path, tokenizer: Tokenizer, bos: list[int], text_field: str) -> Iterator[torch.Tensor]:

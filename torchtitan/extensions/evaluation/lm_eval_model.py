@@ -24,6 +24,7 @@ from tqdm import tqdm
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.evaluation.forward import DUMMY_PROMPT, Ranks, answer_scores, losses_of_documents
 from torchtitan.extensions.evaluation.generate import BATCH_PROMPTS, generate, groups_of
+from torchtitan.extensions.evaluation.held_out_text import check_vocabulary
 from torchtitan.extensions.evaluation.runner import stop_ids
 from torchtitan.extensions.ingest.chat_template import ChatTemplate, load_chat_template
 from torchtitan.models.rope import RopeArgs
@@ -162,11 +163,7 @@ class TorchtitanLM(TemplateLM):
         if add_special_tokens is None:
             add_special_tokens = self.add_bos and ids[:1] != [bos]
         ids = [bos, *ids] if add_special_tokens and bos is not None else ids
-        if max(ids, default=0) >= self.model.args.vocab_size:
-            raise UserError(
-                f"The tokenizer in {self._tokens.folder} gives the id {max(ids)}, but the model has "
-                f"{self.model.args.vocab_size} ids: they do not belong together."
-            )
+        check_vocabulary(max(ids, default=0), self.model.args.vocab_size, self._tokens)
         return ids
 
     # answers

@@ -1,6 +1,6 @@
-"""A model to evaluate, from a Hugging Face folder or one of our checkpoints (step-N/): checked, then loaded.
+"""A model to evaluate, from a Hugging Face folder or one of our checkpoints (step-N/): inspected, then loaded.
 
-`loaded` gives it in any layout on the ranks of this run; `load` on one device without a process group, for studies.
+`model_on_ranks` loads it in any layout on the ranks of this run, `load` on one device without a process group.
 """
 
 from __future__ import annotations
@@ -42,19 +42,20 @@ from torchtitan.tools.logging import logger
 
 @dataclass(frozen=True)
 class ModelOnDisk:
-    """What a folder holds: looked at, not loaded yet."""
+    """What a folder holds: inspected, not loaded yet."""
 
     folder: Path
     args: TransformerArgs
     tokenizer: Tokenizer
     manifest: dict[str, Any] | None
-    """Of a checkpoint; None: a Hugging Face folder."""
+    """Of a checkpoint; None for a Hugging Face folder."""
 
     rescaled: bool = False
-    """Whether the weights are read under another RoPE than they were saved with."""
+    """Whether `args` has another RoPE than the weights were saved with."""
 
     @property
     def label(self) -> str:
+        """For tables and pictures: "64k, step 1000", or the folder's name."""
         name = self.folder.resolve().name
         if self.manifest is not None:
             name = f"{self.manifest['stage']}, step {self.manifest['step']}"
@@ -70,12 +71,12 @@ class Loaded:
     ranks: Ranks
 
 
-def look_at(folder: Path, tokenizer_folder: Path | None = None) -> ModelOnDisk:
-    """The model in a folder.
+def _read_folder(folder: Path, tokenizer_folder: Path | None = None) -> ModelOnDisk:
+    """The model in a folder, under its own RoPE.
 
-    tokenizer_folder: unset, the folder itself; for a checkpoint, what its run's config.toml names. UserError for a
-    folder that is neither, for files that are damaged or do not fit, and for a tokenizer that a checkpoint was not
-    trained with.
+    tokenizer_folder: if it is not given, the folder itself or, for a checkpoint, what its run's config.toml names.
+    UserError for a folder that is neither, for files that are damaged or do not fit, and for a tokenizer that a
+    checkpoint was not trained with.
     """
     check_model_folder(folder)
     if not (folder / MANIFEST).is_file():
@@ -95,12 +96,12 @@ def look_at(folder: Path, tokenizer_folder: Path | None = None) -> ModelOnDisk:
 
 
 def _tokenizer_of(checkpoint: Path) -> Path:
-    """The folder that the config.toml beside the checkpoints names; a relative path is looked up from the working
-    folder, as the run did."""
+    """The folder that the config.toml beside the checkpoints names; a relative path is relative to the working folder,
+    as in the run."""
     config = checkpoint.resolve().parent.parent / "config.toml"
     if not config.is_file():
         raise UserError(
-            f"{checkpoint} does not say where its tokenizer is: there is no {config}. Name its folder with --tokenizer."
+            f"{checkpoint} does not say where its tokenizer is: {config} is missing. Name its folder with --tokenizer."
         )
     return Path(str(load_tables(config).get("model", {}).get("hf_assets_path", "./assets/tokenizer")))
 
@@ -112,10 +113,10 @@ def load(
     tokenizer_folder: Path | None = None,
     attention_backend: str = "auto",
 ) -> Loaded:
-    """The model in a folder on one device, its parameters in `dtype`. UserError: see look_at."""
-    on_disk = look_at(folder, tokenizer_folder)
+    """The model in a folder on one device, its parameters in `dtype`. UserError: see _read_folder."""
+    on_disk = _read_folder(folder, tokenizer_folder)
     backend = choose_backend(attention_backend, device)
-    with torch.device("meta"):  # never held twice, nor in float32 first
+    with torch.device("meta"):  # parameters are never held twice, nor in float32 first
         model = Transformer(on_disk.args, backend).to(getattr(torch, dtype))
     model.to_empty(device=device)
     model.tie_embeddings()
@@ -125,18 +126,18 @@ def load(
     return Loaded(model.eval(), on_disk.tokenizer, Ranks(torch.device(device), backend))
 
 
-def model_for(folder: Path, config: JobConfig, longest: int | None, tokenizer: Path | None = None) -> ModelOnDisk:
-    """The model in a folder, under its own RoPE unless config has another, for `longest` tokens (None: for as many as
-    it was trained for). Rescaled or not, it was trained for no more (max_position_embeddings).
+def inspect_model(folder: Path, config: JobConfig, longest: int | None, tokenizer: Path | None = None) -> ModelOnDisk:
+    """The model in a folder, under its own RoPE unless config.rope is set: then rescaled for `longest` tokens (None: as
+    many as it was trained for). max_position_embeddings stays what the model was trained for.
 
     UserError for what is damaged or does not fit: files, tokenizer, RoPE, layout.
     """
-    on_disk = look_at(folder, tokenizer)
+    on_disk = _read_folder(folder, tokenizer)
     args = on_disk.args
     if config.rope != Rope():
         trained = args.rope.max_position_embeddings
         if longest is None and trained is None:
-            raise UserError("--rope.KEY rescales for a length, and the model does not say its own: name a length.")
+            raise UserError("--rope.KEY rescales for a length, but the model does not say its own: give --max_length.")
         rope = build_rope(config.rope, args.rope, args.head_dim, args.n_kv_heads, longest or trained or 0)
         rope = replace(rope, max_position_embeddings=trained)
         logger.info(f"RoPE: {describe_rope(rope)}; the model's own: {describe_rope(args.rope)}")
@@ -148,22 +149,22 @@ def model_for(folder: Path, config: JobConfig, longest: int | None, tokenizer: P
     return on_disk
 
 
-def check_own_results(own: argparse.Namespace, on_disk: ModelOnDisk) -> None:
+def check_own_results(options: argparse.Namespace, on_disk: ModelOnDisk) -> None:
     """UserError if the stage's own results file would get the results of another model."""
-    if own.of_stage and on_disk.rescaled:
-        raise UserError(f"--rope.KEY asks another model than the stage's, whose results are {own.out}: give --out.")
+    if options.of_stage and on_disk.rescaled:
+        raise UserError(f"--rope.KEY asks another model than the stage's, whose results are {options.out}: give --out.")
 
 
 def rank_and_world_size() -> tuple[int, int, int]:
-    """(rank, rank on this machine, number of ranks) as the launcher says; those of a single process without one."""
+    """(rank, rank on this machine, number of ranks) as the launcher says; (0, 0, 1) without a launcher."""
     rank, local, size = (int(os.environ.get(*v)) for v in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
     return rank, local, size
 
 
 @contextmanager
-def loaded(on_disk: ModelOnDisk, config: JobConfig) -> Iterator[tuple[Transformer, Ranks]]:
+def model_on_ranks(on_disk: ModelOnDisk, config: JobConfig) -> Iterator[tuple[Transformer, Ranks]]:
     """The model in evaluation mode, in the layout of [parallelism], and its ranks. Collective; makes the process group,
-    and ends it at the end."""
+    which lives as long as the context."""
     p = config.parallelism
     rank, local_rank, world_size = rank_and_world_size()
     device = pick_device(local_rank)

@@ -1,32 +1,33 @@
 """Loss by position of a model on one device, under any RoPE: what scripts/loss_by_position.py and the studies share.
 
-A result is a dictionary as docs/loss_by_position.md describes it. Nothing here imports PyTorch before it measures: a
-mistake on the command line should not wait for it.
+docs/loss_by_position.md describes a result, which is a dictionary. PyTorch, which takes seconds, is imported only to
+measure: a mistake on the command line should be reported at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from torchtitan.config import load_config
-from torchtitan.config.checks import check_config
-from torchtitan.config.schema import Data, Rope, Source
+from torchtitan.config.checks import check_ranges
+from torchtitan.config.schema import Rope
+from torchtitan.extensions.evaluation.command_line import text_table
 from torchtitan.models.rope_checks import check_rope
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import read_json
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to evaluate, on which text, where."""
+    """Options for the model, the text and the device."""
     parser.add_argument("--model", type=Path, help="Hugging Face folder, or a checkpoint's step-N folder")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer (the model's; that of the run)")
     parser.add_argument("--text", type=Path, nargs="+", help=".txt, .jsonl, .parquet, folders, tokenized folders")
@@ -38,66 +39,66 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_curve_arguments(parser: argparse.ArgumentParser) -> None:
-    """What measure() reads."""
+    """The options that measure() reads."""
     add_model_arguments(parser)
-    parser.add_argument("--length", type=int, help="tokens of each document that are read; shorter ones are left out")
-    parser.add_argument("--windows", type=int, nargs="+", default=[], help="cut the context to windows of W tokens")
-    parser.add_argument("--reset", type=int, nargs="+", default=[], help="begin the context anew every W tokens")
+    parser.add_argument("--length", type=int, help="tokens read of each document; shorter documents are left out")
+    parser.add_argument("--windows", type=int, nargs="+", default=[], help="also in windows of W tokens")
+    parser.add_argument("--reset", type=int, nargs="+", default=[], help="also in pieces of W tokens, each alone")
     parser.add_argument("--edges", type=int, nargs="+", help="where ranges of positions end (512 and its doubles)")
-    parser.add_argument("--max_documents", type=int, default=16, help="documents at most (16)")
-    parser.add_argument("--chunk", type=int, default=1024, help="positions whose logits exist at once (1024)")
+    parser.add_argument("--max_documents", type=int, default=16, help="how many documents are read at most (16)")
+    parser.add_argument("--chunk", type=int, default=1024, help="for how many positions logits exist at once (1024)")
     parser.add_argument("--label", help="name of the result in pictures")
 
 
 def rope_table(flags: list[str]) -> Rope:
-    """The [rope] table of the flags --rope.KEY VALUE, checked like a stage's; UserError for any other flag."""
+    """The [rope] table of the flags --rope.KEY VALUE, checked as a stage's; UserError for any other flag."""
     for flag in flags:
         if flag.startswith("--") and not flag.startswith("--rope."):
-            raise UserError(f"{flag.split('=')[0]} is not known; see --help. Of the configuration, --rope.KEY is read.")
+            raise UserError(
+                f"{flag.split('=')[0]} is not known; see --help. Of a stage's keys, only --rope.KEY is read."
+            )
     config = load_config(flags)
     if flags and not flags[0].startswith("--"):
         raise UserError(f"{flags[0]} has no --flag before it; every value follows its --flag.")
-    # something to train on, which the checks ask for
-    check_config(replace(config, data=Data(sources=(Source(name="text", path="text"),))), 1)
+    check_ranges(config)
     check_rope(config)
     return config.rope
 
 
-def measure(own: argparse.Namespace, rope: Rope) -> dict[str, Any]:
-    """One model under one RoPE, with full context, in each window and with each reset."""
+def measure(options: argparse.Namespace, rope: Rope) -> dict[str, Any]:
+    """The result of one model under one RoPE: with full context, in each window and with each reset."""
     for key in ("model", "text", "length"):
-        if getattr(own, key) is None:
+        if getattr(options, key) is None:
             raise UserError(f"--{key} is not given; see --help.")
     for key, values in (
-        ("length", [own.length]),
-        ("max_documents", [own.max_documents]),
-        ("chunk", [own.chunk]),
-        ("windows", own.windows),
-        ("reset", own.reset),
+        ("length", [options.length]),
+        ("max_documents", [options.max_documents]),
+        ("chunk", [options.chunk]),
+        ("windows", options.windows),
+        ("reset", options.reset),
     ):
         if min(values, default=1) < 1:
             raise UserError(f"--{key} = {min(values)} must be 1 or more.")
-    # PyTorch takes seconds to import: a mistake on the command line should not.
-    from torchtitan.extensions.evaluation.held_out_text import long_documents
+    from torchtitan.extensions.evaluation.held_out_text import check_vocabulary, long_documents
     from torchtitan.extensions.evaluation.loading import load
     from torchtitan.extensions.evaluation.runner import check_edges, default_edges, position_losses
     from torchtitan.models.rope_config import build_rope
     from torchtitan.tools.device import device_type
 
-    edges = check_edges(own.edges, own.length) if own.edges else default_edges(own.length)
-    device = own.device or device_type()
-    loaded = load(own.model, own.dtype, device, own.tokenizer, own.attention_backend)
+    edges = check_edges(options.edges, options.length) if options.edges else default_edges(options.length)
+    device = options.device or device_type()
+    loaded = load(options.model, options.dtype, device, options.tokenizer, options.attention_backend)
     args = loaded.model.args
-    used = build_rope(rope, args.rope, args.head_dim, args.n_kv_heads, own.length)
+    used = build_rope(rope, args.rope, args.head_dim, args.n_kv_heads, options.length)
     documents = long_documents(
-        own.text, loaded.tokenizer, own.length + 1, own.max_documents, own.text_field, own.add_bos
+        options.text, loaded.tokenizer, options.length + 1, options.max_documents, options.text_field, options.add_bos
     )
-    check_vocabulary(documents, args.vocab_size, loaded.tokenizer.folder)
-    loaded.model.output.tile_bytes = 4 * own.chunk * args.vocab_size
+    check_vocabulary(max(int(tokens.max()) for tokens in documents), args.vocab_size, loaded.tokenizer)
+    loaded.model.output.tile_bytes = 4 * options.chunk * args.vocab_size
     curves = []
     cuts: list[dict[str, Any]] = [{"window": None, "reset_every": None}]
-    cuts += [{"window": window, "reset_every": None} for window in own.windows]
-    cuts += [{"window": None, "reset_every": every} for every in own.reset]
+    cuts += [{"window": window, "reset_every": None} for window in options.windows]
+    cuts += [{"window": None, "reset_every": every} for every in options.reset]
     with model_progress(loaded.model, len(documents) * len(cuts)) as describe:
         for cut in cuts:
             describe(curve_name(cut))
@@ -106,14 +107,14 @@ def measure(own: argparse.Namespace, rope: Rope) -> dict[str, Any]:
             del losses["edges"]
             curves.append({**cut, **losses, "seconds": round(time.perf_counter() - start, 1)})
     return {
-        "label": own.label or summary(rope),
-        "model": str(own.model),
-        "text": [str(path) for path in own.text],
+        "label": options.label or summary(rope),
+        "model": str(options.model),
+        "text": [str(path) for path in options.text],
         "documents": len(documents),
-        "length": own.length,
+        "length": options.length,
         "trained_length": args.rope.max_position_embeddings,
         "rope": asdict(used),
-        "dtype": own.dtype,
+        "dtype": options.dtype,
         "device": device,
         "edges": list(edges),
         "curves": curves,
@@ -121,25 +122,16 @@ def measure(own: argparse.Namespace, rope: Rope) -> dict[str, Any]:
 
 
 def curve_name(curve: dict[str, Any]) -> str:
-    """How much context the curve's tokens have."""
+    """How much context a curve's tokens have: "full", "window 64" or "reset 64"."""
     if curve["window"] is not None:
         return f"window {curve['window']}"
     return "full" if curve["reset_every"] is None else f"reset {curve['reset_every']}"
 
 
-def check_vocabulary(documents: list[Any], vocab_size: int, folder: str) -> None:
-    """UserError if the tokenizer gives ids that the model does not have, which would be an index error later."""
-    largest = max(int(tokens.max()) for tokens in documents)
-    if largest >= vocab_size:
-        raise UserError(
-            f"The tokenizer in {folder} gives the id {largest}, but the model has {vocab_size} ids: they do not belong "
-            "together. Name the right folder with --tokenizer."
-        )
-
-
 @contextmanager
 def model_progress(model: Any, passes: int) -> Iterator[Callable[[str], None]]:
-    """A progress line that counts layers; yields what sets its text. If this is no terminal, each text is a line."""
+    """A progress bar that counts layers; yields a function that sets its text. Without a terminal each text is printed
+    as a line."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -162,40 +154,36 @@ def model_progress(model: Any, passes: int) -> Iterator[Callable[[str], None]]:
 
 
 def summary(rope: Rope) -> str:
-    """The keys of [rope] that are not the default: `type yarn, factor 4`."""
+    """The keys of [rope] that differ from the default: `type yarn, factor 4`."""
     changed = [(k, v) for k, v in vars(rope).items() if v != getattr(Rope(), k)]
     short = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in changed if not isinstance(v, tuple)]
     return ", ".join(short) or "as trained"
 
 
 def table(result: dict[str, Any]) -> str:
-    """Positions, counts, and nats and perplexity of each curve, as plain text."""
-    names = [curve_name(curve) for curve in result["curves"]]
-    lines = [
-        f"{result['label']}: {result['documents']} document{'s' * (result['documents'] != 1)}, {result['dtype']}",
-        "positions".rjust(17) + "tokens".rjust(9) + "".join(f"{n + ' nats':>18}{'ppl':>10}" for n in names),
-    ]
+    """Per range of positions and over all: the count, then nats and perplexity of each curve, as plain text."""
+    curves, counts = result["curves"], result["curves"][0]["count"]
+    rows = [["positions", "tokens", *(head for curve in curves for head in (f"{curve_name(curve)} nats", "ppl"))]]
     for i, (begin, end) in enumerate(pairwise(result["edges"])):
-        losses = [curve["nll"][i] for curve in result["curves"]]
-        lines.append(f"{begin:>8} -{end:>7}{result['curves'][0]['count'][i]:>9}{cells(losses)}")
-    losses = [curve["mean_nll"] for curve in result["curves"]]
-    lines.append("all".rjust(17) + f"{sum(result['curves'][0]['count']):>9}{cells(losses)}")
-    return "\n".join(lines)
+        rows.append([f"{begin} - {end}", str(counts[i]), *_cells([curve["nll"][i] for curve in curves])])
+    rows.append(["all", str(sum(counts)), *_cells([curve["mean_nll"] for curve in curves])])
+    documents = f"{result['documents']} document{'s' * (result['documents'] != 1)}"
+    return "\n".join([f"{result['label']}: {documents}, {result['dtype']}", *text_table(rows)])
 
 
-def cells(losses: list[float | None]) -> str:
-    """Nats and perplexities in columns; "-" if nothing was counted."""
-    return "".join(f"{'-':>18}{'-':>10}" if x is None else f"{x:>18.4f}{math.exp(min(x, 700)):>10.2f}" for x in losses)
+def _cells(losses: list[float | None]) -> list[str]:
+    """Nats and perplexity of each loss; "-" if nothing was counted."""
+    shown = [("-", "-") if x is None else (f"{x:.4f}", f"{math.exp(min(x, 700)):.2f}") for x in losses]
+    return [cell for pair in shown for cell in pair]
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """What --out wrote. Files that are older than --reset say "window" for it; they have no "reset_every"."""
+    """A result that --out wrote. In files older than --reset, "window" means a reset; they lack "reset_every"."""
     try:
-        result = json.loads(path.read_text())
-        missing_keys = {"label", "edges", "curves", "length", "trained_length"} - set(result)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--draw {path} cannot be read: {error}.") from None
-    if missing_keys:
+        result = read_json(path)
+    except OSError as error:
+        raise UserError(f"--draw {path} cannot be read: {error.strerror}.") from None
+    if missing_keys := {"label", "edges", "curves", "length", "trained_length"} - result.keys():
         raise UserError(f"--draw {path} is not a result of this script: it lacks {', '.join(sorted(missing_keys))}.")
     for curve in result["curves"]:
         if "reset_every" not in curve:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.extensions.evaluation import needle
-from torchtitan.extensions.evaluation.tasks import GROUPS, at_length, group_name
+from torchtitan.extensions.evaluation.tasks import GROUPS, group_name, mean_at_length
 from torchtitan.tools.folders import write_text
 
 
@@ -48,7 +48,7 @@ def scalars(result: dict[str, Any]) -> dict[str, float]:
     for task, grid in result["tasks"].items():
         for length in grid["lengths"]:
             for what in ("exact", "logprob", "score"):
-                numbers[f"{task}_{what}/{length}"] = at_length(grid, what, length)
+                numbers[f"{task}_{what}/{length}"] = mean_at_length(grid, what, length)
     for group, means in result["groups"].items():
         for i, length in enumerate(means["lengths"]):
             for what in ("exact", "score"):

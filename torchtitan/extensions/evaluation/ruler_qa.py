@@ -1,4 +1,7 @@
-"""RULER's qa_1 and qa_2: a question of SQuAD 2.0 or HotpotQA, its documents among as many others as fit."""
+"""RULER's qa_1 and qa_2: a question of SQuAD 2.0 or HotpotQA; the documents it needs stand among as many others as fit.
+
+The files are the user's. lm-evaluation-harness has these tasks too, but only with a network: it downloads the files.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from pathlib import Path
 
 from torchtitan.extensions.evaluation.fitting import Render, Task, Wording, generator
 from torchtitan.extensions.evaluation.questions import string_match_part
-from torchtitan.extensions.evaluation.ruler import QA
 from torchtitan.tools.errors import UserError
 
 BUDGET = 32
@@ -21,7 +23,7 @@ FILES = {
 
 @dataclass(frozen=True)
 class QAEntry:
-    """A question; indices into the documents of those that answer it, and of those to put beside them first."""
+    """A question. needed, near: indices of the documents that answer it, and of those that are added to them first."""
 
     question: str
     answers: tuple[str, ...]
@@ -31,7 +33,7 @@ class QAEntry:
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts, and questions about them; task: which of QA the file is for."""
+    """The texts of a file and questions about them; task: qa_1 or qa_2, which the file is for."""
 
     task: str
     texts: tuple[str, ...]
@@ -40,7 +42,7 @@ class Documents:
 
 @cache
 def read(file: Path) -> Documents:
-    """A file in SQuAD 2.0's or HotpotQA's form, told apart by what it holds. UserError for anything else."""
+    """A file in the form of SQuAD 2.0 or HotpotQA, recognized by what it holds. UserError for anything else."""
     if not file.is_file():
         raise UserError(f"evaluation.qa_files names {file}, which does not exist.")
     try:
@@ -48,7 +50,7 @@ def read(file: Path) -> Documents:
         documents = _squad(content["data"]) if isinstance(content, dict) else _hotpot(content)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"evaluation.qa_files names {file}, which is neither {FILES['qa_1']} nor {FILES['qa_2']} nor of their form "
+            f"evaluation.qa_files names {file}, which is neither {FILES['qa_1']} nor {FILES['qa_2']} nor in their form "
             f"({type(error).__name__}: {error})."
         ) from error
     if not documents.asked:
@@ -84,12 +86,10 @@ def _hotpot(entries: list[dict]) -> Documents:
     return Documents("qa_2", tuple(index), tuple(asked))
 
 
-def qa_task(name: str, files: tuple[Path, ...]) -> Task:
-    """qa_1 or qa_2 of the first file that is for it; UserError if there is none."""
-    assert name in QA
-    documents = next((documents for documents in map(read, files) if documents.task == name), None)
-    if documents is None:
-        raise UserError(f"{name} needs a file: name {FILES[name]} in evaluation.qa_files.")
+def qa_task(file: Path) -> Task:
+    """qa_1 or qa_2, whichever the file is for; UserError for a file that is for neither."""
+    documents = read(file)
+    name = documents.task
     texts, asked = documents.texts, documents.asked
 
     def build(length: int, text: str, seed: int, n: int) -> tuple[Render, int]:

@@ -152,8 +152,8 @@ def test_labels(say: Any, tmp_path: Path):
 @pytest.mark.parametrize(
     "second, flags, says",
     [
-        ("{", (), "1.json cannot be read"),
-        ("[1]", (), "1.json is no result of scripts/evaluate.py"),
+        ("{", (), "1.json is not JSON"),
+        ("[1]", (), "1.json holds list, but a JSON object is expected"),
         ({"label": "curves", "curves": []}, (), "1.json is no result"),
         (result("x", {"books": text([1.0], EDGES)}), (), "1.json is no result"),  # fewer losses than ranges
         (

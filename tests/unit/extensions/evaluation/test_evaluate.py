@@ -24,10 +24,10 @@ from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.evaluation import evaluate as asking
 from torchtitan.extensions.evaluation import hook, needle, plots, results
 from torchtitan.extensions.evaluation.checks import longest_asked
-from torchtitan.extensions.evaluation.command_line import what_is_asked
+from torchtitan.extensions.evaluation.command_line import resolve_request
 from torchtitan.extensions.evaluation.forward import Ranks
 from torchtitan.extensions.evaluation.hook import StageEvaluation
-from torchtitan.extensions.evaluation.loading import ModelOnDisk, check_own_results, model_for
+from torchtitan.extensions.evaluation.loading import ModelOnDisk, check_own_results, inspect_model
 from torchtitan.extensions.evaluation.questions import Question, default_text
 from torchtitan.extensions.evaluation.runner import Outcome, mean_by_length_and_depth, position_losses, stop_ids
 from torchtitan.models.hf.config import read_config
@@ -256,8 +256,8 @@ def test_rope_of_the_command_line_counts_and_that_of_a_file_does_not(
     ):
         own = SimpleNamespace(model=model, step=None, tokenizer=None, processes=1, out=None)
         texts = ["--evaluation.texts", "text.jsonl"]
-        configured, folder = what_is_asked(own, [*start, *texts, *extra])  # type: ignore[arg-type]
-        weights = model_for(folder, configured, longest_asked(configured))
+        configured, folder = resolve_request(own, [*start, *texts, *extra])  # type: ignore[arg-type]
+        weights = inspect_model(folder, configured, longest_asked(configured))
         found[name] = weights.args.rope.theta
         assert weights.args.rope.max_position_embeddings == 256, "rescaled is not trained"
         assert weights.rescaled == bool(extra) and ("rescaled" in weights.label) == bool(extra)
@@ -266,8 +266,8 @@ def test_rope_of_the_command_line_counts_and_that_of_a_file_does_not(
     assert found["auto"] == found["auto, file"] > 4 * TINY["rope_theta"]
     own = SimpleNamespace(model=model, step=None, tokenizer=None, processes=1, out=None)
     asked = ["--evaluation.length=300", "--evaluation.needle_lengths", "500", "1024", *rope]
-    configured, folder = what_is_asked(own, asked)  # type: ignore[arg-type]
-    assert model_for(folder, configured, longest_asked(configured)).args.rope.theta == found["auto"]
+    configured, folder = resolve_request(own, asked)  # type: ignore[arg-type]
+    assert inspect_model(folder, configured, longest_asked(configured)).args.rope.theta == found["auto"]
 
 
 def test_a_checkpoint_is_asked_with_bos_as_it_was_trained(tmp_path: Path):
@@ -285,7 +285,7 @@ def test_a_checkpoint_is_asked_with_bos_as_it_was_trained(tmp_path: Path):
         own = SimpleNamespace(model=tmp_path, step=None, tokenizer=None, processes=1, out=None)
         for was in (False, True):
             trained(was)
-            assert what_is_asked(own, args)[0].data.add_bos == (bos if args else was)  # type: ignore[arg-type]
+            assert resolve_request(own, args)[0].data.add_bos == (bos if args else was)  # type: ignore[arg-type]
 
 
 def test_a_hugging_face_folder_is_asked_with_bos_as_its_tokenizer_does(tmp_path: Path):
@@ -314,10 +314,10 @@ def test_a_hugging_face_folder_is_asked_with_bos_as_its_tokenizer_does(tmp_path:
         more = {} if said is None else {"add_bos_token": said}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(about | more))
         own = SimpleNamespace(model=tmp_path, step=None, tokenizer=None, processes=1, out=None)
-        assert what_is_asked(own, [])[0].data.add_bos == expected  # type: ignore[arg-type]
+        assert resolve_request(own, [])[0].data.add_bos == expected  # type: ignore[arg-type]
         for asked in (True, False):
             args = ["--data.add_bos", str(asked).lower()]
-            assert what_is_asked(own, args)[0].data.add_bos == asked  # type: ignore[arg-type]
+            assert resolve_request(own, args)[0].data.add_bos == asked  # type: ignore[arg-type]
 
 
 def test_losses_by_position_are_those_of_each_document_under_its_own_rope():
@@ -389,7 +389,7 @@ def test_a_stage_own_results_are_of_its_own_model(tmp_path: Path, monkeypatch: p
 
     def asked(*args: str, out: Path | None = None) -> Any:
         own = SimpleNamespace(model=None, step=None, tokenizer=None, processes=1, out=out)
-        config, folder = what_is_asked(own, ["--job.config_file", str(stage_file), *args])  # type: ignore[arg-type]
+        config, folder = resolve_request(own, ["--job.config_file", str(stage_file), *args])  # type: ignore[arg-type]
         assert folder == checkpoint
         return own, config
 
