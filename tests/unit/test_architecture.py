@@ -196,6 +196,18 @@ def test_the_reading_core_is_small_and_its_page_true():
             )
 
 
+def test_files_and_names_of_the_page_exist():
+    """Every `file.py`, and every `name` in `file.py`."""
+    names = [str(path.relative_to(REPOSITORY)) for path in (*FILES, *REPOSITORY.glob("tests/**/*.py"))]
+    for file in set(re.findall(r"`([\w/]+\.py)`", PAGE)):
+        assert any(f"/{name}".endswith(f"/{file}") for name in names), file
+    pairs = re.findall(r"`([\w.]+)` in\s+`([\w/]+\.py)`", PAGE)
+    assert len(pairs) > 3
+    for name, file in pairs:
+        words = name.split(".")[-1]
+        assert re.search(rf"^\s*(def |class )?{words}\b", (PACKAGE / file).read_text(), re.M), f"{name} in {file}"
+
+
 def test_every_file_says_what_it_is_for():
     for path in FILES:
         tree = ast.parse(path.read_text())
