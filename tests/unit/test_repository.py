@@ -54,8 +54,9 @@ def test_what_moved_exists_where_the_page_says():
     ]
     assert len(rows) > 5
     for before, now in rows:
-        assert not any(exists(command) for command in run_by(before)), before
-        assert all(exists(command) for command in run_by(now)), now
+        old, new = (run_by(cell) | set(re.findall(r"`(torchtitan[\w.]+)`", cell)) for cell in (before, now))
+        assert old and not any(map(exists, old)), before
+        assert new and all(map(exists, new)), now
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
