@@ -1,11 +1,11 @@
 # shellcheck shell=bash disable=SC2034
 # A job and its allocation; sourced by train.sbatch and evaluate.sbatch, which define fail, say and REPO (the repository).
-# Leaves what env.sh sets, restarts (how often Slurm has started the job anew), PYTHON, nodes, hosts, per_node (processes
+# Sets what env.sh sets, restarts (how many times Slurm has restarted the job), PYTHON, nodes, hosts, per_node (processes
 # per node), gpus (per node; empty if Slurm knows of none) and port.
 
 # ---- what Slurm says of a job
 described="" # on one line
-describe() { # JOB: fails if Slurm does not know it (any more) with 1, if Slurm does not answer for five minutes with 2
+describe() { # JOB: returns 1 if Slurm does not (or no longer) know it, 2 if Slurm does not answer for five minutes
     local i
     for (( i = 0; i < 60; i++ )); do
         described=$(scontrol --oneliner show job "$1" 2>&1) && return 0
@@ -59,5 +59,5 @@ if (( ${SLURM_CPUS_ON_NODE:-$per_node} < per_node )); then
 fi
 if [[ -n $gpus ]] || command -v nvidia-smi >/dev/null; then setup_allocator; fi
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-# Another port after every restart, so that no process of the last one can meet this one.
+# Another port after every restart, so that no process of the previous start can join.
 port=$((${MASTER_PORT:-20000 + SLURM_JOB_ID * 16 % 10000} + restarts % 16))

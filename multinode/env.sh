@@ -1,26 +1,26 @@
 # shellcheck shell=bash disable=SC2034
 # What a site sets once; sourced by submit.sh on the login node and by every job. Uncomment and edit.
 
-# ---- what sbatch is given for every job (the command line of submit.sh comes after, and wins)
+# ---- options of sbatch for every job (the command line of submit.sh overrides them)
 SBATCH_OPTIONS=()
 # SBATCH_OPTIONS+=(--partition=gpu --account=my_project --time=24:00:00)
 # SBATCH_OPTIONS+=(--gpus-per-node=8 --exclusive --mem=0)
 # SBATCH_OPTIONS+=(--signal=B:USR1@600)   # seconds to finish a step and save before the time limit; default: 300
 
-# ---- how often a job may be started again (time limits, preemptions, dead nodes) before a person should look
+# ---- how many times a job may be restarted (time limits, preemptions, dead nodes) before a person should look
 MAX_RESTARTS=${MAX_RESTARTS:-100}
 
-# ---- how many nodes of the allocation may stay idle: nodes that the check below leaves out, or degrees cannot use
+# ---- how many nodes of the allocation may stay idle: nodes that the check below excludes, or that the degrees cannot use
 SPARE_NODES=${SPARE_NODES:-0}
 
-# ---- Python: that of the login node's PATH when the job was submitted, unless named here
+# ---- Python: from the PATH of the shell that submits the job, unless set here
 # source /shared/envs/torch/bin/activate
 # module load cuda/12.8
 
 # ---- processes per node: the GPUs of the allocation. Only if Slurm does not know of GPUs:
 # NGPU=8
 
-# ---- the first node's name as all nodes know it: its Slurm name. If that does not resolve, or is of a slow network:
+# ---- the first node's name as all nodes know it: its Slurm name. If that does not resolve, or belongs to a slow network:
 # if [[ -n ${SLURM_JOB_NODELIST:-} ]]; then
 #     MASTER_HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)-ib0
 # fi
@@ -38,6 +38,6 @@ SRUN_OPTIONS=()
 # AWS EFA (with the aws-ofi-nccl plugin)
 # export FI_PROVIDER=efa FI_EFA_USE_HUGE_PAGE=0 NCCL_SOCKET_IFNAME=ens
 
-# ---- a check of the nodes before every start. report: slow and broken nodes are named in the log; exclude: also left out
+# ---- a check of the nodes before every start. report: the log names slow and broken nodes; exclude: they also stay idle
 # NODE_CHECK=report
 # NODE_CHECK_FACTOR=1.5   # how many times the median node's time is slow

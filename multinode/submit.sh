@@ -4,14 +4,14 @@
 #   multinode/submit.sh [--dry-run] [--evaluate] --job.config_file LAST_STAGE.toml [--x.y z ...] [-- SBATCH OPTIONS]
 #   multinode/submit.sh --job.config_file train_configs/prolong_8b/512k.toml -- --nodes=4 --gpus-per-node=8 --time=24:00:00
 #
-# Overrides hold for every stage; job.dump_folder gets a folder for each. SBATCH OPTIONS hold for every stage too, and win
-# over those of env.sh and of the stage's TOML (stage.sbatch). A stage starts when the previous one has ended well (afterok);
-# if that has failed, the jobs after it are cancelled (--kill-on-invalid-dep). --dry-run prints the commands. Paths are
-# relative to the current folder. The jobs' numbers are printed, the first stage's first.
+# Overrides hold for every stage; job.dump_folder gets a folder for each. SBATCH OPTIONS hold for every stage too, and
+# override those of env.sh and of the stage's TOML file (stage.sbatch). A stage starts when the previous stage has ended
+# well (afterok); if that has failed, the later jobs are cancelled (--kill-on-invalid-dep). --dry-run prints the commands.
+# Paths are relative to the current folder. The jobs' numbers are printed in the order of the stages.
 #
-# --evaluate puts a job with evaluate.sbatch behind each stage, also behind a stage that has ended and whose newest
-# checkpoint has no evaluation/step-N.json; the next stage does not wait for it. It has the stage's options of sbatch,
-# then those given here, which win: --evaluate="--nodes=1 --time=1:00:00". Its number is printed behind the stage's.
+# --evaluate adds a job with evaluate.sbatch after each stage, also after a stage that has ended and whose newest
+# checkpoint has no evaluation/step-N.json; the next stage does not wait for it. It has the stage's sbatch options and
+# those given here, which override them: --evaluate="--nodes=1 --time=1:00:00". Its number is printed after the stage's.
 set -euo pipefail
 REPO=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 set +u # a site's file may use variables that are not set
@@ -63,7 +63,7 @@ submit() { # WHAT JOB_NAME DUMP_FOLDER AFTER SCRIPT SBATCH_OPTIONS... -- ARGUMEN
     fi
     mkdir -p "$folder/slurm"
     if ! job=$("${command[@]}"); then
-        echo "error: $what was not submitted${submitted[*]:+; those before it are cancelled: ${submitted[*]}}" >&2
+        echo "error: $what was not submitted${submitted[*]:+; the jobs before it are cancelled: ${submitted[*]}}" >&2
         if [[ ${#submitted[@]} -gt 0 ]]; then scancel "${submitted[@]}"; fi
         exit 1
     fi
@@ -72,7 +72,7 @@ submit() { # WHAT JOB_NAME DUMP_FOLDER AFTER SCRIPT SBATCH_OPTIONS... -- ARGUMEN
     echo "$what: job $job, log $folder/slurm/$job.log" >&2
     echo "$job"
 }
-options() { # SBATCH_OPTIONS... -- ARGUMENTS...: the stage's, with the user's, in `sbatch_options`; the rest in `rest`
+options() { # SBATCH_OPTIONS... -- ARGUMENTS...: sets `sbatch_options` (the stage's and the user's) and `rest`
     sbatch_options=()
     while [[ $1 != -- ]]; do sbatch_options+=("$1"); shift; done
     sbatch_options+=(${user_options[@]+"${user_options[@]}"})

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Train a stage on several plain hosts, without Slurm: the same command on each of them, but for --node-rank.
+# Train a stage on several plain hosts, without Slurm: the same command on each host, except for --node-rank.
 #
 #   multinode/torchrun.sh --nnodes 2 --node-rank 0 --master-addr host0 [--master-port 29500] [--nproc-per-node 8] \
 #       -- --job.config_file my.toml [--x.y z]
 #
-# Flags are torchrun's, but it starts this project's launcher (torchtitan/extensions/cluster/launch.py): on SIGTERM the
-# trainers take as long as their checkpoint needs. Nothing is started again by itself: repeat the command to resume.
+# The flags are torchrun's, but this project's launcher (torchtitan/extensions/cluster/launch.py) is started: after SIGTERM
+# the trainers take as long as their checkpoint needs. Nothing is restarted automatically: repeat the command to resume.
 set -euo pipefail
 REPO=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 set +u # a site's file may use variables that are not set
@@ -33,7 +33,7 @@ done
 if [[ $# -gt 0 ]]; then shift; fi
 for name in nnodes node_rank host; do [[ -n ${!name} ]] || { usage >&2; exit 1; }; done
 for name in nnodes node_rank port; do
-    [[ ${!name} =~ ^[0-9]+$ ]] || fail "--${name//_/-} ${!name}: it must be a number: nothing is elastic here"
+    [[ ${!name} =~ ^[0-9]+$ ]] || fail "--${name//_/-} ${!name}: it must be a number: the number of hosts is fixed"
 done
 gpus=0
 if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true); fi

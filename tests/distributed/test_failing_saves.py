@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 
 from tests.distributed.harness import flags, spawn, write_assets
-from tests.distributed.test_watch import Messages
+from tests.distributed.test_health import Messages
 from torchtitan.components import checkpoint as checkpoint_module
 from torchtitan.components.checkpoint import load
 from torchtitan.components.manifest import complete_steps, find_damage
@@ -196,12 +196,12 @@ def on_tmpfs(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
         mount = Path(case["mount"])
         mount.mkdir(parents=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={TMPFS_MIB}m", "tmpfs", str(mount)], check=True)
-        checkpoint_module.ROOM = case.get("room", checkpoint_module.ROOM)
+        checkpoint_module.OVERHEAD = case.get("room", checkpoint_module.OVERHEAD)
         if "ballast" in case:
             (mount / "ballast").write_bytes(bytes(case["ballast"] << 20))
         case["actions"] = {int(step): actions for step, actions in case.get("actions", {}).items()}
         results[name] = run(case, 0, 1)
-        checkpoint_module.ROOM = 1.02
+        checkpoint_module.OVERHEAD = 1.02
         metrics = Path(case["args"][case["args"].index("--job.dump_folder") + 1]) / "metrics.jsonl"
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
         results[name]["logged"] = [line["step"] for line in lines]

@@ -31,7 +31,7 @@ from torchtitan.models.architecture import as_json
 from torchtitan.models.hf.weights import load_weights
 from torchtitan.models.rope_config import describe_rope, rope_warnings
 from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights, parameter_counts
-from torchtitan.tools.device import host_name, init_process_group, make_deterministic, pick_device, record_collectives
+from torchtitan.tools.device import host_names, init_process_group, make_deterministic, pick_device, record_collectives
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 from torchtitan.tools.torch_compat import set_timeout
@@ -57,9 +57,7 @@ def connect(
         p.tensor_parallel_degree,
     )
     group = dist.new_group(backend="gloo")  # its collectives block no stream of the GPU
-    hosts = [""] * world_size
-    dist.all_gather_object(hosts, host_name(), group)
-    return device, dims, group, hosts
+    return device, dims, group, host_names(group)
 
 
 def build_model(

@@ -43,7 +43,7 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import partial_of, sync, write_text
 from torchtitan.tools.logging import logger
 
-ROOM = 1.02  # a checkpoint is its tensors, their names and checksums
+OVERHEAD = 1.02  # a checkpoint is its tensors, their names and checksums
 T = TypeVar("T")
 
 
@@ -159,7 +159,7 @@ class Checkpointer:
         writer = WholeWriter(
             self.folder / f"step-{manifest['step']}",
             {"format": FORMAT} | manifest,
-            needed=int(size * ROOM),
+            needed=int(size * OVERHEAD),
             retries=self.config.save_retries,
             retry_seconds=self.config.retry_seconds,
         )
@@ -226,21 +226,21 @@ class Checkpointer:
         Checkpoints later than the returned one are renamed to step-N.replaced: they are damaged, or belong to steps
         that this run takes back. Once it saves, they must not be resumed from nor counted by keep_latest_k.
         """
-        here = self.config.load_step, complete_steps(self.folder)
-        wanted, steps = _from_rank0(here if dist.get_rank() == 0 else None, self.group)
-        check_load_step(self.folder, wanted, steps)
-        for step in [wanted] if wanted >= 0 else reversed(steps):
+        choices = self.config.load_step, complete_steps(self.folder)
+        load_step, steps = _from_rank0(choices, self.group)
+        check_load_step(self.folder, load_step, steps)
+        for step in [load_step] if load_step >= 0 else reversed(steps):
             path = self.folder / f"step-{step}"
-            found = damage_of_all(path, self.group)
-            if not found:
+            damage = damage_of_all(path, self.group)
+            if not damage:
                 if dist.get_rank() == 0:
                     _set_aside([self.folder / f"step-{later}" for later in steps if later > step])
                 dist.barrier(self.group)
                 return path
-            if wanted >= 0:
-                raise UserError(f"checkpoint.load_step = {wanted}: {found}")
+            if load_step >= 0:
+                raise UserError(f"checkpoint.load_step = {load_step}: {damage}")
             if dist.get_rank() == 0:
-                logger.warning(f"Skipping a damaged checkpoint: {found}")
+                logger.warning(f"Skipping a damaged checkpoint: {damage}")
         if steps:
             raise UserError(
                 f"Every checkpoint in {self.folder} is damaged (steps {', '.join(map(str, steps))}). "
@@ -311,7 +311,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=1), durable=True)
 
 
-def _from_rank0(value: Any, group: Any) -> Any:
+def _from_rank0(value: T, group: dist.ProcessGroup) -> T:
+    """Collective. Rank 0's value on all ranks."""
     box = [value]
     dist.broadcast_object_list(box, src=0, group=group)
     return box[0]

@@ -49,11 +49,11 @@ def complete_steps(folder: Path) -> list[int]:
     return sorted(int(m[1]) for m in names if m)
 
 
-def check_load_step(folder: Path, wanted: int, steps: list[int]) -> None:
+def check_load_step(folder: Path, load_step: int, steps: list[int]) -> None:
     """UserError if checkpoint.load_step, unless negative, is not among the `steps` of the folder."""
-    if wanted >= 0 and wanted not in steps:
+    if load_step >= 0 and load_step not in steps:
         raise UserError(
-            f"checkpoint.load_step = {wanted}, but {folder} holds no complete checkpoint of that step; its steps: "
+            f"checkpoint.load_step = {load_step}, but {folder} holds no complete checkpoint of that step; its steps: "
             f"{', '.join(map(str, steps)) or 'none'}. -1 takes the newest, and starts anew if there is none."
         )
 

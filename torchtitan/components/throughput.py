@@ -45,8 +45,8 @@ class Throughput:
         """Count a step. batches: this rank's (other ranks have about as much work); tokens: of the global batch."""
         for batch in batches:
             self.flops += training_flops(self.work.parameters, batch.unpadded, self.work.width, batch.pairs)
-            again = self.recomputed
-            self.recomputed_flops += forward_flops(again.parameters, batch.unpadded, again.width, batch.pairs)
+            recomputed = self.recomputed
+            self.recomputed_flops += forward_flops(recomputed.parameters, batch.unpadded, recomputed.width, batch.pairs)
             self.pairs += batch.pairs
             self.pairs_of_busiest += batch.pairs_of_busiest
             self.kv_received += batch.kv_received

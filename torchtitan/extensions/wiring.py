@@ -44,7 +44,7 @@ def hooks_of(config: JobConfig) -> list[Any]:
     from torchtitan.extensions.planner.data_report import DataReport
     from torchtitan.extensions.planner.host_memory import HostMemoryCheck
 
-    own = [load_hook(name) for name in config.job.hooks]
+    hooks_of_user = [load_hook(name) for name in config.job.hooks]
     hooks: list[Hook] = [
         NodeCheck(),
         HostMemoryCheck(),
@@ -59,7 +59,7 @@ def hooks_of(config: JobConfig) -> list[Any]:
         Export(),
         Profiler(),
     ]
-    return [*hooks, *own]
+    return [*hooks, *hooks_of_user]
 
 
 def build_trainer(config: JobConfig, rank: int, local_rank: int, world_size: int) -> Any:

@@ -49,6 +49,13 @@ def host_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def host_names(group: dist.ProcessGroup) -> list[str]:
+    """Collective over group, which has all ranks. The host name of each rank."""
+    hosts: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(hosts, host_name(), group)
+    return hosts
+
+
 def record_collectives(folder: Path, size: int) -> None:
     """Have NCCL's flight recorder keep the last `size` collectives, and write them to folder/rank_N on a time-out.
 

@@ -30,7 +30,7 @@ and there is still time to write them."""
 
 
 class Stragglers(Hook):
-    """Finds the slowest ranks for every line of metrics.jsonl, and warns of those beyond metrics.straggler_factor.
+    """Finds the slowest ranks for every line of metrics.jsonl, with a warning beyond metrics.straggler_factor.
 
     Ranks that share parameters wait for each other in every layer, so all take the same time for a step. Two things
     tell a slow rank from the others: a matrix product of fixed size, timed before every step while no rank waits for

@@ -91,7 +91,7 @@ def launch(
     stops = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal, a lost ssh; nohup ignores it
         stops.append(signal.SIGHUP)
-    before = {signum: signal.signal(signum, note) for signum in stops}
+    old_handlers = {signum: signal.signal(signum, note) for signum in stops}
     host, port = nodes.master or ("127.0.0.1", _free_port())
     before_program = _before_program()
     processes: list[subprocess.Popen[bytes]] = []
@@ -117,7 +117,7 @@ def launch(
             if process.poll() is None:
                 process.kill()
                 process.wait()
-        for signum, handler in before.items():
+        for signum, handler in old_handlers.items():
             signal.signal(signum, handler)
 
 

@@ -28,8 +28,8 @@ import torch.distributed as dist
 
 from torchtitan.components.hooks import Hook
 from torchtitan.extensions.cluster.node_report import Report, judge, table
-from torchtitan.extensions.cluster.shared_folder import blind_hosts, hosts_of, not_shared
-from torchtitan.tools.device import init_process_group, pick_device
+from torchtitan.extensions.cluster.shared_folder import blind_hosts, not_shared
+from torchtitan.tools.device import host_names, init_process_group, pick_device
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import write_text
 from torchtitan.tools.logging import init_logger, logger
@@ -203,7 +203,7 @@ def main(argv: list[str], rank: int, local_rank: int, world_size: int) -> int:
         device = pick_device(local_rank)
         init_process_group(device, rank, world_size, int(options.timeout) + 60)
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=options.timeout))
-        hosts = hosts_of(group)
+        hosts = host_names(group)
         report = node_check(options.folder, options.factor, device, hosts, group, options.timeout, options.seconds)
     except (UserError, OSError) as e:
         logger.error(str(e))

@@ -10,18 +10,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from torchtitan.tools.device import host_name
 from torchtitan.tools.errors import UserError
 
 SEEN_WITHIN_SECONDS = 20.0
 """How long a file may take to appear on other hosts; NFS caches folders for seconds."""
-
-
-def hosts_of(group: dist.ProcessGroup) -> list[str]:
-    """Collective. The host name of every rank."""
-    hosts: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(hosts, host_name(), group)
-    return hosts
 
 
 def blind_hosts(

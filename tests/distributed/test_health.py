@@ -139,7 +139,7 @@ def dispatch(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("watch")
+    return tmp_path_factory.mktemp("health")
 
 
 @pytest.fixture(scope="module")
