@@ -46,7 +46,8 @@ class Fields:
 @dataclass(frozen=True)
 class Span:
     """Part of a file: the lines of a .jsonl that begin at bytes [start, stop), the row groups [start, stop) of a
-    .parquet, or a whole .txt. size is its bytes of text, for sharing out the work."""
+    .parquet, or a whole .txt; or rows [start, stop) of a hub dataset, whose name is the path. size: about how many
+    bytes of text it holds, for sharing out the work."""
 
     path: str
     start: int

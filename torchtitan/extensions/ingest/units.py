@@ -100,9 +100,16 @@ def is_made(cache: Path, name: str) -> bool:
     """Whether the finished folder exists; if so, what a killed run may have left beside it is deleted."""
     if not (cache / name).is_dir():
         return False
-    for left in cache.glob(f".unfinished-{glob.escape(name)}.*"):
-        shutil.rmtree(left, ignore_errors=True)
+    _delete_unfinished(cache, name)
     return True
+
+
+def _delete_unfinished(cache: Path, name: str) -> None:
+    for left in cache.glob(f".unfinished-{glob.escape(name)}.*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:  # what hub.py has downloaded
+            left.unlink(missing_ok=True)
 
 
 def begin(corpus: CorpusInProgress) -> dict[int, Counts] | None:
@@ -216,8 +223,7 @@ def finish(corpus: CorpusInProgress, units: int, metadata: dict[str, Any]) -> li
         kept = [index for index in range(units) if done[index]["documents"]]
         left_out: Counter[str] = sum((Counter(done[i].get("left_out", {})) for i in range(units)), Counter())
         if not kept:
-            for left in corpus.cache.glob(f".unfinished-{glob.escape(corpus.name)}.*"):
-                shutil.rmtree(left, ignore_errors=True)
+            _delete_unfinished(corpus.cache, corpus.name)
             why = ", ".join(f"{reason} {count}" for reason, count in left_out.items()) or "empty or blank"
             raise UserError(
                 f"Data source {corpus.source!r} holds no document with text: all that its path {metadata['path']!r} "
@@ -245,7 +251,7 @@ def finish(corpus: CorpusInProgress, units: int, metadata: dict[str, Any]) -> li
         for path in [*whole.iterdir(), whole]:
             sync(path)
         os.rename(whole, corpus.folder)
-        is_made(corpus.cache, corpus.name)  # deletes the rest
+        _delete_unfinished(corpus.cache, corpus.name)
     logger.info(
         "%s: %d documents, %d tokens in %s", corpus.source, metadata["documents"], metadata["tokens"], corpus.folder
     )

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ TEXTS = [f"document {i} " + "long " * (i * 7 % 30) if i % 9 else " \n" for i in 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(units, "UNIT_BYTES", 500)
+    monkeypatch.setattr(hub, "ANSWER_SECONDS", 0.0)  # no test waits for the hub to be asked again
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home")
     datasets.disable_progress_bars()
 
@@ -321,6 +323,35 @@ def test_the_commit_is_kept_and_a_branch_that_moved_is_noticed(
     assert str(first) in caplog.text and all(commit in caplog.text for commit in COMMITS)
     assert tokenize_source(replace(WEB, hub_revision=COMMITS[0]), tokenizer, data) == first
     assert loader.commits == COMMITS
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_ranks_that_start_together_ask_the_hub_once(
+    tokenizer: Tokenizer, data: Data, loader: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    """Also if it does not answer: else each would wait for it, one after the other."""
+    tokenize_source(WEB, tokenizer, data)
+    monkeypatch.setattr(hub, "ANSWER_SECONDS", 60.0)
+    for file in Path(data.cache_folder).glob(".hub-*.json"):
+        file.write_text(json.dumps({"commit": COMMITS[1], "time": time.time() - 61}))  # an old answer is none
+    notes = tmp_path / "notes"
+
+    def ask(wanted: Any) -> str:
+        with notes.open("a") as file:
+            file.write("asked\n")
+        if not answers:
+            raise hub.UnreachableError("no route")
+        return COMMITS[0]
+
+    monkeypatch.setattr(hub, "_ask_for_commit", ask)
+    jobs = [FORK.Process(target=tokenize_source, args=(WEB, tokenizer, data, 1)) for _ in range(3)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(60)
+    assert [job.exitcode for job in jobs] == [0, 0, 0]
+    assert notes.read_text() == "asked\n"
+    assert loader.commits == [COMMITS[0]]
 
 
 @pytest.fixture
