@@ -1,7 +1,7 @@
-"""What an [evaluation] table can be wrong about by itself, and how long its longest text is.
+"""Mistakes in an [evaluation] table that can be found without a model, and how long its longest text is.
 
-Pure arithmetic on the configuration, done before anything is built; imports no PyTorch. Ranges of single numbers are
-checked with those of all tables (config/checks.py); files and the tokenizer are checked where they are opened.
+Pure arithmetic on the configuration, before anything is built; imports no PyTorch. Ranges of single numbers are checked
+with those of all tables (config/checks.py); files and the tokenizer are checked where they are opened.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from torchtitan.tools.errors import UserError
 
 
 def evaluation_length(config: JobConfig) -> int:
-    """Tokens that are read of each document of evaluation.texts."""
+    """How many tokens are read of each document of evaluation.texts."""
     return config.evaluation.length or config.data.target_seq_len or config.training.seq_len
 
 
 def longest_asked(config: JobConfig) -> int:
-    """Tokens of the longest document or question of [evaluation]; 0 if nothing is asked."""
+    """How many tokens the longest document or question of [evaluation] has; 0 if nothing is asked."""
     e = config.evaluation
     return max([evaluation_length(config)] * bool(e.texts) + list(e.needle_lengths) + list(e.task_lengths), default=0)
 
@@ -35,7 +35,7 @@ def check_asked(config: JobConfig) -> None:
 
 
 def check_evaluation(config: JobConfig) -> None:
-    """UserError for the first thing in [evaluation] that cannot be asked of any model."""
+    """UserError for the first mistake in [evaluation]: what no model can be asked."""
     e = config.evaluation
     length = evaluation_length(config)
     for key, lengths in (("needle_lengths", e.needle_lengths), ("task_lengths", e.task_lengths)):
@@ -45,7 +45,8 @@ def check_evaluation(config: JobConfig) -> None:
     for i, depth in enumerate(e.needle_depths):
         if not 0 <= depth <= 1:
             raise UserError(
-                f"evaluation.needle_depths[{i}] = {depth} is a share of the text: 0 is its beginning, 1 its end."
+                f"evaluation.needle_depths[{i}] = {depth} is a share of the text: it must be from 0 (its beginning) to "
+                "1 (its end)."
             )
     if e.needle_lengths and not e.needle_depths:
         raise UserError("evaluation.needle_lengths is set without needle_depths: name at least one, such as 0.5.")
@@ -70,4 +71,4 @@ def check_evaluation(config: JobConfig) -> None:
             "evaluation.texts, or needle_lengths, or tasks."
         )
     if e.windows and not e.texts:
-        raise UserError("evaluation.windows is set without texts, whose loss it is about: name held-out text there.")
+        raise UserError("evaluation.windows is set without texts, whose loss it cuts: name held-out text in texts.")

@@ -1,4 +1,4 @@
-"""The questions of an [evaluation] table: prepared once, put to a model, summed up.
+"""An [evaluation] table: its texts and questions are prepared once, then a model is evaluated on them.
 
 Used by a running stage (hook.py) and by scripts/evaluate.py. The result is a dictionary that is written as JSON
 (results.py); docs/evaluation.md explains its keys.
@@ -36,12 +36,12 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
 ENOUGH_TEXT = 1 << 20
-"""Tokens of haystack beyond which no more are read."""
+"""How many tokens of held-out text are used as haystack at most."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that a model is asked, in memory; the same on every rank."""
+    """Everything that a model is asked; the same on every rank."""
 
     texts: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     """By name: documents, int64 [length + 1] each."""
@@ -52,11 +52,11 @@ class Prepared:
 
     scores: dict[str, Score] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
-    """How the questions are asked: two results compare only if these are the same. "asked" in the results."""
+    """How the questions are asked, "asked" in the results: only results with the same settings can be compared."""
 
 
 def warn_beyond_trained_length(args: TransformerArgs, longest: int) -> None:
-    """Log what a text of `longest` tokens asks of a RoPE that was not made for it."""
+    """Log a warning if the model's RoPE was not made for `longest` tokens."""
     warnings, reach = rope_warnings(args.rope, args.head_dim, longest), args.rope.max_position_embeddings
     if reach is not None and reach < longest:
         warnings.append(f"the model's positions were trained up to {reach:,} (max_position_embeddings).")
@@ -65,8 +65,8 @@ def warn_beyond_trained_length(args: TransformerArgs, longest: int) -> None:
 
 
 def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> Prepared:
-    """Read texts, make needles and tasks: the same on every rank. UserError for text that is too short or missing, and
-    for a length that a task cannot have."""
+    """Read texts and make the questions of needles and tasks: the same on every rank. UserError for text that is too
+    short or missing, and for a length that a task cannot have."""
     e = config.evaluation
     length, longest = evaluation_length(config), longest_asked(config)
     folder, bos = Path(config.data.folder), config.data.add_bos and tokenizer.bos_id is not None
@@ -80,12 +80,12 @@ def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> P
             [path], tokenizer, length + 1, e.max_documents, e.text_field, bos, option=f"evaluation.texts ({text})"
         )
     documents = [document for several in texts.values() for document in several]
-    # a haystack is one text: nothing begins or ends in it
+    # a haystack is one text, without the special tokens that begin and end documents
     held_out = without_special(tokenizer, torch.cat(documents))[:ENOUGH_TEXT] if documents else None
     prose = default_text() if held_out is None else tokenizer.decode(held_out.tolist())
     bos_id = tokenizer.bos_id if bos else None
     asked: list[tuple[Any, Any, Sequence[int], int]] = []
-    """(task, its haystack, lengths, how many questions)"""
+    """(task, its haystack, lengths, number of questions)"""
     if e.needle_lengths:
         tokens = torch.tensor(tokenizer.encode(prose)) if held_out is None else held_out
         asked.append((NeedleTask(e.needle_depths), tokens, e.needle_lengths, e.needles))
@@ -119,7 +119,7 @@ def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> P
 
 
 def without_special(tokenizer: Tokenizer, tokens: torch.Tensor) -> torch.Tensor:
-    """int64 [N] without special tokens, which stand where documents begin and end."""
+    """int64 [N], without special tokens."""
     special = torch.tensor(sorted(tokenizer.special.values()), dtype=torch.int64)
     return tokens[~torch.isin(tokens, special)]
 
@@ -133,10 +133,10 @@ def evaluate(
     generate: bool = False,
     on_part: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """{"perplexity", "tasks", "groups", "asked"} (docs/evaluation.md); None in place of NaN and infinity. Collective.
-    Nothing of the model's state is changed.
+    """{"perplexity", "tasks", "groups", "asked"} (docs/evaluation.md), with None instead of NaN and infinity.
+    Collective. The model's state does not change.
 
-    on_part: called with what is under way, and how much of this rank's part is done.
+    on_part: called with (what is under way, done, total), for this rank's work.
     """
     was_training = model.training
     model.eval()
@@ -169,5 +169,5 @@ def evaluate(
     numbers = {"perplexity": perplexity, "tasks": tasks, "groups": group_means(tasks), "asked": prepared.settings}
     result: dict[str, Any] = finite(numbers)
     if str(result) != str(numbers):
-        logger.warning("some numbers of this evaluation are NaN or infinite: null in the results")
+        logger.warning("some numbers of this evaluation are NaN or infinite; they are null in the results")
     return result

@@ -1,4 +1,4 @@
-"""Wordings of any size -> questions of a length: as much haystack as fits, found by searching on the token count."""
+"""Wordings of any size -> questions of a given length: a search for the largest haystack whose tokens fit."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from torchtitan.extensions.evaluation.questions import Question, Score
 from torchtitan.tools.errors import UserError
 
 ENOUGH = 0.985
-"""Share of the room at which the search ends. More would cost encodings of the whole text, a second at 256K tokens."""
+"""Share of the length at which the search ends. To come closer takes more encodings, each a second at 256K tokens."""
 AIM = 0.993
+"""Share of the length that the next size is guessed for."""
 FEW = 16
-"""Rounds after which the search halves instead of guessing, so that it ends whatever the text."""
+"""Rounds after which the search halves instead of guessing, so that it ends whatever the text is."""
 
 
 @dataclass(frozen=True)
 class Wording:
-    """A prompt, what the model would write behind it (with its space), and the references for scoring."""
+    """A prompt, the expected answer (with the space before it), and the references for scoring."""
 
     prompt: str
     target: str
@@ -31,38 +32,38 @@ class Wording:
 
 
 Render = Callable[[int], Wording]
-"""The question with that much haystack (sentences, words, pairs, documents); a function of that number alone."""
+"""Size of the haystack (sentences, words, pairs, documents) -> the question; a pure function of the size."""
 
 Build = Callable[[int, str, int, int], tuple[Render, int]]
-"""(length, prose, seed, number) -> a question of any size, and the smallest size that the task allows."""
+"""(length, prose, seed, number) -> the question by size, and the smallest size that the task allows."""
 
 
 def generator(seed: int, task: str, length: int, number: int, part: int = 0) -> np.random.Generator:
-    """Random numbers of a question's own; part: several independent ones."""
+    """A question's own random numbers; part: one of several independent generators."""
     return np.random.default_rng([seed, zlib.crc32(task.encode()), length, number, part])
 
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of question, at any length."""
+    """A kind of question at any length."""
 
     name: str
     build: Build
     score: Score
     max_new_tokens: int
-    """The published budget; a question's own is larger if the tokenizer needs more for the expected answer."""
+    """The published budget; a question has more if the tokenizer needs more for the expected answer."""
 
     most: int | None = None
-    """The largest size, for a haystack that is not endless."""
+    """The largest size; None: haystacks are endless."""
 
     haystack: str = ""
-    """What is in such a haystack: "words to choose from"."""
+    """What a haystack of limited size consists of: "words to choose from"."""
 
     def make(
         self, tokenizer: Tokenizer, text: str, length: int, count: int, seed: int, bos_id: int | None
     ) -> list[Question]:
-        """`count` questions whose prompt and answer have at most `length` tokens and nearly as many, each a function of
-        (tokenizer, text, seed, task, length, number). text: prose for a haystack. UserError if a length is too short,
+        """`count` questions, prompt and answer of at most `length` tokens and nearly as many; each is a function of
+        (tokenizer, text, seed, task, length, number). text: prose for haystacks. UserError if the length is too short
         or too long."""
         return [self._fitted(tokenizer, length, bos_id, *self.build(length, text, seed, n)) for n in range(count)]
 
@@ -115,5 +116,5 @@ class Task:
 
 
 def listed(words: Sequence[str]) -> str:
-    """a; a, and b; a, b, and c: as RULER lists the keys that it asks for."""
+    """A list in RULER's form: a; a, and b; a, b, and c."""
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + f", and {words[-1]}"

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from torchtitan.attention.backends import choose_backend
+from torchtitan.config.schema import JobConfig
 from torchtitan.datasets.batch import PADDING_SOURCE, PackedBatch
 from torchtitan.distributed.context_parallel.shard import LocalBatch, shard
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -47,16 +49,14 @@ class Ranks:
     """Process group of all ranks, for small tensors on the CPU (gloo); None: one process."""
 
     @staticmethod
-    def of(
-        dims: ParallelDims, device: torch.device, backend: str, layout: str, exchange: str, group: Any = None
-    ) -> Ranks:
-        """The ranks of a mesh; group: gloo, of all its ranks."""
+    def of(dims: ParallelDims, device: torch.device, config: JobConfig, group: Any) -> Ranks:
+        """The ranks of a stage's mesh; group: gloo, of all its ranks."""
         cp = dims.size("cp")
         return Ranks(
             device=device,
-            backend=backend,
-            layout=layout,
-            exchange=exchange,
+            backend=choose_backend(config.model.attention_backend, device.type),
+            layout=config.parallelism.context_parallel_layout,
+            exchange=config.parallelism.context_parallel_exchange,
             cp=cp,
             cp_rank=dims.cp_rank,
             cp_group=dims.mesh.get_group("cp") if cp > 1 else None,

@@ -12,20 +12,16 @@ from typing import Any
 
 import torch
 
-from torchtitan.attention.backends import choose_backend
 from torchtitan.components.hooks import Hook
 from torchtitan.components.manifest import results_file
-from torchtitan.config.schema import JobConfig
-from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.evaluation.checks import is_asked_for
-from torchtitan.extensions.evaluation.evaluate import evaluate, prepare
+from torchtitan.extensions.evaluation.evaluate import Prepared, evaluate, prepare
 from torchtitan.extensions.evaluation.forward import Ranks
 from torchtitan.extensions.evaluation.results import scalars, settings_in, summary, write
-from torchtitan.models.transformer import Transformer, TransformerArgs
 from torchtitan.tools.folders import put_aside
 from torchtitan.tools.logging import logger
 
-SILENCE = 30.0
+MESSAGE_INTERVAL = 30.0
 """Seconds of an evaluation after which the log says how far it is."""
 
 
@@ -33,20 +29,18 @@ class EvaluationHook(Hook):
     """Evaluates the stage's model at the steps that [evaluation] names; does nothing if it asks nothing."""
 
     def __init__(self) -> None:
-        self.evaluation: StageEvaluation | None = None
+        self.prepared: Prepared | None = None
+        self.ranks = Ranks()
+        self.last_message = 0.0
 
     def configured(self, trainer: Any) -> None:
-        """Reads texts and makes questions, so that a mistake in them costs no step. UserError for one."""
-        config, p = trainer.config, trainer.config.parallelism
-        if not is_asked_for(config):
-            return
-        backend = choose_backend(config.model.attention_backend, trainer.device.type)
-        layout, exchange = p.context_parallel_layout, p.context_parallel_exchange
-        ranks = Ranks.of(trainer.dims, trainer.device, backend, layout, exchange, trainer.cpu_group)
-        self.evaluation = StageEvaluation(config, trainer.inputs.tokenizer, trainer.inputs.args, ranks, trainer.rank)
+        """Reads texts and makes questions, so that a mistake in them costs no step. UserError for a mistake."""
+        if is_asked_for(trainer.config):
+            self.ranks = Ranks.of(trainer.dims, trainer.device, trainer.config, trainer.cpu_group)
+            self.prepared = prepare(trainer.config, trainer.inputs.tokenizer, trainer.inputs.args)
 
     def started(self, trainer: Any) -> None:
-        """Moves aside results of an earlier run, which would pass for this one's; then the evaluation before the first
+        """Moves aside results of an earlier run, which would pass for this run's; then the evaluation before the first
         step, if it is due."""
         if trainer.rank == 0 and (trainer.step == 0 or trainer.config.checkpoint.load_step >= 0):
             folder = results_file(trainer.config, 0).parent
@@ -61,70 +55,63 @@ class EvaluationHook(Hook):
     def _evaluate(self, trainer: Any) -> bool:
         """Collective. Whether an evaluation was due; its seconds do not count as training."""
         start = time.perf_counter()
-        if self.evaluation is None or not self.evaluation.due(trainer.step):
+        if self.prepared is None or not self.is_due(trainer):
             return False
         trainer.pause("evaluating")
-        tensorboard = trainer.metrics.tensorboard if trainer.metrics else None
-        self.evaluation.run(trainer.model, trainer.step, trainer.tokens_seen, tensorboard)
+        self.run(trainer, self.prepared)
         trainer.throughput.start += time.perf_counter() - start
         return True
 
-
-class StageEvaluation:
-    """The questions of a stage, prepared, and the evaluations that put them to its model."""
-
-    def __init__(self, config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs, ranks: Ranks, rank: int):
-        self.config, self.tokenizer, self.args, self.ranks, self.rank = config, tokenizer, args, ranks, rank
-        self.prepared = prepare(config, tokenizer, args)
-        self.last_message = time.perf_counter()
-
-    def due(self, step: int) -> bool:
+    def is_due(self, trainer: Any) -> bool:
         """Whether an evaluation is due after this step and its results are not on disk yet. Collective."""
-        e, steps = self.config.evaluation, self.config.training.steps
+        e, step, steps = trainer.config.evaluation, trainer.step, trainer.config.training.steps
         if step == steps and not e.at_end:
             return False
         if step not in (0, steps) and (e.freq == 0 or step % e.freq):
             return False
         missing = False
-        if self.rank == 0:
-            file = results_file(self.config, step)
-            missing = settings_in(file) != self.prepared.settings
+        if trainer.rank == 0:
+            file = results_file(trainer.config, step)
+            missing = self.prepared is None or settings_in(file) != self.prepared.settings
             if not missing:
                 logger.info(f"evaluation after step {step}: its results are in {file}")
         return bool(self.ranks.largest(int(missing)))
 
-    def run(self, model: Transformer, step: int, tokens_seen: int, tensorboard: Any = None) -> dict[str, Any]:
-        """Collective. tensorboard: rank 0's SummaryWriter, if it has one."""
-        e, start = self.config.evaluation, time.perf_counter()
+    def run(self, trainer: Any, prepared: Prepared) -> None:
+        """Evaluates and, on rank 0, keeps the result. Collective."""
+        config, inputs, step = trainer.config, trainer.inputs, trainer.step
+        e, start = config.evaluation, time.perf_counter()
         self.last_message = start
         result = {
-            "label": f"{self.config.stage.name}, step {step}",
-            "model": self.config.job.dump_folder,
+            "label": f"{config.stage.name}, step {step}",
+            "model": config.job.dump_folder,
             "step": step,
-            "tokens_seen": tokens_seen,
-            "rope": asdict(self.args.rope),
-            "dtype": self.config.training.mixed_precision_param,
+            "tokens_seen": trainer.tokens_seen,
+            "rope": asdict(inputs.args.rope),
+            "dtype": config.training.mixed_precision_param,
             "world_size": torch.distributed.get_world_size(),
-            **evaluate(model, self.ranks, self.tokenizer, self.prepared, e.windows, e.generate, self._report),
+            **evaluate(
+                trainer.model, self.ranks, inputs.tokenizer, prepared, e.windows, e.generate, self.report_progress
+            ),
             "seconds": round(time.perf_counter() - start, 1),
         }
-        if self.rank == 0:
-            self._keep(result, step, tensorboard)
+        if trainer.rank == 0:
+            write(result, results_file(config, step))
+            if trainer.metrics.tensorboard:
+                _show(result, step, trainer.metrics.tensorboard)
         logger.info(f"evaluation after step {step} ({result['seconds']} s): {summary(result)}")
-        return result
 
-    def _report(self, what: str, done: int, total: int) -> None:
-        if time.perf_counter() - self.last_message > SILENCE:
+    def report_progress(self, what: str, done: int, total: int) -> None:
+        if time.perf_counter() - self.last_message > MESSAGE_INTERVAL:
             self.last_message = time.perf_counter()
             logger.info(f"evaluation: {what}, {done} of {total}")
 
-    def _keep(self, result: dict[str, Any], step: int, tensorboard: Any) -> None:
-        write(result, results_file(self.config, step))
-        if not tensorboard:
-            return
-        for key, value in scalars(result).items():
-            tensorboard.add_scalar(f"evaluation/{key}", value, step)
-        from torchtitan.extensions.evaluation.plots import task_figures
 
-        for name, figure in task_figures(result).items():
-            tensorboard.add_figure(f"evaluation/{name}", figure, step)
+def _show(result: dict[str, Any], step: int, tensorboard: Any) -> None:
+    """Scalars and figures of a result for a SummaryWriter."""
+    from torchtitan.extensions.evaluation.plots import task_figures
+
+    for key, value in scalars(result).items():
+        tensorboard.add_scalar(f"evaluation/{key}", value, step)
+    for name, figure in task_figures(result).items():
+        tensorboard.add_figure(f"evaluation/{name}", figure, step)

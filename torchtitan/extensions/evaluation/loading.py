@@ -168,7 +168,6 @@ def model_on_ranks(on_disk: ModelOnDisk, config: JobConfig) -> Iterator[tuple[Tr
     p = config.parallelism
     rank, local_rank, world_size = rank_and_world_size()
     device = pick_device(local_rank)
-    backend = choose_backend(config.model.attention_backend, device.type)
     init_process_group(device, rank, world_size, config.comm.init_timeout_seconds)
     try:
         shards = resolve_shard_degree(config, world_size)
@@ -182,7 +181,6 @@ def model_on_ranks(on_disk: ModelOnDisk, config: JobConfig) -> Iterator[tuple[Tr
             load_checkpoint(on_disk.folder, state, group)
         else:
             load_weights(model, on_disk.folder)
-        layout = (p.context_parallel_layout, p.context_parallel_exchange)
-        yield model.eval(), Ranks.of(dims, device, backend, *layout, group)
+        yield model.eval(), Ranks.of(dims, device, config, group)
     finally:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Pictures of evaluation results, from the JSON that the scripts write: several runs can be drawn together."""
+"""Pictures of evaluation results, made from the JSON that the scripts write."""
 
 from __future__ import annotations
 
@@ -12,37 +12,67 @@ matplotlib.use("Agg")  # no display on a cluster
 import matplotlib.pyplot as plt
 import numpy as np
 
+Curve = tuple[list[int], list[float | None], int | None, int | None]
+"""The edges of ranges of positions, their losses, and what cuts the context: window, or reset_every."""
+
 
 def draw_positions(results: list[dict[str, Any]], path: Path, title: str = "") -> None:
-    """Perplexity by position, a line per curve: dashed if its context is a window, dotted if it begins anew.
+    """Write perplexity by position as PNG: a colour per result, the trained lengths as dotted vertical lines.
 
-    results: as scripts/loss_by_position.py writes them. A dotted vertical line marks each trained length.
+    results: as scripts/loss_by_position.py writes them.
     """
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    for result in results:
-        middles = [(a + b) / 2 for a, b in pairwise(result["edges"])]
-        color = axes.plot([], [])[0].get_color()
-        for curve in result["curves"]:
-            perplexity = np.exp(np.array(curve["nll"], dtype=float))
-            style = {"linewidth": 2, "marker": ".", "label": result["label"]}
-            if curve["window"] or curve["reset_every"]:
-                style = _cut_style(result["label"], curve["window"], curve["reset_every"])
-            axes.plot(middles, perplexity, color=color, **style)
+    figure = _perplexity_figure(
+        [(r["label"], [(r["edges"], c["nll"], c["window"], c["reset_every"]) for c in r["curves"]]) for r in results],
+        title,
+    )
     for length in sorted({r["trained_length"] for r in results if r["trained_length"]}):
         if length < max(r["length"] for r in results):
-            _mark_trained(axes, length)
-    _label_perplexity(figure, axes, title)
+            _mark_trained(figure.axes[0], length)
     save(figure, path)
 
 
-def _cut_style(label: str, window: int | None, reset_every: int | None) -> dict[str, Any]:
-    """How a curve with less than full context is drawn: nothing else tells the two kinds apart."""
-    how = f"within {window:,}" if window else f"reset every {reset_every:,}"
-    return {"linewidth": 1, "linestyle": "--" if window else ":", "label": f"{label}, {how}"}
+def position_figure(result: dict[str, Any]) -> Any:
+    """Perplexity by position, a colour per text; result: of evaluate(). In old results a gain of context has no
+    "stride": its context began anew."""
+    curves: list[tuple[str, list[Curve]]] = []
+    for name, one in result["perplexity"].items():
+        of_text: list[Curve] = [(one["edges"], one["nll"], None, None)]
+        for gain in one["gains_of_context"]:
+            cut = (gain["window"], None) if "stride" in gain else (None, gain["window"])
+            of_text.append((gain["edges"], gain["nll_cut"], *cut))
+        curves.append((name, of_text))
+    return _perplexity_figure(curves, result["label"])
+
+
+def _perplexity_figure(curves: list[tuple[str, list[Curve]]], title: str) -> Any:
+    """Curves by label, a colour per label: dashed if the context is cut to a window, dotted if it begins anew."""
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for i, (label, of_label) in enumerate(curves):
+        for edges, nll, window, reset_every in of_label:
+            style: dict[str, Any] = {"linewidth": 2, "marker": ".", "label": label}
+            if window or reset_every:
+                how = f"within {window:,}" if window else f"reset every {reset_every:,}"
+                style = {"linewidth": 1, "linestyle": "--" if window else ":", "label": f"{label}, {how}"}
+            axes.plot(_middles(edges), np.exp(np.array(nll, dtype=float)), color=f"C{i % 10}", **style)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    low, high = axes.get_ylim()
+    shown = "25" if high / low > 5 else "123456789"
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(value)[0] in shown else "")
+    axes.set(xlabel="position in the document (tokens)", ylabel="perplexity")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def _middles(edges: list[int]) -> list[float]:
+    return [(a + b) / 2 for a, b in pairwise(edges)]
 
 
 def _mark_trained(axes: Any, length: int) -> None:
-    """A dotted vertical line, and what it means."""
+    """A dotted vertical line with its meaning."""
     axes.axvline(length, color="grey", linestyle=":", linewidth=1)
     axes.annotate(
         f"trained to {length:,}",
@@ -55,25 +85,9 @@ def _mark_trained(axes: Any, length: int) -> None:
     )
 
 
-def _label_perplexity(figure: Any, axes: Any, title: str) -> None:
-    """Perplexity by position: a logarithmic vertical axis with plain numbers, labels, grid and legend."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    low, high = axes.get_ylim()
-    shown = "25" if high / low > 5 else "123456789"
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(value)[0] in shown else "")
-    axes.set(xlabel="position in the document (tokens)", ylabel="perplexity")
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.25, which="both")
-    axes.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-
-
 def needle_figure(grid: dict[str, Any], title: str = "") -> Any:
-    """A task's scores by length (across) and depth (down), red to green: of what was written, else `exact`.
-
-    grid: as mean_by_length_and_depth gives it. A cell's number is its mean in percent.
-    """
+    """A task's scores in percent by length (across) and depth (down), red to green: of what was written, else `exact`.
+    grid: as mean_by_length_and_depth gives it."""
     writes = any(cell is not None for row in grid["score"] for cell in row)
     values = np.array(grid["score" if writes else "exact"], dtype=float).T  # [depths, lengths]
     depths = [f"{d:.0%}" for d in grid["depths"]] if grid["depths"] else ["all"]
@@ -81,8 +95,8 @@ def needle_figure(grid: dict[str, Any], title: str = "") -> Any:
 
 
 def tasks_figure(grids: dict[str, Any], title: str = "") -> Any:
-    """Scores by length (across) and task (down) of tasks without depths; grids: by task, as
-    mean_by_length_and_depth gives them. Scores of what was written, if anything was, else `exact`."""
+    """Scores by length (across) and task (down) of tasks without depths: of what was written, if anything was, else
+    `exact`. grids: by task, as mean_by_length_and_depth gives them."""
     writes = any(row[0] is not None for grid in grids.values() for row in grid["score"])
     lengths = sorted({n for grid in grids.values() for n in grid["lengths"]})
     values = np.full((len(grids), len(lengths)), np.nan)
@@ -95,7 +109,7 @@ def tasks_figure(grids: dict[str, Any], title: str = "") -> Any:
 def _heatmap(
     values: np.ndarray, lengths: list[int], rows: list[str], what: str | None, title: str, writes: bool
 ) -> Any:
-    """values: float [rows, lengths], 0 to 1, NaN where there is none."""
+    """values: float [rows, lengths], 0 to 1, NaN if there is none; what: what rows are."""
     size = (max(4.0, 1.5 + 0.7 * len(lengths)), max(2.5, 1.6 + 0.45 * len(rows)))
     figure, axes = plt.subplots(figsize=size)
     axes.imshow(values * 100, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
@@ -117,31 +131,13 @@ def _meaning(writes: bool) -> str:
 
 
 def task_figures(result: dict[str, Any]) -> dict[str, Any]:
-    """Figures by name: one per task with depths, and "tasks" for all others; result: of evaluate()."""
+    """Figures by name: one per task with depths, and "tasks" for all other tasks; result: of evaluate()."""
     grids, label = result["tasks"], result["label"]
     figures = {task: needle_figure(grid, label) for task, grid in grids.items() if grid["depths"]}
     without = {task: grid for task, grid in grids.items() if not grid["depths"]}
     if without:
         figures["tasks"] = tasks_figure(without, label)
     return figures
-
-
-def position_figure(result: dict[str, Any]) -> Any:
-    """Perplexity by position, a line per text, dashed if the context is cut to a window; result: of evaluate(). Gains
-    without a "stride", in old results, are of a context that began anew."""
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-
-    def draw(edges: list[int], nll: list[float | None], **style: Any) -> Any:
-        middles = [(a + b) / 2 for a, b in pairwise(edges)]
-        return axes.plot(middles, np.exp(np.array(nll, dtype=float)), marker=".", **style)[0]
-
-    for name, one in result["perplexity"].items():
-        color = draw(one["edges"], one["nll"], label=name).get_color()
-        for gain in one["gains_of_context"]:
-            cut = (gain["window"], None) if "stride" in gain else (None, gain["window"])
-            draw(gain["edges"], gain["nll_cut"], color=color, **_cut_style(name, *cut))
-    _label_perplexity(figure, axes, result["label"])
-    return figure
 
 
 def comparison_figure(
@@ -151,9 +147,9 @@ def comparison_figure(
     tasks: list[str],
     trained_length: int | None = None,
 ) -> Any:
-    """Loss by position on the left, scores by length on the right, or one of them; a colour per result.
+    """Loss by position on the left, scores by length on the right, or only one of them; a colour per result.
 
-    results: of evaluate(). A dotted vertical line marks the trained length, if the picture goes beyond it.
+    results: of evaluate(). A dotted vertical line marks the trained length if the picture goes beyond it.
     """
     figure, panels = plt.subplots(1, bool(texts) + bool(tasks), figsize=(11, 4.5), squeeze=False)
     if texts:
@@ -172,19 +168,18 @@ def comparison_figure(
 
 
 def _draw_losses(axes: Any, results: list[dict[str, Any]], labels: list[str], texts: list[str]) -> None:
-    """A line style per text."""
+    """A colour per result, a line style per text."""
     for i, (result, label) in enumerate(zip(results, labels, strict=True)):
         for j, text in enumerate(texts):
             if one := result["perplexity"].get(text):
-                middles = [(a + b) / 2 for a, b in pairwise(one["edges"])]
                 style: dict[str, Any] = {"color": f"C{i % 10}", "linestyle": ("-", "--", "-.", ":")[j % 4]}
                 name = f"{label}, {text}" if len(texts) > 1 else label
-                axes.plot(middles, np.array(one["nll"], dtype=float), marker=".", label=name, **style)
+                axes.plot(_middles(one["edges"]), np.array(one["nll"], dtype=float), marker=".", label=name, **style)
     axes.set(xlabel="position in the document (tokens)", ylabel="loss (nats per token)")
 
 
 def _draw_scores(axes: Any, results: list[dict[str, Any]], labels: list[str], tasks: list[str]) -> None:
-    """Each task pale, and in bold their mean at the lengths that all of them have. Scores of what was written, if every
+    """Each task pale, and in bold the mean of all tasks at lengths that all have. Scores of what was written if every
     result has them, else `exact`."""
     grids = [[result["tasks"][task] for task in tasks if task in result["tasks"]] for result in results]
     writes = all(any(c is not None for row in grid["score"] for c in row) for several in grids for grid in several)

@@ -1,7 +1,7 @@
 """HELMET's four synthetic recall tasks (Yen et al., arXiv 2410.02694; github.com/princeton-nlp/HELMET), made anew.
 
-json_kv is the key-value retrieval of Lost in the Middle (arXiv 2307.03172) with two examples from the same object; the
-others are RULER's needles with HELMET's line break before the answer and its budgets.
+json_kv is the key-value retrieval of Lost in the Middle (arXiv 2307.03172) with two examples from the same object. The
+others are RULER's needles with HELMET's budgets and its line break before the answer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torchtitan.extensions.evaluation.ruler import NIAH, drawn, niah_task
 
 SHOTS = 2
 DEPTHS = tuple(float(d) for d in np.linspace(0, 1, 6))
-"""Of the pair that is asked for; the questions of a length go through them in turn."""
+"""Depths of the pair that is asked for; the questions of a length take them in turn."""
 
 
 def _json_kv(length: int, text: str, seed: int, n: int) -> tuple[Render, int]:
@@ -22,14 +22,14 @@ def _json_kv(length: int, text: str, seed: int, n: int) -> tuple[Render, int]:
     depth = DEPTHS[n % len(DEPTHS)]
     shown = rng.random(SHOTS)
     hay = generator(seed, "json_kv", length, n, 1)
-    pairs: list[tuple[str, str]] = []  # grows with the sizes that are asked for: the same ones whatever these are
+    pairs: list[tuple[str, str]] = []  # grows with the sizes that are tried, and does not depend on them
 
     def render(size: int) -> Wording:
         while len(pairs) < size:
             pairs.append((drawn("uuids", hay), drawn("uuids", hay)))
         (key, value), *others = pairs[:size]
         first = int(shown[0] * len(others))
-        second = (first + 1 + int(shown[1] * (len(others) - 1))) % len(others)  # any but the first
+        second = (first + 1 + int(shown[1] * (len(others) - 1))) % len(others)  # any other
         examples = "".join(f"Key: {k}\nCorresponding value: {v}\n\n" for k, v in (others[first], others[second]))
         place = round(depth * len(others))
         every = [*others[:place], (key, value), *others[place:]]

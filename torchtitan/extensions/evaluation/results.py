@@ -1,4 +1,4 @@
-"""What becomes of an evaluation's result: a JSON file with pictures beside it, scalars, a line for the log."""
+"""Where an evaluation's result goes: a JSON file with pictures beside it, TensorBoard's scalars, a line of the log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchtitan.tools.folders import write_text
 
 
 def settings_in(file: Path) -> dict[str, Any] | None:
-    """How the results in a file were asked ("asked"); None if there are no results, or they do not say."""
+    """The settings ("asked") of the results in a file; None if there are no results, or they do not say."""
     try:
         settings = json.loads(file.read_text()).get("asked")
     except (OSError, ValueError, AttributeError):
@@ -22,8 +22,8 @@ def settings_in(file: Path) -> dict[str, Any] | None:
 
 
 def write(result: dict[str, Any], file: Path) -> None:
-    """The JSON, whole or not at all, and beside it a picture for each part that the result has: FILE_TASK.png for each
-    task with depths, FILE_tasks.png for the others, FILE_positions.png. Pictures of an earlier result are deleted."""
+    """Write the JSON, complete or not at all, and a picture beside it for each part of the result: FILE_TASK.png per
+    task with depths, FILE_tasks.png for all others, FILE_positions.png. Pictures of an earlier result are deleted."""
     from torchtitan.extensions.evaluation import plots
 
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -39,8 +39,8 @@ def write(result: dict[str, Any], file: Path) -> None:
 
 
 def scalars(result: dict[str, Any]) -> dict[str, float]:
-    """For TensorBoard, by name: of each text the mean loss and that of its last range; of each task or group and length
-    the share of exact answers, their log-probability and the score."""
+    """Numbers for TensorBoard by name: per text the mean loss and the loss of its last range; per task or group and
+    length the share of exact answers, the log-probability and the score."""
     numbers: dict[str, float | None] = {}
     for name, text in result["perplexity"].items():
         numbers[f"loss/{name}"] = text["mean_nll"]
@@ -57,7 +57,7 @@ def scalars(result: dict[str, Any]) -> dict[str, float]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """A line for the log."""
+    """The result in one line, for the log."""
     parts = []
     for name, text in result["perplexity"].items():
         if text["mean_nll"] is not None:

@@ -1,8 +1,8 @@
-"""RULER's thirteen tasks (Hsieh et al., arXiv 2404.06654; github.com/NVIDIA/RULER) in its own words, made anew.
+"""RULER's thirteen tasks (Hsieh et al., arXiv 2404.06654; github.com/NVIDIA/RULER) in its own wording, made anew.
 
-Needles in four kinds of haystack (niah_*), variables that are assigned to each other (vt), words that are common (cwe)
-or frequent (fwe) in a list, and questions about documents (qa_1, qa_2 in ruler_qa.py). A length counts the prompt and
-the tokens that may be written, as RULER's does. What differs from the original is in docs/evaluation.md.
+Needles in three kinds of haystack (niah_*), variables that are assigned to each other (vt), words that are common (cwe)
+or frequent (fwe) in a list, and questions about documents (qa_1, qa_2: ruler_qa.py). A length counts the prompt and the
+tokens that may be written, as RULER's does. docs/evaluation.md says what differs from the original.
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ from torchtitan.extensions.evaluation.words import pair, singles, words
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 DEPTHS = 40
-"""Places in an essay at which needles may stand."""
+"""How many places in an essay a needle may stand at."""
 VALUES, KEYS = 4, 4
 HOPS = 4
 VT_SHOT_LINES = 10
-"""Of noise in the worked example: what fits RULER's 500 tokens for it."""
+"""Lines of noise in vt's worked example: as many as fit RULER's 500 tokens for it."""
 COMMON = 10
+"""How many words cwe repeats most often, and asks for."""
 SHORT = 4096
-"""Below this length cwe repeats its words less often."""
+"""Tokens; below this length cwe repeats its words less often."""
 CODE_LETTERS = 6
 TOKENS_PER_CODE = 50
-"""fwe has one coded word in its vocabulary per this number of tokens of the length."""
+"""fwe's vocabulary has one coded word per 50 tokens of the length."""
 LEAST_OF_FWE = 100
-"""With fewer words the fourth is as frequent as the fifth."""
+"""How many words fwe needs: with fewer the fourth is as frequent as the fifth."""
 
 
 @dataclass(frozen=True)
 class Niah:
-    """A kind of needles in a kind of haystack."""
+    """One kind of needle in one kind of haystack."""
 
     haystack: str
-    """noise, essay, or needles: others of the same form."""
+    """noise, essay, or needles (other needles of the same form)."""
 
     key: str = "words"
     value: str = "numbers"
@@ -68,7 +69,7 @@ NIAH = {
 
 
 def drawn(kind: str, rng: np.random.Generator) -> str:
-    """An adjective-noun, a number of seven digits, or a UUID."""
+    """A random key or value: an adjective-noun (words), a seven-digit number (numbers), or a UUID (uuids)."""
     if kind == "words":
         return pair(rng)
     if kind == "numbers":
@@ -77,7 +78,7 @@ def drawn(kind: str, rng: np.random.Generator) -> str:
 
 
 def distinct(count: int, draw: Callable[[], str], but: Sequence[str] = ()) -> list[str]:
-    """`count` different draws, in the order in which they came, none of which is in `but`."""
+    """`count` different draws in the order in which they came, none of them in `but`."""
     draws: dict[str, None] = {}
     while len(draws) < count:
         if (one := draw()) not in but:
@@ -91,7 +92,7 @@ def _prose(text: str) -> list[str]:
 
 
 def _scattered(pieces: Sequence[str], hay: Sequence[str], places: Sequence[int]) -> list[str]:
-    """The hay with each of the pieces before hay[place]; places ascend."""
+    """The hay with each piece inserted before hay[place]; places ascend."""
     mixed: list[str] = []
     last = 0
     for piece, place in zip(pieces, places, strict=True):
@@ -101,9 +102,9 @@ def _scattered(pieces: Sequence[str], hay: Sequence[str], places: Sequence[int])
 
 
 def niah_wording(task: Niah, text: str, rng: np.random.Generator, hay: np.random.Generator, join: str) -> Render:
-    """A needle question by the size of its haystack: noise in lines, essays in words, needles in needles.
+    """A needle question of any size of haystack, counted in lines of noise, words of essay, or needles.
 
-    hay: of the haystack alone. join: stands between the question and the beginning of its answer.
+    rng: draws the question; hay: draws the haystack. join: stands between the question and the beginning of its answer.
     """
     keys = distinct(task.keys, lambda: drawn(task.key, rng))
     values = distinct(task.keys * task.values, lambda: drawn(task.value, rng))
@@ -116,7 +117,7 @@ def niah_wording(task: Niah, text: str, rng: np.random.Generator, hay: np.random
     depths = np.sort(rng.permutation(DEPTHS)[: len(needles)]) / (DEPTHS - 1)
     prose = _prose(text) if task.haystack == "essay" else []
     begin = int(hay.integers(len(prose))) if prose else 0
-    others: list[str] = []  # grows with the sizes that are asked for: the same ones whatever these are
+    others: list[str] = []  # grows with the sizes that are tried, and does not depend on them
 
     def pieces(size: int) -> list[str]:
         if task.haystack == "noise":
@@ -151,7 +152,7 @@ def niah_wording(task: Niah, text: str, rng: np.random.Generator, hay: np.random
 
 
 def niah_task(name: str, task: Niah, budget: int = 128, join: str = " ") -> Task:
-    """budget: tokens that the model may write; join: see niah_wording."""
+    """budget: how many tokens the model may write; join: see niah_wording."""
 
     def build(length: int, text: str, seed: int, n: int) -> tuple[Render, int]:
         rng, hay = (generator(seed, name, length, n, part) for part in range(2))
@@ -161,10 +162,10 @@ def niah_task(name: str, task: Niah, budget: int = 128, join: str = " ") -> Task
 
 
 def _vt_text(lines: int, letters: int, rng: np.random.Generator) -> tuple[str, list[str]]:
-    """The task with `lines` of noise, up to the beginning of the answer; the variables."""
+    """The question with that many lines of noise, up to the beginning of the answer; and the variables, its answer."""
     names = distinct(HOPS + 1, lambda: "".join(string.ascii_uppercase[i] for i in rng.integers(26, size=letters)))
     value = int(rng.integers(10_000, 99_999))
-    # the space behind a variable's name is RULER's
+    # RULER has a space behind the variable's name too
     statements = [f"VAR {names[0]} = {value}", *(f"VAR {names[i + 1]} = VAR {names[i]} " for i in range(HOPS))]
     places = np.sort(rng.permutation(lines)[: len(statements)]).tolist()
     context = _scattered(statements, [NOISE + "\n"] * lines, places)
@@ -194,7 +195,8 @@ def _numbered(some: Sequence[str]) -> str:
 
 
 def _cwe_text(count: int, common: int, others: int, rng: np.random.Generator) -> tuple[str, list[str]]:
-    """The task with `count` different words, the first COMMON of them repeated `common` times."""
+    """The question with `count` different words, ten of them repeated `common` times and the rest `others` times; and
+    these ten."""
     vocabulary = max(count, singles())
     some = [words()[i] for i in rng.choice(vocabulary, size=count, replace=False)]
     every = some[:COMMON] * common + some[COMMON:] * others
@@ -248,6 +250,6 @@ TASKS = {
     "cwe": Task("cwe", _cwe, string_match_all, 120, most=len(words()), haystack="words to choose from"),
     "fwe": Task("fwe", _fwe, string_match_all, 50),
 }
-"""The eleven that need no file."""
+"""The eleven tasks that need no file."""
 QA = ("qa_1", "qa_2")
 ALL = (*TASKS, *QA)

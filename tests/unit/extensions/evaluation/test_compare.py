@@ -153,7 +153,7 @@ def test_labels(say: Any, tmp_path: Path):
     "second, flags, says",
     [
         ("{", (), "1.json is not JSON"),
-        ("[1]", (), "1.json holds list, but a JSON object is expected"),
+        ("[1]", (), "1.json holds a list, but a JSON object is expected"),
         ({"label": "curves", "curves": []}, (), "1.json is no result"),
         (result("x", {"books": text([1.0], EDGES)}), (), "1.json is no result"),  # fewer losses than ranges
         (

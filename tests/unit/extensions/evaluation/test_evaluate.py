@@ -26,7 +26,7 @@ from torchtitan.extensions.evaluation import hook, needle, plots, results
 from torchtitan.extensions.evaluation.checks import longest_asked
 from torchtitan.extensions.evaluation.command_line import resolve_request
 from torchtitan.extensions.evaluation.forward import Ranks
-from torchtitan.extensions.evaluation.hook import StageEvaluation
+from torchtitan.extensions.evaluation.hook import EvaluationHook
 from torchtitan.extensions.evaluation.loading import ModelOnDisk, check_own_results, inspect_model
 from torchtitan.extensions.evaluation.questions import Question, default_text
 from torchtitan.extensions.evaluation.runner import Outcome, mean_by_length_and_depth, position_losses, stop_ids
@@ -134,27 +134,26 @@ def test_the_heatmap_shows_lengths_across_and_depths_down():
 
 @pytest.mark.parametrize("at_end, due", [(True, [0, 2, 4, 5]), (False, [0, 2, 4])])
 def test_the_evaluation_after_the_last_step_may_be_left_to_another_job(at_end: bool, due: list[int], tmp_path: Path):
-    one = evaluation_of(tmp_path, Evaluation(freq=2, at_end=at_end))
-    assert [step for step in range(6) if StageEvaluation.due(one, step)] == due
+    assert [step for step in range(6) if is_due(tmp_path, Evaluation(freq=2, at_end=at_end), step)] == due
 
 
-def evaluation_of(folder: Path, evaluation: Evaluation) -> Any:
-    """A StageEvaluation without its model."""
+def is_due(folder: Path, evaluation: Evaluation, step: int) -> bool:
+    """After a step of a stage of 5 steps, with its results in the folder."""
     config = JobConfig(job=Job(dump_folder=str(folder)), evaluation=evaluation, training=Training(steps=5))
-    prepared = SimpleNamespace(settings={"seed": evaluation.seed})
-    return SimpleNamespace(config=config, rank=0, ranks=SimpleNamespace(largest=int), prepared=prepared)
+    one = EvaluationHook()
+    one.prepared = asking.Prepared(settings={"seed": evaluation.seed})
+    return one.is_due(SimpleNamespace(config=config, rank=0, step=step))
 
 
 def test_results_are_kept_for_the_same_questions_of_the_same_run(tmp_path: Path):
-    one = evaluation_of(tmp_path, Evaluation())
-    assert StageEvaluation.due(one, 0)
+    assert is_due(tmp_path, Evaluation(), 0)
     file = tmp_path / "evaluation/step-0.json"
     for text, due in (('{"asked": {"seed": 0}}', False), ('{"asked": {"seed": 1}}', True), ("{}", True), ("[", True)):
         file.parent.mkdir(exist_ok=True)
         write_text(file, text)
-        assert StageEvaluation.due(one, 0) == due
+        assert is_due(tmp_path, Evaluation(), 0) == due
     put_aside(file.parent, after=-1)  # another run in the same folder
-    assert StageEvaluation.due(one, 0) and (tmp_path / "evaluation-1/step-0.json").exists()
+    assert is_due(tmp_path, Evaluation(), 0) and (tmp_path / "evaluation-1/step-0.json").exists()
     assert put_aside(file.parent, after=-1) is None
     assert not (tmp_path / "evaluation-2").exists()
     for step in (0, 9, 10):
@@ -169,10 +168,10 @@ def test_a_long_evaluation_in_training_says_how_far_it_is(monkeypatch: pytest.Mo
     clock = iter([10.0, 25.0, 31.0, 31.0, 40.0, 62.0, 62.0])
     monkeypatch.setattr(hook.logger, "info", lines.append)
     monkeypatch.setattr(hook.time, "perf_counter", lambda: next(clock))
-    one = SimpleNamespace(last_message=0.0)
+    one = EvaluationHook()
     for done in range(1, 6):
-        StageEvaluation._report(one, "needles", done, 5)  # type: ignore[arg-type]
-    assert lines == ["evaluation: needles, 3 of 5", "evaluation: needles, 5 of 5"]
+        one.report_progress("needle", done, 5)
+    assert lines == ["evaluation: needle, 3 of 5", "evaluation: needle, 5 of 5"]
 
 
 def evaluate(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str]:
