@@ -69,4 +69,7 @@ def load_hook(name: str) -> Hook:
     hook = getattr(content, attribute)
     if not (isinstance(hook, type) and issubclass(hook, Hook)):
         raise UserError(f"{key}, but {module}.{attribute} is no subclass of torchtitan.components.hooks.Hook.")
+    points = [point for point in vars(Hook) if not point.startswith("_")]
+    if all(getattr(hook, point) is getattr(Hook, point) for point in points):
+        raise UserError(f"{key}, but {module}.{attribute} overrides no method of Hook: {', '.join(points)}.")
     return hook()

@@ -62,6 +62,11 @@ class TransformerArgs:
             raise ValueError(f"layer_types = {self.layer_types} are not the kinds of {self.n_layers} layers")
         if (self.sliding_window is not None) != ("sliding_attention" in self.layer_types):
             raise ValueError(f"a sliding_window of {self.sliding_window} and layer_types = {self.layer_types}")
+        if self.head_dim % 2 or self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"head_dim = {self.head_dim} must be even, and n_heads = {self.n_heads} a multiple of "
+                f"n_kv_heads = {self.n_kv_heads}"
+            )
 
     @property
     def sliding_share(self) -> float:

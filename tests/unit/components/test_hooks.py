@@ -35,6 +35,9 @@ class Recorder(Hook):
     def closed(self, trainer): calls.append(("closed",))
 
 class NoHook: ...
+
+class Misspelt(Hook):
+    def after_steps(self, trainer, numbers): ...
 """
 
 
@@ -77,6 +80,7 @@ def test_a_name_that_is_no_hook_is_refused(tmp_path: Path, monkeypatch: pytest.M
         ("other_hooks:Missing", "other_hooks has no such class"),
         ("other_hooks:NoHook", "other_hooks.NoHook is no subclass"),
         ("other_hooks:calls", "other_hooks.calls is no subclass"),
+        ("other_hooks:Misspelt", "Misspelt overrides no method of Hook: configured, started, before_step, .*closed"),
     ):
         with pytest.raises(UserError, match=why):
             load_hook(name)

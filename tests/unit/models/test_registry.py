@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,9 @@ def test_a_flavor_and_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_is_wrong_with_a_flavor_is_said(flavor: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         architecture(Model(flavor=flavor))
+
+
+@pytest.mark.parametrize("heads", [{"head_dim": 31}, {"n_heads": 4, "n_kv_heads": 3}])
+def test_heads_that_cannot_be_rotated_or_grouped_are_refused(heads: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"head_dim = \d+ must be even, and n_heads = \d+ a multiple of n_kv_heads"):
+        replace(FLAVORS["debugmodel"], **heads)  # type: ignore[arg-type]
