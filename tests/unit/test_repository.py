@@ -5,8 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+
+from torchtitan.components.hooks import Hook
+from torchtitan.models.transformer import TransformerArgs
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("train_configs/*/README.md"))]
@@ -57,6 +62,18 @@ def test_what_moved_exists_where_the_page_says():
         old, new = (run_by(cell) | set(re.findall(r"`(torchtitan[\w.]+)`", cell)) for cell in (before, now))
         assert old and not any(map(exists, old)), before
         assert new and all(map(exists, new)), now
+
+
+def test_the_classes_of_the_page_on_extending_are_what_it_says():
+    """docs/extending.md: its Python is executed as it stands there."""
+    hook, model = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.S)
+    names: dict[str, Any] = {}
+    exec(hook, names)
+    exec(model, names)
+    assert issubclass(names["LossFloor"], Hook) and isinstance(names["TINY"], TransformerArgs)
+    trainer = SimpleNamespace(stop_requested=False)
+    names["LossFloor"]().after_step(trainer, {"loss": 1.9})
+    assert trainer.stop_requested
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
