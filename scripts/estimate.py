@@ -78,13 +78,9 @@ def estimate(own: argparse.Namespace, overrides: list[str]) -> int:
             "name another --gpu."
         )
     # the imports of PyTorch take seconds: a mistake in the TOML should not
-    from torchtitan.config.checks import check_config
-    from torchtitan.extensions.evaluation.checks import check_evaluation
-    from torchtitan.models.rope_checks import check_rope
+    from torchtitan.extensions.cluster.check_config import check_tables
 
-    check_config(config, own.world_size)
-    check_evaluation(config)
-    check_rope(config)
+    check_tables(config, own.world_size)
     from torchtitan.distributed.options.ulysses import check_ulysses
     from torchtitan.distributed.tensor_parallel import check_tensor_parallel
     from torchtitan.extensions.planner.advice import changes, cheapest, single_tricks

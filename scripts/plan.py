@@ -19,9 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from torchtitan.config import JobConfig, load_config
-from torchtitan.config.checks import check_config
-from torchtitan.extensions.evaluation.checks import check_evaluation
-from torchtitan.models.rope_checks import check_rope
+from torchtitan.extensions.cluster.check_config import check_tables
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import check_can_be_written, make_writable
 
@@ -45,8 +43,6 @@ def main(args: list[str]) -> int:
     try:
         config = load_config(others)
         world_size, why = choose_world_size(config, own.world_size, os.environ.get("NGPU"))
-        check_evaluation(config)
-        check_rope(config)
         if own.out is not None:
             check_can_be_written(own.out, "--out")
         text, report = plan_stage(config, world_size)
@@ -66,15 +62,15 @@ def choose_world_size(config: JobConfig, asked: int | None, ngpu: str | None) ->
         given = str(asked) if asked is not None else str(ngpu)
         if not given.isdecimal() or int(given) < 1:
             raise UserError(f"{name} = {given} is not a number of processes: it must be 1 or more.")
-        check_config(config, int(given))
+        check_tables(config, int(given))
         return int(given), f"from {name}"
     try:
-        check_config(config, USUAL_WORLD_SIZE)
+        check_tables(config, USUAL_WORLD_SIZE)
         return USUAL_WORLD_SIZE, "the default; --world-size N plans for another number"
     except UserError as error:
         for world_size in [*range(USUAL_WORLD_SIZE - 1, 0, -1), *range(USUAL_WORLD_SIZE + 1, MOST_PROCESSES + 1)]:
             try:
-                check_config(config, world_size)
+                check_tables(config, world_size)
             except UserError:
                 continue
             return world_size, f"it cannot run on {USUAL_WORLD_SIZE}; --world-size N plans for another number"

@@ -42,15 +42,11 @@ def main(args: list[str]) -> int:
 
 def compare(config: JobConfig, world_size: int) -> int:
     from torchtitan.components.setup import model_args
-    from torchtitan.config.checks import check_config
-    from torchtitan.extensions.evaluation.checks import check_evaluation
+    from torchtitan.extensions.cluster.check_config import check_tables
     from torchtitan.extensions.planner.memory import peak
     from torchtitan.extensions.planner.stage_numbers import numbers_of
-    from torchtitan.models.rope_checks import check_rope
 
-    check_config(config, world_size)
-    check_evaluation(config)
-    check_rope(config)
+    check_tables(config, world_size)
     if config.optimizer.implementation != "fused":
         raise UserError(
             f'optimizer.implementation = "{config.optimizer.implementation}" reads its step from memory that is not '

@@ -27,7 +27,7 @@ from torchtitan.extensions.cluster.check_config import main as config_main
 from torchtitan.extensions.cluster.gates import failed_gate, gate_failure
 from torchtitan.extensions.cluster.stages import chain
 from torchtitan.extensions.convert.weights import open_checkpoint, open_hugging_face
-from torchtitan.extensions.wiring import build_trainer, prepare_inputs
+from torchtitan.extensions.wiring import build_trainer, check, prepare_inputs
 from torchtitan.models.architecture import as_json
 from torchtitan.models.hf.config import read_config
 from torchtitan.tools.errors import UserError
@@ -195,8 +195,10 @@ def test_the_printed_difference(folder: Path, runs: dict[str, dict[str, Any]]):
 
 
 def refusal(args: list[str]) -> str:
+    config = load_config(args)
     with pytest.raises(UserError) as error:
-        prepare_inputs(load_config(args), 1)
+        check(config, 1)
+        prepare_inputs(config, 1)
     return str(error.value)
 
 

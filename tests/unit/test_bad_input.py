@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,13 @@ from safetensors.torch import load_file, save_file
 import torchtitan.components.setup
 import torchtitan.trainer
 from tests.distributed.harness import TINY, flags, write_assets, write_text
+from torchtitan.config import checks as config_checks
 from torchtitan.config import load_config
+from torchtitan.datasets import data_checks
+from torchtitan.extensions.cluster import check_config
+from torchtitan.extensions.evaluation import checks as evaluation_checks
 from torchtitan.extensions.wiring import prepare_inputs
+from torchtitan.models import rope_checks
 from torchtitan.models.hf.config import read_config
 from torchtitan.models.hf.weights import hf_name
 from torchtitan.models.transformer import Transformer
@@ -263,6 +269,28 @@ def test_tensor_parallelism_that_does_not_divide_the_heads(folder: Path, assets:
     config = load_config(flags(folder, assets, parallelism__tensor_parallel_degree=8))
     with pytest.raises(UserError, match=r"tensor_parallel_degree = 8 does not .* 4 query heads .*; 1, 2 would"):
         prepare_inputs(config, 8)
+
+
+def test_every_check_of_the_tables_runs_once(folder: Path, assets: Path, monkeypatch: pytest.MonkeyPatch):
+    """At the door, and not again when the files of the stage are read, where this start fails."""
+    calls: Counter[str] = Counter()
+    modules = (config_checks, data_checks, rope_checks, evaluation_checks, check_config)
+    files = {module.__file__ for module in modules}
+
+    def count(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename in files:
+            calls[frame.f_code.co_name] += 1
+
+    sys.setprofile(count)
+    try:
+        message = ends_with(flags(folder, assets, model__flavor="nothing"), monkeypatch)
+    finally:
+        sys.setprofile(None)
+    assert "nothing" in message
+    of_tables = ("check_tables", "check_config", "check_ranges", "check_data", "check_rope", "check_evaluation")
+    assert {name: calls[name] for name in of_tables} == dict.fromkeys(of_tables, 1)
+    of_items = {"_check_range", "_check_source"}
+    assert not [name for name, n in calls.items() if "check_" in name and n > 1 and name not in of_items]
 
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch):

@@ -18,9 +18,10 @@ import torch
 from tests.scripts import load_script
 from torchtitan.components.setup import make_plan, model_args
 from torchtitan.config import JobConfig, load_config
-from torchtitan.config.checks import check_config, dp_degree, rows_per_step
+from torchtitan.config.checks import dp_degree, rows_per_step
 from torchtitan.config.toml_file import tomllib
 from torchtitan.datasets.tokenizer import load_tokenizer
+from torchtitan.extensions.cluster.check_config import check_tables
 from torchtitan.extensions.ingest.resolve import resolve_source
 from torchtitan.extensions.wiring import build_trainer
 from torchtitan.models.rope import RopeArgs, inverse_frequencies
@@ -359,7 +360,7 @@ def test_it_runs_on_one_two_and_eight_processes(name: str) -> None:
             p = replace(p, context_parallel_degree=min(p.context_parallel_degree, processes), tensor_parallel_degree=1)
         else:
             p = config.parallelism
-        check_config(replace(config, parallelism=p), processes)
+        check_tables(replace(config, parallelism=p), processes)
         dp = dp_degree(replace(config, parallelism=p), processes)
         assert dp * p.context_parallel_degree * p.tensor_parallel_degree == processes
 
@@ -442,4 +443,4 @@ def test_a_rehearsal_keeps_proportions(tmp_path: Path) -> None:
     assert small.rope.original_max_position_embeddings == 128 and len(small.rope.long_factor) == 32
     assert (small.rope.long_factor[0], small.rope.long_factor[-1]) == (1.0, 16.0)
     assert small.parallelism.context_parallel_degree == 2  # of 6 processes and 8 ranks
-    check_config(small, 6)
+    check_tables(small, 6)

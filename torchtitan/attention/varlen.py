@@ -55,12 +55,10 @@ class VarlenMask:
 
 
 def prepare(segments: Segments) -> VarlenMask:
-    """Ends of the segments' queries and packed keys, and where the latter are. Raises UserError for an anchor."""
+    """Ends of the segments' queries and packed keys, and where the latter are. ValueError for an anchor, which
+    config/checks.py refuses."""
     if segments.anchor is not None:
-        raise UserError(
-            'model.attention_backend = "varlen" cannot show queries an anchor: FlashAttention\'s mask is one range of '
-            'keys a query. Use "flex" on CUDA or "sdpa" anywhere, or no anchor.'
-        )
+        raise ValueError("flash attention over ragged segments has no anchors")
     lengths, start, end = np.diff(segments.cu_seqlens), segments.k_start, segments.k_end
     if segments.window is not None:  # keys before the first query's window need not be gathered
         start = np.maximum(start, end - lengths - segments.window + 1)

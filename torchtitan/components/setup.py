@@ -19,7 +19,7 @@ from torchtitan.components.manifest import check_load_step, complete_steps, dige
 from torchtitan.components.metrics import import_wandb
 from torchtitan.components.start import Start, check_start, find_start, hugging_face_start
 from torchtitan.config import JobConfig, as_tables
-from torchtitan.config.checks import check_config, rows_per_step
+from torchtitan.config.checks import rows_per_step
 from torchtitan.config.schema import Data, Source, Training
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.plan import Plan, changed_inputs
@@ -34,7 +34,6 @@ from torchtitan.models.hf.config import config_json
 from torchtitan.models.hf.weights import check_weights
 from torchtitan.models.registry import architecture
 from torchtitan.models.rope import RopeArgs, drawn_rope
-from torchtitan.models.rope_checks import check_rope
 from torchtitan.models.rope_config import build_rope, check_mixed_window
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.device import device_type
@@ -85,9 +84,7 @@ OpenSource = Callable[[Source, Tokenizer, Data], Corpus]
 
 
 def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) -> StageInputs:
-    """Everything that can be wrong with a stage is found here: UserError."""
-    check_config(config, world_size)
-    check_rope(config)
+    """UserError for everything that can be wrong with a stage whose tables have been checked."""
     assets = Path(config.model.hf_assets_path)
     tokenizer = load_tokenizer(assets)
     own = _own_manifest(config)

@@ -1,7 +1,8 @@
-"""What a configuration can be wrong about by itself: ranges, degrees, batch arithmetic, schedule, sources.
+"""What a configuration can be wrong about by itself: ranges, degrees, batch arithmetic, precision, schedule, start.
 
-Pure arithmetic on the configuration and the number of processes, done by every rank before anything is built. What
-needs files, a tokenizer or the model is checked where those are opened.
+Pure arithmetic on the configuration and the number of processes, done before anything is built. Other tables are
+checked beside what reads them (datasets/data_checks.py, models/rope_checks.py, extensions); what needs files, a
+tokenizer or the model is checked where these are opened.
 """
 
 from __future__ import annotations
@@ -9,109 +10,21 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torchtitan.config.schema import JobConfig, Source
-from torchtitan.config.toml_file import known_names
+from torchtitan.config.keys import Key, element_table, keys_of
+from torchtitan.config.schema import JobConfig
+from torchtitan.config.toml_file import known_keys
 from torchtitan.tools.constants import BLOCK
 from torchtitan.tools.errors import UserError
 
-# Every numeric key of the schema is in exactly one of these (a test sees to it); unset keys are not checked.
-_AT_LEAST: dict[str, int] = {
-    "profiling.profile_freq": 2,  # the step before a traced one is its warm-up
-    "metrics.log_freq": 1,
-    "metrics.straggler_factor": 1,
-    "metrics.heartbeat_seconds": 0,
-    "optimizer.lr": 0,
-    "optimizer.weight_decay": 0,
-    "lr_scheduler.warmup_steps": 0,
-    "training.seq_len": 1,
-    "training.local_batch_size": 1,
-    "training.global_batch_size": 1,
-    "training.global_batch_tokens": 1,
-    "training.steps": 1,
-    "training.max_norm": 0,
-    "training.loss_tile_mib": 1,
-    "training.mlp_tile_tokens": 1,
-    "training.z_loss": 0,
-    "training.seed": 0,
-    "training.gc_freq": 1,
-    "training.loss_spike_factor": 1,
-    "training.loss_spike_window": 1,
-    "training.max_skipped_steps": 0,
-    "parallelism.data_parallel_replicate_degree": 1,
-    "parallelism.data_parallel_shard_degree": -1,
-    "parallelism.context_parallel_degree": 1,
-    "parallelism.context_parallel_head_chunks": 1,
-    "parallelism.tensor_parallel_degree": 1,
-    "activation_checkpoint.selective_ac_matmuls": 0,
-    "checkpoint.interval": 1,
-    "checkpoint.keep_latest_k": 0,
-    "checkpoint.save_retries": 0,
-    "checkpoint.retry_seconds": 0,
-    "checkpoint.save_timeout_seconds": 1,
-    "checkpoint.load_step": -1,
-    "quantize.smallest_features": 16,
-    "comm.init_timeout_seconds": 1,
-    "comm.train_timeout_seconds": 1,
-    "comm.node_check_factor": 1,
-    "comm.trace_buf_size": 0,
-    "data.num_workers": 0,
-    "data.long_threshold": 0,
-    "data.target_seq_len": 1,
-    "evaluation.freq": 0,
-    "evaluation.length": 2,
-    "evaluation.max_documents": 1,
-    "evaluation.needles": 1,
-    "evaluation.task_items": 1,
-    "evaluation.seed": 0,
-    "rope.factor": 1,
-    "rope.original_max_position_embeddings": 1,
-}
-# The same for the keys of [[data.sources]].
-_SOURCE_AT_LEAST: dict[str, int] = {
-    "weight": 0,
-    "max_documents": 1,
-    "min_length": 0,
-    "max_length": 1,
-    "chunk_length": 1,
-    "upsample": 1,
-}
-_ABOVE_ZERO = (
-    "metrics.peak_tflops",
-    "optimizer.eps",
-    "rope.theta",
-    "rope.beta_fast",
-    "rope.beta_slow",
-    "rope.mscale",
-    "rope.mscale_all_dim",
-    "rope.attention_factor",
-    "rope.low_freq_factor",
-    "rope.high_freq_factor",
-    "data.upsampled_weight",
-)
-# And of [[stage.gates]].
-_GATE_AT_LEAST: dict[str, float] = {"over": 1, "above_previous": -1}
-_SOURCE_ABOVE_ZERO = ("max_epochs",)
-_FROM_0_TO_1 = ("lr_scheduler.decay_ratio", "lr_scheduler.min_lr_factor")
-_BETWEEN_0_AND_1 = ("data.long_share",)
-_SOURCE_BETWEEN_0_AND_1 = ("upsample_to",)
-_FROM_0_BELOW_1 = ("optimizer.beta1", "optimizer.beta2")
-
 
 def check_config(config: JobConfig, world_size: int) -> None:
-    """Raise UserError for the first thing in `config` that cannot work with `world_size` processes."""
+    """UserError for the first number or combination that cannot work with `world_size` processes."""
     check_ranges(config)
     _check_precision(config)
-    _check_kernel(config)
+    _check_backend(config)
     _check_head_chunks(config)
-    _check_memory(config)
+    _check_recomputation(config)
     _check_schedule(config)
-    _check_sources(config)
-    if config.checkpoint.load_step >= 0 and not config.checkpoint.enable:
-        raise UserError(
-            f"checkpoint.load_step = {config.checkpoint.load_step}, but checkpoint.enable = false: nothing is loaded "
-            "then. Set enable = true, or leave load_step out."
-        )
-    check_stage(config)
     accumulation_steps(config, world_size)
     _check_tokens(config)
 
@@ -228,75 +141,62 @@ def _degrees_for(rows: int, local_batch_size: int) -> str:
 
 
 def check_ranges(config: JobConfig) -> None:
-    """UserError for a number that no run could have."""
-    for name in known_names():
-        value = _value(config, name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{name} = {value} is not a finite number.")
-        if value is None:
-            continue
-        if name in _AT_LEAST and value < _AT_LEAST[name]:
-            raise UserError(f"{name} = {value} is too small: it must be at least {_AT_LEAST[name]}.")
-        if name in _ABOVE_ZERO and not isinstance(value, str) and value <= 0:
-            raise UserError(f"{name} = {value} is too small: it must be greater than 0.")
-        if name in _FROM_0_TO_1 and not 0 <= value <= 1:
-            raise UserError(f"{name} = {value} is out of range: it is a share and must be from 0 to 1.")
-        if name in _FROM_0_BELOW_1 and not 0 <= value < 1:
-            raise UserError(f"{name} = {value} is out of range: it must be at least 0 and less than 1.")
-        if name in _BETWEEN_0_AND_1 and not 0 < value < 1:
-            raise UserError(f"{name} = {value} is out of range: it is a share and must be above 0 and below 1.")
-    if config.parallelism.data_parallel_shard_degree == 0:
-        raise UserError(
-            "parallelism.data_parallel_shard_degree = 0: it must be at least 1, or -1 for all processes that the other "
-            "degrees leave."
-        )
+    """UserError for a number outside the range that the schema gives its key."""
+    for name, key in known_keys().items():
+        table, _, field = name.partition(".")
+        value = getattr(getattr(config, table), field)
+        if element := element_table(key.hint):
+            for i, item in enumerate(value):
+                which = f' ("{item.name}")' if hasattr(item, "name") else ""
+                for inner, of in keys_of(element).items():
+                    _check_range(f"{name}[{i}]{which}: {inner}", getattr(item, inner), of)
+        elif isinstance(value, tuple):
+            for i, item in enumerate(value):
+                _check_range(f"{name}[{i}]", item, key)
+        else:
+            _check_range(name, value, key)
+
+
+def _check_range(name: str, value: Any, key: Key) -> None:
+    if key.range is None or not isinstance(value, (int, float)):
+        return
+    if not math.isfinite(value):
+        raise UserError(f"{name} = {value} is not a finite number.")
+    if value not in key.range:
+        raise UserError(f"{name} = {value} must be {key.range}.")
 
 
 def _check_precision(config: JobConfig) -> None:
-    t = config.training
-    if t.dtype == "bfloat16" and t.mixed_precision_param == "float32":
+    training, optimizer = config.training, config.optimizer
+    if training.dtype == "bfloat16" and training.mixed_precision_param == "float32":
         raise UserError(
             'training.dtype = "bfloat16" stores parameters in 16 bits, and training.mixed_precision_param = "float32" '
             'would widen what has already been rounded: memory without precision. Set dtype = "float32", or '
             'mixed_precision_param = "bfloat16".'
         )
+    if (optimizer.state_dtype or training.dtype) == "float32":
+        return
+    for name, beta in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
+        if 0 < 1 - beta < 2**-8:
+            raise UserError(
+                f"optimizer.{name} = {beta} with moments in bfloat16 (optimizer.state_dtype, or else training.dtype): "
+                f"a step lowers a moment by at most 1 - {name} = {1 - beta:.4g} of itself, less than bfloat16 can "
+                f"represent (2^-8 = 0.0039), so the moment would never fall. Use a {name} of at most 0.996, or float32."
+            )
 
 
-def _check_memory(config: JobConfig) -> None:
-    ac, optimizer = config.activation_checkpoint, config.optimizer
-    option = ac.selective_ac_option
-    if option != "op" and not (option.isascii() and option.isdigit() and int(option) > 0):
+def _check_backend(config: JobConfig) -> None:
+    if config.model.attention_backend != "varlen":
+        return
+    if config.training.mixed_precision_param == "float32":
         raise UserError(
-            f'activation_checkpoint.selective_ac_option = "{option}" is neither "op" nor the number of blocks of which '
-            'one is recomputed, such as "2".'
+            'model.attention_backend = "varlen" has 16-bit types only, but training.mixed_precision_param = "float32": '
+            'set that to "bfloat16", or use "flex".'
         )
-    if ac.offload and ac.mode == "none":
+    if config.data.anchor_attention:
         raise UserError(
-            'activation_checkpoint.offload = true, but activation_checkpoint.mode = "none": no block is recomputed, so '
-            'no input of one is kept. Set mode = "full" or "selective", or leave offload out.'
-        )
-    if (optimizer.state_dtype or config.training.dtype) == "bfloat16":
-        for name in ("beta1", "beta2"):
-            beta = getattr(optimizer, name)
-            if 0 < 1 - beta < 2**-8:
-                raise UserError(
-                    f"optimizer.{name} = {beta} with moments in bfloat16 (optimizer.state_dtype, where it is not set "
-                    f"training.dtype): a step moves a moment by at most 1 - {name} = {1 - beta:.4g} of itself "
-                    "downwards, less than bfloat16 tells apart (2^-8 = 0.0039), so that it would never fall. Use a "
-                    f"{name} of at most 0.996, or float32."
-                )
-
-
-def _check_kernel(config: JobConfig) -> None:
-    if config.model.attention_backend == "varlen" and config.training.mixed_precision_param == "float32":
-        raise UserError(
-            'model.attention_backend = "varlen" knows 16-bit types only, but training.mixed_precision_param = '
-            '"float32": set that to "bfloat16", or use "flex".'
-        )
-    if config.model.attention_backend == "varlen" and config.data.anchor_attention:
-        raise UserError(
-            'model.attention_backend = "varlen" cannot show queries an anchor (data.anchor_attention = true): '
-            'FlashAttention\'s mask is one range of keys a query. Use "flex" on CUDA, "sdpa" anywhere, or "auto".'
+            'model.attention_backend = "varlen" cannot show an anchor to queries (data.anchor_attention = true): '
+            'FlashAttention\'s mask has one range of keys per query. Use "flex" on CUDA, "sdpa" anywhere, or "auto".'
         )
 
 
@@ -310,6 +210,21 @@ def _check_head_chunks(config: JobConfig) -> None:
         )
 
 
+def _check_recomputation(config: JobConfig) -> None:
+    ac = config.activation_checkpoint
+    option = ac.selective_ac_option
+    if option != "op" and not (option.isascii() and option.isdigit() and int(option) > 0):
+        raise UserError(
+            f'activation_checkpoint.selective_ac_option = "{option}" is neither "op" nor a number n, such as "2": the '
+            "first of every n blocks is recomputed."
+        )
+    if ac.offload and ac.mode == "none":
+        raise UserError(
+            'activation_checkpoint.offload = true, but activation_checkpoint.mode = "none": no block is recomputed, so '
+            'there is no input to keep. Set mode = "full" or "selective", or leave offload out.'
+        )
+
+
 def _check_schedule(config: JobConfig) -> None:
     steps, s = config.training.steps, config.lr_scheduler
     if s.warmup_steps > steps:
@@ -318,44 +233,23 @@ def _check_schedule(config: JobConfig) -> None:
             f"would never reach optimizer.lr. Set warmup_steps to at most {steps} (for a trial, "
             f"--lr_scheduler.warmup_steps {steps // 10})."
         )
-    if s.decay_ratio is None:
-        return
-    decay = round(steps * s.decay_ratio)
+    decay = round(steps * (s.decay_ratio or 0))
     if s.warmup_steps + decay > steps:
         raise UserError(
             f"lr_scheduler.warmup_steps {s.warmup_steps} + decay (lr_scheduler.decay_ratio {s.decay_ratio} * "
-            f"training.steps {steps} = {decay}) = {s.warmup_steps + decay} steps is more than the {steps} there are. "
+            f"training.steps {steps} = {decay}) = {s.warmup_steps + decay} steps, more than training.steps = {steps}. "
             f"Set decay_ratio to at most {(steps - s.warmup_steps) / steps:g}, or warmup_steps to at most "
             f"{steps - decay}."
         )
 
 
-def check_stage(config: JobConfig) -> None:
-    """UserError for what is wrong in [stage], whatever the number of processes."""
-    for option in config.stage.sbatch:
-        if not option.startswith("-") or option == "--":
-            raise UserError(
-                f'stage.sbatch has "{option}", which sbatch would take for the script: write an option and its value '
-                'as one, e.g. "--nodes=8".'
-            )
-    for i, gate in enumerate(config.stage.gates):
-        where = f"stage.gates[{i}]"
-        if not gate.metric:
-            raise UserError(f'{where} has no metric: name a number of metrics.jsonl, e.g. metric = "loss".')
-        bounds = {"at_most": gate.at_most, "at_least": gate.at_least, "above_previous": gate.above_previous}
-        if all(value is None for value in bounds.values()):
-            raise UserError(f"{where} ({gate.metric}) asks for nothing: give at_most, at_least or above_previous.")
-        for key, value in {**bounds, "over": gate.over}.items():
-            if value is not None and not math.isfinite(value):
-                raise UserError(f"{where}: {key} = {value} is not a finite number.")
-            if value is not None and value < _GATE_AT_LEAST.get(key, value):
-                raise UserError(f"{where}: {key} = {value} is too small: it must be at least {_GATE_AT_LEAST[key]}.")
-        if gate.above_previous is not None and not config.stage.after:
-            raise UserError(f"{where}: above_previous compares with the stage before, but stage.after is not set.")
+def check_start_keys(config: JobConfig) -> None:
+    """UserError for keys of [stage] and [checkpoint] that name no start of a run, or more than one."""
+    stage, checkpoint = config.stage, config.checkpoint
     starts = {
-        "stage.after": bool(config.stage.after),
-        "checkpoint.initial_load_path": bool(config.checkpoint.initial_load_path),
-        "checkpoint.initial_load_in_hf": config.checkpoint.initial_load_in_hf,
+        "stage.after": bool(stage.after),
+        "checkpoint.initial_load_path": bool(checkpoint.initial_load_path),
+        "checkpoint.initial_load_in_hf": checkpoint.initial_load_in_hf,
     }
     given = [name for name, is_set in starts.items() if is_set]
     if len(given) > 1:
@@ -363,145 +257,24 @@ def check_stage(config: JobConfig) -> None:
             f"{' and '.join(given)} are set (one perhaps by a file named in `extends`), but a fresh run starts from "
             'one place. Unset the others (initial_load_in_hf = false, after = "", initial_load_path = "").'
         )
-    if config.stage.after and "model" not in config.stage.carry:
+    if stage.after and "model" not in stage.carry:
         raise UserError(
-            f"stage.carry = {list(config.stage.carry)} leaves the model behind, and stage.after would do nothing: add "
+            f"stage.carry = {list(stage.carry)} leaves the model behind, and stage.after would do nothing: add "
             '"model", or leave stage.after out.'
         )
-    if config.checkpoint.exclude_from_loading and not config.checkpoint.initial_load_path:
+    if checkpoint.exclude_from_loading and not checkpoint.initial_load_path:
         raise UserError(
-            "checkpoint.exclude_from_loading is about checkpoint.initial_load_path, which is not set; what a stage "
-            "takes from the one before it is stage.carry."
+            "checkpoint.exclude_from_loading is about checkpoint.initial_load_path, which is not set; stage.carry says "
+            "what a stage takes from the previous one."
         )
-    if (config.stage.gates or config.checkpoint.last_save_in_hf) and not config.checkpoint.enable:
-        key = "stage.gates" if config.stage.gates else "checkpoint.last_save_in_hf"
+    if (stage.gates or checkpoint.last_save_in_hf) and not checkpoint.enable:
+        key = "stage.gates" if stage.gates else "checkpoint.last_save_in_hf"
         raise UserError(f"{key} needs the last checkpoint, but checkpoint.enable = false.")
-
-
-def _check_sources(config: JobConfig) -> None:
-    sources = config.data.sources
-    if not sources:
+    if checkpoint.load_step >= 0 and not checkpoint.enable:
         raise UserError(
-            "There is nothing to train on: the configuration has no [[data.sources]]. Write one table for each source "
-            'into the TOML file: [[data.sources]], name = "books", path = "books/*.jsonl".'
+            f"checkpoint.load_step = {checkpoint.load_step}, but checkpoint.enable = false, with which nothing is "
+            "loaded. Set enable = true, or leave load_step out."
         )
-    for i, source in enumerate(sources):
-        for key in ("name", "path"):
-            if not getattr(source, key).strip():
-                other = source.path if key == "name" else source.name
-                which = f" ({other})" if other.strip() else ""
-                raise UserError(
-                    f'data.sources[{i}]{which} has no {key}: write {key} = "..." into that [[data.sources]].'
-                )
-        _check_source(source, f'data.sources[{i}] ("{source.name}")', config)
-        first = next(j for j, earlier in enumerate(sources) if earlier.name == source.name)
-        if first != i:
-            raise UserError(
-                f"data.sources[{first}] ({sources[first].path}) and data.sources[{i}] ({source.path}) have the same "
-                f'name "{source.name}": reports and metrics are kept by name, so give each its own.'
-            )
-    if all(source.weight == 0 for source in sources):
-        names = ", ".join(source.name for source in sources)
-        raise UserError(f"Every source has weight = 0 ({names}): at least one must be above 0.")
-    _check_strategy(config)
-    _check_positions(config)
-
-
-def _check_source(source: Source, where: str, config: JobConfig) -> None:
-    for key, value in vars(source).items():
-        if not isinstance(value, (int, float)):
-            continue
-        if not math.isfinite(value):
-            raise UserError(f"{where}: {key} = {value} is not a finite number.")
-        if value < _SOURCE_AT_LEAST.get(key, value):
-            raise UserError(f"{where}: {key} = {value} is too small: it must be at least {_SOURCE_AT_LEAST[key]}.")
-        if key in _SOURCE_ABOVE_ZERO and value <= 0:
-            raise UserError(f"{where}: {key} = {value} must be above 0.")
-        if key in _SOURCE_BETWEEN_0_AND_1 and not 0 < value < 1:
-            raise UserError(f"{where}: {key} = {value} is a share and must be above 0 and below 1.")
-    if source.max_length is not None and source.min_length > source.max_length:
-        raise UserError(
-            f"{where}: min_length = {source.min_length} is more than max_length = {source.max_length}, so that no "
-            "document would be left. Swap them, or drop one."
-        )
-    if source.chunk_length is not None and source.chunk_length > config.training.seq_len:
-        raise UserError(
-            f"{where}: chunk_length = {source.chunk_length} is more than training.seq_len = {config.training.seq_len}: "
-            "a piece cannot be longer than a row. Leave chunk_length out to cut at the row's length."
-        )
-    if source.upsample is not None and source.upsample_to is not None:
-        raise UserError(f"{where}: upsample and upsample_to say the same in two ways; give one of them.")
-    raised = source.upsample is not None or source.upsample_to is not None
-    if raised and config.data.strategy in ("per_source_upsampling", "global_upsampling"):
-        raise UserError(
-            f'{where}: upsample and upsample_to raise one source, data.strategy = "{config.data.strategy}" raises all; '
-            'give one of the two (strategy = "original" leaves it to the sources).'
-        )
-    if source.messages_field and source.long_document == "split":
-        raise UserError(
-            f'{where}: a conversation (messages_field = "{source.messages_field}") that is longer than a row cannot be '
-            'split, since its second part would answer what it does not see: set long_document = "drop" (left out, '
-            'and counted in the report) or "truncate" (its end is cut off).'
-        )
-    if source.messages_field and config.data.packing == "concat":
-        raise UserError(
-            f'{where}: data.packing = "concat" cuts conversations (messages_field = "{source.messages_field}") '
-            'wherever a row ends: use "best_fit", which leaves them whole.'
-        )
-    if source.path.startswith("hub:") and not source.path[4:].strip("/ "):
-        raise UserError(f'{where}: path = "{source.path}" names no dataset; write hub:OWNER/NAME.')
-
-
-def _check_strategy(config: JobConfig) -> None:
-    data = config.data
-    names = [source.name for source in data.sources]
-    unknown = [name for name in data.upsampled_sources if name not in names]
-    if unknown:
-        raise UserError(
-            f'data.upsampled_sources names "{unknown[0]}", which is no source; the sources are {", ".join(names)}.'
-        )
-    if data.strategy == "domain_upsampling" and not data.upsampled_sources:
-        raise UserError(
-            'data.strategy = "domain_upsampling" needs data.upsampled_sources, the names of the sources to raise, e.g. '
-            f'upsampled_sources = ["{names[0]}"].'
-        )
-    if data.strategy != "domain_upsampling" and data.upsampled_sources:
-        raise UserError(
-            f'data.upsampled_sources is read by strategy = "domain_upsampling" only, but data.strategy = '
-            f'"{data.strategy}": change one of the two.'
-        )
-
-
-def _check_positions(config: JobConfig) -> None:
-    data, seq_len = config.data, config.training.seq_len
-    if data.anchor_attention and data.cross_document_attention:
-        raise UserError(
-            "data.anchor_attention = true shows documents the first token of their row, and "
-            "data.cross_document_attention = true all of it: leave one of the two out."
-        )
-    if data.anchor_attention and data.positions not in ("continue", "reset"):
-        raise UserError(
-            "data.anchor_attention = true puts the first token of a row before all its documents, but data.positions = "
-            f'"{data.positions}" draws the positions of each document by itself, and they may lie before that of the '
-            'anchor. Use "continue".'
-        )
-    if data.positions in ("reset", "continue"):
-        if data.target_seq_len is not None:
-            raise UserError(
-                f"data.target_seq_len = {data.target_seq_len} is read by data.positions = pose, longrecipe, cream and "
-                f'random, but data.positions = "{data.positions}": leave it out, or choose one of these.'
-            )
-    elif data.target_seq_len is None or data.target_seq_len < seq_len:
-        given = "is not set" if data.target_seq_len is None else f"= {data.target_seq_len}"
-        raise UserError(
-            f'data.positions = "{data.positions}" trains rows of training.seq_len = {seq_len} for a longer context, '
-            f"but data.target_seq_len {given}: it must be at least {seq_len}."
-        )
-
-
-def _value(config: JobConfig, name: str) -> Any:
-    table, _, key = name.partition(".")
-    return getattr(getattr(config, table), key)
 
 
 def _multiples(number: int, divisor: int, times: int = 1) -> str:

@@ -1,6 +1,6 @@
 """From the command line to a JobConfig: the TOML file, what it extends, and the overrides; and back to TOML.
 
-Order, the later winning: the defaults of job_config.py, the extended files, the file, the command line.
+The later of these wins: the defaults of schema.py, the extended files, the file, the command line.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tomli_w
 import tyro
 
+from torchtitan.config.keys import element_table, keys_of
 from torchtitan.config.schema import Data, Gate, JobConfig, Source, Stage
-from torchtitan.config.toml_file import element_table, fields_of, known_names, load_tables, own_keys, suggest
+from torchtitan.config.toml_file import known_keys, load_tables, own_keys, suggest
 from torchtitan.tools.errors import UserError
 
 _NAME_WITHOUT_FILE = "defaults"
@@ -38,7 +39,7 @@ def load_config(args: list[str], later: tuple[str, ...] = ()) -> JobConfig:
     """
     path = config_file(args)
     tables = load_tables(Path(path)) if path is not None else {}
-    config = JobConfig(**{table: fields_of(JobConfig)[table](**values) for table, values in tables.items()})
+    config = JobConfig(**{table: keys_of(JobConfig)[table].hint(**values) for table, values in tables.items()})
     config = _override(config, args)
     if path is not None:
         config = _keep_batch(config, own_keys(Path(path)), args, (str(Path(path).resolve()), *later))
@@ -90,7 +91,7 @@ def dump_toml(config: JobConfig) -> str:
 
 def as_tables(config: JobConfig) -> dict[str, dict[str, Any]]:
     """`config` as plain dictionaries and lists: what dump_toml writes."""
-    tables = {table: _plain(getattr(config, table)) for table in fields_of(JobConfig)}
+    tables = {table: _plain(getattr(config, table)) for table in keys_of(JobConfig)}
     for table, key in (("job", "config_file"), ("job", "print_config"), ("stage", "run_chain")):
         tables[table].pop(key, None)
     return tables
@@ -98,8 +99,7 @@ def as_tables(config: JobConfig) -> dict[str, dict[str, Any]]:
 
 def _plain(table: Any) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    for key in fields_of(type(table)):
-        value = getattr(table, key)
+    for key, value in vars(table).items():
         if isinstance(value, tuple):
             value = [_plain(item) if dataclasses.is_dataclass(item) else item for item in value]
         if value is not None:
@@ -133,12 +133,13 @@ def _override(config: JobConfig, args: list[str]) -> JobConfig:
         args = ["--help"]
         if not config.data.sources:  # one of each array, so that its keys are explained too
             config = dataclasses.replace(config, data=Data(sources=(Source(),)), stage=Stage(gates=(Gate(),)))
+        config = _with_hints(config)
     else:
         args = _check_flags(config, args)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(JobConfig, prog="run_train.sh", default=config, args=args, use_underscores=True)
+            return tyro.cli(type(config), prog="run_train.sh", default=config, args=args, use_underscores=True)
     except BrokenPipeError:  # --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
@@ -146,6 +147,31 @@ def _override(config: JobConfig, args: list[str]) -> JobConfig:
         if not end.code:
             raise
         raise UserError(f"The command line cannot be read: {_first_paragraph(errors.getvalue())}") from None
+
+
+def _with_hints(table: Any, decides: str = "nothing") -> Any:
+    """A copy of `table` (a JobConfig, or a table of it) for --help, which shows each key's range and what it decides.
+
+    decides: what keys decide that do not say so themselves.
+    """
+    cls: Any = type(table)
+    values, hints = {}, {}
+    for name, key in keys_of(cls).items():
+        value, hint, decision = getattr(table, name), key.hint, key.decides or decides
+        if dataclasses.is_dataclass(value):
+            value = _with_hints(value, decision)
+            hint = type(value)
+        elif element_table(hint) and value:
+            value = tuple(_with_hints(item, decision) for item in value)
+            hint = tuple[type(value[0]), ...]  # type: ignore[misc]
+        else:
+            says = [str(key.range or ""), "" if decision == "nothing" else f"decides {decision}"]
+            text = "; ".join(["(default: {}", *filter(None, says)]) + ")"
+            hint = Annotated[hint, tyro.conf.arg(help_behavior_hint=text.format)]
+        values[name], hints[name] = value, hint
+    namespace = {"__annotations__": hints, "__doc__": cls.__doc__}
+    copy: Any = dataclasses.dataclass(frozen=True)(type(cls.__name__, (cls,), namespace))
+    return copy(**values)
 
 
 def _check_flags(config: JobConfig, args: list[str]) -> list[str]:
@@ -179,19 +205,16 @@ def _check_flags(config: JobConfig, args: list[str]) -> list[str]:
 def _flags(config: JobConfig) -> dict[str, Any]:
     """Every flag that tyro offers for `config`, without the dashes, and its type."""
     flags: dict[str, Any] = {}
-    for name, hint in known_names().items():
-        element = element_table(hint)
+    for name, key in known_keys().items():
+        element = element_table(key.hint)
         if element is None:
-            flags[name] = hint
+            flags[name] = key.hint
             continue
-        table, _, key = name.partition(".")
-        for i in range(len(getattr(getattr(config, table), key))):
-            flags.update({f"{name}.{i}.{inner}": kind for inner, kind in fields_of(element).items()})
-    switches = [name for name, hint in flags.items() if hint is bool]
-    for name in switches:
-        table, _, key = name.rpartition(".")
-        flags[f"{table}.no_{key}"] = bool
-    return flags
+        table, _, array = name.partition(".")
+        for i in range(len(getattr(getattr(config, table), array))):
+            flags.update({f"{name}.{i}.{inner}": of.hint for inner, of in keys_of(element).items()})
+    switches = [name.rpartition(".") for name, hint in flags.items() if hint is bool]
+    return flags | {f"{table}.no_{switch}": bool for table, _, switch in switches}
 
 
 def _suggest_flag(name: str, config: JobConfig, flags: dict[str, Any]) -> str:
@@ -202,7 +225,7 @@ def _suggest_flag(name: str, config: JobConfig, flags: dict[str, Any]) -> str:
         near = difflib.get_close_matches(name, [f for f in flags if f.startswith("data.sources.")], n=1)
         numbers = "0" if count == 1 else f"0 to {count - 1}"
         guess = f"did you mean --{near[0]}? " if near else ""
-        keys = ", ".join(fields_of(Source))
+        keys = ", ".join(keys_of(Source))
         return f"{guess}The flags are --data.sources.N.KEY with N = {numbers} and KEY one of {keys}"
     return suggest(name, flags, prefix="--")
 

@@ -1,13 +1,16 @@
-"""The schema of a stage: one frozen dataclass a TOML table, one field a key.
+"""The schema of a stage: one frozen dataclass per TOML table, one field per key.
 
-Table and key names are torchtitan 0.2's where the meaning is the same. The string under each field is its
-documentation: `--help` prints it. A new option is a new field here and nothing else.
+Table and key names are torchtitan 0.2's where the meaning is the same. The string under a field is its documentation,
+which `--help` prints. Range and Decides (keys.py) say what a key can be and what it decides, for the whole program; a
+new key is a new field here and nothing else.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from torchtitan.config.keys import Decides, Range
 
 
 @dataclass(frozen=True)
@@ -18,14 +21,14 @@ class Job:
     """TOML file of the stage. Not part of the resolved configuration."""
 
     dump_folder: str = "./outputs"
-    """Folder that receives everything the run leaves: config.toml, plan.json, metrics.jsonl, tb/, checkpoint/."""
+    """Folder for everything that the run leaves: config.toml, plan.json, metrics.jsonl, tb/, checkpoint/."""
 
     description: str = ""
-    """Free text, logged at start."""
+    """Free text, logged at the start."""
 
     hooks: tuple[str, ...] = ()
-    """Classes of hooks of your own, each "module:Class" on PYTHONPATH. They are called at the points that
-    docs/extending.md lists."""
+    """Hooks of your own, each a "module:Class" on PYTHONPATH. docs/extending.md lists the points at which they are
+    called."""
 
     print_config: bool = False
     """Print the resolved configuration as TOML and exit."""
@@ -39,10 +42,10 @@ class Profiling:
     """Write a Chrome trace of one step every profile_freq steps."""
 
     save_traces_folder: str = "profile_traces"
-    """Folder under job.dump_folder for the traces, one file a rank."""
+    """Folder under job.dump_folder for the traces, one file per rank."""
 
-    profile_freq: int = 10
-    """Steps from one trace to the next; the step before each is run as warm-up."""
+    profile_freq: Annotated[int, Range(min=2)] = 10  # the step before a traced one is its warm-up
+    """Steps from one trace to the next. The step before each trace is its warm-up."""
 
     enable_memory_snapshot: bool = False
     """Record CUDA allocations and write a snapshot every profile_freq steps (CUDA only)."""
@@ -53,10 +56,11 @@ class Profiling:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What is logged, how often, and where to."""
+    """What is logged, how often, and where."""
 
-    log_freq: int = 10
-    """Steps between two log lines. metrics.jsonl gets a line as often; step 1 and the last step always."""
+    log_freq: Annotated[int, Range(min=1)] = 10
+    """Steps from one log line, and line of metrics.jsonl, to the next. The first and the last step are always
+    logged."""
 
     enable_tensorboard: bool = True
     """Write TensorBoard events to save_tb_folder."""
@@ -65,34 +69,34 @@ class Metrics:
     """Folder under job.dump_folder for TensorBoard events."""
 
     enable_wandb: bool = False
-    """Log to Weights & Biases too (needs the extra `wandb`; WANDB_PROJECT and the like are its own)."""
+    """Log to Weights & Biases too. Needs the extra `wandb`; W&B itself reads WANDB_PROJECT and its other variables."""
 
-    peak_tflops: float | None = None
-    """Peak dense bf16 TFLOP/s of one device, for MFU. Unset: from a table of known GPUs; MFU is left out elsewhere."""
+    peak_tflops: Annotated[float | None, Range(above=0)] = None
+    """Peak dense bf16 TFLOP/s of one device, for MFU. Unset: from a table of known GPUs; other devices get no MFU."""
 
-    straggler_factor: float = 1.5
-    """A rank that computes so many times slower than the median rank, or makes steps last so many times longer by
-    coming late to them, is named in the log (checked with every log line)."""
+    straggler_factor: Annotated[float, Range(min=1)] = 1.5
+    """The log names a rank that computes this many times slower than the median rank, or that makes steps this many
+    times longer by arriving late. Checked at every log line."""
 
-    heartbeat_seconds: float = 5.0
-    """heartbeat.json in job.dump_folder is replaced after a step if it is older than this."""
+    heartbeat_seconds: Annotated[float, Range(min=0)] = 5.0
+    """heartbeat.json in job.dump_folder is written again after a step if it is older than this."""
 
 
 @dataclass(frozen=True)
 class Model:
     """Which architecture, and where its tokenizer, config.json and weights are."""
 
-    flavor: str = "debugmodel"
+    flavor: Annotated[str, Decides("model")] = "debugmodel"
     """A size from torchtitan/models/registry.py (`llama3.1_8b`, `qwen3_8b`, ...); `auto`: read config.json in
     hf_assets_path; or `module:NAME`, a TransformerArgs of your own on PYTHONPATH (docs/extending.md)."""
 
-    hf_assets_path: str = "./assets/tokenizer"
-    """Hugging Face style folder with the tokenizer (tokenizer.json or a Llama-3 tokenizer.model) and, for flavor
-    `auto` and checkpoint.initial_load_in_hf, config.json and *.safetensors."""
+    hf_assets_path: Annotated[str, Decides("model")] = "./assets/tokenizer"
+    """Folder as on Hugging Face: the tokenizer (tokenizer.json, or Llama 3's tokenizer.model) and, for flavor `auto`
+    and checkpoint.initial_load_in_hf, config.json and *.safetensors."""
 
-    attention_backend: Literal["auto", "flex", "varlen", "sdpa", "dense"] = "auto"
-    """auto: flex on CUDA, sdpa on the CPU. flex: FlexAttention under a block mask made from offsets. varlen: PyTorch's
-    flash attention over ragged segments (CUDA, 16 bits). sdpa: one call a segment. dense: the tests' oracle."""
+    attention_backend: Annotated[Literal["auto", "flex", "varlen", "sdpa", "dense"], Decides("speed")] = "auto"
+    """auto: flex on CUDA, sdpa on the CPU. flex: FlexAttention with a block mask. varlen: PyTorch's flash attention
+    over ragged segments (CUDA, 16 bits). sdpa: one call per segment. dense: the reference of the tests."""
 
 
 @dataclass(frozen=True)
@@ -102,45 +106,46 @@ class Optimizer:
     name: Literal["AdamW"] = "AdamW"
     """The only optimizer offered."""
 
-    lr: float = 8e-4
+    lr: Annotated[float, Range(min=0)] = 8e-4
     """Peak learning rate."""
 
-    beta1: float = 0.9
+    beta1: Annotated[float, Range(min=0, below=1)] = 0.9
     """Decay of the first moment."""
 
-    beta2: float = 0.95
+    beta2: Annotated[float, Range(min=0, below=1)] = 0.95
     """Decay of the second moment."""
 
-    eps: float = 1e-8
+    eps: Annotated[float, Range(above=0)] = 1e-8
     """Added to the square root of the second moment."""
 
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Range(min=0)] = 0.1
     """Decoupled weight decay of every parameter that no_decay does not name."""
 
     no_decay: tuple[str, ...] = ()
-    """Shell patterns of parameter names without weight decay, e.g. ["*norm*", "*bias", "tok_embeddings.*"]."""
+    """Shell patterns of parameter names without weight decay, such as ["*norm*", "*bias", "tok_embeddings.*"]."""
 
     state_dtype: Literal["float32", "bfloat16"] | None = None
-    """Type that the two moments are stored in; given, a step is computed in float32. Unset: training.dtype."""
+    """Type in which the two moments are stored. If it is set, a step is computed in float32. Unset: training.dtype."""
 
-    implementation: Literal["fused", "foreach", "for-loop"] = "fused"
-    """Which of PyTorch's AdamW kernels."""
+    implementation: Annotated[Literal["fused", "foreach", "for-loop"], Decides("speed")] = "fused"
+    """Which of PyTorch's AdamW kernels is used."""
 
 
 @dataclass(frozen=True)
 class LRScheduler:
-    """Learning rate as a pure function of the step: linear warmup, constant part, decay to min_lr_factor."""
+    """The learning rate, a pure function of the step: linear warmup, constant part, decay to min_lr_factor."""
 
-    warmup_steps: int = 200
-    """Steps from 0 to the peak; step k < warmup_steps runs at lr * k / warmup_steps."""
+    warmup_steps: Annotated[int, Range(min=0)] = 200
+    """Steps from 0 to the peak. Step k < warmup_steps runs at lr * k / warmup_steps."""
 
-    decay_ratio: float | None = None
-    """Share of training.steps spent decaying (warmup-stable-decay). Unset: decay starts when warmup ends. 0: never."""
+    decay_ratio: Annotated[float | None, Range(min=0, max=1)] = None
+    """Share of training.steps spent decaying (warmup-stable-decay). Unset: decay starts when warmup ends. 0: no
+    decay."""
 
     decay_type: Literal["linear", "cosine", "sqrt"] = "linear"
-    """Shape of the decay; sqrt is 1 - sqrt(progress)."""
+    """Shape of the decay. sqrt is 1 - sqrt(progress)."""
 
-    min_lr_factor: float = 0.0
+    min_lr_factor: Annotated[float, Range(min=0, max=1)] = 0.0
     """The decay ends at lr * min_lr_factor."""
 
 
@@ -148,106 +153,109 @@ class LRScheduler:
 class Training:
     """Row length, batch, steps, precision."""
 
-    seq_len: int = 2048
-    """Tokens in a row."""
+    seq_len: Annotated[int, Range(min=1), Decides("rows")] = 2048
+    """Tokens per row."""
 
-    local_batch_size: int = 1
-    """Rows in a micro-batch of one data-parallel rank; they are laid end to end as one stream."""
+    local_batch_size: Annotated[int, Range(min=1), Decides("rows")] = 1
+    """Rows per micro-batch of one data-parallel rank, laid end to end as one stream. It decides the rows of a step only
+    if neither global_batch_size nor global_batch_tokens does."""
 
-    global_batch_size: int | None = None
-    """Rows in a step over all ranks and accumulation. Unset: local_batch_size times the data-parallel degree."""
+    global_batch_size: Annotated[int | None, Range(min=1), Decides("rows")] = None
+    """Rows per step, over all ranks and gradient accumulation. Unset: local_batch_size times the data-parallel
+    degree."""
 
-    global_batch_tokens: int | None = None
-    """The same in tokens (global_batch_size * seq_len); give one of the two."""
+    global_batch_tokens: Annotated[int | None, Range(min=1), Decides("rows")] = None
+    """The same in tokens: global_batch_size * seq_len. Set at most one of the two."""
 
-    steps: int = 10000
+    steps: Annotated[int, Range(min=1), Decides("result")] = 10000
     """Optimizer steps of this stage."""
 
-    max_norm: float = 1.0
-    """Gradients are clipped to this global norm; 0 never clips."""
+    max_norm: Annotated[float, Range(min=0), Decides("result")] = 1.0
+    """Gradients are clipped to this global norm. 0: no clipping."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the stored parameters and, unless optimizer.state_dtype says otherwise, of the optimizer state."""
+    dtype: Annotated[Literal["float32", "bfloat16"], Decides("result")] = "float32"
+    """Type in which parameters are stored and, unless optimizer.state_dtype is set, the optimizer's state too."""
 
-    mixed_precision_param: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type that parameters are cast to for forward and backward."""
+    mixed_precision_param: Annotated[Literal["float32", "bfloat16"], Decides("result")] = "bfloat16"
+    """Type to which parameters are cast for forward and backward."""
 
-    mixed_precision_reduce: Literal["float32"] = "float32"
-    """Type that gradients are reduced in across ranks."""
+    mixed_precision_reduce: Annotated[Literal["float32"], Decides("result")] = "float32"
+    """Type in which gradients are reduced across ranks."""
 
-    loss_tile_mib: int = 1024
-    """The loss is computed for as many tokens at a time as have so many MiB of logits in float32 on a rank."""
+    loss_tile_mib: Annotated[int, Range(min=1), Decides("speed")] = 1024
+    """The loss is computed in tiles of tokens. The float32 logits of a tile take at most this many MiB on a rank."""
 
-    mlp_tile_tokens: int | None = None
-    """The feed-forward is computed for so many tokens at a time, each tile once more in backward, instead of keeping
-    its hidden units. Under tensor parallelism tokens of the ranks together. Unset: all at once."""
+    mlp_tile_tokens: Annotated[int | None, Range(min=1), Decides("speed")] = None
+    """The feed-forward is computed in tiles of this many tokens. Each tile is recomputed in backward, so that no hidden
+    units are kept. Under tensor parallelism: tokens of all its ranks together. Unset: one tile."""
 
-    enable_cpu_offload: bool = False
-    """Parameters, gradients and the optimizer's state and work are in host memory; a block's parameters are copied to
-    the device when they are gathered."""
+    enable_cpu_offload: Annotated[bool, Decides("speed")] = False
+    """Keep parameters, gradients and the optimizer's state in host memory, and run the optimizer there. The parameters
+    of a block are copied to the device when they are gathered."""
 
-    z_loss: float = 0.0
-    """Weight of the squared log of the softmax's denominator in what is minimised (Olmo 3: 1e-5); not in the loss that
-    is logged."""
+    z_loss: Annotated[float, Range(min=0), Decides("result")] = 0.0
+    """Weight of the squared logarithm of the softmax's denominator in what is minimised (Olmo 3: 1e-5). The logged loss
+    does not include it."""
 
-    seed: int = 0
-    """Seeds weight initialisation and the data plan."""
+    seed: Annotated[int, Range(min=0), Decides("rows")] = 0
+    """Seed of the data plan and of random weights."""
 
-    deterministic: bool = False
-    """Ask PyTorch for deterministic kernels (an error where there is none)."""
+    deterministic: Annotated[bool, Decides("speed")] = False
+    """Ask PyTorch for deterministic kernels. An operation that has none is an error."""
 
-    gc_freq: int = 50
-    """Python's garbage collector runs only every gc_freq steps, on all ranks at once."""
+    gc_freq: Annotated[int, Range(min=1), Decides("speed")] = 50
+    """Python's garbage collector runs every gc_freq steps only, on all ranks at the same step."""
 
-    on_bad_loss: Literal["stop", "skip"] = "stop"
-    """What becomes of a step whose loss or gradient norm is NaN or infinite, or whose loss is a spike. stop: the run
-    ends, nothing of the step is kept. skip: its gradients are thrown away, its rows count as used, and training goes
-    on; the step is logged and kept in the manifest."""
+    on_bad_loss: Annotated[Literal["stop", "skip"], Decides("result")] = "stop"
+    """What happens at a bad step: its loss or gradient norm is NaN or infinite, or its loss is a spike. stop: the run
+    ends and keeps nothing of the step. skip: the gradients are dropped, the rows count as used, and training goes on;
+    the step is logged and kept in the manifest."""
 
-    loss_spike_factor: float | None = None
-    """A loss of more than so many times the median of the last loss_spike_window losses is a spike. Unset: none is."""
+    loss_spike_factor: Annotated[float | None, Range(min=1), Decides("result")] = None
+    """A loss is a spike if it is more than this many times the median of the last loss_spike_window losses. Unset: no
+    loss is a spike."""
 
-    loss_spike_window: int = 50
-    """Losses that the median is taken of; before there are so many, nothing is a spike."""
+    loss_spike_window: Annotated[int, Range(min=1), Decides("result")] = 50
+    """Number of losses in that median. Until there are so many, no loss is a spike."""
 
-    max_skipped_steps: int = 10
-    """The stage stops at the bad step after so many have been skipped."""
+    max_skipped_steps: Annotated[int, Range(min=0), Decides("result")] = 10
+    """Bad steps that a stage skips; it stops at the next one."""
 
 
 @dataclass(frozen=True)
 class Parallelism:
-    """Degrees of parallelism; their product is the number of processes. There is no pipeline parallelism."""
+    """Degrees of parallelism, whose product is the number of processes. There is no pipeline parallelism."""
 
-    data_parallel_replicate_degree: int = 1
-    """Copies of the sharded model (HSDP when above 1)."""
+    data_parallel_replicate_degree: Annotated[int, Range(min=1)] = 1
+    """Copies of the sharded model (HSDP if above 1)."""
 
-    data_parallel_shard_degree: int = -1
-    """Ranks that FSDP2 shards parameters, gradients and optimizer state over; -1: all that are left."""
+    data_parallel_shard_degree: Annotated[int, Range(min=1, also=-1)] = -1
+    """Ranks over which FSDP2 shards parameters, gradients and optimizer state. -1: all that the other degrees leave."""
 
-    context_parallel_degree: int = 1
-    """Ranks that share the tokens of a micro-batch; parameters are sharded over them too."""
+    context_parallel_degree: Annotated[int, Range(min=1)] = 1
+    """Ranks that share the tokens of a micro-batch. Parameters are sharded over them too."""
 
     context_parallel_layout: Literal["balanced", "headtail", "contiguous"] = "balanced"
-    """Which rank holds which tokens, in blocks of 128. balanced: the same attention work on every rank whatever the
-    documents are, with short documents whole on one; headtail: one block run from either end; contiguous: one run."""
+    """Which rank holds which tokens, in blocks of 128. balanced: equal attention work on every rank for any document
+    lengths, each short document whole on one rank. headtail: a run of blocks from each end. contiguous: one run."""
 
     context_parallel_exchange: Literal["needed", "allgather", "ulysses"] = "needed"
-    """How keys and values reach other ranks' queries. needed: only those that some query there sees; allgather: all;
-    ulysses: each rank computes all tokens of a share of the heads instead."""
+    """How keys and values reach the queries of other ranks. needed: only those that some query of the rank sees.
+    allgather: all of them. ulysses: each rank computes all tokens for a share of the heads instead."""
 
-    context_parallel_head_chunks: int = 1
-    """ulysses: exchange and compute the heads in so many parts, one after the other, so that a rank's buffers of all
-    tokens are of a part's heads only. Above 1 attention is computed once more, in backward."""
+    context_parallel_head_chunks: Annotated[int, Range(min=1)] = 1
+    """ulysses: exchange and compute the heads in this many parts, one after the other, so that a rank's buffers of all
+    tokens hold the heads of one part. Above 1, attention is recomputed in backward."""
 
-    self_check: bool = True
-    """Before the first step with more than one process, prove on a small random batch that this combination of layout,
-    exchange, backend and degrees gives the results of one process; refuse to start if not."""
+    self_check: Annotated[bool, Decides("nothing")] = True
+    """Before the first step of a run on several processes, compare this combination of layout, exchange, backend and
+    degrees with one process, on a small random batch. Refuse to start if they differ."""
 
-    tensor_parallel_degree: int = 1
-    """Ranks that share each matrix; norms and residuals are sharded along the tokens (sequence parallel)."""
+    tensor_parallel_degree: Annotated[int, Range(min=1)] = 1
+    """Ranks that share each matrix. Norms and residuals are sharded along the tokens (sequence parallel)."""
 
     fsdp_reshard_after_forward: bool = True
-    """Free a block's gathered parameters after its forward and gather them again for its backward."""
+    """Free a block's gathered parameters after its forward, and gather them again for its backward."""
 
 
 @dataclass(frozen=True)
@@ -258,45 +266,45 @@ class Checkpoint:
     """Save checkpoints, and resume from the newest complete one in the folder."""
 
     folder: str = "checkpoint"
-    """Folder under job.dump_folder; each checkpoint is step-N/ in it."""
+    """Folder under job.dump_folder. Each checkpoint is a folder step-N/ in it."""
 
-    interval: int = 500
-    """Steps between two checkpoints; the last step is always saved."""
+    interval: Annotated[int, Range(min=1)] = 500
+    """Steps from one checkpoint to the next. The last step is always saved."""
 
     async_mode: Literal["disabled", "async"] = "disabled"
     """async: write in a background thread while training goes on."""
 
-    keep_latest_k: int = 10
-    """Older complete checkpoints beyond this many are deleted; 0 keeps all."""
+    keep_latest_k: Annotated[int, Range(min=0)] = 10
+    """Number of complete checkpoints to keep; older ones are deleted. 0: keep all."""
 
-    save_retries: int = 3
-    """A rank whose write fails tries again so many times."""
+    save_retries: Annotated[int, Range(min=0)] = 3
+    """How many times a rank retries a failed write."""
 
-    retry_seconds: float = 10.0
-    """Wait before it does; each further wait is twice as long."""
+    retry_seconds: Annotated[float, Range(min=0)] = 10.0
+    """Wait before the first retry. Each further wait is twice as long."""
 
     on_failed_save: Literal["stop", "go_on"] = "stop"
-    """What a save that fails for good does: end the run, or only be logged, the next one being tried at its time. The
-    save at the end of a run must succeed in any case. The last good checkpoint stays."""
+    """What happens if all retries fail. stop: the run ends. go_on: the failure is logged, and the next checkpoint is
+    tried at its time; the save at the end of a run must succeed all the same. The last good checkpoint stays."""
 
-    save_timeout_seconds: int = 7200
-    """Longest wait in a save, or in the check of a checkpoint's files, for the rank with the slowest disk."""
+    save_timeout_seconds: Annotated[int, Range(min=1)] = 7200
+    """How long a save, or the check of a checkpoint's files, waits for the rank with the slowest disk."""
 
-    load_step: int = -1
-    """Resume from exactly this step; -1: the newest complete one."""
+    load_step: Annotated[int, Range(min=0, also=-1)] = -1
+    """Resume from exactly this step. -1: from the newest complete checkpoint."""
 
-    initial_load_in_hf: bool = False
+    initial_load_in_hf: Annotated[bool, Decides("start")] = False
     """Start a fresh run from the safetensors in model.hf_assets_path."""
 
-    initial_load_path: str | None = None
-    """Start a fresh run from a checkpoint elsewhere: a step-N folder, a folder of them (the newest), or a Hugging Face
-    folder."""
+    initial_load_path: Annotated[str | None, Decides("start")] = None
+    """Start a fresh run from a checkpoint elsewhere: a step-N folder, a folder of these (the newest is taken), or a
+    Hugging Face folder."""
 
-    exclude_from_loading: tuple[Literal["model", "optimizer"], ...] = ()
-    """Parts of initial_load_path that are not loaded, e.g. ["optimizer"]."""
+    exclude_from_loading: Annotated[tuple[Literal["model", "optimizer"], ...], Decides("start")] = ()
+    """Parts of initial_load_path that are not loaded, such as ["optimizer"]."""
 
     last_save_in_hf: bool = False
-    """At the end of the stage, write the model as a Hugging Face folder too: export/step-N/ under job.dump_folder."""
+    """At the end of the stage, also write the model as a Hugging Face folder: export/step-N/ under job.dump_folder."""
 
     export_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the weights in that folder."""
@@ -307,19 +315,18 @@ class ActivationCheckpoint:
     """Recomputation in backward."""
 
     mode: Literal["none", "selective", "full"] = "none"
-    """full: keep only each block's input and recompute the block in backward. selective: see
-    selective_ac_option."""
+    """full: keep only each block's input and recompute the block in backward. selective: see selective_ac_option."""
 
     selective_ac_option: str = "op"
-    """op: recompute every block but its attention kernels, and but for the matrix products that selective_ac_matmuls
-    names. A number n: recompute the first of every n blocks whole, and nothing of the others."""
+    """op: recompute every block except its attention kernels and the matrix products of selective_ac_matmuls. A number
+    n: recompute the first of every n blocks whole, and nothing of the others."""
 
-    selective_ac_matmuls: int = 2
-    """With "op": every n-th matrix product of a block is saved, too; 0: none is. Where compile.enable is on, products
-    are inside what is compiled and none is."""
+    selective_ac_matmuls: Annotated[int, Range(min=0)] = 2
+    """With "op": every n-th matrix product of a block is saved too. 0: none. If compile.enable is on, the products are
+    inside the compiled code, and none is saved."""
 
     offload: bool = False
-    """The inputs of recomputed blocks wait in (pinned) host memory, copied beside the computation."""
+    """Keep the inputs of recomputed blocks in (pinned) host memory. They are copied while the device computes."""
 
 
 @dataclass(frozen=True)
@@ -327,7 +334,7 @@ class Compile:
     """torch.compile, block by block."""
 
     enable: bool = False
-    """Compile every transformer block; attention stays outside."""
+    """Compile every transformer block. Attention is not compiled with it."""
 
     backend: str = "inductor"
     """Backend of torch.compile."""
@@ -338,180 +345,187 @@ class Quantize:
     """Matrix products of the blocks' linear layers in FP8, through torchao (the extra `fp8`)."""
 
     recipe_name: Literal["none", "rowwise", "tensorwise"] = "none"
-    """none: no FP8. rowwise: a scale for each token and each output feature, so that a token's rounding depends on no
-    other token. tensorwise: one for each tensor; faster, but what one token holds changes the rounding of all."""
+    """none: no FP8. rowwise: a scale per token and per output feature, so that the rounding of a token depends on no
+    other token. tensorwise: a scale per tensor; faster, but each token changes the rounding of all others."""
 
     filter_fqns: tuple[str, ...] = ()
-    """Layers whose name contains one of these stay as they are, e.g. ["attention.wo", "layers.0."]. Embedding, norms
-    and the output head always do."""
+    """Layers whose name contains one of these are left as they are, such as ["attention.wo", "layers.0."]. Embedding,
+    norms and the output head are never converted."""
 
-    smallest_features: int = 2048
-    """So do layers with fewer input or output features (on a tensor-parallel rank), which FP8 makes slower, and those
-    where one of the two is no multiple of 16."""
+    smallest_features: Annotated[int, Range(min=16)] = 2048
+    """Layers with fewer input or output features on a tensor-parallel rank are left as they are, because FP8 would make
+    them slower. So are layers with a number of features that is not a multiple of 16."""
 
     emulate: bool = False
-    """Round to FP8 but multiply in the type of the activations: for tests, on the CPU and on GPUs without FP8."""
+    """Round to FP8 but multiply in the type of the activations: for tests, the CPU and GPUs without FP8."""
 
 
 @dataclass(frozen=True)
 class Comm:
     """Collectives."""
 
-    init_timeout_seconds: int = 300
+    init_timeout_seconds: Annotated[int, Range(min=1)] = 300
     """Longest wait in a collective until the first step has ended."""
 
-    train_timeout_seconds: int = 100
+    train_timeout_seconds: Annotated[int, Range(min=1)] = 100
     """Longest wait in a collective after the first step."""
 
     node_check: bool = False
-    """Before training, time every rank's matrix product and the all-reduce inside nodes and between neighbouring ones;
-    slow hosts are named in the log and in node_check.json, broken ones stop the run. Also
+    """Before training, time every rank's matrix product, and the all-reduce inside nodes and between neighbouring
+    nodes. Slow hosts are named in the log and in node_check.json; broken ones stop the run. The same check alone:
     `python -m torchtitan.extensions.cluster.node_check`."""
 
-    node_check_factor: float = 1.5
-    """A host is slow when it takes more than so many times the median host's time."""
+    node_check_factor: Annotated[float, Range(min=1)] = 1.5
+    """A host is slow if it takes more than this many times the median host's time."""
 
-    trace_buf_size: int = 20000
-    """Collectives that PyTorch's flight recorder remembers (NCCL only; gloo has none). When one times out every rank
-    writes them to save_traces_folder. 0: off."""
+    trace_buf_size: Annotated[int, Range(min=0)] = 20000
+    """Number of collectives that PyTorch's flight recorder remembers (NCCL only; gloo has no recorder). When a
+    collective times out, every rank writes them to save_traces_folder. 0: off."""
 
     save_traces_folder: str = "comm_traces"
-    """Folder under job.dump_folder for the flight recorder's files and, on any backend, for the stacks of the ranks
-    when a step takes 0.8 times train_timeout_seconds."""
+    """Folder under job.dump_folder for the flight recorder's files. On any backend, also for the stacks of the ranks
+    when a step takes longer than 0.8 times train_timeout_seconds."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One source of documents: text that is tokenized once into the cache, or a tokenized folder."""
+    """A source of documents: text that is tokenized once into the cache, or a tokenized folder."""
 
-    name: str = ""
+    name: Annotated[str, Decides("rows")] = ""
     """Name in reports and metrics."""
 
-    path: str = ""
-    """Folder written by scripts/tokenize_corpus.py or datasets' save_to_disk; a file, folder or glob of .jsonl,
+    path: Annotated[str, Decides("documents")] = ""
+    """A folder written by scripts/tokenize_corpus.py or by datasets' save_to_disk; a file, folder or glob of .jsonl,
     .parquet or .txt text; a folder of MDS shards; or hub:OWNER/NAME, a dataset of the Hugging Face hub, which is
-    streamed into the cache. Relative to data.folder."""
+    downloaded and tokenized into the cache. Relative to data.folder."""
 
-    weight: float = 1.0
-    """Share of the training tokens, relative to the other sources' weights."""
+    weight: Annotated[float, Range(min=0), Decides("rows")] = 1.0
+    """Share of the training tokens, relative to the weights of the other sources."""
 
-    text_field: str = "text"
+    text_field: Annotated[str, Decides("documents")] = "text"
     """Field of a jsonl, parquet or hub record that holds the text."""
 
-    messages_field: str = ""
-    """Or: field that holds a conversation, a list of messages with role and content (usually "messages"). The model's
-    chat template makes the text, and the loss is on the assistant's responses only."""
+    messages_field: Annotated[str, Decides("documents")] = ""
+    """Instead of text_field: the field that holds a conversation, a list of messages with role and content (usually
+    "messages"). The model's chat template makes the text, and only the assistant's responses have a loss."""
 
-    hub_subset: str = ""
-    """Configuration of a hub dataset, e.g. sample-10BT. Empty: its default."""
+    hub_subset: Annotated[str, Decides("documents")] = ""
+    """Configuration of a hub dataset, such as sample-10BT. Empty: its default."""
 
-    hub_split: str = "train"
+    hub_split: Annotated[str, Decides("documents")] = "train"
     """Split of a hub dataset."""
 
-    hub_revision: str = "main"
-    """Branch, tag or commit of a hub dataset; a commit is what can be repeated."""
+    hub_revision: Annotated[str, Decides("documents")] = "main"
+    """Branch, tag or commit of a hub dataset. Only a commit can be relied on to stay the same."""
 
-    max_documents: int | None = None
-    """Use only the first so many documents; of a hub dataset no more are downloaded."""
+    max_documents: Annotated[int | None, Range(min=1), Decides("rows")] = None
+    """Use only the first documents, this many. Of a hub dataset no more are downloaded."""
 
-    min_length: int = 0
+    min_length: Annotated[int, Range(min=0), Decides("rows")] = 0
     """Leave out documents of fewer tokens."""
 
-    max_length: int | None = None
+    max_length: Annotated[int | None, Range(min=1), Decides("rows")] = None
     """Leave out documents of more tokens."""
 
-    chunk_length: int | None = None
-    """Longest piece of a document, in tokens, where that is to be shorter than a row: pieces do not see each other."""
+    chunk_length: Annotated[int | None, Range(min=1), Decides("rows")] = None
+    """Longest piece of a document, in tokens, if it should be shorter than a row. Pieces do not see each other."""
 
-    long_document: Literal["split", "truncate", "drop"] = "split"
-    """What becomes of a document longer than a row (or chunk_length). split: pieces, every token is used; truncate:
-    its beginning only; drop: left out."""
+    long_document: Annotated[Literal["split", "truncate", "drop"], Decides("rows")] = "split"
+    """What happens to a document longer than a row (or chunk_length). split: it is cut into pieces, and every token is
+    used. truncate: only its beginning is used. drop: it is left out."""
 
-    upsample: float | None = None
-    """Documents of more than data.long_threshold tokens occur this many times as often as the shorter ones."""
+    upsample: Annotated[float | None, Range(min=1), Decides("rows")] = None
+    """How many times as often documents of more than data.long_threshold tokens occur as shorter ones."""
 
-    upsample_to: float | None = None
-    """Or: the share of the source's tokens that lies in such documents; never less than it is by nature."""
+    upsample_to: Annotated[float | None, Range(above=0, below=1), Decides("rows")] = None
+    """Instead of upsample: the share of the source's tokens in such documents, if it is not that high already."""
 
-    separator: str = ""
-    """Text put after each document as ordinary tokens (UltraLong's "<s>"), beside or instead of BOS and EOS."""
+    separator: Annotated[str, Decides("rows")] = ""
+    """Text after each document, as ordinary tokens (UltraLong's "<s>"), beside or instead of BOS and EOS."""
 
-    max_epochs: float | None = None
-    """Refuse a plan that reads the source more often than this. Unset: it is repeated, reshuffled, and reported."""
+    max_epochs: Annotated[float | None, Range(above=0), Decides("nothing")] = None
+    """Refuse a plan that reads the source more often than this. Unset: it is repeated in a new order, and the report
+    says how often."""
 
 
 @dataclass(frozen=True)
 class Data:
     """What the stage reads."""
 
-    sources: tuple[Source, ...] = ()
+    sources: Annotated[tuple[Source, ...], Decides("rows")] = ()
     """The sources, each a [[data.sources]] table."""
 
-    folder: str = "."
-    """Where relative paths of sources start."""
+    folder: Annotated[str, Decides("nothing")] = "."
+    """Folder to which the paths of sources are relative."""
 
-    add_bos: bool = True
+    add_bos: Annotated[bool, Decides("documents")] = True
     """Begin every document with the tokenizer's BOS token."""
 
-    add_eos: bool = True
+    add_eos: Annotated[bool, Decides("documents")] = True
     """End every document with the tokenizer's EOS token."""
 
-    strategy: Literal[
-        "original",
-        "cut_4k",
-        "cut_128k",
-        "per_source_upsampling",
-        "global_upsampling",
-        "domain_upsampling",
+    strategy: Annotated[
+        Literal[
+            "original",
+            "cut_4k",
+            "cut_128k",
+            "per_source_upsampling",
+            "global_upsampling",
+            "domain_upsampling",
+        ],
+        Decides("rows"),
     ] = "original"
-    """How lengths are mixed (Fu et al., arXiv 2402.10171). cut_4k, cut_128k: no piece is longer. per_source_upsampling:
-    in every source documents over long_threshold rise to long_share of its tokens. global_upsampling: they rise
-    to long_share of all tokens, and sources that have more of them gain weight. domain_upsampling: upsampled_sources
-    get upsampled_weight each."""
+    """How lengths are mixed (Fu et al., arXiv 2402.10171). cut_4k, cut_128k: no piece is longer than that.
+    per_source_upsampling: in every source, documents over long_threshold are raised to long_share of its tokens.
+    global_upsampling: they are raised to long_share of all tokens, and sources with more of them gain weight.
+    domain_upsampling: each of upsampled_sources gets upsampled_weight."""
 
-    long_threshold: int = 4096
-    """Documents of more tokens are long, to upsampling."""
+    long_threshold: Annotated[int, Range(min=0), Decides("rows")] = 4096
+    """Upsampling calls documents of more tokens long."""
 
-    long_share: float = 0.7
-    """Share of tokens in long documents that per_source_upsampling and global_upsampling raise to."""
+    long_share: Annotated[float, Range(above=0, below=1), Decides("rows")] = 0.7
+    """Share of tokens in long documents under per_source_upsampling and global_upsampling."""
 
-    upsampled_sources: tuple[str, ...] = ()
+    upsampled_sources: Annotated[tuple[str, ...], Decides("rows")] = ()
     """Names of the sources that domain_upsampling raises."""
 
-    upsampled_weight: float = 0.6
-    """Their weight, beside the other sources' own; the sum is then made 1."""
+    upsampled_weight: Annotated[float, Range(above=0), Decides("rows")] = 0.6
+    """The weight of each of them. The other sources keep theirs, and all are then scaled to a sum of 1."""
 
-    packing: Literal["best_fit", "concat", "single"] = "best_fit"
-    """best_fit: pieces whole into rows, longest first, each where the least room is left over. concat: documents laid
-    end to end and cut every seq_len tokens. single: one piece a row. What stays empty is padding, masked."""
+    packing: Annotated[Literal["best_fit", "concat", "single"], Decides("rows")] = "best_fit"
+    """best_fit: whole pieces, the longest first, each into the row that it fills best. concat: documents laid end to
+    end and cut every seq_len tokens. single: one piece per row. Padding fills the rest of a row, masked."""
 
-    cross_document_attention: bool = False
-    """Let the documents of a row attend to each other (padding never)."""
+    cross_document_attention: Annotated[bool, Decides("rows")] = False
+    """Let the documents of a row attend to each other, but not to padding."""
 
-    anchor_attention: bool = False
-    """Documents see, beside themselves, the first token of their row (AnchorAttention, arXiv 2411.13476); positions
-    should run on ("continue")."""
+    anchor_attention: Annotated[bool, Decides("rows")] = False
+    """Documents also see the first token of their row (AnchorAttention, arXiv 2411.13476). Use it with positions =
+    "continue"."""
 
-    positions: Literal["reset", "continue", "pose", "longrecipe", "cream", "random"] = "reset"
-    """What RoPE is given. reset: from 0 in each document; continue: from 0 in each row. The others train short and
-    stand for long: positions within target_seq_len, drawn anew for each row (PoSE, LongRecipe, CREAM, RPES)."""
+    positions: Annotated[Literal["reset", "continue", "pose", "longrecipe", "cream", "random"], Decides("rows")] = (
+        "reset"
+    )
+    """The positions that RoPE is given. reset: from 0 in each document. continue: from 0 in each row. The others train
+    short rows for a longer context: positions below target_seq_len, drawn anew for each row (PoSE, LongRecipe, CREAM,
+    RPES)."""
 
-    target_seq_len: int | None = None
-    """The length that pose, longrecipe, cream and random stand for."""
+    target_seq_len: Annotated[int | None, Range(min=1), Decides("rows")] = None
+    """The length that pose, longrecipe, cream and random train for."""
 
-    cache_folder: str = "./data_cache"
-    """Where tokenized text and plans are kept, named by content and tokenizer."""
+    cache_folder: Annotated[str, Decides("nothing")] = "./data_cache"
+    """Folder for tokenized text and plans, named by content and tokenizer."""
 
-    num_workers: int = 1
-    """Loader processes a rank; 0 builds batches in the training process."""
+    num_workers: Annotated[int, Range(min=0), Decides("nothing")] = 1
+    """Loader processes per rank. 0: the training process builds the batches itself."""
 
 
 @dataclass(frozen=True)
 class Rope:
     """Rotary position embedding: the base of its frequencies, and how they are rescaled (formulas: docs/rope.md)."""
 
-    theta: float | Literal["auto"] | None = None
-    """Base of the rotary frequencies. Unset: the model's own. auto: that of the stage before (without one, the model's
+    theta: Annotated[float | Literal["auto"] | None, Range(above=0)] = None
+    """Base of the rotary frequencies. Unset: the model's own. auto: the previous stage's (in a first stage the model's
     own), raised by the NTK-aware rule from its length to this stage's; the number is logged."""
 
     type: Literal[
@@ -527,55 +541,56 @@ class Rope:
         "gene",
         "harpe",
     ] = "model"
-    """How the frequencies are rescaled. model: as the model's config.json or flavor says. none: not at all (only theta
-    counts). linear: position interpolation. ntk, dynamic: another base, by factor or by factor and length. yarn,
-    llama3, ntk_by_parts: short wavelengths kept, long ones interpolated. longrope: a factor for each pair. gene: a
-    factor drawn for each micro-batch. harpe: a base for each key-value head."""
+    """How the frequencies are rescaled. model: as the model's config.json or flavor says. none: they are not; only
+    theta counts. linear: position interpolation. ntk, dynamic: another base, from factor or from factor and length.
+    yarn, llama3, ntk_by_parts: short wavelengths are kept, long ones interpolated. longrope: a factor per pair. gene: a
+    factor drawn for each micro-batch. harpe: a base per key-value head."""
 
-    factor: float | None = None
-    """How many times the original length: linear, ntk, dynamic, ntk_by_parts, yarn, llama3, gene; of longrope only its
-    attention factor is made from it. Always against the original length, also in a second stage."""
+    factor: Annotated[float | None, Range(min=1)] = None
+    """How many times the original length: linear, ntk, dynamic, ntk_by_parts, yarn, llama3, gene. For longrope it gives
+    the attention factor only. Always relative to the original length, also in a second stage."""
 
-    original_max_position_embeddings: int | None = None
-    """Length the model was trained for before any rescaling: dynamic, ntk_by_parts, yarn, llama3, longrope, gene."""
+    original_max_position_embeddings: Annotated[int | None, Range(min=1)] = None
+    """Length for which the model was trained before any rescaling: dynamic, ntk_by_parts, yarn, llama3, longrope,
+    gene."""
 
-    beta_fast: float | None = None
+    beta_fast: Annotated[float | None, Range(above=0)] = None
     """yarn, ntk_by_parts: pairs that turn more often than this within the original length are kept. Unset: 32."""
 
-    beta_slow: float | None = None
-    """yarn, ntk_by_parts: pairs that turn less often than this are interpolated in full. Unset: 1."""
+    beta_slow: Annotated[float | None, Range(above=0)] = None
+    """yarn, ntk_by_parts: pairs that turn less often than this are fully interpolated. Unset: 1."""
 
     truncate: bool = True
     """yarn: round the ends of its ramp to whole pairs, as the paper's code does."""
 
-    mscale: float | None = None
-    """yarn: attention factor (0.1 mscale ln factor + 1) / (0.1 mscale_all_dim ln factor + 1), where both are set."""
+    mscale: Annotated[float | None, Range(above=0)] = None
+    """yarn: attention factor (0.1 mscale ln factor + 1) / (0.1 mscale_all_dim ln factor + 1), if both are set."""
 
-    mscale_all_dim: float | None = None
+    mscale_all_dim: Annotated[float | None, Range(above=0)] = None
     """See mscale."""
 
-    attention_factor: float | None = None
-    """yarn, longrope: cos and sin are multiplied by this. Unset: 0.1 ln factor + 1 for yarn, and for longrope
-    sqrt(1 + ln factor / ln original length), or 1 where no factor is given."""
+    attention_factor: Annotated[float | None, Range(above=0)] = None
+    """yarn, longrope: factor of cos and sin. Unset: 0.1 ln factor + 1 for yarn; for longrope
+    sqrt(1 + ln factor / ln original length), or 1 without a factor."""
 
-    low_freq_factor: float | None = None
-    """llama3: pairs that turn less often than this within the original length are interpolated in full. Unset: 1."""
+    low_freq_factor: Annotated[float | None, Range(above=0)] = None
+    """llama3: pairs that turn less often than this within the original length are fully interpolated. Unset: 1."""
 
-    high_freq_factor: float | None = None
+    high_freq_factor: Annotated[float | None, Range(above=0)] = None
     """llama3: pairs that turn more often than this are kept. Unset: 4."""
 
-    long_factor: tuple[float, ...] = ()
-    """longrope: what the wavelength of each of the head_dim / 2 pairs is multiplied by."""
+    long_factor: Annotated[tuple[float, ...], Range(above=0)] = ()
+    """longrope: the factors of the wavelengths of the head_dim / 2 pairs."""
 
-    short_factor: tuple[float, ...] = ()
-    """longrope: the same for rows up to the original length, where those are told apart (mixed_window, and at
-    inference). Unset: ones with mixed_window, else long_factor, with which all rows are trained then."""
+    short_factor: Annotated[tuple[float, ...], Range(above=0)] = ()
+    """longrope: the same for rows up to the original length, where these have their own (mixed_window, and at
+    inference). Unset: ones with mixed_window; otherwise long_factor, with which all rows are then trained."""
 
     mixed_window: bool = False
-    """longrope (LongRoPE2, arXiv 2502.20082): documents up to the original length are packed into rows of their own,
-    which use short_factor, and do not see each other; rows with longer documents use long_factor."""
+    """longrope (LongRoPE2, arXiv 2502.20082): documents up to the original length are packed into rows of their own.
+    These rows use short_factor, and their documents do not see each other. Rows of longer documents use long_factor."""
 
-    bases: tuple[float, ...] = ()
+    bases: Annotated[tuple[float, ...], Range(above=0)] = ()
     """harpe: the base of each key-value head."""
 
     layers: Literal["all", "full_attention"] = "all"
@@ -607,81 +622,84 @@ EvaluationTask = Literal[
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the model is asked beside training, in the stage's own layout: before the first step, every freq steps and
-    after the last one. Nothing unless texts, needle_lengths or tasks says what. See docs/evaluation.md."""
+    """What the model is asked during training, in the stage's own layout: before the first step, every freq steps and
+    after the last step. It is asked nothing unless texts, needle_lengths or tasks is set. See docs/evaluation.md."""
 
-    freq: int = 0
-    """Every so many steps. 0: only before the first step and after the last."""
+    freq: Annotated[int, Range(min=0)] = 0
+    """Steps from one evaluation to the next. 0: only before the first step and after the last."""
 
     at_end: bool = True
-    """Also after the last step. multinode/submit.sh --evaluate turns it off, as a job of its own does that then."""
+    """Also evaluate after the last step. multinode/submit.sh --evaluate turns this off: a job of its own does it."""
 
     texts: tuple[str, ...] = ()
-    """Held-out text for the loss by position, a name in the results each: .txt, .jsonl and .parquet files, folders of
-    such and tokenized folders; relative to data.folder."""
+    """Held-out text for the loss by position, each a name in the results: .txt, .jsonl and .parquet files, folders of
+    these, and tokenized folders. Relative to data.folder."""
 
     text_field: str = "text"
     """Field of a JSON object or column of a Parquet file that holds the text."""
 
-    length: int | None = None
-    """Tokens that are read of each document; shorter documents are left out. Unset: data.target_seq_len or
+    length: Annotated[int | None, Range(min=2)] = None
+    """Tokens that are read of each document. Shorter documents are left out. Unset: data.target_seq_len, or else
     training.seq_len."""
 
-    max_documents: int = 16
-    """Documents of each of texts."""
+    max_documents: Annotated[int, Range(min=1)] = 16
+    """Documents that are read of each of texts."""
 
-    windows: tuple[int, ...] = ()
-    """Also the loss of the same tokens with less context: within windows of so many tokens that overlap by half, where
-    each token sees half a window before it or more. What the full context gains over that."""
+    windows: Annotated[tuple[int, ...], Range(min=1)] = ()
+    """Also measure the loss of the same tokens with less context: in windows of this many tokens that overlap by half,
+    so that each token sees at least half a window. The difference is what the full context gains."""
 
-    needle_lengths: tuple[int, ...] = ()
-    """Lengths, in tokens, of texts with a number to find in them. Text is from texts, else Python's own reference."""
+    needle_lengths: Annotated[tuple[int, ...], Range(min=1)] = ()
+    """Lengths, in tokens, of texts that hide a number to be found. The text is from texts, or else Python's
+    reference."""
 
-    needle_depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Shares of the text before the needle."""
+    needle_depths: Annotated[tuple[float, ...], Range(min=0, max=1)] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where the number stands, as a share of the text: 0 is its beginning, 1 its end."""
 
-    needles: int = 2
-    """Questions for each length and depth."""
+    needles: Annotated[int, Range(min=1)] = 2
+    """Questions per length and depth."""
 
     tasks: tuple[EvaluationTask, ...] = ()
-    """RULER's tasks and HELMET's recall tasks, by their names; ruler: all thirteen, less those that qa_files has no
-    file for; recall: niah_mk_2, niah_mk_3, niah_mv and json_kv. Prose for haystacks is from texts, as for needles."""
+    """Tasks of RULER and recall tasks of HELMET, by their names. ruler: all thirteen, except those whose file is not in
+    qa_files. recall: niah_mk_2, niah_mk_3, niah_mv and json_kv. Haystacks of prose are from texts, as for needles."""
 
-    task_lengths: tuple[int, ...] = ()
+    task_lengths: Annotated[tuple[int, ...], Range(min=1)] = ()
     """Lengths, in tokens, at which tasks are asked: prompt and answer together."""
 
-    task_items: int = 20
-    """Questions for each task and length. RULER's own number is 500, HELMET's 100."""
+    task_items: Annotated[int, Range(min=1)] = 20
+    """Questions per task and length. RULER itself asks 500, HELMET 100."""
 
     qa_files: tuple[str, ...] = ()
-    """Files for RULER's qa_1 (SQuAD 2.0's dev-v2.0.json) and qa_2 (HotpotQA's hotpot_dev_distractor_v1.json); relative
+    """Files for RULER's qa_1 (SQuAD 2.0's dev-v2.0.json) and qa_2 (HotpotQA's hotpot_dev_distractor_v1.json). Relative
     to data.folder."""
 
     generate: bool = False
-    """Also have the model write its answers. Otherwise the likelihood of the right answer is measured, in one pass."""
+    """Also let the model write its answers. Otherwise only the likelihood of the right answer is measured, in one
+    pass."""
 
-    seed: int = 0
-    """Of the needles and tasks."""
+    seed: Annotated[int, Range(min=0)] = 0
+    """Seed of the needles and tasks."""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A condition on metrics.jsonl without which a stage does not count as ended well, and its chain stops."""
+    """A condition on metrics.jsonl. If it does not hold, the stage does not count as ended well, and its chain
+    stops."""
 
     metric: str = ""
-    """A number of metrics.jsonl: loss, or a nested one as loss_by_position.512 or loss_by_source.books."""
+    """A number of metrics.jsonl: loss, or a nested one such as loss_by_position.512 or loss_by_source.books."""
 
-    over: int = 5
-    """The mean of so many last logged lines is taken."""
+    over: Annotated[int, Range(min=1)] = 5
+    """Number of logged lines, the last ones, whose mean is taken."""
 
-    at_most: float | None = None
-    """The mean must not be above this."""
+    at_most: Annotated[float | None, Range()] = None
+    """The largest mean that passes."""
 
-    at_least: float | None = None
-    """The mean must not be below this."""
+    at_least: Annotated[float | None, Range()] = None
+    """The smallest mean that passes."""
 
-    above_previous: float | None = None
-    """The mean may be above the same mean of the stage before by this share of it at most, e.g. 0.02."""
+    above_previous: Annotated[float | None, Range(min=-1)] = None
+    """How far the mean may be above the previous stage's, as a share of that: 0.02 allows 2% more."""
 
 
 @dataclass(frozen=True)
@@ -689,26 +707,26 @@ class Stage:
     """This run's place in a recipe."""
 
     name: str = ""
-    """Name in logs and manifests. Unset: the TOML file's name."""
+    """Name in logs and manifests. Unset: the name of the TOML file."""
 
-    after: str | None = None
-    """TOML file of the stage before, relative to this file: a fresh run starts from the last checkpoint of that stage,
-    which must have ended. Empty: none (to try one stage alone)."""
+    after: Annotated[str | None, Decides("start")] = None
+    """TOML file of the previous stage, relative to this file. A fresh run starts from the last checkpoint of that
+    stage, which must have ended. Empty: no previous stage (to try one stage alone)."""
 
     after_dump_folder: str | None = None
-    """Where that stage wrote, if not to the job.dump_folder of its file."""
+    """Where the previous stage wrote, if not to the job.dump_folder of its file."""
 
-    carry: tuple[Literal["model", "optimizer"], ...] = ("model", "optimizer")
-    """What is carried over from the stage before, or from checkpoint.initial_load_path. The schedule, the step counter
-    and the data always begin anew."""
+    carry: Annotated[tuple[Literal["model", "optimizer"], ...], Decides("start")] = ("model", "optimizer")
+    """What is taken from the previous stage or from checkpoint.initial_load_path. The schedule, the step counter and
+    the data always begin anew."""
 
     run_chain: bool = False
-    """Run the stages before this one that have not ended, in order, and then this one (run_train.sh). Other overrides
-    hold for all of them; job.dump_folder gets a folder for each."""
+    """Run the previous stages that have not ended, in order, and then this one (run_train.sh). Other overrides hold for
+    all of them; each stage gets a folder in job.dump_folder."""
 
     sbatch: tuple[str, ...] = ()
-    """Options of sbatch for this stage's job (multinode/submit.sh), such as ["--nodes=16", "--time=48:00:00"]: after
-    those of multinode/env.sh, before those of the command line. The later one of two holds."""
+    """Options of sbatch for this stage's job (multinode/submit.sh), such as ["--nodes=16", "--time=48:00:00"]. They
+    come after those of multinode/env.sh and before those of the command line; the last of two values holds."""
 
     gates: tuple[Gate, ...] = ()
     """What must hold at the end of the stage, each a [[stage.gates]] table."""
@@ -718,20 +736,22 @@ class Stage:
 class JobConfig:
     """One training stage."""
 
-    job: Job = field(default_factory=Job)
-    profiling: Profiling = field(default_factory=Profiling)
-    metrics: Metrics = field(default_factory=Metrics)
+    job: Annotated[Job, Decides("nothing")] = field(default_factory=Job)
+    profiling: Annotated[Profiling, Decides("nothing")] = field(default_factory=Profiling)
+    metrics: Annotated[Metrics, Decides("nothing")] = field(default_factory=Metrics)
     model: Model = field(default_factory=Model)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    optimizer: Annotated[Optimizer, Decides("result")] = field(default_factory=Optimizer)
+    lr_scheduler: Annotated[LRScheduler, Decides("result")] = field(default_factory=LRScheduler)
     training: Training = field(default_factory=Training)
-    parallelism: Parallelism = field(default_factory=Parallelism)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
-    compile: Compile = field(default_factory=Compile)
-    quantize: Quantize = field(default_factory=Quantize)
-    comm: Comm = field(default_factory=Comm)
+    parallelism: Annotated[Parallelism, Decides("speed")] = field(default_factory=Parallelism)
+    checkpoint: Annotated[Checkpoint, Decides("nothing")] = field(default_factory=Checkpoint)
+    activation_checkpoint: Annotated[ActivationCheckpoint, Decides("speed")] = field(
+        default_factory=ActivationCheckpoint
+    )
+    compile: Annotated[Compile, Decides("speed")] = field(default_factory=Compile)
+    quantize: Annotated[Quantize, Decides("result")] = field(default_factory=Quantize)
+    comm: Annotated[Comm, Decides("nothing")] = field(default_factory=Comm)
     data: Data = field(default_factory=Data)
-    rope: Rope = field(default_factory=Rope)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    stage: Stage = field(default_factory=Stage)
+    rope: Annotated[Rope, Decides("model")] = field(default_factory=Rope)
+    evaluation: Annotated[Evaluation, Decides("nothing")] = field(default_factory=Evaluation)
+    stage: Annotated[Stage, Decides("nothing")] = field(default_factory=Stage)

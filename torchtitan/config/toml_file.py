@@ -6,16 +6,17 @@ mistake stands. The result holds only keys of the schema, with values of the dec
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
+from torchtitan.config.keys import Key, element_table, keys_of
 from torchtitan.config.migration import explain
 from torchtitan.config.schema import JobConfig
 from torchtitan.tools.errors import UserError
@@ -28,25 +29,16 @@ else:
 Tables = dict[str, dict[str, Any]]
 
 
-def fields_of(table: type) -> dict[str, Any]:
-    """Field name -> type of a dataclass, in order."""
-    hints = get_type_hints(table)
-    return {field.name: hints[field.name] for field in dataclasses.fields(table)}
-
-
 @cache  # the planner's advice checks some hundred configurations
-def known_names() -> Mapping[str, Any]:
-    """`table.key` -> type of everything in the schema."""
-    tables = fields_of(JobConfig).items()
-    return MappingProxyType({f"{table}.{key}": hint for table, cls in tables for key, hint in fields_of(cls).items()})
-
-
-def element_table(hint: Any) -> type | None:
-    """The dataclass X of `tuple[X, ...]` (an array of tables), or None for any other type."""
-    if get_origin(hint) is tuple and dataclasses.is_dataclass(get_args(hint)[0]):
-        element: type = get_args(hint)[0]
-        return element
-    return None
+def known_keys() -> Mapping[str, Key]:
+    """`table.key` -> its Key, with the table's decision if it has none of its own."""
+    return MappingProxyType(
+        {
+            f"{table}.{name}": replace(key, decides=key.decides or of_table.decides)
+            for table, of_table in keys_of(JobConfig).items()
+            for name, key in keys_of(of_table.hint).items()
+        }
+    )
 
 
 def suggest(name: str, among: Iterable[str] | None = None, prefix: str = "") -> str:
@@ -57,19 +49,19 @@ def suggest(name: str, among: Iterable[str] | None = None, prefix: str = "") -> 
     explanation = explain(name)
     if explanation is not None:
         return explanation
-    known = list(among) if among is not None else [*known_names(), *fields_of(JobConfig)]
+    known = list(among) if among is not None else [*known_keys(), *keys_of(JobConfig)]
     table, _, key = name.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == table}
     elsewhere = [k for k in known if k.rpartition(".")[2] == key]  # the right key in the wrong table, or in none
     near = [siblings[k] for k in difflib.get_close_matches(key, siblings, n=1)] if table or not elsewhere else []
     near += elsewhere
-    if not near and table not in fields_of(JobConfig):
+    if not near and table not in keys_of(JobConfig):
         near = difflib.get_close_matches(name, known, n=1)
     if near:
         return "did you mean " + " or ".join(prefix + k for k in dict.fromkeys(near)) + "?"
-    if table in fields_of(JobConfig):
-        return f"the keys of [{table}] are " + ", ".join(fields_of(fields_of(JobConfig)[table]))
-    return "the tables are " + ", ".join(fields_of(JobConfig))
+    if table in keys_of(JobConfig):
+        return f"the keys of [{table}] are " + ", ".join(keys_of(keys_of(JobConfig)[table].hint))
+    return "the tables are " + ", ".join(keys_of(JobConfig))
 
 
 def load_tables(path: Path) -> Tables:
@@ -116,26 +108,26 @@ def _load(path: Path, extended_by: tuple[Path, ...]) -> Tables:
 
 def _check_file(raw: dict[str, Any], path: Path, text: str) -> Tables:
     """The tables of one file with every name and type checked."""
-    tables = fields_of(JobConfig)
+    tables = keys_of(JobConfig)
     checked: Tables = {}
     for table, values in raw.items():
         if table not in tables:
-            keys = values if isinstance(values, dict) else ()
-            story = next(filter(None, (explain(f"{table}.{key}") for key in keys)), None)
+            inside = values if isinstance(values, dict) else ()
+            story = next(filter(None, (explain(f"{table}.{key}") for key in inside)), None)
             what = f"[{table}] is not a table" if isinstance(values, dict) else f"{table} stands outside the tables"
             raise UserError(f"{_at(path, text, table, '')}: {what} of the configuration; {story or suggest(table)}")
         if not isinstance(values, dict):
             shape = f"[[{table}]]" if isinstance(values, list) else f"{table} = {_show(values)}"
             raise UserError(f"{_at(path, text, '', table)}: {shape} should be a table; write [{table}] and its keys.")
-        hints = fields_of(tables[table])
+        keys = keys_of(tables[table].hint)
         checked[table] = {}
         for key, value in values.items():
             where = _at(path, text, table, key)
-            if key not in hints:
+            if key not in keys:
                 raise UserError(f"{where}: {table}.{key} is not known; {suggest(f'{table}.{key}')}")
             if (table, key) == ("job", "config_file"):
                 raise UserError(f'{where}: job.config_file is for the command line; write extends = "other.toml".')
-            checked[table][key] = convert(value, hints[key], f"{table}.{key}", where)
+            checked[table][key] = convert(value, keys[key].hint, f"{table}.{key}", where)
             if (table, key) == ("stage", "after") and value:
                 checked[table][key] = str((path.parent / value).resolve())
     return checked
@@ -173,15 +165,17 @@ def convert(value: Any, hint: Any, name: str, where: str) -> Any:
 def _convert_tables(value: Any, element: type, name: str, where: str) -> tuple[Any, ...]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise UserError(f"{where}: {name} is an array of tables; write [[{name}]] in double brackets for each.")
-    hints = fields_of(element)
+    keys = keys_of(element)
     result = []
     for i, item in enumerate(value):
         for key in item:
-            if key not in hints:
-                near = difflib.get_close_matches(key, hints, n=1)
-                guess = f"did you mean {near[0]}?" if near else "its keys are " + ", ".join(hints)
+            if key not in keys:
+                near = difflib.get_close_matches(key, keys, n=1)
+                guess = f"did you mean {near[0]}?" if near else "its keys are " + ", ".join(keys)
                 raise UserError(f"{where}: {key} is not a key of [[{name}]] (number {i} of them, from 0); {guess}")
-        result.append(element(**{key: convert(v, hints[key], f"{name}[{i}].{key}", where) for key, v in item.items()}))
+        result.append(
+            element(**{key: convert(v, keys[key].hint, f"{name}[{i}].{key}", where) for key, v in item.items()})
+        )
     return tuple(result)
 
 

@@ -8,21 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 from torchtitan.config import JobConfig
-from torchtitan.config.checks import check_config
+from torchtitan.extensions.cluster.check_config import check_tables
 from torchtitan.extensions.cluster.gates import check_previous_gates
-from torchtitan.extensions.evaluation.checks import check_evaluation
-from torchtitan.models.rope_checks import check_rope
 
-
-def check(config: JobConfig, world_size: int) -> None:
-    """UserError for any mistake that shows in the configuration alone; reads no file and imports no PyTorch."""
-    check_config(config, world_size)
-    check_evaluation(config)
-    check_rope(config)
+check = check_tables
 
 
 def prepare_inputs(config: JobConfig, world_size: int) -> Any:
-    """The StageInputs (components/setup.py) of a stage; text is tokenized first. UserError if a stage cannot start."""
+    """The StageInputs (components/setup.py) of a stage that check() has let pass; text is tokenized first.
+
+    UserError if a stage cannot start.
+    """
     from torchtitan.components.setup import prepare_inputs
     from torchtitan.extensions.ingest.resolve import resolve_source
 

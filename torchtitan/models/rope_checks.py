@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torchtitan.config.schema import JobConfig, Rope
 from torchtitan.models import rope_scaling
 from torchtitan.models.rope_method import Keys
@@ -11,7 +9,7 @@ from torchtitan.tools.errors import UserError
 
 
 def check_rope(config: JobConfig) -> None:
-    """UserError for keys of [rope] that are missing, not read, or no numbers for it."""
+    """UserError for keys of [rope] that are missing, that rope.type does not read, or that contradict one another."""
     rope, default = config.rope, Rope()
     keys_of = {"model": Keys(optional=("mixed_window",)), "none": Keys()}
     for method in rope_scaling.METHODS:
@@ -28,9 +26,6 @@ def check_rope(config: JobConfig) -> None:
                 f"{' (the default: as the model says)' if rope.type == 'model' else ''}: nothing would be rescaled by "
                 "it. Change one of the two."
             )
-        numbers = value if isinstance(value, tuple) else ()
-        if wrong := [number for number in numbers if not (math.isfinite(number) and number > 0)]:
-            raise UserError(f"rope.{key} holds {wrong[0]}: every number must be finite and above 0.")
     for low, high, standard in (("beta_slow", "beta_fast", (1, 32)), ("low_freq_factor", "high_freq_factor", (1, 4))):
         ends = [standard[i] if getattr(rope, key) is None else getattr(rope, key) for i, key in enumerate((low, high))]
         if ends[0] >= ends[1]:

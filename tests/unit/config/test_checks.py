@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from typing import Any, get_args, get_origin
 
 import pytest
 
-from torchtitan.config import checks
-from torchtitan.config.checks import accumulation_steps, check_config, dp_degree, resolve_shard_degree, rows_per_step
+from torchtitan.config.checks import (
+    accumulation_steps,
+    check_config,
+    check_ranges,
+    dp_degree,
+    resolve_shard_degree,
+    rows_per_step,
+)
+from torchtitan.config.keys import Key, Range, element_table, keys_of
 from torchtitan.config.schema import Gate, JobConfig, Source
-from torchtitan.config.toml_file import fields_of, known_names
+from torchtitan.config.toml_file import known_keys
 from torchtitan.tools.errors import UserError
 
 SOURCE = Source(name="books", path="books.jsonl")
@@ -48,83 +54,86 @@ def degrees(replicate: int = 1, shard: int = -1, tp: int = 1, cp: int = 1) -> di
 # --- ranges ----------------------------------------------------------------------------------------------------------
 
 
-def numeric_names() -> list[str]:
-    scalars = {n: hint for n, hint in known_names().items() if get_origin(hint) is not tuple}
-    return [n for n, hint in scalars.items() if {int, float} & {hint, *get_args(hint)} - {bool}]
+def is_number(hint: Any) -> bool:
+    """Whether values of a type, or the items of a tuple of it, are numbers."""
+    return bool({int, float} & {hint, *get_args(hint)})
+
+
+def numeric_keys() -> dict[str, Key]:
+    """Of all tables and arrays of tables: data.sources.weight."""
+    keys: dict[str, Key] = {}
+    for name, key in known_keys().items():
+        inner = element_table(key.hint)
+        keys |= {f"{name}.{k}": of for k, of in keys_of(inner).items()} if inner else {name: key}
+    return {name: key for name, key in keys.items() if is_number(key.hint)}
+
+
+def with_value(name: str, value: Any) -> tuple[JobConfig, str]:
+    """A configuration with this value of the key, or item of its tuple, and what messages call the key."""
+    table, key, *inner = name.split(".")
+    if inner:
+        element = SOURCE if key == "sources" else Gate(metric="loss", at_most=3.0)
+        items = (dataclasses.replace(element, **{inner[0]: value}),)
+        which = ' ("books")' if key == "sources" else ""
+        return make(**{f"{table}__{key}": items}), f"{table}.{key}[0]{which}: {inner[0]}"
+    if element_type(name) is not None:
+        return make(**{f"{table}__{key}": (value,)}), f"{name}[0]"
+    return make(**{f"{table}__{key}": value}), name
+
+
+def element_type(name: str) -> type | None:
+    hint = numeric_keys()[name].hint
+    return get_args(hint)[0] if get_origin(hint) is tuple else None
 
 
 def test_every_number_of_the_schema_has_a_range() -> None:
-    tables = (
-        checks._AT_LEAST,
-        checks._ABOVE_ZERO,
-        checks._FROM_0_TO_1,
-        checks._FROM_0_BELOW_1,
-        checks._BETWEEN_0_AND_1,
-    )
-    assert sorted(itertools.chain(*tables)) == sorted(numeric_names())
+    assert [name for name, key in numeric_keys().items() if key.range is None] == []
+    words = [name for name, key in known_keys().items() if key.range and not is_number(key.hint)]
+    assert words == [], "a range for what is no number"
 
 
-def numeric_keys_of_sources() -> list[str]:
-    return [key for key, hint in fields_of(Source).items() if {int, float} & {hint, *get_args(hint)} - {bool}]
+def outside(allowed: Range) -> list[float]:
+    """Numbers just outside of a range."""
+    low = allowed.min - 1 if allowed.min is not None else allowed.above
+    high = allowed.max + 1 if allowed.max is not None else allowed.below
+    found = [value for value in (low, high, -(10**9)) if value is not None and value not in allowed]
+    return found if low is not None or high is not None else []
 
 
-def test_every_number_of_a_source_has_a_range() -> None:
-    tables = (checks._SOURCE_AT_LEAST, checks._SOURCE_ABOVE_ZERO, checks._SOURCE_BETWEEN_0_AND_1)
-    assert sorted(itertools.chain(*tables)) == sorted(numeric_keys_of_sources())
+def inside(allowed: Range) -> list[float]:
+    """The ends of a range that belong to it, else numbers just inside."""
+    low = [allowed.min] if allowed.min is not None else [allowed.above + 1e-9] if allowed.above is not None else []
+    high = [allowed.max] if allowed.max is not None else [allowed.below - 1e-9] if allowed.below is not None else []
+    return [*low, *high, *([] if allowed.also is None else [allowed.also])]
 
 
-def test_every_number_of_a_gate_can_be_refused() -> None:
-    for key in ("over", "at_most", "at_least", "above_previous"):
-        gate = Gate(**({"metric": "loss", "at_most": 3.0} | {key: math.nan}))
-        assert f"stage.gates[0]: {key} = nan" in error_of(stage__gates=(gate,), stage__after="x.toml")
-    numeric = [key for key, hint in fields_of(Gate).items() if {int, float} & {hint, *get_args(hint)}]
-    assert set(numeric) == {"over", "at_most", "at_least", "above_previous"}
+@pytest.mark.parametrize("name", numeric_keys())
+def test_a_number_out_of_its_range_is_refused_by_name(name: str) -> None:
+    allowed = numeric_keys()[name].range
+    assert allowed is not None
+    for value in (*outside(allowed), math.nan, math.inf, -math.inf):
+        config, called = with_value(name, value)
+        with pytest.raises(UserError) as caught:
+            check_ranges(config)
+        wrong = "is not a finite number." if not math.isfinite(value) else f"must be {allowed}."
+        assert str(caught.value) == f"{called} = {value} {wrong}"
+    for value in inside(allowed):
+        check_ranges(with_value(name, value)[0])
 
 
-@pytest.mark.parametrize("key", numeric_keys_of_sources())
-def test_a_number_of_a_source_out_of_its_range_is_refused_by_name(key: str) -> None:
-    low = checks._SOURCE_AT_LEAST.get(key, 0) - 1
-    for value in (low, math.nan, math.inf):
-        message = error_of(data__sources=(dataclasses.replace(SOURCE, **{key: value}),))
-        assert message.startswith(f'data.sources[0] ("books"): {key} = {value} ')
-
-
-DATA: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
-    "min over max": ({}, {"min_length": 9, "max_length": 8}, ["min_length = 9", "max_length = 8"]),
-    "chunk over row": ({}, {"chunk_length": 10**7}, ["chunk_length = 10000000", "training.seq_len"]),
-    "raised twice": ({}, {"upsample": 2.0, "upsample_to": 0.5}, ["upsample", "upsample_to", "one of them"]),
-    "raised by both": ({"strategy": "per_source_upsampling"}, {"upsample": 2.0}, ["per_source_upsampling"]),
-    "hub of nothing": ({}, {"path": "hub:"}, ["hub:OWNER/NAME"]),
-    "anchors and all": (
-        {"anchor_attention": True, "cross_document_attention": True},
-        {},
-        ["data.anchor_attention = true", "data.cross_document_attention = true"],
-    ),
-    "anchors in drawn positions": (
-        {"anchor_attention": True, "positions": "pose", "target_seq_len": 1 << 20},
-        {},
-        ["data.anchor_attention = true", 'data.positions = "pose"', '"continue"'],
-    ),
-    "no domain named": ({"strategy": "domain_upsampling"}, {}, ["upsampled_sources", "books"]),
-    "unknown domain": (
-        {"strategy": "domain_upsampling", "upsampled_sources": ("book",)},
-        {},
-        ['"book"', "the sources are books"],
-    ),
-    "domains without the strategy": ({"upsampled_sources": ("books",)}, {}, ["domain_upsampling", '"original"']),
-    "no target": ({"positions": "cream"}, {}, ["target_seq_len is not set"]),
-    "target below the row": ({"positions": "cream", "target_seq_len": 7}, {}, ["target_seq_len = 7", "at least"]),
-    "target for nothing": ({"target_seq_len": 10**6}, {}, ['"reset"', "leave it out"]),
-}
-
-
-@pytest.mark.parametrize("name", DATA)
-def test_what_the_data_table_can_be_wrong_about(name: str) -> None:
-    data, source, words = DATA[name]
-    options = {f"data__{key}": value for key, value in data.items()}
-    message = error_of(**options, data__sources=(dataclasses.replace(SOURCE, **source),))
-    for word in words:
-        assert word in message
+@pytest.mark.parametrize(
+    ("allowed", "text", "numbers"),
+    [
+        (Range(min=1), "at least 1", {0: False, 1: True, 1e30: True}),
+        (Range(above=0, below=1), "above 0 and below 1", {0: False, 0.5: True, 1: False}),
+        (Range(min=0, max=1), "at least 0 and at most 1", {-1e-9: False, 0: True, 1: True, 1.1: False}),
+        (Range(min=1, also=-1), "at least 1, or -1", {-2: False, -1: True, 0: False, 1: True}),
+        (Range(), "", {-1e30: True, math.inf: False, math.nan: False}),
+    ],
+)
+def test_a_range_says_what_it_holds(allowed: Range, text: str, numbers: dict[float, bool]) -> None:
+    assert str(allowed) == text
+    assert {number: number in allowed for number in numbers} == numbers
 
 
 def test_anchors_need_a_backend_that_has_them() -> None:
@@ -137,27 +146,6 @@ def test_anchors_need_a_backend_that_has_them() -> None:
 
 def test_the_defaults_are_in_range() -> None:
     check_config(make(), 1)
-
-
-@pytest.mark.parametrize("name", numeric_names())
-def test_a_number_below_its_range_is_refused_by_name(name: str) -> None:
-    low = checks._AT_LEAST.get(name, 0)
-    value: Any = low - 1 if name in checks._AT_LEAST else -1e-9
-    message = error_of(**{name.replace(".", "__"): value})
-    assert message.startswith(f"{name} = {value} ")
-
-
-@pytest.mark.parametrize("name", [*checks._FROM_0_TO_1, *checks._FROM_0_BELOW_1])
-def test_a_share_above_its_range_is_refused(name: str) -> None:
-    assert f"{name} = 1.5" in error_of(**{name.replace(".", "__"): 1.5})
-
-
-@pytest.mark.parametrize(
-    "name", [n for n in numeric_names() if float in {known_names()[n], *get_args(known_names()[n])}]
-)
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_numbers_are_finite(name: str, value: float) -> None:
-    assert "not a finite number" in error_of(**{name.replace(".", "__"): value})
 
 
 def test_values_at_the_edge_pass() -> None:
@@ -307,28 +295,5 @@ def test_warmup_and_decay_fit_into_the_steps() -> None:
     fits = {"training__steps": 10, "lr_scheduler__warmup_steps": 7, "lr_scheduler__decay_ratio": 0.3}
     check_config(make(**fits), 1)
     message = error_of(**{**fits, "lr_scheduler__warmup_steps": 8})
-    assert "= 11 steps is more than the 10 there are" in message
+    assert "= 11 steps, more than training.steps = 10" in message
     assert "decay_ratio to at most 0.2, or warmup_steps to at most 7" in message
-
-
-# --- sources ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("sources", "expected"),
-    [
-        ((), "no [[data.sources]]"),
-        ((dataclasses.replace(SOURCE, path=""),), "data.sources[0] (books) has no path"),
-        ((SOURCE, Source(path="x.jsonl")), "data.sources[1] (x.jsonl) has no name"),
-        ((SOURCE, Source(name="web", path="w"), dataclasses.replace(SOURCE, path="z")), "data.sources[2] (z)"),
-        ((dataclasses.replace(SOURCE, weight=-1.0),), "weight = -1.0"),
-        ((dataclasses.replace(SOURCE, weight=math.nan),), "weight = nan"),
-        ((dataclasses.replace(SOURCE, weight=0.0), Source(name="b", path="b", weight=0.0)), "(books, b)"),
-    ],
-)
-def test_sources_that_cannot_be_read(sources: tuple[Source, ...], expected: str) -> None:
-    assert expected in error_of(data__sources=sources)
-
-
-def test_one_source_may_be_left_out_by_its_weight() -> None:
-    check_config(make(data__sources=(dataclasses.replace(SOURCE, weight=0.0), Source(name="b", path="b"))), 1)

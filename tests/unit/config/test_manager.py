@@ -14,8 +14,9 @@ import pytest
 
 from torchtitan.config import JobConfig, dump_toml, load_config
 from torchtitan.config import schema as job_config
+from torchtitan.config.keys import element_table, keys_of
 from torchtitan.config.migration import _EXPLANATIONS, explain
-from torchtitan.config.toml_file import element_table, fields_of, known_names
+from torchtitan.config.toml_file import known_keys
 from torchtitan.tools.errors import UserError
 
 
@@ -67,10 +68,10 @@ def other_value(hint: Any, default: Any) -> Any:
 def changed_config() -> JobConfig:
     """Every key of the schema at another value than its default."""
     tables = {}
-    for table, cls in fields_of(JobConfig).items():
-        default = cls()
-        values = {key: other_value(hint, getattr(default, key)) for key, hint in fields_of(cls).items()}
-        tables[table] = cls(**values)
+    for table, default in vars(JobConfig()).items():
+        keys = keys_of(type(default)).items()
+        values = {name: other_value(key.hint, getattr(default, name)) for name, key in keys}
+        tables[table] = type(default)(**values)
     config = JobConfig(**tables)
     return dataclasses.replace(config, job=dataclasses.replace(config.job, config_file=None, print_config=False))
 
@@ -204,7 +205,7 @@ def test_the_error_names_the_file_where_the_mistake_stands(tmp_path: Path) -> No
     assert "parent.toml:2: training.step is not known" in message and "child" not in message
 
 
-@pytest.mark.parametrize("name", [name for name in known_names() if name not in ("data.sources", "stage.gates")])
+@pytest.mark.parametrize("name", [name for name in known_keys() if name not in ("data.sources", "stage.gates")])
 def test_a_slip_in_any_name_is_put_right(name: str) -> None:
     table, _, key = name.partition(".")
     assert f"did you mean --{name}?" in error_of(None, f"--{table}.{key[0]}{key}", "1")
@@ -237,7 +238,7 @@ def test_keys_of_torchtitan_are_explained_in_files_and_on_the_command_line(
 
 
 def test_no_explanation_stands_in_the_way_of_a_key_that_exists() -> None:
-    assert [name for name in [*known_names(), *fields_of(JobConfig)] if explain(name)] == []
+    assert [name for name in [*known_keys(), *keys_of(JobConfig)] if explain(name)] == []
     assert all("\n" not in text and not text.endswith(".") for text in _EXPLANATIONS.values())
 
 
@@ -273,7 +274,7 @@ def test_a_value_of_the_wrong_type_is_refused(tmp_path: Path, name: str, value: 
 def test_a_bad_choice_lists_the_choices(tmp_path: Path, value: str) -> None:
     message = error_of(write(tmp_path, a=f"[model]\nattention_backend = {value}\n"))
     assert f"a.toml:2: model.attention_backend = {value}" in message
-    hint = known_names()["model.attention_backend"]
+    hint = known_keys()["model.attention_backend"].hint
     assert all(f'"{choice}"' in message for choice in get_args(hint))
 
 
@@ -371,7 +372,7 @@ def test_help_explains_every_field_of_every_table(capsys: pytest.CaptureFixture[
         return "".join(text.replace("│", " ").split())
 
     output = squeezed(capsys.readouterr().out)
-    tables = {cls.__name__: f"--{table}." for table, cls in fields_of(JobConfig).items()}
+    tables = {key.hint.__name__: f"--{table}." for table, key in keys_of(JobConfig).items()}
     tables |= {"Source": "--data.sources.0.", "Gate": "--stage.gates.0."}
     found = docstrings()
     assert set(found) == set(tables)

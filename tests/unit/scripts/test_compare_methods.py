@@ -14,8 +14,8 @@ import torch
 
 from tests.scripts import load_script
 from torchtitan.config import load_config
-from torchtitan.config.checks import check_config
 from torchtitan.datasets.tokenizer import load_tokenizer
+from torchtitan.extensions.cluster.check_config import check_tables
 from torchtitan.extensions.evaluation.forward import Ranks
 from torchtitan.models.transformer import TransformerArgs
 
@@ -52,7 +52,7 @@ def test_every_method_is_a_stage_of_the_same_budget(tmp_path: Path) -> None:
     tokens = set()
     for name in ("1k", *compare.METHODS):
         config = load_config(["--job.config_file", str(tmp_path / f"{name}.toml")])
-        check_config(config, own.processes)
+        check_tables(config, own.processes)
         if name in compare.METHODS and name != "untouched":
             assert config.training.seq_len == compare.METHODS[name].length
             tokens.add(config.training.steps * (config.training.global_batch_tokens or 0))

@@ -22,13 +22,11 @@ from typing import Any
 from torchtitan.components.lineage import check_before, flat
 from torchtitan.components.manifest import has_ended, newest_manifest
 from torchtitan.config import JobConfig, as_tables, load_config
-from torchtitan.config.checks import check_config
 from torchtitan.config.schema import Source
+from torchtitan.extensions.cluster.check_config import check_tables
 from torchtitan.extensions.cluster.gates import gate_failure
 from torchtitan.extensions.cluster.launch import launch
 from torchtitan.extensions.cluster.stages import chain
-from torchtitan.extensions.evaluation.checks import check_evaluation
-from torchtitan.models.rope_checks import check_rope
 from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, NOT_ENDED, STOPPED, GateError, UserError
 
 
@@ -36,9 +34,7 @@ def run_chain(args: list[str], nproc: int) -> int:
     """Train the stages that have not ended, one after the other; the exit code of the first that fails."""
     stages = chain(args)
     for stage in stages:
-        check_config(stage.config, nproc)
-        check_evaluation(stage.config)
-        check_rope(stage.config)
+        check_tables(stage.config, nproc)
         if not stage.config.checkpoint.enable:
             raise UserError(f"stage {stage.config.stage.name}: a chain needs checkpoints (checkpoint.enable = true).")
     names = " -> ".join(stage.config.stage.name for stage in stages)

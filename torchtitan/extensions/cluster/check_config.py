@@ -1,30 +1,52 @@
 """Is this configuration right? `python -m torchtitan.extensions.cluster.check_config WORLD_SIZE <as torchtitan.train>`
 
 run_train.sh asks before it starts anything: a mistake is then reported once and at once, rather than by every process
-after it has imported PyTorch.
+after it has imported PyTorch. check_tables() is the one list of what every other command asks too.
 """
 
 from __future__ import annotations
 
 import sys
 
-from torchtitan.config.checks import check_config
-from torchtitan.config.manager import load_config
+from torchtitan.config import JobConfig, load_config
+from torchtitan.config.checks import check_config, check_start_keys
+from torchtitan.datasets.data_checks import check_data
+from torchtitan.extensions.cluster.gates import check_gates
 from torchtitan.extensions.cluster.stages import chain
 from torchtitan.extensions.evaluation.checks import check_evaluation
 from torchtitan.models.rope_checks import check_rope
 from torchtitan.tools.errors import UserError
 
 
+def check_tables(config: JobConfig, world_size: int) -> None:
+    """UserError for whatever the configuration can be wrong about by itself; needs no file and no PyTorch."""
+    check_config(config, world_size)
+    check_data(config)
+    check_rope(config)
+    check_evaluation(config)
+    check_stage(config)
+
+
+def check_stage(config: JobConfig) -> None:
+    """UserError for what is wrong in [stage], whatever the number of processes."""
+    check_start_keys(config)
+    check_gates(config)
+    for option in config.stage.sbatch:
+        if not option.startswith("-") or option == "--":
+            raise UserError(
+                f'stage.sbatch has "{option}", which sbatch would take for the script: write an option and its value '
+                'as one, such as "--nodes=8".'
+            )
+
+
 def main(args: list[str]) -> int:
+    """Exit code 1, and one paragraph, for a mistake."""
     try:
         config = load_config(args[1:])
         # a mistake in the last stage is reported before the first one is paid for
         stages = [stage.config for stage in chain(args[1:])] if config.stage.run_chain else [config]
         for stage in stages:
-            check_config(stage, int(args[0]))
-            check_evaluation(stage)
-            check_rope(stage)
+            check_tables(stage, int(args[0]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -43,6 +43,18 @@ class Gates(Hook):
         logger.info(f"gates: {', '.join(gate.metric for gate in gates)} hold")
 
 
+def check_gates(config: JobConfig) -> None:
+    """UserError for a gate without a metric or a bound, or one that compares with a previous stage if there is none."""
+    for i, gate in enumerate(config.stage.gates):
+        where = f"stage.gates[{i}]"
+        if not gate.metric:
+            raise UserError(f'{where} has no metric: name a number of metrics.jsonl, such as metric = "loss".')
+        if (gate.at_most, gate.at_least, gate.above_previous) == (None, None, None):
+            raise UserError(f"{where} ({gate.metric}) asks for nothing: give at_most, at_least or above_previous.")
+        if gate.above_previous is not None and not config.stage.after:
+            raise UserError(f"{where}: above_previous compares with the previous stage, but stage.after is not set.")
+
+
 def check_previous_gates(config: JobConfig) -> None:
     """UserError if this stage would start afresh from a previous stage that has ended, but whose gates do not hold.
 

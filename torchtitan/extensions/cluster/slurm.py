@@ -29,14 +29,14 @@ from pathlib import Path
 
 from torchtitan.components.manifest import complete_steps, results_file
 from torchtitan.config import JobConfig, load_config
-from torchtitan.config.checks import check_config, check_stage, resolve_shard_degree
+from torchtitan.config.checks import check_ranges, resolve_shard_degree
 from torchtitan.config.manager import config_file, flag_name
 from torchtitan.config.toml_file import load_tables
 from torchtitan.extensions.cluster.chain import ended
+from torchtitan.extensions.cluster.check_config import check_stage, check_tables
 from torchtitan.extensions.cluster.requeue import with_load_step
 from torchtitan.extensions.cluster.stages import chain, without_flags
 from torchtitan.extensions.evaluation.checks import check_asked, check_evaluation
-from torchtitan.models.rope_checks import check_rope
 from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, LOST_A_RANK, STOPPED, GateError, UserError
 
 ENDED = 10
@@ -58,6 +58,7 @@ def stages(args: list[str], evaluates: bool = False) -> int:
     all_ended = True
     for stage in chain(args):
         config = stage.config
+        check_ranges(config)
         check_stage(config)
         if not config.checkpoint.enable:
             raise UserError(f"stage {config.stage.name}: Slurm's jobs need checkpoints (checkpoint.enable = true).")
@@ -98,9 +99,7 @@ def start(nodes: int, per_node: int, args: list[str], unchanged: bool = True) ->
     """
     args = args + replicas(args, nodes, per_node)
     config = load_config(args)
-    check_config(config, nodes * per_node)
-    check_evaluation(config)
-    check_rope(config)
+    check_tables(config, nodes * per_node)
     goes_back = unchanged and with_load_step(config).checkpoint.load_step >= 0
     if not goes_back and ended(args, unchanged) == 0:
         return ENDED
@@ -113,6 +112,7 @@ def evaluation(nodes: int, per_node: int, args: list[str]) -> int:
     more = replicas(keys, nodes, per_node)
     config = load_config(keys + more)
     check_asked(config)
+    check_ranges(config)
     check_evaluation(config)
     resolve_shard_degree(config, nodes * per_node)
     return _print_settings(config, args + more)

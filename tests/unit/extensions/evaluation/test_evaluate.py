@@ -189,12 +189,12 @@ def evaluate(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str]:
         (["--model", "MODEL", "--evaluation.needle_lengths", "0"], "needle_lengths[0] = 0 must be at least 1"),
         (
             ["--model", "MODEL", "--evaluation.needle_lengths", "128", "--evaluation.needle_depths", "1.5"],
-            "needle_depths[0] = 1.5 is a share",
+            "needle_depths[0] = 1.5 must be at least 0 and at most 1",
         ),
         (["--model", "MODEL", "--evaluation.texts", "x", "--evaluation.max_documents", "0"], "must be at least 1"),
         (
             ["--model", "MODEL", "--evaluation.texts", "x", "--evaluation.length", "64", "--evaluation.windows", "64"],
-            "windows[0] = 64 must be at least 1 and below evaluation.length = 64",
+            "windows[0] = 64 must be below evaluation.length = 64",
         ),
         (
             ["--model", "MODEL", "--evaluation.needle_lengths", "128", "--evaluation.windows", "64"],
@@ -226,7 +226,7 @@ def evaluate(capsys: pytest.CaptureFixture[str], *args: Any) -> tuple[int, str]:
         (
             ["--model", "MODEL", "--evaluation.tasks", "vt", "--evaluation.task_lengths", "999"]
             + ["--evaluation.task_items", "0"],
-            "task_items = 0 is too small: it must be at least 1",
+            "task_items = 0 must be at least 1",
         ),
         (
             ["--model", "MODEL", "--evaluation.needle_lengths", "128", "--parallelism.context_parallel_degree", "3"],

@@ -12,7 +12,7 @@ import pytest
 
 from tests.scripts import load_script
 from torchtitan.config import load_config
-from torchtitan.config.checks import check_config
+from torchtitan.extensions.cluster.check_config import check_tables
 from torchtitan.extensions.evaluation.checks import check_evaluation
 from torchtitan.tools.errors import UserError
 
@@ -44,7 +44,7 @@ def test_a_stage_and_one_set_of_questions_for_three_models(
     arguments += ["--corpus", str(corpus), "--megabytes", "0.35", "--items", "2"]
     assert script.main([str(tmp_path), *arguments]) == 0
     config = load_config(["--job.config_file", str(tmp_path / "stage.toml")])
-    check_config(config, 2)
+    check_tables(config, 2)
     check_evaluation(config)
     assert [source.name for source in config.data.sources] == ["books", "manuals", "docs"]
     assert sum(source.weight for source in config.data.sources) == pytest.approx(1)

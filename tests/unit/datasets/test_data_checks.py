@@ -1,0 +1,77 @@
+"""check_data: what [data] and [[data.sources]] are refused for, and what the message says."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from torchtitan.config.schema import Data, JobConfig, Source
+from torchtitan.datasets.data_checks import check_data
+from torchtitan.tools.errors import UserError
+
+SOURCE = Source(name="books", path="books.jsonl")
+
+
+def error_of(**data: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        check_data(JobConfig(data=Data(**{"sources": (SOURCE,), **data})))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+DATA: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "min over max": ({}, {"min_length": 9, "max_length": 8}, ["min_length = 9", "max_length = 8"]),
+    "chunk over row": ({}, {"chunk_length": 10**7}, ["chunk_length = 10000000", "training.seq_len"]),
+    "raised twice": ({}, {"upsample": 2.0, "upsample_to": 0.5}, ["upsample", "upsample_to", "one of them"]),
+    "raised by both": ({"strategy": "per_source_upsampling"}, {"upsample": 2.0}, ["per_source_upsampling"]),
+    "hub of nothing": ({}, {"path": "hub:"}, ["hub:OWNER/NAME"]),
+    "anchors and all": (
+        {"anchor_attention": True, "cross_document_attention": True},
+        {},
+        ["data.anchor_attention = true", "data.cross_document_attention = true"],
+    ),
+    "anchors in drawn positions": (
+        {"anchor_attention": True, "positions": "pose", "target_seq_len": 1 << 20},
+        {},
+        ["data.anchor_attention = true", 'data.positions = "pose"', '"continue"'],
+    ),
+    "no domain named": ({"strategy": "domain_upsampling"}, {}, ["upsampled_sources", "books"]),
+    "unknown domain": (
+        {"strategy": "domain_upsampling", "upsampled_sources": ("book",)},
+        {},
+        ['"book"', "the sources are books"],
+    ),
+    "domains without the strategy": ({"upsampled_sources": ("books",)}, {}, ["domain_upsampling", '"original"']),
+    "no target": ({"positions": "cream"}, {}, ["target_seq_len is not set"]),
+    "target below the row": ({"positions": "cream", "target_seq_len": 7}, {}, ["target_seq_len = 7", "at least"]),
+    "target for nothing": ({"target_seq_len": 10**6}, {}, ['"reset"', "leave it out"]),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_what_the_data_table_can_be_wrong_about(name: str) -> None:
+    data, source, words = DATA[name]
+    message = error_of(**data, sources=(dataclasses.replace(SOURCE, **source),))
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ((), "no [[data.sources]]"),
+        ((dataclasses.replace(SOURCE, path=""),), "data.sources[0] (books) has no path"),
+        ((SOURCE, Source(path="x.jsonl")), "data.sources[1] (x.jsonl) has no name"),
+        ((SOURCE, Source(name="web", path="w"), dataclasses.replace(SOURCE, path="z")), "data.sources[2] (z)"),
+        ((dataclasses.replace(SOURCE, weight=0.0), Source(name="b", path="b", weight=0.0)), "(books, b)"),
+    ],
+)
+def test_sources_that_cannot_be_read(sources: tuple[Source, ...], expected: str) -> None:
+    assert expected in error_of(sources=sources)
+
+
+def test_one_source_may_be_left_out_by_its_weight() -> None:
+    check_data(JobConfig(data=Data(sources=(dataclasses.replace(SOURCE, weight=0.0), Source(name="b", path="b")))))

@@ -1,0 +1,120 @@
+"""What [data] can be wrong about by itself. Pure arithmetic on the configuration, without PyTorch.
+
+Ranges of single numbers are checked with those of all tables (config/checks.py); files are checked where they are read.
+"""
+
+from __future__ import annotations
+
+from torchtitan.config.schema import JobConfig, Source
+from torchtitan.tools.errors import UserError
+
+
+def check_data(config: JobConfig) -> None:
+    """UserError for the first key of [data] or [[data.sources]] that is missing, or that contradicts another."""
+    sources = config.data.sources
+    if not sources:
+        raise UserError(
+            "There is nothing to train on: the configuration has no [[data.sources]]. Write one table per source into "
+            'the TOML file: [[data.sources]], name = "books", path = "books/*.jsonl".'
+        )
+    for i, source in enumerate(sources):
+        for key in ("name", "path"):
+            if not getattr(source, key).strip():
+                other = source.path if key == "name" else source.name
+                which = f" ({other})" if other.strip() else ""
+                raise UserError(
+                    f'data.sources[{i}]{which} has no {key}: write {key} = "..." into that [[data.sources]].'
+                )
+        _check_source(source, f'data.sources[{i}] ("{source.name}")', config)
+        first = next(j for j, earlier in enumerate(sources) if earlier.name == source.name)
+        if first != i:
+            raise UserError(
+                f"data.sources[{first}] ({sources[first].path}) and data.sources[{i}] ({source.path}) have the same "
+                f'name "{source.name}": reports and metrics are kept by name, so give each its own.'
+            )
+    if all(source.weight == 0 for source in sources):
+        names = ", ".join(source.name for source in sources)
+        raise UserError(f"Every source has weight = 0 ({names}): at least one must be above 0.")
+    _check_strategy(config)
+    _check_positions(config)
+
+
+def _check_source(source: Source, where: str, config: JobConfig) -> None:
+    if source.max_length is not None and source.min_length > source.max_length:
+        raise UserError(
+            f"{where}: min_length = {source.min_length} is more than max_length = {source.max_length}, so that no "
+            "document would be left. Swap them, or drop one."
+        )
+    if source.chunk_length is not None and source.chunk_length > config.training.seq_len:
+        raise UserError(
+            f"{where}: chunk_length = {source.chunk_length} is more than training.seq_len = {config.training.seq_len}: "
+            "a piece cannot be longer than a row. Leave chunk_length out to cut at the row's length."
+        )
+    raised = source.upsample is not None or source.upsample_to is not None
+    if source.upsample is not None and source.upsample_to is not None:
+        raise UserError(f"{where}: upsample and upsample_to say the same in two ways; give one of them.")
+    if raised and config.data.strategy in ("per_source_upsampling", "global_upsampling"):
+        raise UserError(
+            f'{where}: upsample and upsample_to raise one source, data.strategy = "{config.data.strategy}" raises all; '
+            'give one of the two (strategy = "original" leaves it to the sources).'
+        )
+    if source.messages_field and source.long_document == "split":
+        raise UserError(
+            f'{where}: a conversation (messages_field = "{source.messages_field}") that is longer than a row cannot be '
+            'split, because its second part would answer what it does not see: set long_document = "drop" (left out, '
+            'and counted in the report) or "truncate" (its end is cut off).'
+        )
+    if source.messages_field and config.data.packing == "concat":
+        raise UserError(
+            f'{where}: data.packing = "concat" cuts conversations (messages_field = "{source.messages_field}") '
+            'wherever a row ends: use "best_fit", which leaves them whole.'
+        )
+    if source.path.startswith("hub:") and not source.path[4:].strip("/ "):
+        raise UserError(f'{where}: path = "{source.path}" names no dataset; write hub:OWNER/NAME.')
+
+
+def _check_strategy(config: JobConfig) -> None:
+    data = config.data
+    names = [source.name for source in data.sources]
+    unknown = [name for name in data.upsampled_sources if name not in names]
+    if unknown:
+        raise UserError(
+            f'data.upsampled_sources names "{unknown[0]}", which is no source; the sources are {", ".join(names)}.'
+        )
+    if data.strategy == "domain_upsampling" and not data.upsampled_sources:
+        raise UserError(
+            'data.strategy = "domain_upsampling" needs data.upsampled_sources, the names of the sources to raise, such '
+            f'as upsampled_sources = ["{names[0]}"].'
+        )
+    if data.strategy != "domain_upsampling" and data.upsampled_sources:
+        raise UserError(
+            'data.upsampled_sources is read by strategy = "domain_upsampling" only, but data.strategy = '
+            f'"{data.strategy}": change one of the two.'
+        )
+
+
+def _check_positions(config: JobConfig) -> None:
+    data, seq_len = config.data, config.training.seq_len
+    if data.anchor_attention and data.cross_document_attention:
+        raise UserError(
+            "data.anchor_attention = true shows documents the first token of their row, and "
+            "data.cross_document_attention = true the whole row: leave one of the two out."
+        )
+    if data.anchor_attention and data.positions not in ("continue", "reset"):
+        raise UserError(
+            "data.anchor_attention = true puts the first token of a row before all its documents, but data.positions = "
+            f'"{data.positions}" draws the positions of each document by itself, perhaps below the anchor\'s. Use '
+            '"continue".'
+        )
+    if data.positions in ("reset", "continue"):
+        if data.target_seq_len is not None:
+            raise UserError(
+                f"data.target_seq_len = {data.target_seq_len} is read by data.positions = pose, longrecipe, cream and "
+                f'random, but data.positions = "{data.positions}": leave it out, or choose one of these.'
+            )
+    elif data.target_seq_len is None or data.target_seq_len < seq_len:
+        given = "is not set" if data.target_seq_len is None else f"= {data.target_seq_len}"
+        raise UserError(
+            f'data.positions = "{data.positions}" trains rows of training.seq_len = {seq_len} for a longer context, '
+            f"but data.target_seq_len {given}: it must be at least {seq_len}."
+        )
