@@ -32,7 +32,8 @@ import numpy as np
 from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import ASSISTANT, Corpus
 from torchtitan.datasets.mixture import Stream, build_streams, check_epochs, normalize
-from torchtitan.datasets.row_table import RowTable, build_table, load_table, lock_table, save_table
+from torchtitan.datasets.row_table import RowTable, build_table, load_table, save_table
+from torchtitan.tools.folders import lock
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,8 @@ class Plan:
     def _kept_table(self, cache: Path, rows: int) -> RowTable:
         folder = cache / "plans" / f"{self.fingerprint}-{rows}"
         if not folder.is_dir():
-            with lock_table(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with lock(folder.parent, folder.name):  # of several ranks one builds it and the others wait
                 if not folder.is_dir():
                     pieces = sum(len(stream.lengths) for stream in self.streams)
                     logger.info("planning %d rows from %d pieces of documents", rows, pieces)

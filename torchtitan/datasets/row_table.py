@@ -6,20 +6,18 @@ files. The files' folder is named by a fingerprint of all that decides them.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import filelock
 import numpy as np
 
 from torchtitan.config.schema import Data
 from torchtitan.datasets.mixture import Merged, Stream, merge
 from torchtitan.datasets.packing import CHOICE, Rows, order_rows, pack, tokens_wanted
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import partial_of, sync
+from torchtitan.tools.folders import sync, written
 
 PADDING_SEGMENT = 1024
 """Padding is cut into segments of at most this many tokens, so that masked tokens cost little attention."""
@@ -166,18 +164,15 @@ def _anchor_work(offsets: np.ndarray, length: np.ndarray) -> np.ndarray:
 
 
 def save_table(table: RowTable, folder: Path) -> None:
-    """Write the columns aside and rename the folder into place: it is whole or absent."""
-    aside = partial_of(folder)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    """Write the columns, a file each, so that the folder is complete or absent; UserError if that fails."""
     try:
-        for column in fields(table):
-            np.save(aside / f"{column.name}.npy", getattr(table, column.name))
-            sync(aside / f"{column.name}.npy")
-        os.rename(aside, folder)
-        sync(folder.parent)
+        with written(folder, durable=True) as aside:
+            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+            aside.mkdir()
+            for column in fields(table):
+                np.save(aside / f"{column.name}.npy", getattr(table, column.name))
+                sync(aside / f"{column.name}.npy")
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"The data plan cannot be written to {folder}: {error}. Make room, or move it.") from error
 
 
@@ -188,9 +183,3 @@ def load_table(folder: Path) -> RowTable:
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"The data plan in {folder} is damaged ({error}): delete the folder.") from error
     return RowTable(**{name: np.asarray(column) for name, column in columns.items()})
-
-
-def lock_table(folder: Path) -> filelock.FileLock:
-    """Of several ranks one builds and the others wait."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return filelock.FileLock(folder.parent / f".{folder.name}.lock")

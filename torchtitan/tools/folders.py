@@ -74,12 +74,12 @@ def put_aside(folder: Path, after: int) -> Path | None:
 
 @contextlib.contextmanager
 def written(path: Path, durable: bool = False, unique: bool = False) -> Iterator[Path]:
-    """Yields the path to which to write a file, so that `path` is complete or absent at any moment.
+    """Yields the path to which to write a file or folder, so that `path` is complete or absent at any moment.
 
     That path is `path`.partial; it is renamed to `path` when the block ends, and deleted if the block raises. Whatever
     was at `path` stays until then. The parent folder must exist. A killed process leaves `path`.partial behind, and the
     next writer overwrites it. durable: the bytes and the name survive a power loss (fsync). unique: use a name of this
-    process alone, for files that several processes may write at once.
+    process alone, for files that several processes may write at once. A folder must not exist at `path`.
     """
     aside = path.with_name(f"{path.name}{f'.{uuid.uuid4().hex}' if unique else ''}.partial")
     try:
@@ -88,6 +88,7 @@ def written(path: Path, durable: bool = False, unique: bool = False) -> Iterator
             sync(aside)
         aside.replace(path)
     except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
