@@ -5,8 +5,8 @@
         --labels 64K 512K --plot compared.png
 
 Each file is a result of scripts/evaluate.py or a stage's evaluation/step-N.json (docs/evaluation.md); differences are
-to the first. Losses are in nats per token. What some lack (texts, ranges of positions, tasks, lengths, depths) is left
-out of a difference and named at the end.
+to the first. Losses are in nats per token. What some results lack (texts, ranges of positions, tasks, lengths, depths)
+is left out of a difference and listed at the end.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ ASKED = {
     "questions": "other documents or questions",
 }
 SHOWN = ("texts", "generate", "add_bos", "seed")
-"""Keys of "asked" whose values mean something to people."""
+"""Keys of "asked" whose values are shown; others are hashes."""
 
 PICTURES = (".png", ".pdf", ".svg")
 Result = dict[str, Any]
 Range = tuple[int, int]
-Apart = list[tuple[str, str]]
-"""What differs between results: (in which way, what)."""
+Notes = list[tuple[str, str]]
+"""How results differ beside their numbers: (in which way, what)."""
 
 
 def main(args: list[str]) -> int:
@@ -59,7 +59,7 @@ def main(args: list[str]) -> int:
     options = parser.parse_args(args)
     try:
         if len(options.results) < 2:
-            raise UserError(f"At least two results are compared, but {options.results[0]} is alone.")
+            raise UserError(f"{options.results[0]} is the only result: give at least two to compare.")
         if options.labels and len(options.labels) != len(options.results):
             raise UserError(f"--labels has {len(options.labels)} names for {len(options.results)} results.")
         if options.short is not None and options.short < 1:
@@ -86,7 +86,7 @@ def main(args: list[str]) -> int:
 
 
 def read(path: Path) -> Result:
-    """The result in a file; UserError that names the file if it holds none."""
+    """The result in a file; UserError that names the file if it holds no result."""
     try:
         result: Result = read_json(path)
     except OSError as error:
@@ -101,7 +101,7 @@ def read(path: Path) -> Result:
                 if [len(row) for row in grid[key]] != [len(grid["depths"] or [None])] * len(grid["lengths"]):
                     raise ValueError
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise UserError(f"{path} is no result of scripts/evaluate.py or of a stage (docs/evaluation.md).") from None
+        raise UserError(f"{path} is not a result of scripts/evaluate.py or of a stage (docs/evaluation.md).") from None
     return result
 
 
@@ -112,7 +112,7 @@ def shared(parts: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def trained_length(result: Result) -> int | None:
-    """Tokens that the model was trained for; None if that is not known."""
+    """How many tokens the model was trained for; None if that is not known."""
     length: int | None = (result.get("rope") or {}).get("max_position_embeddings")
     return length
 
@@ -120,64 +120,64 @@ def trained_length(result: Result) -> int | None:
 def compare(results: Sequence[Result], labels: Sequence[str], short: int | None = None) -> str:
     """The comparison as text; UserError if the first result has nothing in common with any other."""
     lines: list[str] = []
-    apart: Apart = []
+    notes: Notes = []
     compared = 0
     for name in shared(result["perplexity"] for result in results):
         table, missing = losses(name, results, labels, short or trained_length(results[0]))
         lines += table
-        apart += missing
+        notes += missing
         compared += bool(table)
     for way in WAYS:
         table, missing = scores(way, results, labels)
         lines += table
-        apart += missing
+        notes += missing
         compared += bool(table)
     if not compared:
         raise UserError(f"Nothing in common: {'; '.join(f'{n} has {has(r)}' for n, r in zip(labels, results))}.")
     for part, called in (("perplexity", "text"), ("tasks", "task")):
         for name in dict.fromkeys(name for result in results for name in result[part]):
-            apart += only_in(f"{called} {name}", labels, [name in result[part] for result in results])
+            notes += only_in(f"{called} {name}", labels, [name in result[part] for result in results])
     if len({result.get("dtype") for result in results}) > 1:
-        apart.append(("dtype", ", ".join(f"{r.get('dtype')} ({n})" for n, r in zip(labels, results))))
+        notes.append(("dtype", ", ".join(f"{r.get('dtype')} ({n})" for n, r in zip(labels, results))))
     for key, what in ASKED.items():
         values = [(result.get("asked") or {}).get(key) for result in results]
         if len({json.dumps(value) for value in values if value is not None}) > 1:
             shown = ", ".join(f"{v if key in SHOWN else i + 1} ({n})" for i, (v, n) in enumerate(zip(values, labels)))
-            apart.append((what, shown))
-    if apart:
+            notes.append((what, shown))
+    if notes:
         ways: dict[str, dict[str, None]] = {}
-        for way, what in apart:
+        for way, what in notes:
             ways.setdefault(way, {})[what] = None
         lines += ["", "not the same in all:", *(f"  {way}: {'; '.join(whats)}" for way, whats in ways.items())]
     return "\n".join(lines[1:])
 
 
 def has(result: Result) -> str:
-    """What a result holds, in words."""
+    """A description of what a result holds."""
     parts = [f"the loss on {name} by {len(one['nll'])} ranges" for name, one in result["perplexity"].items()]
     parts += [f"{name} at {', '.join(f'{n:,}' for n in grid['lengths'])}" for name, grid in result["tasks"].items()]
     return ", ".join(parts) or "nothing"
 
 
-def only_in(what: str, labels: Sequence[str], have: Sequence[bool]) -> Apart:
-    """Which results have it; nothing if all do."""
+def only_in(what: str, labels: Sequence[str], have: Sequence[bool]) -> Notes:
+    """Which results have `what`; nothing if all do."""
     if all(have):
         return []
     return [(f"only in {', '.join(label for label, has_it in zip(labels, have) if has_it)}", what)]
 
 
-def losses(name: str, results: Sequence[Result], labels: Sequence[str], short: int | None) -> tuple[list[str], Apart]:
-    """Lines about a text: loss (perplexity) by position, then of short and long context; and what differs."""
+def losses(name: str, results: Sequence[Result], labels: Sequence[str], short: int | None) -> tuple[list[str], Notes]:
+    """Lines about a text, loss (perplexity) by position and then at short and long context; and how results differ."""
     parts = [result["perplexity"].get(name) for result in results]
     tables, counts = [by_range(one, "nll") for one in parts], [by_range(one, "count") for one in parts]
     first, *others = tables
     ranges = [part for part in first if any(part in other for other in others)]
-    apart: Apart = []
+    notes: Notes = []
     for part in sorted({part for table in tables for part in table}):
         about = {label: part in table for label, table in zip(labels, tables) if table}
-        apart += only_in(f"{name}, positions {span(part)}", list(about), list(about.values()))
+        notes += only_in(f"{name}, positions {span(part)}", list(about), list(about.values()))
     if not ranges:
-        return [], apart
+        return [], notes
     rows = [["positions", "tokens", labels[0], *(cell for label in labels[1:] for cell in (label, "difference"))]]
     for part in ranges:
         row = [span(part), f"{counts[0][part]:,}", loss_cell(first[part])]
@@ -185,20 +185,20 @@ def losses(name: str, results: Sequence[Result], labels: Sequence[str], short: i
             row += [loss_cell(table.get(part)), difference_cell(first[part], table.get(part))]
         rows.append(row)
         if len({count[part] for count in counts if part in count}) > 1:
-            apart.append(("other documents, or another tokenizer", f"{name}, positions {span(part)}"))
+            notes.append(("other documents, or another tokenizer", f"{name}, positions {span(part)}"))
     lines = ["", f"loss by position, {name}: nats per token (perplexity)", *text_table(rows)]
     lines.append(f"{MARK} a difference of more than {SIGNIFICANT} nats")
     if short is None:
-        return [*lines, "short and long context: the first result has no trained length; name it with --short N"], apart
+        return [*lines, "short and long context: the first result has no trained length; name it with --short N"], notes
     for part in ranges:
         if part[0] < short < part[1]:
-            apart.append(("neither short nor long context", f"{name}, positions {span(part)}"))
+            notes.append(("neither short nor long context", f"{name}, positions {span(part)}"))
     rows = [[f"difference to {labels[0]}", f"short context (to {short:,})", "long context (beyond)"]]
     for label, table in zip(labels[1:], others):
         both = [part for part in ranges if first[part] is not None and table.get(part) is not None]
         within = [part for part in both if part[1] <= short], [part for part in both if part[0] >= short]
         rows.append([label, *(mean_difference(first, table, counts[0], parts) for parts in within)])
-    return [*lines, "", *text_table(rows)], apart
+    return [*lines, "", *text_table(rows)], notes
 
 
 def by_range(one: Result | None, key: str) -> dict[Range, Any]:
@@ -224,7 +224,7 @@ def difference_cell(a: float | None, b: float | None) -> str:
 def mean_difference(
     first: dict[Range, Any], other: dict[Range, Any], count: dict[Range, int], parts: Sequence[Range]
 ) -> str:
-    """Means over ranges of positions, weighted by the first result's numbers of tokens for both results."""
+    """Both results' means over ranges of positions, weighted by the first result's numbers of tokens."""
     total = sum(count[part] for part in parts)
     if not total:
         return "-  "
@@ -232,10 +232,10 @@ def mean_difference(
     return f"{loss_cell(a)} -> {loss_cell(b)}  {difference_cell(a, b)}"
 
 
-def scores(way: str, results: Sequence[Result], labels: Sequence[str]) -> tuple[list[str], Apart]:
-    """Lines about all tasks, scored one way, by length, as means over the depths that all have; and what differs."""
+def scores(way: str, results: Sequence[Result], labels: Sequence[str]) -> tuple[list[str], Notes]:
+    """Lines about all tasks by length, scored one way, means over the depths that all have; and how results differ."""
     rows: list[list[str]] = []
-    apart: Apart = []
+    notes: Notes = []
     means: dict[int, list[list[float]]] = {}
     for task in shared(result["tasks"] for result in results):
         grids = [result["tasks"].get(task) for result in results]
@@ -244,30 +244,30 @@ def scores(way: str, results: Sequence[Result], labels: Sequence[str]) -> tuple[
         depths = [d for d in about[0][1]["depths"] or [None] if all(d in (g["depths"] or [None]) for _, g in about)]
         for depth in dict.fromkeys(d for _, grid in about for d in grid["depths"] or [None]):
             called = "all" if depth is None else f"{depth:.0%}"
-            apart += only_in(f"{task}, depth {called}", names, [depth in (g["depths"] or [None]) for _, g in about])
+            notes += only_in(f"{task}, depth {called}", names, [depth in (g["depths"] or [None]) for _, g in about])
         for length in sorted({n for _, grid in about for n in grid["lengths"]}):
-            apart += only_in(f"{task} at {length:,}", names, [length in grid["lengths"] for _, grid in about])
+            notes += only_in(f"{task} at {length:,}", names, [length in grid["lengths"] for _, grid in about])
             shares = [cell_mean(grid, way, length, depths) for grid in grids]
             if shares[0] is None or all(share is None for share in shares[1:]):
                 continue
             asked = [sum(cells_of(grid, "count", length, depths)) for grid in grids if grid]
             if len(set(asked)) > 1:
-                apart.append(("another number of questions", f"{task} at {length:,} ({', '.join(map(str, asked))})"))
+                notes.append(("another number of questions", f"{task} at {length:,} ({', '.join(map(str, asked))})"))
             rows.append([task, f"{length:,}", str(asked[0]), *score_cells(shares)])
             if all(share is not None for share in shares):
                 means.setdefault(length, []).append(shares)
     if not rows:
-        return [], apart
+        return [], notes
     for length, several in sorted(means.items()):
         if len(several) > 1:
             mean = [sum(column) / len(several) for column in zip(*several)]
             rows.append([f"mean of {len(several)}", f"{length:,}", "", *score_cells(mean)])
     head = ["task", "length", "asked", labels[0], *(cell for label in labels[1:] for cell in (label, "difference"))]
-    return ["", f"tasks, {WAYS[way]}", *text_table([head, *rows])], apart
+    return ["", f"tasks, {WAYS[way]}", *text_table([head, *rows])], notes
 
 
 def cells_of(grid: Result, what: str, length: int, depths: Sequence[float | None]) -> list[Any]:
-    """Cells of a task's grid at a length and some depths, without cells in which nothing was asked or written."""
+    """Cells of a task's grid at a length and some depths; cells in which nothing was asked or written are left out."""
     if length not in grid["lengths"]:
         return []
     row = grid[what][grid["lengths"].index(length)]
@@ -281,7 +281,7 @@ def cell_mean(grid: Result | None, way: str, length: int, depths: Sequence[float
 
 
 def score_cells(shares: Sequence[float | None]) -> list[str]:
-    """Shares in percent; after each but the first, its difference to the first in percentage points."""
+    """Shares in percent; each but the first is followed by its difference to the first in percentage points."""
     first = shares[0]
     cells = ["-" if first is None else f"{first:.1%}"]
     for share in shares[1:]:

@@ -1,9 +1,9 @@
-"""Our model as lm-evaluation-harness sees one: its requests on a model in any layout.
+"""The model class that lm-evaluation-harness talks to: it answers the harness' requests with a model in any layout.
 
-To the harness every process is the only one: all build all requests, and this file shares them among the data-parallel
-ranks. The harness' own way, a part of each task's documents per rank, hangs if a task has fewer documents than there
-are ranks. Text becomes tokens, long requests are cut and generated text ends as in its `hf` model, so that the same
-weights have the same numbers (tests/unit/extensions/evaluation/test_lm_eval.py).
+To the harness each process seems to be the only one: every process builds all requests, and this file shares them among
+the data-parallel ranks. The harness' own way, a part of each task's documents per rank, hangs if a task has fewer
+documents than there are ranks. Tokenization, the cutting of long requests and the end of generated text are as in its
+`hf` model, so that the same weights have the same numbers (tests/unit/extensions/evaluation/test_lm_eval.py).
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from torchtitan.models.transformer import Transformer
 from torchtitan.tools.errors import UserError
 
 SCORED_TOGETHER = 64
-"""How many requests are scored in one forward pass at most; a pass has at most generate.BATCH_TOKENS tokens, and logits
-for the continuations alone."""
+"""At most this many requests are scored in one forward pass; a pass also has at most generate.BATCH_TOKENS tokens, and
+logits for the continuations alone."""
 
 MAX_LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""What tasks call the number of tokens that may be generated; the first that is set counts, as in the harness."""
+"""Names that tasks use for the number of tokens to generate; the first that is set counts, as in the harness."""
 
 
 @dataclass(frozen=True)
 class Writing:
-    """How a request wants its text."""
+    """How a request wants its text to be generated."""
 
     until: tuple[str, ...]
     new_tokens: int
@@ -50,20 +50,20 @@ class Writing:
 
     @staticmethod
     def of(asked: dict[str, Any], new_tokens: int) -> Writing:
-        """From a task's generation_kwargs. new_tokens: if they name no number. UserError for an unknown key."""
+        """From a task's generation_kwargs. new_tokens: their default. UserError for a key that is not known here."""
         left = dict(asked)
         until = left.pop("until", None) or []
         counts = [left.pop(name, None) for name in MAX_LENGTH_NAMES]
         heat, top_p = left.pop("temperature", None), left.pop("top_p", None)
         samples = left.pop("do_sample", None)
-        temperature = 1.0 if samples and heat is None else float(heat or 0)  # as transformers has it
+        temperature = 1.0 if samples and heat is None else float(heat or 0)  # as in transformers
         if samples is False:
             temperature = 0.0
         top_p = 1.0 if top_p is None else float(top_p)
         if temperature < 0 or not 0 < top_p <= 1:
             raise UserError(
-                f"generation_kwargs of a task has temperature = {heat} and top_p = {top_p}: the first must not be "
-                "below 0, the second must be above 0 and at most 1."
+                f"generation_kwargs of a task has temperature = {heat} and top_p = {top_p}: temperature must be at "
+                "least 0, top_p above 0 and at most 1."
             )
         if temperature == 0:
             left.pop("top_k", None)
@@ -84,7 +84,7 @@ class Writing:
 
 
 class TorchtitanLM(TemplateLM):
-    """A model on its ranks. Methods that take requests are collective, and all ranks must get the same requests."""
+    """A model on its ranks. Methods that take requests are collective; all ranks must get the same requests."""
 
     def __init__(
         self,
@@ -96,10 +96,10 @@ class TorchtitanLM(TemplateLM):
         truncate: bool = False,
         silent: bool = False,
     ) -> None:
-        """max_length: tokens that the model may read; the last token of a scored request is not read.
+        """max_length: how many tokens the model may read; the last token of a scored request is not read.
 
-        add_bos: begin every text that does not begin with BOS with it. truncate: cut longer requests from the left,
-        instead of a UserError; `truncated` counts them. silent: without progress bars.
+        add_bos: every text gets BOS unless it begins with BOS. truncate: longer requests are cut from the left, not a
+        UserError; `truncated` counts them. silent: no progress bars.
         """
         super().__init__()
         self.model, self.ranks, self._tokens = model, ranks, tokenizer
@@ -113,7 +113,7 @@ class TorchtitanLM(TemplateLM):
                 "text that has nothing before it."
             )
 
-    # what the harness needs of a model beside its answers
+    # what the harness needs of a model besides its answers
 
     @property
     def eot_token_id(self) -> int | None:
@@ -121,7 +121,7 @@ class TorchtitanLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has nothing before it: BOS, or EOS if there is no BOS."""
+        """What is put before a text that has no context: BOS, or EOS if there is no BOS."""
         prefix = self._tokens.bos_id if self._tokens.bos_id is not None else self._tokens.eos_id
         assert prefix is not None
         return prefix
@@ -136,16 +136,16 @@ class TorchtitanLM(TemplateLM):
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """UserError if the tokenizer's folder has none."""
+        """The tokenizer's chat template; UserError if its folder has none."""
         return load_chat_template(self._tokens)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template's fingerprint, which the harness only writes down."""
+        """The template's fingerprint, which the harness only puts into its results."""
         return self.template.fingerprint if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as text, up to where the model's answer begins or, without add_generation_prompt, goes on.
-        UserError if the template refuses it."""
+        """The conversation as text, up to where the model's answer begins or, without add_generation_prompt, continues.
+        UserError if the template refuses the conversation."""
         try:
             text = self.template.render(chat_history, answering=add_generation_prompt)
         except ValueError as error:
@@ -156,8 +156,8 @@ class TorchtitanLM(TemplateLM):
         return text[: text.rindex(last) + len(last)]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text, in which a special token's spelling is that token, as in lm-eval's `hf` model: benchmarks are
-        no training data. With BOS if add_special_tokens says so or, if that is None, add_bos; never twice."""
+        """Ids of a text; the spelling of a special token in it becomes that token, as in lm-eval's `hf` model. BOS is
+        added if add_special_tokens says so or, if that is None, by add_bos to texts that do not begin with it."""
         ids = self._tokens.encode_template(string)[0]
         bos = self._tokens.bos_id
         if add_special_tokens is None:
@@ -169,8 +169,8 @@ class TorchtitanLM(TemplateLM):
     # answers
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """For each (context, continuation): the continuation's log-likelihood, and whether greedy generation would
-        write it."""
+        """Per (context, continuation): the continuation's log-likelihood, and whether greedy generation would write
+        it."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.silent)
 
     def _loglikelihood_tokens(
@@ -180,7 +180,7 @@ class TorchtitanLM(TemplateLM):
         pairs = []
         for _, context, continuation in requests:
             if not continuation:
-                raise UserError(f"A request has a continuation without a token behind {self._shown(context)}.")
+                raise UserError(f"A request has a continuation without a token after {self._shown(context)}.")
             # the last token is scored and not read
             cut = self._cut(context, self.max_length + 1 - len(continuation), len(continuation), "to score")
             pairs.append((torch.tensor(cut), torch.tensor(continuation)))
@@ -195,8 +195,8 @@ class TorchtitanLM(TemplateLM):
         return self._in_groups(prompts, more, score, "log-likelihoods")
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """For each (text,): its log-likelihood behind the prefix token, in windows of max_length that share one token;
-        the last window reads max_length tokens too, and scores those that no other has scored."""
+        """Per (text,): its log-likelihood after the prefix token, in windows of max_length that share one token. The
+        last window reads max_length tokens too, and scores those that no other window has scored."""
         texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
         self._check_alike(texts)
         windows: list[tuple[int, torch.Tensor, int]] = []
@@ -217,7 +217,7 @@ class TorchtitanLM(TemplateLM):
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes behind the context of each (context, generation_kwargs), up to the first string of
+        """Per (context, generation_kwargs): what the model writes after the context, up to the first string of
         `until`."""
         self._check_alike([request.args for request in requests])
         prompts: list[torch.Tensor] = []
@@ -250,7 +250,7 @@ class TorchtitanLM(TemplateLM):
         return self.ranks.collect(answers)
 
     def _ends(self, until: Sequence[str], tokens: list[int]) -> bool:
-        """Whether one of `until` has been written. Special tokens are spelled out: one may be the end of a turn."""
+        """Whether one of `until` has been written. Special tokens are spelled out: `until` can name one."""
         if not until:
             return False
         enough = max(len(text.encode()) for text in until) + 8  # a token has at least one byte
@@ -260,22 +260,22 @@ class TorchtitanLM(TemplateLM):
         )
 
     def _text(self, tokens: list[int], until: Sequence[str]) -> str:
-        """The text without special tokens, and without the first of `until` and what follows."""
+        """The text without special tokens, up to the first of `until`."""
         written = self._tokens.decode([token for token in tokens if token not in self._special])
         for text in until:
             written = written.split(text)[0]
         return written
 
-    # sharing out
+    # requests shared among ranks
 
     def _cut(self, context: list[int], room: int, more: int, why: str) -> list[int]:
-        """The last `room` tokens of a context. UserError if it is longer and may not be cut. more: how many tokens come
-        behind it; why: "to score" or "to write"."""
+        """The last `room` tokens of a context. UserError if it is longer and must not be cut. more: how many tokens
+        follow it; why: "to score" or "to write"."""
         if len(context) <= room:
             return context
         if room < 1:
             raise UserError(
-                f"A request has {more:,} tokens {why}, and max_length = {self.max_length:,} leaves no room before them."
+                f"A request has {more:,} tokens {why}, but max_length = {self.max_length:,} leaves no room before them."
             )
         if not self.truncate:
             raise UserError(
@@ -290,7 +290,7 @@ class TorchtitanLM(TemplateLM):
         return repr(self._tokens.decode(tokens[:12]))
 
     def _check_alike(self, requests: Sequence[Any]) -> None:
-        """Collective. RuntimeError unless all ranks have the same requests: else the numbers would be of neither."""
+        """RuntimeError unless all ranks have the same requests: otherwise results would mix them. Collective."""
         code = zlib.crc32(repr(requests).encode())
         if self.ranks.largest(code) != -self.ranks.largest(-code):
             raise RuntimeError("lm-eval made different requests on different ranks: a task draws without a seed.")
@@ -307,9 +307,11 @@ class TorchtitanLM(TemplateLM):
         score: Callable[[list[int], RopeArgs], Sequence[Any]],
         what: str,
     ) -> list[Any]:
-        """The answers to all texts, in their order: score(indices of texts, RoPE) for groups that are read together,
-        without an index if this rank only takes part. read: int64 [T] each; more: how many tokens are read behind each;
-        what: for the progress bar."""
+        """The answers to all texts, in their order. Collective.
+
+        score(indices of texts, RoPE) answers a group that is read together; without indices this rank only takes part.
+        read: int64 [T] each; more: how many tokens are read after each; what: for the progress bar.
+        """
         mine = self._deal([len(text) + n for text, n in zip(read, more, strict=True)])
         answers: dict[int, Any] = {}
         texts, behind = [read[i] for i in mine], [more[i] for i in mine]

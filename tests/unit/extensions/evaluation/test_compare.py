@@ -154,8 +154,8 @@ def test_labels(say: Any, tmp_path: Path):
     [
         ("{", (), "1.json is not JSON"),
         ("[1]", (), "1.json holds a list, but a JSON object is expected"),
-        ({"label": "curves", "curves": []}, (), "1.json is no result"),
-        (result("x", {"books": text([1.0], EDGES)}), (), "1.json is no result"),  # fewer losses than ranges
+        ({"label": "curves", "curves": []}, (), "1.json is not a result"),
+        (result("x", {"books": text([1.0], EDGES)}), (), "1.json is not a result"),  # fewer losses than ranges
         (
             result("x", {"other": text([1.0], (0, 512))}),
             (),

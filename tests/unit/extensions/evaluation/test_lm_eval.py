@@ -223,7 +223,7 @@ def test_requests_at_the_limit_and_beyond(model: Transformer, folder: Path):
     assert len(ours.generate_until(write(room, 1))) == 1
     with pytest.raises(UserError, match=f"and {room + 1} to write: 1 more than max_length"):
         ours.generate_until(write(room + 1, 1))
-    with pytest.raises(UserError, match="has 64 tokens to write, and max_length = 64 leaves no room"):
+    with pytest.raises(UserError, match="has 64 tokens to write, but max_length = 64 leaves no room"):
         cutting.generate_until(write(LENGTH, 1))
 
 
