@@ -107,8 +107,7 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
         config_json(args, config.checkpoint.export_dtype, {})  # refuses what has no form there
     p = config.parallelism
     check_tensor_parallel(args, p.tensor_parallel_degree)
-    if p.context_parallel_exchange == "ulysses" and p.context_parallel_degree > 1:
-        check_ulysses(args.n_heads, p.context_parallel_degree, p.tensor_parallel_degree, p.context_parallel_head_chunks)
+    check_ulysses(args.n_heads, p)
     if choose_backend(config.model.attention_backend, device_type()) == "varlen" and args.sliding_window is not None:
         check_window(args.sliding_window)
     if config.compile.enable:

@@ -18,13 +18,18 @@ import torch
 import torch.distributed as dist
 
 from torchtitan.attention.backends import Backend, Mask
+from torchtitan.config.schema import Parallelism
 from torchtitan.distributed.context_parallel.exchange import Permute, Start, Wait, in_blocks
 from torchtitan.tools.errors import UserError
 
 
-def check_ulysses(query_heads: int, cp: int, tp: int, chunks: int = 1) -> None:
-    """UserError where the query heads of a tensor-parallel rank cannot be divided over the context-parallel ranks, or
-    those of a rank into chunks."""
+def check_ulysses(query_heads: int, parallelism: Parallelism) -> None:
+    """UserError if the exchange is ulysses and the query heads of a tensor-parallel rank cannot be divided over the
+    context-parallel ranks, or those of a rank into chunks. Without context parallelism nothing is exchanged."""
+    cp, tp = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
+    chunks = parallelism.context_parallel_head_chunks
+    if parallelism.context_parallel_exchange != "ulysses" or cp == 1:
+        return
     heads = query_heads // tp
     if heads % cp:
         works = [str(d) for d in range(1, heads + 1) if heads % d == 0]

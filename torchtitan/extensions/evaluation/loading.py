@@ -144,8 +144,7 @@ def inspect_model(folder: Path, config: JobConfig, longest: int | None, tokenize
         on_disk = replace(on_disk, args=replace(args, rope=rope), rescaled=rope != args.rope)
     p = config.parallelism
     check_tensor_parallel(args, p.tensor_parallel_degree)
-    if p.context_parallel_exchange == "ulysses":
-        check_ulysses(args.n_heads, p.context_parallel_degree, p.tensor_parallel_degree, p.context_parallel_head_chunks)
+    check_ulysses(args.n_heads, p)
     return on_disk
 
 

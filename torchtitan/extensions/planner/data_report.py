@@ -1,11 +1,12 @@
-"""What a plan will read: the numbers of plan.json, and the tables that are logged at start."""
+"""What a stage will read, by its data plan: the numbers of plan.json, and the table that is logged at start."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torchtitan.components.hooks import Hook
 from torchtitan.config.checks import dp_degree
 from torchtitan.config.schema import JobConfig
-from torchtitan.datasets.corpus import ASSISTANT, ROLES
+from torchtitan.datasets.corpus import ASSISTANT, ROLES, Corpus
 from torchtitan.datasets.dealing import deal, imbalance, undealt
 from torchtitan.datasets.mixture import piece_limit
 from torchtitan.datasets.plan import Plan
@@ -24,15 +25,15 @@ from torchtitan.tools.folders import write_text
 from torchtitan.tools.logging import logger
 
 UNIGRAM_SAMPLE = 4_000_000
-"""Tokens that the unigram model is counted on."""
+"""About how many tokens the unigram model is counted on."""
 
 WINDOW = 100
-"""Steps in which shares are to hold, to TOLERANCE."""
+"""Consecutive steps in which a source's share must be what was asked for, to TOLERANCE."""
 
 TOLERANCE = 0.005
 
 STEPS_DEALT = 1000
-"""Steps, spread over the stage, over which the imbalance between ranks is averaged."""
+"""How many steps, spread over the stage, the imbalance between ranks is averaged over."""
 
 REPEATED = 4.0
 """Epochs up to which repeated text is almost as good as new (Muennighoff et al., arXiv 2305.16264)."""
@@ -41,14 +42,13 @@ REPEATED = 4.0
 def make_report(
     plan: Plan, dp_degree: int, local_batch_size: int, flops_per_token: float, flops_per_pair: float
 ) -> dict[str, Any]:
-    """The report as JSON values. dp_degree ranks read different rows.
+    """The report as JSON values. dp_degree: how many ranks read different rows.
 
     flops_per_token, flops_per_pair: of the model, forward and backward, linear layers and attention (models/work.py).
     """
-    table = plan.table
     rows = plan.steps * plan.rows_per_step
-    tokens = int(table.length.sum(dtype=np.int64))
-    whole_rows = rows * (plan.seq_len * (plan.seq_len + 1) // 2)
+    tokens = int(plan.table.length.sum(dtype=np.int64))
+    pairs_of_whole_rows = rows * (plan.seq_len * (plan.seq_len + 1) // 2)
     sources = [_source_report(plan, source, tokens) for source in range(len(plan.names))]
     return {
         "fingerprint": plan.fingerprint,
@@ -60,48 +60,47 @@ def make_report(
         "trained_tokens": sum(source["trained_tokens"] for source in sources),
         "padding_tokens": rows * plan.seq_len - tokens,
         "padding": 1 - tokens / (rows * plan.seq_len),
-        "attention_work": float(table.work.sum(dtype=np.float64)) / whole_rows,
-        "imbalance": _imbalance(plan, dp_degree, local_batch_size, flops_per_token, flops_per_pair),
+        "attention_work": float(plan.table.work.sum(dtype=np.float64)) / pairs_of_whole_rows,
+        "imbalance": _busiest_over_mean(plan, dp_degree, local_batch_size, flops_per_token, flops_per_pair),
         "unigram_nats": unigram_nats(plan),
         "sources": sources,
     }
 
 
 def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
-    table, corpus, left_out = plan.table, plan.corpora[source], plan.left_out[source]
-    mine = table.source == source
-    document, length, start, epoch = (c[mine] for c in (table.document, table.length, table.start, table.epoch))
+    """A source's entry. Lengths are in tokens; shares are of the tokens of the whole stage, `all_tokens`."""
+    corpus, options = plan.corpora[source], plan.data.sources[source]
+    mine = plan.table.source == source
+    document, length, start, epoch = (getattr(plan.table, c)[mine] for c in ("document", "length", "start", "epoch"))
     tokens = int(length.sum(dtype=np.int64))
     whole = corpus.lengths[document]  # of each part's document, without a separator
     partial = length < whole
-    # a document read once is known by its epoch; its parts add up to what is used of it
+    # an epoch reads each document once, so a document's parts are those of the same epoch
     ids = epoch[partial].astype(np.int64) * len(corpus) + document[partial]
     _, first, parts = np.unique(ids, return_index=True, return_counts=True)
-    in_parts = whole[partial][first][parts > 1]
-    limit = min(plan.seq_len, piece_limit(plan.data.sources[source], plan.data, plan.seq_len) or plan.seq_len)
+    split = whole[partial][first][parts > 1]
+    limit = min(plan.seq_len, piece_limit(options, plan.data, plan.seq_len) or plan.seq_len)
+    cut_off = np.maximum(whole[start == 0] - limit, 0) if options.long_document == "truncate" else np.zeros(1)
     streams = [s for s in plan.streams if s.source == source]
-    long = whole > plan.data.long_threshold
-    truncated = 0
-    if plan.data.sources[source].long_document == "truncate":
-        truncated = int((whole[start == 0] - np.minimum(whole[start == 0], limit)).sum())
+    share_asked = sum(s.share for s in streams)
     return {
         "name": plan.names[source],
         "folder": corpus.folder,
         "documents": len(corpus),
         "tokens": corpus.tokens,
         "longest_document": int(corpus.lengths.max()),
-        "left_out": asdict(left_out),
+        "left_out": asdict(plan.left_out[source]),
         "conversations_left_out": corpus.left_out,
-        "share_asked": sum(s.share for s in streams),
+        "share_asked": share_asked,
         "share": tokens / all_tokens,
         "tokens_read": tokens,
-        **_roles_report(plan, source, document, start, length),
+        **_roles_report(corpus, document, start, length),
         "parts_read": len(length),
-        "documents_split": int((in_parts > limit).sum()),
-        "documents_split_that_fit": int((in_parts <= limit).sum()),
-        "truncated_tokens": truncated,
-        "long_share": float(length[long].sum(dtype=np.int64) / max(1, tokens)),
-        "worst_window": _worst_window(plan, mine, sum(s.share for s in streams)),
+        "documents_split": int((split > limit).sum()),
+        "documents_split_that_fit": int((split <= limit).sum()),
+        "truncated_tokens": int(cut_off.sum()),
+        "long_share": float(length[whole > plan.data.long_threshold].sum(dtype=np.int64) / max(1, tokens)),
+        "worst_window": _worst_window(plan, mine, share_asked),
         "epochs": [
             {"documents": s.kind, "tokens": s.tokens, "share_asked": s.share, "epochs": plan.tokens_of(s) / s.tokens}
             for s in streams
@@ -111,12 +110,11 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
     }
 
 
-def _roles_report(
-    plan: Plan, source: int, document: np.ndarray, start: np.ndarray, length: np.ndarray
-) -> dict[str, Any]:
-    """Tokens that are read by role, where a source has roles, and those that the loss is on: a part's first is on no
-    label. Parts of documents: int32[P] each."""
-    corpus = plan.corpora[source]
+def _roles_report(corpus: Corpus, document: np.ndarray, start: np.ndarray, length: np.ndarray) -> dict[str, Any]:
+    """Tokens that the loss is on, and, if the source has roles, tokens read by role. A part's first token is no label.
+
+    document, start, length: int32[P], of the parts that are read.
+    """
     if not corpus.has_roles:
         return {"trained_tokens": int(length.sum(dtype=np.int64)) - len(length)}
     counts = np.zeros(len(ROLES), np.int64)
@@ -130,15 +128,14 @@ def _roles_report(
 
 
 def _worst_window(plan: Plan, mine: np.ndarray, share: float) -> float:
-    """How far the share of a source (parts `mine`) is from what was asked in the worst WINDOW steps on end."""
-    ends = plan.table.offsets[:: plan.rows_per_step]
-    by_step = [
-        np.add.reduceat(column, ends[:-1], dtype=np.int64) for column in (plan.table.length * mine, plan.table.length)
-    ]
+    """How far the share of a source (whose parts are `mine`) is from `share` in the worst WINDOW consecutive steps."""
+    begins = plan.table.offsets[:: plan.rows_per_step][:-1]
     width = min(WINDOW, plan.steps)
-    sums = [np.cumsum(np.append(0, column)) for column in by_step]
-    got, every = (column[width:] - column[:-width] for column in sums)
-    return float(np.abs(got / every - share).max())
+    sums = []
+    for column in (plan.table.length * mine, plan.table.length):
+        so_far = np.cumsum(np.append(0, np.add.reduceat(column, begins, dtype=np.int64)))
+        sums.append(so_far[width:] - so_far[:-width])
+    return float(np.abs(sums[0] / sums[1] - share).max())
 
 
 def _histogram(lengths: np.ndarray) -> dict[str, dict[str, int]]:
@@ -151,39 +148,37 @@ def _histogram(lengths: np.ndarray) -> dict[str, dict[str, int]]:
     }
 
 
-def _imbalance(
+def _busiest_over_mean(
     plan: Plan, dp_degree: int, local_batch_size: int, flops_per_token: float, flops_per_pair: float
 ) -> dict[str, Any]:
-    """Work of the rank that has most over the ranks' mean, averaged over steps; before dealing and after."""
+    """Work of the busiest rank over the ranks' mean, averaged over steps: before rows are dealt to ranks, and after."""
     picked = np.unique(np.linspace(0, plan.steps - 1, min(plan.steps, STEPS_DEALT)).astype(np.int64))
-    linear = flops_per_token * plan.seq_len
-    sums: dict[str, np.ndarray] = {}
+    sums = np.zeros((2, 2, 2))  # attention's work or all, before or after, in the step or by micro-batch
     for step in picked:
         pairs = plan.work(int(step))
-        dealt = deal(pairs, dp_degree, local_batch_size)
-        as_they_come = undealt(len(pairs), dp_degree, local_batch_size)
-        for name, work in (("attention", pairs), ("all", pairs * flops_per_pair + linear)):
-            for when, rows in (("before", as_they_come), ("after", dealt)):
-                key = f"{name}_{when}"
-                sums[key] = sums.get(key, np.zeros(2)) + imbalance(work, rows)
-    means = {key: value / len(picked) for key, value in sums.items()}
+        orders = undealt(len(pairs), dp_degree, local_batch_size), deal(pairs, dp_degree, local_batch_size)
+        for i, work in enumerate((pairs, pairs * flops_per_pair + flops_per_token * plan.seq_len)):
+            for j, order in enumerate(orders):
+                sums[i, j] += imbalance(work, order)
+    names = [f"{work}_{when}" for work, when in product(("attention", "all"), ("before", "after"))]
+    step_means, micro_batch_means = (sums / len(picked)).reshape(4, 2).T.tolist()
     return {
         "ranks": dp_degree,
         "rows_a_rank": plan.rows_per_step // dp_degree,
         "local_batch_size": local_batch_size,
-        "step": {key: float(value[0]) for key, value in means.items()},
-        "micro_batch": {key: float(value[1]) for key, value in means.items()},
+        "step": dict(zip(names, step_means)),
+        "micro_batch": dict(zip(names, micro_batch_means)),
     }
 
 
 def unigram_nats(plan: Plan) -> float:
-    """Cross-entropy in nats of the unigram model of the planned data: what a model that ignores context reaches.
+    """Cross-entropy, in nats per token, that a model that ignores context reaches on the planned data.
 
-    The entropy of the frequencies, in rows spread over the plan, of the tokens that the loss is on.
+    That is the entropy of the frequencies of the tokens that the loss is on, counted in rows spread over the plan.
     """
     rows = plan.steps * plan.rows_per_step
     picked = np.linspace(0, rows - 1, min(rows, math.ceil(UNIGRAM_SAMPLE / plan.seq_len))).astype(np.int64)
-    picked_rows = [plan.row(*divmod(int(index), plan.rows_per_step)) for index in picked]
+    picked_rows = (plan.row(*divmod(int(index), plan.rows_per_step)) for index in picked)
     tokens = [plan.tokens(row)[plan.trained(row)] for row in picked_rows]
     counts = np.unique(np.concatenate(tokens), return_counts=True)[1]
     shares = counts / counts.sum()
@@ -214,24 +209,18 @@ class DataReport(Hook):
                 logger.info(line)
 
 
-Columns = tuple[tuple[str, int, Callable[[dict[str, Any]], str]], ...]
-
-COLUMNS: Columns = (
-    ("documents", 11, lambda s: f"{s['documents']:,}"),
-    ("tokens", 15, lambda s: f"{s['tokens']:,}"),
-    ("longest", 9, lambda s: f"{s['longest_document']:,}"),
-    ("asked", 7, lambda s: f"{s['share_asked']:.2%}"),
-    ("share", 7, lambda s: f"{s['share']:.2%}"),
-    (
-        "epochs",
-        13,
-        lambda s: " / ".join(f"{e['epochs']:,.{2 if e['epochs'] < 100 else 0}f}" for e in s["epochs"]) or "0",
-    ),
-    ("long", 6, lambda s: f"{s['long_share']:.1%}"),
-    ("split", 8, lambda s: f"{s['documents_split']:,}"),
-    ("cut", 7, lambda s: f"{s['documents_split_that_fit']:,}"),
+COLUMNS = (
+    ("documents", "documents", 11, ","),
+    ("tokens", "tokens", 15, ","),
+    ("longest", "longest_document", 9, ","),
+    ("asked", "share_asked", 7, ".2%"),
+    ("share", "share", 7, ".2%"),
+    ("epochs", "epochs", 13, ""),
+    ("long", "long_share", 6, ".1%"),
+    ("split", "documents_split", 8, ","),
+    ("cut", "documents_split_that_fit", 7, ","),
 )
-"""The table of sources: title, width, and the cell of a source's entry in the report."""
+"""The table of sources: title, key of a source's entry, width, format."""
 
 LEFT_OUT = {
     "below_min_length": "shorter than min_length",
@@ -240,46 +229,47 @@ LEFT_OUT = {
     "beyond_max_documents": "beyond max_documents",
     "truncated": 'cut short by long_document = "truncate"',
 }
-"""Why documents are left out, and how the report says it."""
+"""Why documents are left out, by the key of `left_out`."""
 
 CONVERSATIONS_LEFT_OUT = {
     "no_response": "without a message of the assistant",
     "empty_response": "with an empty message of the assistant",
     "special_token": "that spell a special token",
 }
-"""The same of conversations: reasons in a corpus's left_out."""
+"""Why conversations are left out, by the key of `conversations_left_out`."""
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report as short tables for the log, with a line for everything that a user should not miss."""
+    """The report as a short table for the log, with a line for everything that a user should not miss."""
     inputs, sources = report["inputs"], report["sources"]
     width = max(12, *(len(s["name"]) for s in sources))
-    rows = [("source", [title for title, _, _ in COLUMNS])]
-    rows += [(s["name"], [cell(s) for _, _, cell in COLUMNS]) for s in sources]
-    return "\n".join(
-        [
-            f"data plan {report['fingerprint']}: {report['steps']} steps of {inputs['rows_per_step']} rows of "
-            f"{inputs['seq_len']} tokens; {report['tokens']:,} tokens, {report['padding']:.3%} padding; unigram "
-            f"cross-entropy {report['unigram_nats']:.3f} nats",
-            f"strategy {inputs['strategy']}, packing {inputs['packing']}, positions {inputs['positions']}, "
-            f"cross-document attention {'on' if inputs['cross_document_attention'] else 'off'}"
-            f"{', rows with an anchor' if inputs['anchor_attention'] else ''}: attention is "
-            f"{report['attention_work']:.1%} of the work of rows without document boundaries",
-            *(
-                " ".join([name.ljust(width), *(c.rjust(w) for c, (_, w, _) in zip(cells, COLUMNS, strict=True))])
-                for name, cells in rows
-            ),
-            f"(long: share of tokens in documents over {report['long_threshold']:,}; split: documents longer than a "
-            "piece may be; cut: other documents that packing cut; epochs of long / short documents if one of them is "
-            "raised)",
-            *_notes(report),
-            *(note for source in sources for note in _source_notes(report, source)),
-        ]
+    lines = [
+        f"data plan {report['fingerprint']}: {report['steps']} steps of {inputs['rows_per_step']} rows of "
+        f"{inputs['seq_len']} tokens; {report['tokens']:,} tokens, {report['padding']:.3%} padding; unigram "
+        f"cross-entropy {report['unigram_nats']:.3f} nats",
+        f"strategy {inputs['strategy']}, packing {inputs['packing']}, positions {inputs['positions']}, "
+        f"cross-document attention {'on' if inputs['cross_document_attention'] else 'off'}"
+        f"{', rows with an anchor' if inputs['anchor_attention'] else ''}: attention is "
+        f"{report['attention_work']:.1%} of the work of rows without document boundaries",
+        " ".join(["source".ljust(width), *(title.rjust(w) for title, _, w, _ in COLUMNS)]),
+    ]
+    for s in sources:
+        cells = s | {"epochs": " / ".join(_epochs(e["epochs"]) for e in s["epochs"]) or "0"}
+        lines.append(" ".join([s["name"].ljust(width), *(f"{cells[key]:>{w}{kind}}" for _, key, w, kind in COLUMNS)]))
+    lines.append(
+        f"(long: share of tokens in documents over {report['long_threshold']:,}; split: documents longer than a "
+        "piece may be; cut: other documents that packing cut; epochs of long / short documents if one of them is "
+        "raised)"
     )
+    return "\n".join([*lines, *_notes(report), *(note for s in sources for note in _source_notes(report, s))])
+
+
+def _epochs(epochs: float) -> str:
+    return f"{epochs:,.2f}" if epochs < 100 else f"{epochs:,.0f}"
 
 
 def _notes(report: dict[str, Any]) -> Iterator[str]:
-    """On the whole plan."""
+    """What to know of the whole plan."""
     inputs, balance = report["inputs"], report["imbalance"]
     step, micro = balance["step"], balance["micro_batch"]
     if inputs["anchor_attention"] and inputs["positions"] != "continue":
@@ -297,7 +287,7 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _source_notes(report: dict[str, Any], s: dict[str, Any]) -> Iterator[str]:
-    """On one source: what is repeated, uneven, masked or left out."""
+    """What of one source is repeated, uneven, masked or left out."""
     name = s["name"]
     most = max(s["epochs"], key=lambda entry: entry["epochs"], default=None)
     if most and most["epochs"] > REPEATED:
@@ -309,7 +299,7 @@ def _source_notes(report: dict[str, Any], s: dict[str, Any]) -> Iterator[str]:
     if s["worst_window"] > TOLERANCE:
         yield (
             f"warning: source {name} is up to {s['worst_window']:.2%} of the tokens off its share in "
-            f"{min(WINDOW, report['steps'])} steps on end: its pieces are large beside so few rows"
+            f"{min(WINDOW, report['steps'])} consecutive steps: its pieces are large for so few rows"
         )
     if report["inputs"]["strategy"] == "per_source_upsampling" and s["tokens_read"] and s["long_share"] == 0:
         yield f"warning: source {name} has no document of more than {report['long_threshold']:,} tokens to raise"

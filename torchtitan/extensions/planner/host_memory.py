@@ -1,4 +1,4 @@
-"""Host memory that offloading needs: the one estimate, for scripts/estimate.py and for the warning at a run's start."""
+"""Host memory that offloading needs, estimated for scripts/estimate.py and for the warning at a run's start."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ USED_BY_OTHERS = 0.1
 
 
 def host_kinds(stage: StageNumbers) -> Kinds:
-    """Bytes that a rank keeps in host memory, by kind. Pinned memory is handed out in powers of two, so the kept input
-    of a block counts as the next power."""
+    """Bytes that a rank keeps in host memory, by kind. Pinned memory is allocated in powers of two, so the input of a
+    block counts as the next power."""
     kinds: dict[str, float] = {}
     if stage.offload_parameters:
         kinds |= {"parameters": parameters(stage), "gradients": gradients(stage), "optimizer": optimizer(stage)}
@@ -33,8 +33,13 @@ def host_bytes(stage: StageNumbers) -> float:
     return sum(host_kinds(stage).values())
 
 
+def host_gib(stage: StageNumbers, ranks: int) -> float:
+    """GiB of host memory that `ranks` ranks on one host need together."""
+    return host_bytes(stage) * ranks / 2**30
+
+
 def host_memory_warning(bytes_per_rank: float, ranks: int, available: int | None) -> str | None:
-    """What to log if the ranks of one host need more of its memory than is available (bytes; None: unknown)."""
+    """What to log if `ranks` ranks on one host need more of its memory than is available (bytes; None: unknown)."""
     needed = bytes_per_rank * ranks
     if available is None or needed <= available * (1 - USED_BY_OTHERS):
         return None

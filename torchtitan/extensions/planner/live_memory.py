@@ -1,8 +1,8 @@
-"""Bytes of the tensors that live in a process, counted operator by operator.
+"""Bytes of the tensors that are alive in a process, counted after every operator.
 
-Counted: storages of tensors that an operator has returned, or taken, and that are still alive, each once, by its
-present size (FSDP resizes its own), after every operator. Not counted: what a kernel allocates and frees inside itself,
-fragmentation, Python, and what other threads allocate out of sight.
+Counted: the storages of tensors that an operator has taken or returned, as long as they are alive, each once, by its
+present size (FSDP resizes its storages). Not counted: what a kernel allocates and frees inside itself, fragmentation,
+Python, and what other threads allocate.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torchtitan.tools.torch_compat import TorchDispatchMode, storage_key, tree_i
 
 
 class LiveBytes(TorchDispatchMode):
-    """Between enter and exit: `peak`, in bytes. only_new: without the storages that were there before it began."""
+    """Measures `peak`, in bytes, between enter and exit. only_new: without the storages that existed before."""
 
     def __init__(self, only_new: bool = False) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         taken = _storages((args, kwargs))
         returned = _storages(result)
-        # a view, or a result in place, has the storage of what was taken
+        # a view, or a result in place, has the storage of an input
         self.live |= (
             {key: ref for key, ref in returned.items() if key not in taken} if self.only_new else taken | returned
         )
@@ -48,7 +48,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> dict[int, weakref.ref[torch.UntypedStorage]]:
-    """Those of the tensors in a tree; the keys are theirs for as long as they live."""
+    """The storages of a tree's tensors, by a key that is unique among storages that are alive."""
     tensors = (x.to_local() if isinstance(x, DTensor) else x for x in tree_iter(tree) if isinstance(x, torch.Tensor))
     storages = (x.untyped_storage() for x in tensors if x.device.type != "meta")
     return {storage_key(storage): weakref.ref(storage) for storage in storages}

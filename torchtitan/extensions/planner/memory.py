@@ -1,9 +1,10 @@
 """Peak memory of a rank: bytes by kind at the few moments of a step that can be the highest.
 
-A formula a function, each for one rank, in bytes. They follow what the code allocates: parameters, gradients and
-moments cut over FSDP's ranks; what FSDP2 gathers and reduces; what autograd keeps of a block (the inputs of its matrix
-products, of its norms and of attention); the loss head's tiles; the keys and values of other ranks. A test holds them
-against what a training step really allocates on the CPU (tests/distributed/test_planner.py).
+One function per formula, and each returns bytes on one rank unless it says otherwise. They follow what the code
+allocates: parameters, gradients and optimizer state cut over FSDP's ranks; what FSDP2 gathers and reduces; what
+autograd keeps of a block (the inputs of its matrix products, of its norms and of attention); the loss head's tiles; the
+keys and values of other ranks. A test compares them with what a training step really allocates on the CPU
+(tests/distributed/test_planner.py).
 """
 
 from __future__ import annotations
@@ -20,20 +21,21 @@ WIDE = 4
 """Bytes of float32, in which gradients are reduced and softmax is computed."""
 
 CONTEXT_GIB = 2.0
-"""CUDA context, libraries' workspaces and NCCL's buffers. An assumption: nothing has been measured on a GPU."""
+"""CUDA's context, the libraries' workspaces and NCCL's buffers. An assumption: nothing was measured on a GPU."""
 
 FRAGMENTATION = 0.05
-"""Share of the tensors' bytes that the allocator holds beside them, with expandable segments. An assumption too."""
+"""Bytes that the allocator holds beyond the tensors', as a share of them, with expandable segments. Assumed too."""
 
 IN_FLIGHT = 3
-"""Checkpoints on their way to the host or back that are held on the device."""
+"""How many offloaded checkpoints the device holds while they travel to the host or back."""
 
 Kinds = Mapping[str, float]
+"""Bytes by kind."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A point of a training step, and the bytes that live there, by kind."""
+    """A point of a training step, and the bytes that are allocated there."""
 
     name: str
     kinds: Kinds
@@ -45,14 +47,18 @@ class Moment:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters of a tensor-parallel rank, over FSDP's ranks."""
+    """How many parameters a tensor-parallel rank has, before FSDP cuts them."""
 
     block: int
     embedding: int
-    """The input embedding; 0 where it is the output matrix."""
+    """The input embedding; 0 if it is the output matrix too."""
     head: int
     """Output matrix and last norm."""
     blocks: int
+
+    @property
+    def total(self) -> int:
+        return self.blocks + self.embedding + self.head
 
 
 def sizes(stage: StageNumbers) -> Sizes:
@@ -74,42 +80,37 @@ def _sizes(args: TransformerArgs, tp: int) -> Sizes:
     return Sizes(blocks // args.n_layers, embedding, head, blocks)
 
 
-def shard(stage: StageNumbers) -> float:
-    """Parameters that a rank stores."""
-    s = sizes(stage)
-    return (s.blocks + s.embedding + s.head) / stage.fsdp
+def shard_numel(stage: StageNumbers) -> float:
+    """How many parameters a rank stores: a mean, since not every size divides."""
+    return sizes(stage).total / stage.fsdp
 
 
 # ---- parameters, gradients, optimizer, and what FSDP moves -----------------------------------------------------------
 
 
 def on_device(stage: StageNumbers, size: float) -> float:
-    """0 where parameters, gradients and optimizer state live in host memory and that is another."""
+    """`size`, or 0 if parameters, gradients and optimizer state are in the host's memory instead of the device's."""
     return 0 if stage.offload_parameters and stage.device == "cuda" else size
 
 
 def parameters(stage: StageNumbers) -> float:
-    return shard(stage) * stage.stored
+    """What a rank stores of them, in training.dtype."""
+    return shard_numel(stage) * stage.stored
 
 
 def gradients(stage: StageNumbers) -> float:
-    """Of all parameters: from the first backward to the optimizer's step."""
-    return shard(stage) * stage.stored
+    """As many as parameters, in their dtype: from the first backward to the optimizer's step."""
+    return shard_numel(stage) * stage.stored
 
 
 def optimizer(stage: StageNumbers) -> float:
-    """AdamW's two moments."""
-    return shard(stage) * 2 * stage.state
+    """AdamW's two moments, in optimizer.state_dtype."""
+    return shard_numel(stage) * 2 * stage.state
 
 
 def gathered(stage: StageNumbers, numel: int, buffers: int = 1) -> float:
-    """Parameters in full, in the type of the computation: a copy to compute with, and FSDP's flat buffers."""
+    """`numel` parameters in full, in the dtype of the computation: a copy to compute with, and FSDP's flat buffers."""
     return numel * stage.computed * (1 + buffers)
-
-
-def reduced(stage: StageNumbers, numel: int) -> float:
-    """FSDP's flat input of a reduce-scatter, in float32; it stays until the next one."""
-    return numel * WIDE
 
 
 # ---- what autograd keeps of a block ----------------------------------------------------------------------------------
@@ -121,30 +122,27 @@ def stream(stage: StageNumbers, copies: float = 1) -> float:
 
 
 def gathered_stream(stage: StageNumbers, copies: float = 1) -> float:
-    """The same on every tensor-parallel rank whole: the input of matrices that are cut by their outputs."""
+    """The same, whole on every tensor-parallel rank: the input of matrices that are cut by their outputs."""
     return copies * stage.tokens * stage.args.dim * stage.computed
 
 
 def norm_extra(stage: StageNumbers, width: float) -> float:
     """What RMSNorm keeps of an input [T, width] beside its result, which the next matrix keeps.
 
-    CUDA's fused kernel keeps the input. On the CPU it is a chain of operators that keeps a float32 copy, where that is
-    one, and the normalised float32 values.
+    CUDA's fused kernel keeps the input. On the CPU, a chain of operators keeps a float32 copy of it and the normalised
+    float32 values.
     """
-    numel = stage.tokens * width
-    if stage.device == "cuda":
-        return numel * stage.computed
-    return numel * WIDE * 2
+    return stage.tokens * width * (stage.computed if stage.device == "cuda" else WIDE * 2)
 
 
 def head_widths(stage: StageNumbers) -> tuple[float, float]:
-    """Width of a rank's query heads, and of its key or value heads."""
+    """Features per token of a rank's query heads, and of its key (or value) heads."""
     args = stage.args
     return args.n_heads * args.head_dim / stage.tp, args.n_kv_heads * args.head_dim / stage.tp
 
 
 def repeated_kv(stage: StageNumbers) -> float:
-    """How often ulysses repeats key-value heads so that every rank has a whole number of them."""
+    """How many times ulysses repeats key-value heads so that every rank has a whole number of them."""
     if stage.exchange != "ulysses" or stage.cp == 1:
         return 1
     heads = stage.args.n_kv_heads // stage.tp
@@ -152,7 +150,7 @@ def repeated_kv(stage: StageNumbers) -> float:
 
 
 def kv_buffer(stage: StageNumbers) -> float:
-    """The keys and values that attention reads: a rank's own, or with context parallelism a buffer of all it sees."""
+    """The keys and values that attention reads: a rank's own and, under context parallelism, those that it receives."""
     width = head_widths(stage)[1] * repeated_kv(stage)
     if stage.exchange == "ulysses":
         return stage.stream * 2 * width / stage.cp * stage.computed / stage.head_chunks
@@ -160,20 +158,20 @@ def kv_buffer(stage: StageNumbers) -> float:
 
 
 def attention_kept(stage: StageNumbers) -> Kinds:
-    """Queries, keys, values, output, and the log-sum-exp of each query and head."""
+    """Of a block's attention: queries, keys, values, output, and the log-sum-exp of each query and head."""
     queries, kv = head_widths(stage)
     t, w = stage.tokens, stage.computed
     heads = stage.args.n_heads / stage.tp
     kept = t * (2 * queries * w + heads * WIDE)
     if stage.cp > 1 and stage.exchange == "ulysses":
-        kept += t * queries * w  # the output once more, back in the order of tokens, for the matrix behind it
+        kept += t * queries * w  # the output again, back in the order of tokens, for the next matrix
     if stage.args.qk_norm:
         kept += norm_extra(stage, queries + kv)
     return {"attention": kept, "keys and values": kv_buffer(stage)}
 
 
 def kept_anyway(stage: StageNumbers) -> float:
-    """Of a recomputed block, what selective checkpointing keeps: attention's output and log-sum-exp, and the results of
+    """What selective checkpointing keeps of a recomputed block: attention's output and log-sum-exp, and the results of
     every n-th matrix product."""
     if not stage.keeps_attention:
         return 0
@@ -187,7 +185,7 @@ def kept_anyway(stage: StageNumbers) -> float:
 
 
 def norms_kept(stage: StageNumbers) -> float:
-    """Both norms' inputs and results. A block's own input is counted as its checkpoint."""
+    """Inputs and results of a block's two norms. The block's own input is counted as its checkpoint."""
     extra = 2 * norm_extra(stage, stage.args.dim / stage.tp)
     if stage.device == "cuda":
         extra -= stream(stage)
@@ -195,20 +193,22 @@ def norms_kept(stage: StageNumbers) -> float:
 
 
 def feed_forward_kept(stage: StageNumbers) -> float:
-    """Results of w1, of silu, of w3, and their product, which w2 reads; in tiles, nothing."""
+    """Results of w1, of silu and of w3, and the product that w2 reads; with tiles, nothing."""
     return 4 * hidden(stage) if stage.mlp_tile is None else 0
 
 
 def hidden(stage: StageNumbers) -> float:
-    """One tensor [T, ffn_dim], or of a tile's tokens."""
+    """One tensor [T, ffn_dim]; with tiles, of a tile's tokens."""
     tokens = stage.tokens if stage.mlp_tile is None else min(stage.tokens, stage.mlp_tile * stage.tp)
     return tokens * stage.args.ffn_dim / stage.tp * stage.computed
 
 
 def feed_forward_backward(stage: StageNumbers) -> float:
-    """Beside what is kept: gradients of the product and of its two factors, while the product is gone already. In
-    tiles: the same of a tile, with what is computed anew of it, the gradient of the input, and those of the matrices
-    summed in float32."""
+    """What backward adds: gradients of the product and of its two factors, less the product, which is freed by then.
+
+    With tiles: the same for a tile, what is recomputed of it, the gradient of the input, and the gradients of the
+    matrices, summed in float32.
+    """
     if stage.mlp_tile is None:
         return 2 * hidden(stage)
     matrices = 3 * stage.args.dim * stage.args.ffn_dim / stage.tp
@@ -216,15 +216,15 @@ def feed_forward_backward(stage: StageNumbers) -> float:
 
 
 def block_kept(stage: StageNumbers) -> Kinds:
-    """All that backward of one block reads, but its input."""
+    """All that backward of one block reads, except the block's input."""
     return {**attention_kept(stage), "norms": norms_kept(stage), "feed-forward": feed_forward_kept(stage)}
 
 
 def backward_extra(stage: StageNumbers) -> tuple[Kinds, Kinds]:
-    """What backward of a block allocates beside what forward has kept: in its feed-forward, and in its attention.
+    """What backward of a block allocates beside what forward has kept: (in its feed-forward, in its attention).
 
     Attention: gradients of queries, keys, values and output, on the CPU in float32 first; the feed-forward's tensors
-    are gone.
+    are freed by then.
     """
     queries, _ = head_widths(stage)
     w, wide = stage.computed, WIDE if stage.device == "cpu" else 0
@@ -232,7 +232,7 @@ def backward_extra(stage: StageNumbers) -> tuple[Kinds, Kinds]:
     kv = kv_buffer(stage)
     kv_gradients = kv * (1 + wide / w)
     if stage.cp > 1 and stage.exchange != "ulysses":
-        kv_gradients = max(kv_gradients, kv * 3)  # a buffer for keys, one for values, both filled up with zeros
+        kv_gradients = max(kv_gradients, kv * 3)  # a buffer for keys and one for values, both padded with zeros
     q = stage.tokens * queries
     attention = {
         "gradients of activations": gradient + q * (2 * w + wide) + kv_gradients,
@@ -242,12 +242,13 @@ def backward_extra(stage: StageNumbers) -> tuple[Kinds, Kinds]:
 
 
 def worst_of_block(stage: StageNumbers) -> Kinds:
-    """A block in backward: what is kept (or computed anew) of it, and what backward adds, at its higher moment."""
+    """A block in backward: what is kept or recomputed of it and what backward adds, at the higher of two moments."""
     kept = block_kept(stage)
     return max((add(kept, extra) for extra in backward_extra(stage)), key=lambda kinds: sum(kinds.values()))
 
 
 def add(*parts: Kinds) -> Kinds:
+    """The sum of the parts, kind by kind; a part's bytes can be negative."""
     total: dict[str, float] = {}
     for part in parts:
         for kind, value in part.items():
@@ -256,7 +257,7 @@ def add(*parts: Kinds) -> Kinds:
 
 
 def kept_by(stage: StageNumbers, layers: int) -> Kinds:
-    """What `layers` blocks keep from forward to backward, some of them recomputed."""
+    """What `layers` blocks, some of them recomputed, keep from forward to backward."""
     again = layers * stage.recomputed_blocks
     on_device = min(again, IN_FLIGHT) if stage.offload_checkpoints and stage.device == "cuda" else again
     recomputed = {"checkpoints of blocks": stream(stage, on_device), "attention": again * kept_anyway(stage)}
@@ -270,35 +271,36 @@ def kept_by(stage: StageNumbers, layers: int) -> Kinds:
 
 
 def inputs_and_rope(stage: StageNumbers) -> float:
-    """Tokens, labels, positions (int64), and cos and sin in float32."""
+    """Tokens, labels and positions (int64), cos and sin (float32)."""
     return stage.tokens * (3 * 8 + stage.args.head_dim * WIDE)
 
 
 def head_forward(stage: StageNumbers) -> float:
-    """The loss head, which computes gradients in its forward: those of its input and (float32) of its matrix, a tile of
-    logits in float32 and in the type of the computation, the matrix's gradient of one tile; and the last norm."""
+    """The loss head, which computes gradients in its forward, and the last norm.
+
+    Gradients of its input, of its matrix (float32) and of the matrix from one tile; a tile of logits in float32 and in
+    the dtype of the computation.
+    """
     w, words = stage.computed, stage.args.vocab_size / stage.tp
     tile = min(stage.loss_tile, stage.tokens * words * WIDE)
     matrix = words * stage.args.dim
     narrow = w / WIDE if w < WIDE else 0
-    return last_norm(stage) + gathered_stream(stage, 2) + matrix * (WIDE + w) + tile * (1 + narrow)
-
-
-def last_norm(stage: StageNumbers) -> float:
-    return norm_extra(stage, stage.args.dim / stage.tp)
+    last_norm = norm_extra(stage, stage.args.dim / stage.tp)
+    return last_norm + gathered_stream(stage, 2) + matrix * (WIDE + w) + tile * (1 + narrow)
 
 
 def head_backward(stage: StageNumbers) -> float:
-    """Both gradients, and their products with the loss's own gradient in the type of the computation."""
+    """Both gradients, and their products with the loss's own gradient in the dtype of the computation."""
     matrix = stage.args.vocab_size / stage.tp * stage.args.dim
-    return last_norm(stage) + gathered_stream(stage, 2) + matrix * (WIDE + stage.computed)
+    last_norm = norm_extra(stage, stage.args.dim / stage.tp)
+    return last_norm + gathered_stream(stage, 2) + matrix * (WIDE + stage.computed)
 
 
 # ---- the moments of a step -------------------------------------------------------------------------------------------
 
 
 def moments(stage: StageNumbers) -> list[Moment]:
-    """Where a step can have its peak. Gradients are there from the second micro-batch's forward on."""
+    """Where a step can have its peak. From the second micro-batch's forward on, gradients are allocated."""
     s, kept = sizes(stage), kept_by(stage, stage.args.n_layers)
     static = {
         "parameters": on_device(stage, parameters(stage)),
@@ -306,19 +308,19 @@ def moments(stage: StageNumbers) -> list[Moment]:
         "inputs, RoPE": inputs_and_rope(stage),
     }
     whole = {"gradients": on_device(stage, gradients(stage))}
-    if stage.dp_replicate > 1 and stage.accumulation > 1:  # FSDP's sums before the all-reduce, in float32 on the device
-        whole = {"gradients": shard(stage) * WIDE}
+    if stage.dp_replicate > 1 and stage.accumulation > 1:  # FSDP's sums, in float32 on the device
+        whole = {"gradients": shard_numel(stage) * WIDE}
     so_far = whole if stage.accumulation > 1 else {}
     head_only = so_far or {"gradients": on_device(stage, s.head / stage.fsdp * stage.stored)}
     if not stage.reshard:
         kept = add(kept, {"gathered parameters": gathered(stage, s.blocks, buffers=0)})
     tied = {"gathered parameters": gathered(stage, s.head)} if stage.args.tied_embeddings else {}
     head = add(static, so_far, kept, {"gathered parameters": gathered(stage, s.head)})
-    # the block in backward: its share of `kept`, if it is not recomputed, is what it computes with
+    # the block in backward: if it is not recomputed, what it computes with is already in `kept`
     block = add(worst_of_block(stage), tied)
     if stage.recomputed_blocks < 1:
         block = add(block, {kind: -value for kind, value in block_kept(stage).items()})
-    else:  # nor is what selective checkpointing has kept of it computed anew
+    else:  # and what selective checkpointing has kept of it is not recomputed
         block = add(block, {"attention": -kept_anyway(stage)})
     block = add(
         block,
@@ -327,8 +329,9 @@ def moments(stage: StageNumbers) -> list[Moment]:
             "gradients being reduced": s.block * stage.computed,
         },
     )
-    last = {"gradients being reduced": reduced(stage, s.head)}
-    previous = {"gradients being reduced": reduced(stage, s.block)}
+    # FSDP's flat input of a reduce-scatter, in float32, lives until the next reduce-scatter
+    last = {"gradients being reduced": s.head * WIDE}
+    previous = {"gradients being reduced": s.block * WIDE}
     embedding = {"gradients being reduced": (s.embedding or s.head) * (stage.computed + WIDE)}
     return [
         Moment("loss head, forward", add(head, {"loss head": head_forward(stage)})),
@@ -341,11 +344,11 @@ def moments(stage: StageNumbers) -> list[Moment]:
 
 
 def peak(stage: StageNumbers) -> Moment:
-    """The highest of them."""
+    """The highest of a step's moments."""
     return max(moments(stage), key=lambda moment: moment.total)
 
 
 def peak_gib(stage: StageNumbers) -> float:
-    """GiB that a rank needs; on a GPU with what the tensors do not show."""
+    """GiB that a rank needs; on a GPU, with fragmentation and CUDA's context added."""
     gib = peak(stage).total / 2**30
     return gib * (1 + FRAGMENTATION) + CONTEXT_GIB if stage.device == "cuda" else gib

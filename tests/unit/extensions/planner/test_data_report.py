@@ -116,7 +116,9 @@ def test_windows_off_their_shares_are_a_warning(domains: dict[str, Corpus]) -> N
     every = np.add.reduceat(plan.table.length, np.arange(300))
     worst = max(abs(by_step[i : i + 100].sum() / every[i : i + 100].sum() - 0.35) for i in range(201))
     assert report["sources"][0]["worst_window"] == pytest.approx(worst) and worst > 0.005
-    assert f"source books is up to {worst:.2%} of the tokens off its share in 100 steps" in format_report(report)
+    assert f"source books is up to {worst:.2%} of the tokens off its share in 100 consecutive steps" in format_report(
+        report
+    )
 
 
 def test_a_source_read_often_is_a_warning() -> None:
