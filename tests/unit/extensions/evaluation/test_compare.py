@@ -173,7 +173,7 @@ def test_mistakes_are_named(second: Any, flags: tuple[str, ...], says: str, say:
 
 
 def test_one_result_or_none_is_not_compared(say: Any, tmp_path: Path):
-    assert "At least two results" in say(BEFORE)[2]
+    assert "is the only result: give at least two" in say(BEFORE)[2]
     assert "2.json cannot be read" in say(BEFORE, AFTER, flags=(tmp_path / "2.json",))[2]
 
 
