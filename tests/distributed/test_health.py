@@ -39,7 +39,7 @@ class Messages(logging.Handler):
 
 
 def run(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
-    """A stage with something done to it on this rank; what became of it.
+    """Train a stage with a fault on this rank; what happened.
 
     case: args, and of nan (steps whose gradients are NaN on rank 1), spike (steps whose loss is ten times itself),
     slow (seconds that rank 1's probe takes), late (that it sleeps before each step), check (what its matrix product
@@ -118,7 +118,7 @@ def run(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
 
 
 def silent_rank(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
-    """The report of a node check in which rank 1 is too late with its matrix product."""
+    """The report of a node check in which rank 1 answers too late."""
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     measure = node_check.matmul_seconds
     if rank == 1:

@@ -1,4 +1,4 @@
-"""Kills a Slurm run again and again, at random but seeded moments, and checks what is left.
+"""Kills a Slurm run again and again, at random but seeded moments, and checks its checkpoints and its log.
 
 On the tests' cluster (tests/slurm/lab.sh), which this starts and takes down, as root; minutes to an hour:
     python -m tests.slurm.chaos --folder /tmp/chaos --kills 20 --seed 0
@@ -31,7 +31,7 @@ WAYS = ("node", "slurmd", "rank", "rank", "warning", "requeue", "cancel")
 
 
 class Chaos:
-    """One run, the job that it is at the moment, and what was done to it."""
+    """One run, its current job, and the kills so far."""
 
     def __init__(self, cluster: Cluster, run: Run, nodes: tuple[str, str], seed: int):
         self.cluster, self.run, self.nodes, self.random = cluster, run, nodes, random.Random(seed)
@@ -46,7 +46,7 @@ class Chaos:
         return int(self.cluster.job(self.job)["Restarts"])
 
     def check_checkpoints(self) -> None:
-        """Those that are new and published, whatever has just been killed."""
+        """Check the checkpoints that are new and complete, whatever has just been killed."""
         for step in self.run.steps():
             if step not in self.checked:
                 self.checked.add(step)
@@ -54,7 +54,7 @@ class Chaos:
                 assert damage is None, damage
 
     def kill(self) -> str:
-        """One kill, and the wait until the job has started anew for it; what it was."""
+        """Kill once, wait until the job has restarted because of it, and return what was killed."""
         way, rank, before = self.random.choice(WAYS), self.random.randrange(2), self.restarts()
         node = self.nodes[rank].removeprefix("node")
         name = f"{way} {node}" if way in ("node", "slurmd") else f"{way} {rank}" if way == "rank" else way
@@ -122,7 +122,7 @@ def torment(
     starts = 0
     for number in range(1, kills + 1):
         until(lambda starts=starts: run.said("training; see", starts + 1), "a start")
-        if chaos.random.random() < 0.8:  # else while it is starting
+        if chaos.random.random() < 0.8:  # otherwise kill it while it starts
             log = run.out / "metrics.jsonl"
             size = log.stat().st_mtime if log.exists() else 0
             until(lambda size=size, log=log: log.exists() and log.stat().st_mtime > size, "a step", 0.05)
@@ -133,7 +133,7 @@ def torment(
         chaos.check_checkpoints()
         print(f"{time.monotonic() - began:6.0f} s  kill {number}: {name}, at step {step}", flush=True)
         assert not chaos.over() or number == kills, run.log.read_text()[-2000:]
-    # enough: end a few steps after the newest checkpoint, by a submission with fewer steps
+    # no more kills: submit it with fewer steps, so that it ends soon after the newest checkpoint
     run.until(run.steps, "the first checkpoint")
     cluster.run("scancel", chaos.job)
     cluster.ended(chaos.job)
@@ -152,8 +152,8 @@ def torment(
 
 
 def check(run: Run, whole: Run, last: int) -> None:
-    """AssertionError unless the killed run is the unbroken one."""
-    logged = steps_of(run.out)  # fails where a step is logged twice
+    """AssertionError unless the killed run equals the unbroken run."""
+    logged = steps_of(run.out)  # fails if a step is logged twice
     assert list(logged) == list(range(1, last + 1))
     expected = steps_of(whole.out)
     assert [logged[s]["loss"] for s in logged] == [expected[s]["loss"] for s in expected]
@@ -161,7 +161,7 @@ def check(run: Run, whole: Run, last: int) -> None:
         assert (damage := find_damage(run.out / "checkpoint" / f"step-{step}")) is None, damage
     checkpoints = [r.out / "checkpoint" / f"step-{last}" for r in (run, whole)]
     assert_equal(tensors(checkpoints[0]), tensors(checkpoints[1]))
-    # The ledger: rows are a function of the step, each step is there once, and its loss tells its rows from others.
+    # Rows are a function of the step, each step is logged once, and its loss shows which rows it has used.
     manifests = [json.loads((path / "manifest.json").read_text()) for path in checkpoints]
     assert manifests[0]["plan"] == manifests[1]["plan"] and manifests[0]["tokens_seen"] == manifests[1]["tokens_seen"]
     print(

@@ -1,4 +1,4 @@
-"""A real Slurm cluster of namespaces on this machine (lab.sh), and training jobs on it that can be held and watched."""
+"""A real Slurm cluster of namespaces on this machine (lab.sh); training jobs on it that tests can stop and watch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torchtitan.components.manifest import complete_steps
 REPO = Path(__file__).parents[2]
 LAB = Path(__file__).parent / "lab.sh"
 STEPS = 16
-PATIENCE = 400.0  # seconds until a test gives up on something that takes 30 on an idle machine
+PATIENCE = 400.0  # seconds until a test gives up waiting for what takes 30 s on an idle machine
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL")
 
 
@@ -45,7 +45,7 @@ def why_no_cluster() -> str | None:
 
 
 class Cluster:
-    """The lab, and what the tests ask of it."""
+    """The lab, and what the tests do with it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -92,12 +92,12 @@ class Cluster:
         return dict(re.findall(r"(\w+)=(\S*)", self.ask("scontrol", "-o", "show", "job", job)))
 
     def on_node(self, number: int, *command: Any) -> None:
-        """As root in the mounts of a node."""
+        """Run a command as root in a node's mount namespace."""
         pid = (self.folder / f"node{number}" / "init.pid").read_text().split()[0]
         subprocess.run(["nsenter", "-t", pid, "--mount", "--", *map(str, command)], check=True)
 
     def ended(self, job: str) -> str:
-        """Wait for its end; its state."""
+        """Wait until a job has ended; its state."""
         return until(lambda: (s := self.job(job)["JobState"]) in FINAL and s, f"job {job} to end")
 
 
@@ -110,7 +110,7 @@ def until(condition: Callable[[], Any], what: str, pause: float = 0.3) -> Any:
 
 
 class Run:
-    """One stage of 16 steps with a checkpoint each, into a folder of its own."""
+    """One stage of 16 steps, with a checkpoint after each step, in a dump folder of its own."""
 
     def __init__(self, cluster: Cluster, folder: Path, name: str, **overrides: Any):
         self.cluster, self.out, self.name = cluster, folder / name, name
@@ -136,7 +136,7 @@ class Run:
         return self.log.exists() and self.log.read_text().count(words) >= times
 
     def until(self, condition: Callable[[], Any], what: str, pause: float = 0.3) -> None:
-        """Wait for what happens to the job before it ends: once that is over, waiting longer is in vain."""
+        """Wait for something that happens before the job ends; fail as soon as the job has ended without it."""
 
         began = asked = time.monotonic()
         while not condition():
@@ -154,7 +154,7 @@ class Run:
         self.until(lambda: (self.steps() or [0])[-1] >= step, f"step {step}", 0.02)
 
     def trainers(self, rank: int, module: str = "torchtitan.train") -> list[int]:
-        """The process of a rank, seen from outside its namespaces; not those of its data loader."""
+        """The process of a rank, as seen from outside its namespaces; its loader processes are left out."""
         found: dict[int, int] = {}
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -172,7 +172,7 @@ class Run:
                 os.kill(pid, number)
 
     def stop(self, rank: int = 1, after: int = 3) -> list[int]:
-        """In the middle of a step after this one: a rank stands still, and the others wait for it. Its process."""
+        """Stop a rank in the middle of a later step, so that the others wait for it; yields its process."""
         self.wait_for_step(after)
         stopped = self.trainers(rank)
         for pid in stopped:
@@ -182,7 +182,7 @@ class Run:
 
     @contextlib.contextmanager
     def held(self, rank: int = 1, after: int = 3) -> Iterator[None]:
-        """stop(), until what should interrupt the run has arrived."""
+        """stop() until the interruption has reached the run."""
         self.stop(rank, after)
         try:
             yield

@@ -59,7 +59,7 @@ def facts(run: Run, job: str, **more: Any) -> Facts:
 
 @scenario
 def unbroken(cluster: Cluster, folder: Path) -> Facts:
-    """Without Slurm: two processes of one machine; and what a second start of a stage that has ended does."""
+    """Without Slurm: two processes on one machine; then the start of a stage that has ended."""
     run = Run(cluster, folder, "unbroken", parallelism__data_parallel_replicate_degree=2)
     command = [sys.executable, "-m", "torchtitan.extensions.cluster.launch", "--nproc", "2", "--", *run.arguments]
     done = cluster.run(*command, PYTHONPATH=str(REPO))
@@ -103,7 +103,7 @@ def recipe(cluster: Cluster, folder: Path) -> Facts:
 
 @scenario
 def evaluated_recipe(cluster: Cluster, folder: Path) -> Facts:
-    """The two-stage recipe with an evaluation behind each stage, then of the first alone, whose results are lost."""
+    """The two-stage recipe with an evaluation after each stage; then of the first alone, whose results are lost."""
     run = Run(cluster, folder, "evaluated_recipe", training__steps=2)
     submit = [REPO / "multinode" / "submit.sh", "--evaluate=--time=20", "--job.config_file", folder / "two.toml"]
     submit += [*run.arguments[2:], "--evaluation.texts", folder / "text.jsonl", "--evaluation.length", 100]
@@ -144,7 +144,7 @@ def failing_recipe(cluster: Cluster, folder: Path) -> Facts:
 def time_limit(cluster: Cluster, folder: Path) -> Facts:
     run = Run(cluster, folder, "time_limit")
     job = run.submit("--nodes=2", "-w", "node1,node2", "--time=60")
-    with run.held():  # the limit is now so near that Slurm's warning, 300 s before it, is due
+    with run.held():  # the time limit is now less than 300 s away: Slurm's warning is due
         cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=4")
         run.until(lambda: run.said("USR1: the trainers are asked"), "the warning of the time limit")
     run.until(lambda: cluster.job(job)["Restarts"] != "0", "the requeue")
@@ -154,7 +154,7 @@ def time_limit(cluster: Cluster, folder: Path) -> Facts:
 
 @scenario
 def preempted(cluster: Cluster, folder: Path) -> Facts:
-    """By a job of a higher partition: first as here, then where Slurm does not warn the batch script; an evaluation."""
+    """By a job of a higher partition: as configured here, then without Slurm's warning to the script; an evaluation."""
     where = ("-w", "node7,node8", "--nodes=2", "--cpus-per-task=16")
     plain = folder / "without_signal.sbatch"
     text = (REPO / "multinode" / "train.sbatch").read_text()
@@ -183,7 +183,7 @@ def preempted(cluster: Cluster, folder: Path) -> Facts:
         high = cluster.sbatch("--partition=high", *where, "--output=/dev/null", "--wrap", "sleep 1")
 
         def is_preempted() -> bool:
-            now = cluster.job(job)  # which says so no longer once it is back in the queue
+            now = cluster.job(job)  # a job that is back in the queue no longer says so
             return now["Restarts"] != "0" or now.get("PreemptTime", "None") != "None"
 
         run.until(is_preempted, "the preemption")
@@ -226,7 +226,7 @@ def dead_daemon(cluster: Cluster, folder: Path) -> Facts:
 
 @scenario
 def ghost(cluster: Cluster, folder: Path) -> Facts:
-    """The only node's daemon is lost: the job starts on another one, while all its processes live on."""
+    """The only node's daemon is lost: the job starts on another node, while its old processes live on."""
     run = Run(cluster, folder, "ghost")
     job = run.submit("--nodes=1", "--exclude=node[1-8],node[11-12]")
     ghosts, node = run.stop(0), cluster.job(job)["BatchHost"]
@@ -240,7 +240,7 @@ def ghost(cluster: Cluster, folder: Path) -> Facts:
 
 @scenario
 def killed_ranks(cluster: Cluster, folder: Path) -> Facts:
-    """One rank is killed, then one hangs. How long it takes until the step is over."""
+    """One rank is killed, then one hangs. Measures how long it takes until the job's step has ended."""
     timeout = 20
     run = Run(cluster, folder, "killed_ranks", comm__train_timeout_seconds=timeout)
     job = run.submit("--nodes=2", "-w", "node1,node2")
@@ -257,7 +257,7 @@ def killed_ranks(cluster: Cluster, folder: Path) -> Facts:
 
 @scenario
 def hopeless(cluster: Cluster, folder: Path) -> Facts:
-    """At every start the first node loses a rank, and Slurm ends the other one for it. Submitted from within a job."""
+    """At every start the first node loses a rank, and Slurm ends the other node. Submitted from within a job."""
     run = Run(cluster, folder, "hopeless")
     python = folder / "python"
     python.write_text(f"""#!{sys.executable}
@@ -275,14 +275,14 @@ os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])
 
 @scenario
 def chaos(cluster: Cluster, folder: Path) -> Facts:
-    """python -m tests.slurm.chaos, in small."""
+    """A short run of python -m tests.slurm.chaos."""
     torment(cluster, folder / "chaos", ("node11", "node12"), kills=2, seed=3, steps=400, pause=1.0)
     return {}
 
 
 @scenario
 def cancelled(cluster: Cluster, folder: Path) -> Facts:
-    """Cancelled, and submitted again: on as many nodes, and a copy of what it left on one."""
+    """Cancelled, and submitted again: on the same number of nodes, and a copy of its folder on one node."""
     run = Run(cluster, folder, "cancelled")
     job = run.submit("--nodes=2", "-w", "node1,node2")
     with run.held():
@@ -368,7 +368,7 @@ print(json.dumps([[s, find_damage(folder / f"step-{s}")] for s in complete_steps
 
 @scenario
 def plain_hosts(cluster: Cluster, folder: Path) -> Facts:
-    """torchrun.sh on two nodes; srun stands for ssh."""
+    """torchrun.sh on two nodes, started by srun in place of ssh."""
     run = Run(cluster, folder, "plain_hosts")
     script = REPO / "multinode" / "torchrun.sh"
 
@@ -383,7 +383,7 @@ def plain_hosts(cluster: Cluster, folder: Path) -> Facts:
 
 @scenario
 def tokenized(cluster: Cluster, folder: Path) -> Facts:
-    """The sources of the stage, by the tasks of an array."""
+    """The sources of the stage, tokenized by the tasks of a job array."""
     stage = folder / "tokenize.toml"
     own = f'[model]\nhf_assets_path = "{folder}/assets-llama"\n[data]\ncache_folder = "{folder}/own"\n'
     stage.write_text(f'extends = "stage.toml"\n{own}')
@@ -444,7 +444,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Fut
 
 
 def check_whole(outcomes: dict[str, Future[Facts]], outcome: Facts, reference: str = "unbroken") -> None:
-    """It ended well, each start went on at the newest checkpoint, and nothing tells its end from an unbroken run's."""
+    """It ended well, each start went on from the newest checkpoint, and its end equals that of an unbroken run."""
     run = outcome["run"]
     assert outcome["state"] == "COMPLETED", outcome["log"]
     assert run.steps() == list(range(1, STEPS + 1))
@@ -479,7 +479,7 @@ def test_each_stage_is_evaluated_behind_it(outcomes: dict[str, Future[Facts]]) -
         text, needle = found["perplexity"]["text"], found["tasks"]["needle"]
         assert text["count"] == [300] and 0 < text["mean_nll"] < 20 and needle["lengths"] == [120]
         log = (folder / "slurm" / f"{trained['JobId']}-node0.log").read_text()
-        assert "evaluation after step 0" in log and "evaluation after step 2" not in log  # which has a job of its own
+        assert "evaluation after step 0" in log and "evaluation after step 2" not in log  # a separate job
     assert [job["JobName"] for job in outcome["again"]] == ["stage-evaluation"]
     again = json.loads((outcome["run"].out / "stage" / "evaluation" / "step-2.json").read_text())
     assert again["perplexity"] == outcome["was"]["perplexity"] and again["tasks"] == outcome["was"]["tasks"]
@@ -542,7 +542,7 @@ def test_what_loses_a_rank_at_every_start_is_given_up(outcomes: dict[str, Future
 
 
 def test_random_kills_lose_nothing(outcomes: dict[str, Future[Facts]]) -> None:
-    outcomes["chaos"].result()  # which has checks of its own
+    outcomes["chaos"].result()  # the scenario checks its run itself
 
 
 def test_cancelled_it_stays_so_until_it_is_submitted_again(outcomes: dict[str, Future[Facts]]) -> None:

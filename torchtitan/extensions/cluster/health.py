@@ -5,6 +5,7 @@ All of it is cheap: a matrix product and a few clock readings per step, three nu
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import math
@@ -13,7 +14,6 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -224,16 +224,17 @@ def who_answers(store: dist.Store, rank: int, hosts: list[str], seconds: float =
     asked = threading.Event()
 
     def ask() -> None:
-        store.set(f"who-answers/{rank}", "1")
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and len(present) < len(hosts):
-            for other in set(range(len(hosts))) - present:
-                if store.check([f"who-answers/{other}"]):
-                    present.add(other)
-            asked.set()
-            time.sleep(0.1)
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            store.set(f"who-answers/{rank}", "1")
+            while time.monotonic() < deadline and len(present) < len(hosts):
+                for other in set(range(len(hosts))) - present:
+                    if store.check([f"who-answers/{other}"]):
+                        present.add(other)
+                asked.set()
+                time.sleep(0.1)
 
-    thread = threading.Thread(target=_quietly, args=(ask,), daemon=True)
+    thread = threading.Thread(target=ask, daemon=True)  # a request to a store that is gone may never return
     thread.start()
     thread.join(seconds + 1)
     if not asked.is_set():
@@ -243,10 +244,3 @@ def who_answers(store: dist.Store, rank: int, hosts: list[str], seconds: float =
         return "all ranks answer: one of them was slower than the others could wait"
     named = ", ".join(f"rank {other} on {hosts[other]}" for other in missing[:8])
     return f"no answer from {named}" + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-
-
-def _quietly(function: Callable[[], None]) -> None:
-    try:
-        function()
-    except Exception as e:
-        logger.debug(f"who answers: {e}")

@@ -1,4 +1,4 @@
-"""Stragglers, the heartbeat, dumps of stacks and the question who answers, without ranks."""
+"""Stragglers, the heartbeat, stack dumps and the question which ranks answer, in one process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_stragglers():
 
 
 def a_trainer(folder: Path, **changes: Any) -> SimpleNamespace:
-    """What a hook sees of a Trainer, after its first step."""
+    """The attributes of a Trainer that these hooks read, after its first step."""
     config = JobConfig(metrics=Metrics(heartbeat_seconds=3600), training=Training(steps=4))
     known = {"config": config, "dump_folder": folder, "rank": 0, "hosts": ["a", "a", "b"], "step": 1, "finished": False}
     return SimpleNamespace(**known | changes)
@@ -98,7 +98,7 @@ def test_stacks_are_written_when_a_step_takes_too_long_but_not_the_first_nor_a_p
 
 
 class Silent(dist.Store):
-    """A store whose keeper is gone: requests do not return."""
+    """A store whose server is gone: requests do not return."""
 
     def set(self, *_: object) -> None:
         time.sleep(60)

@@ -1,4 +1,4 @@
-"""The launcher: what the processes are given, how it ends when they end, and how a signal reaches them."""
+"""The launcher: what it gives its processes, how it ends when they end, and how signals reach them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parents[4]
 def start(
     folder: Path, program: str, nproc: int, *arguments: str, options: tuple[str, ...] = ()
 ) -> subprocess.Popen[str]:
-    """The launcher on a module made of `program`, which finds the names below and its folder as the working one."""
+    """Start the launcher on a module with the code `program`, in `folder`; the header below gives it some names."""
     header = "import os, signal, sys, time\nfrom pathlib import Path\nrank = int(os.environ['RANK'])\n"
     (folder / "child.py").write_text(header + program)
     command = [sys.executable, "-m", "torchtitan.extensions.cluster.launch", "--nproc", str(nproc), "--module", "child"]
@@ -106,7 +106,7 @@ def test_one_that_is_killed_is_named(tmp_path: Path) -> None:
     assert "rank 1 was ended by SIGKILL" in err
 
 
-# On a signal the child counts it, and ends 3 seconds later as a trainer does that must save first.
+# The child records each signal, and ends 3 seconds after the first, like a trainer that must save.
 SAVES = """
 caught = []
 for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -122,7 +122,7 @@ Path(f'saved{rank}').write_text(' '.join(str(int(s)) for s in caught))
 def test_a_machine_of_several_starts_its_own_ranks(tmp_path: Path) -> None:
     names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
     line = f"(' '.join(os.environ[n] for n in '{names}'.split()) + chr(10)).encode()"
-    program = f"os.write(1, {line})"  # at once: two processes share the pipe
+    program = f"os.write(1, {line})"  # in one write: two processes share the pipe
     options = ("--nnodes", "3", "--node-rank", "1", "--master", "localhost:29123")
     code, out, err = finish(start(tmp_path, program, 2, options=options))
     assert (code, err) == (0, "")
@@ -144,7 +144,7 @@ def test_machines_that_cannot_meet_are_told_so(tmp_path: Path, options: tuple[st
 
 
 def test_those_who_were_asked_to_stop_are_waited_for(tmp_path: Path) -> None:
-    """Rank 1 is done with its stopping long before rank 0: that is no failure, after which rank 0 would be ended."""
+    """Rank 1 stops long before rank 0: that is not a failure, after which rank 0 would be ended."""
     program = f"if rank == 1: sys.exit({STOPPED})\ntime.sleep(4); print('saved'); sys.exit({STOPPED})"
     assert finish(start(tmp_path, program, 2)) == (STOPPED, "saved\n", "")
 
@@ -172,7 +172,7 @@ def test_another_owner_ends_it(tmp_path: Path) -> None:
     owner.write_text("7.0\n")
     process = start(tmp_path, "Path('ready').touch(); time.sleep(60)", 1, options=("--owner", str(owner), "7.0"))
     wait_for(tmp_path / "ready")
-    owner.unlink()  # a file system that stutters is no other owner
+    owner.unlink()  # a file system that fails for a moment is not another owner
     time.sleep(6)
     assert process.poll() is None
     owner.write_text("7.1\n")

@@ -1,4 +1,4 @@
-"""Which hosts a node check names, from numbers made up for the purpose; who is whose neighbour."""
+"""Which hosts a node check names, given invented measurements; which nodes are neighbours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchtitan.extensions.cluster.node_report import Report, judge, table
 
 
 def measured(nodes: int, ranks: int, slow_pairs: tuple[int, ...] = ()) -> tuple[list[dict[str, Any]], list[str]]:
-    """What equal hosts measure; every pair with a node of slow_pairs takes ten times as long."""
+    """Answers of equal hosts; every pair with a node of slow_pairs takes ten times as long."""
     hosts = [f"node{i // ranks}" for i in range(nodes * ranks)]
     pairs = [pair for round_ in rounds_of_neighbours(nodes) for pair in round_]
     answers = []
@@ -74,7 +74,7 @@ def test_what_is_broken():
     assert report.exclude == "node3" and "not shared" in report.broken["node3"][0]
     report = with_changes(2, error="No space left on device")
     assert report.broken == {"node1": ["No space left on device"]}
-    # the partners of a silent rank fail in what they do with it: only the silent one is to blame
+    # the collectives of a silent rank's neighbours fail too: only the silent rank is at fault
     answers, hosts = measured(4, 2)
     answers[2] = {"silent": "no answer from rank 2 in 60 s to what it does together"}
     answers[4] = {"error": "Timed out waiting"}

@@ -12,7 +12,7 @@ from torchtitan.extensions.cluster.requeue import WentBack, with_load_step
 
 
 def test_a_requeued_job_goes_back_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Its command line says load_step at every start; another job, or the same in its first start, goes back again."""
+    """Its command line has load_step at every start; another job, or the same job in its first start, goes back."""
     (tmp_path / "checkpoint").mkdir()
 
     def config(step: int) -> JobConfig:
@@ -27,11 +27,11 @@ def test_a_requeued_job_goes_back_once(tmp_path: Path, monkeypatch: pytest.Monke
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
     start(500)
-    assert load_step(500) == 500  # not on Slurm: nothing is noted
+    assert load_step(500) == 500  # without Slurm nothing is written down
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     start(400, rank=1)  # only rank 0 writes
     start(500)
-    start(-1)  # goes nowhere
+    start(-1)  # does not go back
     assert load_step(500) == 500
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert [load_step(step) for step in (500, 400, -1)] == [-1, 400, -1]

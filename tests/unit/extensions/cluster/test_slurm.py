@@ -1,4 +1,4 @@
-"""What multinode/ asks about a configuration, and its scripts without a cluster."""
+"""The questions of multinode/ about a configuration, and its scripts without a cluster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SOURCES = '[[data.sources]]\nname = "text"\npath = "text.jsonl"\n'
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    """Two stages of 7 steps that write below tmp_path; the last one's file."""
+    """Two stages of 7 steps that write below tmp_path; the file of the last stage."""
     out = f'[job]\ndump_folder = "{tmp_path}/out/'
     (tmp_path / "a.toml").write_text(f'{out}a"\n[training]\nsteps = 7\n[lr_scheduler]\nwarmup_steps = 0\n{SOURCES}')
     (tmp_path / "b.toml").write_text(
@@ -31,7 +31,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def end(folder: Path, loss: float = 2.0) -> None:
-    """What a stage of 7 steps leaves."""
+    """Write what a finished stage of 7 steps leaves."""
     checkpoint = folder / "checkpoint" / "step-7"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": 7}))
@@ -43,7 +43,7 @@ def test_pytorch_is_not_imported() -> None:
     assert subprocess.run([sys.executable, "-c", program], cwd=REPO).returncode == 0
 
 
-def test_a_copy_of_the_model_a_node_unless_something_is_said(tmp_path: Path) -> None:
+def test_one_copy_of_the_model_per_node_unless_a_degree_is_set(tmp_path: Path) -> None:
     (tmp_path / "plain.toml").write_text(SOURCES)
     (tmp_path / "says.toml").write_text(f"[parallelism]\ndata_parallel_shard_degree = -1\n{SOURCES}")
     (tmp_path / "extends.toml").write_text('extends = "says.toml"\n')
@@ -51,7 +51,7 @@ def test_a_copy_of_the_model_a_node_unless_something_is_said(tmp_path: Path) -> 
     cp = "--parallelism.context_parallel_degree"
     added = ["--parallelism.data_parallel_replicate_degree", "4"]
     assert replicas(plain, 4, 8) == added
-    assert replicas([*plain, cp, "8"], 4, 8) == added  # a row a node, the model sharded over its ranks
+    assert replicas([*plain, cp, "8"], 4, 8) == added  # one row per node, the model sharded over its ranks
     assert replicas([*plain, cp, "16"], 4, 8) == []  # a row on two nodes
     assert replicas(plain, 1, 8) == []
     assert replicas([*plain, "--parallelism.data-parallel-replicate-degree=1"], 4, 8) == []
@@ -71,7 +71,7 @@ def test_start_says_how_to_train_or_why_not(recipe: Path, capsys: pytest.Capture
     assert main(["start", "2", "4", *args, "--checkpoint.enable", "false"]) == 1
     end(recipe.parent / "out" / "b")
     assert main(["start", "2", "4", *args]) == ENDED
-    back = [*args, "--checkpoint.load_step", "7"]  # at its end that is done
+    back = [*args, "--checkpoint.load_step", "7"]  # after the start ("judge") the job has gone back already
     assert main(["start", "2", "4", *back]) == 0 and main(["judge", "2", "4", *back]) == ENDED
     recipe.write_text(recipe.read_text() + '[[stage.gates]]\nmetric = "loss"\nat_most = 1.0\n')
     assert main(["start", "2", "4", *args]) == GATE_NOT_HELD
@@ -100,9 +100,9 @@ def test_the_exit_code_says_whose_fault_it_is(monkeypatch: pytest.MonkeyPatch, e
     ("code", "nodes", "asked", "stage", "expected"),
     [
         (0, [0, 0], False, ENDED, (0, "ended")),
-        (0, [0], False, 0, (LOST_A_RANK, "lost")),  # srun says 0 of a node that was lost
+        (0, [0], False, 0, (LOST_A_RANK, "lost")),  # srun returns 0 for a lost node
         (0, [0, 0], True, GATE_NOT_HELD, (GATE_NOT_HELD, "failed")),
-        (143, [1, 143], False, 0, (1, "failed")),  # Slurm ended the other node for it
+        (143, [1, 143], False, 0, (1, "failed")),  # Slurm has then ended the other node
         (143, [LOST_A_RANK, 143], False, 0, (LOST_A_RANK, "lost")),
         (143, [LOST_A_RANK, 143], True, 0, (STOPPED, "asked")),
         (143, [143, 143], False, 0, (STOPPED, "asked")),  # preemption without a warning
@@ -135,14 +135,14 @@ def test_submit_chains_what_has_not_ended(recipe: Path) -> None:
     end(recipe.parent / "out" / "a")
     (last,) = dry_run(*arguments).stdout.splitlines()
     assert "--job-name=b" in last and "--dependency" not in last
-    first = recipe.parent / "a.toml"  # a gate that does not hold: its job is to say so, and to stop what follows
+    first = recipe.parent / "a.toml"  # a gate that does not hold: its job must say so, and stop the next job
     first.write_text(first.read_text() + '[[stage.gates]]\nmetric = "loss"\nat_most = 1.0\n')
     assert len(dry_run(*arguments).stdout.splitlines()) == 2
-    end(recipe.parent / "out" / "b")  # before what is now to come: its own job is to look at that
+    end(recipe.parent / "out" / "b")  # it ended before its first stage: its own job must decide about that
     assert len(dry_run(*arguments).stdout.splitlines()) == 2
 
 
-def test_an_evaluation_follows_each_stage_and_holds_up_none(recipe: Path) -> None:
+def test_an_evaluation_follows_each_stage_and_delays_none(recipe: Path) -> None:
     arguments = ["--job.config_file", str(recipe), "--evaluation.needle_lengths", "64", "--", "--nodes=2"]
     commands = [shlex.split(line) for line in dry_run("--evaluate=--nodes=1 --time=9", *arguments).stdout.splitlines()]
     scripts = {f"--job-name={name}": f"{kind}.sbatch" for name, kind in NAMES_AND_KINDS}
