@@ -72,7 +72,7 @@ def trace(config: JobConfig, args: object, world_size: int) -> int:
     from torchtitan.components.optimizer import build_optimizer
     from torchtitan.config.checks import accumulation_steps, resolve_shard_degree
     from torchtitan.datasets.batch import PackedBatch
-    from torchtitan.distributed.context_parallel.shard import shard
+    from torchtitan.distributed.context_parallel.local_batch import local_batch
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.distributed.parallelize import build_sharded_model
     from torchtitan.extensions.planner.live_memory import LiveBytes
@@ -93,7 +93,7 @@ def trace(config: JobConfig, args: object, world_size: int) -> int:
         cu_documents=ends,
         source=torch.zeros(len(ends) - 1, dtype=torch.int16),
     )
-    local = shard(
+    local = local_batch(
         batch,
         "sdpa",
         p.context_parallel_layout,

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.distributed.harness import spawn
 from torchtitan.attention.backends import BACKENDS, Mask, dense
 from torchtitan.attention.segments import Segments
-from torchtitan.distributed.context_parallel.exchange import GatheredAttention, in_blocks, plan_exchange
+from torchtitan.distributed.context_parallel.exchange import ExchangedMask, GatheredAttention, in_blocks, plan_exchange
 from torchtitan.distributed.context_parallel.layout import LAYOUTS
 from torchtitan.distributed.options.ulysses import HeadTransfer, UlyssesAttention
 from torchtitan.tools.constants import BLOCK
@@ -93,7 +93,7 @@ def attention_on_ranks(packings: int, rank: int, world_size: int) -> list[tuple[
         for exchange, layout in itertools.product(EXCHANGES, LAYOUTS):
             owner = LAYOUTS[layout](segments, world_size)
             local, plan = plan_exchange(exchange, segments, owner, world_size, rank)
-            mask, core = Mask(local, BACKENDS["sdpa"].prepare(local), plan), make_core(exchange)
+            mask, core = ExchangedMask(local, BACKENDS["sdpa"].prepare(local), plan), make_core(exchange)
             own = torch.from_numpy(owner == rank)
             *leaves, my_grad = (in_blocks(x)[own].flatten(0, 1) for x in (q, k, v, grad))
             leaves = [x.requires_grad_() for x in leaves]
@@ -126,7 +126,7 @@ def chunks_on_ranks(packings: int, rank: int, world_size: int) -> list[tuple[str
         segments = packing(np.random.default_rng((world_size, number)), world_size, number)
         owner = LAYOUTS["balanced"](segments, world_size)
         local, plan = plan_exchange("ulysses", segments, owner, world_size, rank)
-        mask, t = Mask(local, BACKENDS["sdpa"].prepare(local), plan), segments.total // world_size
+        mask, t = ExchangedMask(local, BACKENDS["sdpa"].prepare(local), plan), segments.total // world_size
         generator = torch.Generator().manual_seed(rank)
         *leaves, grad = (torch.randn(t, heads[i], 16, generator=generator) for i in (0, 1, 1, 0))
         leaves = [x.requires_grad_() for x in leaves]

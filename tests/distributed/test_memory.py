@@ -60,7 +60,7 @@ def changed(config: JobConfig, options: dict[str, Any]) -> JobConfig:
 
 def plain_micro_batch(model: Transformer, batch: Any, divisor: float) -> torch.Tensor:
     """The whole logits, and PyTorch's own cross-entropy."""
-    logits = model(batch.tokens, batch.positions, batch.mask, batch.long)
+    logits = model(batch.tokens, batch.positions, batch.masks, batch.long)
     losses = F.cross_entropy(logits, batch.labels, ignore_index=IGNORED_LABEL, reduction="none")
     penalty = (logits.logsumexp(-1).square() * (batch.labels != IGNORED_LABEL)).sum()
     ((losses.sum() + Z_LOSS * penalty) / divisor).backward()

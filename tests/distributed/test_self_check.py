@@ -18,26 +18,26 @@ from torchtitan.attention.backends import Mask
 from torchtitan.attention.segments import Segments
 from torchtitan.distributed import parallelize as parallelize_module
 from torchtitan.distributed.context_parallel import exchange as exchange_module
-from torchtitan.distributed.context_parallel import shard as shard_module
+from torchtitan.distributed.context_parallel import local_batch as local_batch_module
 from torchtitan.tools.errors import UserError
 
-real_shard, real_train = shard_module.shard, build_module.train_micro_batch
+real_local_batch, real_train = local_batch_module.local_batch, build_module.train_micro_batch
 
 
 def positions_not_sharded() -> Any:
     """Every rank gives RoPE the positions of the stream's first tokens."""
 
-    def shard(batch, *rest, **named):
-        local = real_shard(batch, *rest, **named)
+    def local_batch(batch, *rest, **named):
+        local = real_local_batch(batch, *rest, **named)
         return replace(local, positions=batch.positions[: len(local.positions)].clone())
 
-    return patch.object(shard_module, "shard", shard)
+    return patch.object(local_batch_module, "local_batch", local_batch)
 
 
 def documents_ignored() -> Any:
     """The mask is causal over the whole stream."""
     whole = SimpleNamespace(whole=lambda cu, **_: Segments.whole((0, int(cu[-1]))))
-    return patch.object(shard_module, "Segments", whole)
+    return patch.object(local_batch_module, "Segments", whole)
 
 
 def gathered_on_the_wrong_dimension() -> Any:
@@ -73,75 +73,73 @@ def gradients_not_returned() -> Any:
 
 
 def labels_of_a_neighbour() -> Any:
-    def shard(batch, *rest, **named):
-        local = real_shard(batch, *rest, **named)
+    def local_batch(batch, *rest, **named):
+        local = real_local_batch(batch, *rest, **named)
         return replace(local, labels=local.labels.roll(1))
 
-    return patch.object(shard_module, "shard", shard)
+    return patch.object(local_batch_module, "local_batch", local_batch)
+
+
+def with_masks(change: Any) -> Any:
+    """Every batch has the masks that change(masks) returns in place of some of its own."""
+
+    def local_batch(batch, *rest, **named):
+        local = real_local_batch(batch, *rest, **named)
+        return replace(local, masks={**local.masks, **change(local.masks)})
+
+    return patch.object(local_batch_module, "local_batch", local_batch)
+
+
+def one_token_wide(mask: Mask) -> Mask:
+    """Segments that reach one token into the document before."""
+    wider = replace(mask.segments, k_start=(mask.segments.k_start - 1).clip(0))
+    return replace(mask, segments=wider, prepared=wider)
 
 
 def mask_one_token_wide() -> Any:
-    """Segments that reach one token into the document before."""
-
-    def shard(batch, *rest, **named):
-        local = real_shard(batch, *rest, **named)
-        segments = local.mask.segments
-        wider = replace(segments, k_start=(segments.k_start - 1).clip(0))
-        return replace(local, mask=Mask(wider, wider, local.mask.exchange))
-
-    return patch.object(shard_module, "shard", shard)
+    return with_masks(lambda masks: {"full_attention": one_token_wide(masks["full_attention"])})
 
 
 def windows_ignored() -> Any:
     """Layers with a window have the mask of those without, under its name."""
 
-    def shard(batch, *rest, **named):
-        local = real_shard(batch, *rest, **named)
-        window = local.mask.sliding.segments.window
-        named_so = replace(local.mask, segments=replace(local.mask.segments, window=window))
-        return replace(local, mask=replace(local.mask, sliding=named_so))
+    def change(masks):
+        full, window = masks["full_attention"], masks["sliding_attention"].segments.window
+        return {"sliding_attention": replace(full, segments=replace(full.segments, window=window))}
 
-    return patch.object(shard_module, "shard", shard)
+    return with_masks(change)
 
 
 def window_one_token_wide() -> Any:
     """The window's segments reach one token into the document before; those of the other layers do not."""
-
-    def shard(batch, *rest, **named):
-        local = real_shard(batch, *rest, **named)
-        segments = local.mask.sliding.segments
-        wider = replace(segments, k_start=(segments.k_start - 1).clip(0))
-        sliding = replace(local.mask.sliding, segments=wider, prepared=wider)
-        return replace(local, mask=replace(local.mask, sliding=sliding))
-
-    return patch.object(shard_module, "shard", shard)
+    return with_masks(lambda masks: {"sliding_attention": one_token_wide(masks["sliding_attention"])})
 
 
 def window_too_wide() -> Any:
     """Windows of one token more, where all layers have one."""
 
-    def shard(batch, *rest, **named):
-        local = real_shard(batch, *rest, **named)
-        segments = local.mask.segments
-        return replace(local, mask=replace(local.mask, prepared=replace(segments, window=segments.window + 1)))
+    def change(masks):
+        mask = masks["sliding_attention"]
+        wider = replace(mask.segments, window=mask.segments.window + 1)
+        return {"sliding_attention": replace(mask, prepared=wider)}
 
-    return patch.object(shard_module, "shard", shard)
+    return with_masks(change)
 
 
 def anchor_of_the_other_row() -> Any:
     """All documents of a micro-batch share the first row's anchor."""
 
-    def shard(batch, *rest, **named):
-        return real_shard(replace(batch, anchor=batch.anchor.clamp(max=0)), *rest, **named)
+    def local_batch(batch, *rest, **named):
+        return real_local_batch(replace(batch, anchor=batch.anchor.clamp(max=0)), *rest, **named)
 
-    return patch.object(shard_module, "shard", shard)
+    return patch.object(local_batch_module, "local_batch", local_batch)
 
 
 def anchors_ignored() -> Any:
-    def shard(batch, *rest, **named):
-        return real_shard(replace(batch, anchor=None), *rest, **named)
+    def local_batch(batch, *rest, **named):
+        return real_local_batch(replace(batch, anchor=None), *rest, **named)
 
-    return patch.object(shard_module, "shard", shard)
+    return patch.object(local_batch_module, "local_batch", local_batch)
 
 
 def fp8_scale_lost() -> Any:

@@ -1,12 +1,11 @@
 """Attention over segments, in several ways that must agree.
 
-A backend has two functions: prepare(segments) makes, on the host and once a micro-batch, what it wants to know of the
-mask (something with `.to(device)` and `.pin_memory()`); attend(q, k, v, prepared) -> output is called in every layer,
-with q [T, H, D], k and v [K, Hkv, D], H a multiple of Hkv (query head h reads KV head h // (H / Hkv)), output [T, H, D]
-in q's dtype; logits are scaled by 1/sqrt(D).
+A backend has two functions: prepare(segments) makes, on the host and once per micro-batch, what it wants to know of the
+mask; attend(q, k, v, prepared) -> output is called in every layer, with q [T, H, D], k and v [K, Hkv, D], H a multiple
+of Hkv (query head h reads KV head h // (H / Hkv)), output [T, H, D] in q's dtype; logits are scaled by 1/sqrt(D).
 
 flex: FlexAttention with a BlockMask made from offsets, for CUDA. varlen: torch.nn.attention.varlen, for CUDA. sdpa: one
-call a segment, anywhere. dense: an explicit mask, the oracle of the tests.
+call per segment, anywhere. dense: an explicit mask, the oracle of the tests.
 """
 
 from __future__ import annotations
@@ -22,12 +21,21 @@ from torchtitan.attention.segments import Segments
 from torchtitan.tools.errors import UserError
 
 
+class Prepared(Protocol):
+    """What a backend makes of Segments: flex.FlexMask, varlen.VarlenMask, or the Segments themselves."""
+
+    def to(self, device: torch.device | str) -> Prepared: ...
+    def pin_memory(self) -> Prepared: ...
+
+
 @dataclass(frozen=True)
 class Backend:
     """How a mask is prepared and how attention is computed under it."""
 
-    prepare: Callable[[Segments], Any]
+    prepare: Callable[[Segments], Prepared]
+
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
+    """Its last argument is what this backend's prepare has returned."""
 
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments) -> torch.Tensor:
@@ -41,16 +49,11 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments)
     return (scores.softmax(-1) @ vh).transpose(0, 1).to(q.dtype)
 
 
-def as_it_is(segments: Segments) -> Segments:
-    """The prepare of backends that read the segments themselves."""
-    return segments
-
-
 BACKENDS: dict[str, Backend] = {
     "flex": Backend(flex.prepare, flex.attend),
     "varlen": Backend(varlen.prepare, varlen.attend),
-    "sdpa": Backend(as_it_is, sdpa.attend),
-    "dense": Backend(as_it_is, dense),
+    "sdpa": Backend(lambda segments: segments, sdpa.attend),
+    "dense": Backend(lambda segments: segments, dense),
 }
 
 
@@ -76,35 +79,29 @@ def choose_backend(name: str, device_type: str) -> str:
 
 @dataclass(eq=False)
 class Mask:
-    """What the queries of one micro-batch see on this rank, in every layer that has no other.
+    """What the queries of a micro-batch see on this rank, in a layer of one kind.
 
-    Not frozen: into a frozen dataclass PyTorch 2.11 looks when a compiled block hands it on, and the block would be
-    compiled anew for other numbers of documents.
+    Not frozen: PyTorch 2.11 looks into a frozen dataclass when a compiled block hands it on, and would compile the
+    block anew for other numbers of documents.
     """
 
     segments: Segments
-    """Queries against the keys of a buffer."""
+    """Queries against the keys of a buffer: this rank's own, unless the mask has an exchange that fetches others
+    (distributed/context_parallel/exchange.py)."""
 
-    prepared: Any
-    """What the backend made of them."""
-
-    exchange: Any = None
-    """How that buffer is filled (distributed/context_parallel/exchange.py); None: it is this rank's own keys."""
-
-    sliding: Mask | None = None
-    """What they see in layers with a sliding window, where other layers have none; it has its own exchange."""
+    prepared: Prepared
 
     def to(self, device: torch.device | str) -> Mask:
         """On a device; asynchronous from pinned memory."""
-        exchange = None if self.exchange is None else self.exchange.to(device)
-        sliding = None if self.sliding is None else self.sliding.to(device)
-        return Mask(self.segments, self.prepared.to(device), exchange, sliding)
+        return Mask(self.segments, self.prepared.to(device))
 
     def pin_memory(self) -> Mask:
         """In pinned memory."""
-        exchange = None if self.exchange is None else self.exchange.pin_memory()
-        sliding = None if self.sliding is None else self.sliding.pin_memory()
-        return Mask(self.segments, self.prepared.pin_memory(), exchange, sliding)
+        return Mask(self.segments, self.prepared.pin_memory())
+
+
+Masks = dict[str, Mask]
+"""By kind of layer, "full_attention" and "sliding_attention", for the kinds that the model has."""
 
 
 class AttentionCore(Protocol):

@@ -22,7 +22,7 @@ from torchtitan.components.start import Start
 from torchtitan.config import JobConfig, as_tables, dump_toml
 from torchtitan.config.checks import accumulation_steps, resolve_shard_degree
 from torchtitan.datasets.loader import build_loader
-from torchtitan.distributed.context_parallel.shard import LocalBatch, shard
+from torchtitan.distributed.context_parallel.local_batch import LocalBatch, local_batch
 from torchtitan.distributed.options.quantize import describe_quantize
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.parallelize import build_sharded_model
@@ -153,7 +153,7 @@ def build_batches(
         num_workers=config.data.num_workers,
         pin_memory=device.type == "cuda",
         finish=partial(
-            shard,
+            local_batch,
             backend=choose_backend(config.model.attention_backend, device.type),
             layout=p.context_parallel_layout,
             exchange=p.context_parallel_exchange,

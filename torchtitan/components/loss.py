@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from torchtitan.components.setup import StageInputs
-from torchtitan.distributed.context_parallel.shard import LocalBatch
+from torchtitan.distributed.context_parallel.local_batch import LocalBatch
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.transformer import Transformer
 from torchtitan.tools.constants import IGNORED_LABEL
@@ -26,7 +26,7 @@ def train_micro_batch(
     batch: on the model's device. divisor: the number of valid labels of the step, over all ranks. rope: see
     Transformer.forward. Returns the losses of this rank's tokens, float32 [t], detached.
     """
-    loss, losses = model(batch.tokens, batch.positions, batch.mask, batch.long, rope, batch.labels, divisor)
+    loss, losses = model(batch.tokens, batch.positions, batch.masks, batch.long, rope, batch.labels, divisor)
     loss.backward()
     return losses
 

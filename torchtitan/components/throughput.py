@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from torchtitan.components.setup import StageInputs
 from torchtitan.config import JobConfig
-from torchtitan.distributed.context_parallel.shard import LocalBatch
+from torchtitan.distributed.context_parallel.local_batch import LocalBatch
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.work import forward_flops, recomputed_by, training_flops, work_of
 from torchtitan.tools.device import peak_flops, peak_memory_gib

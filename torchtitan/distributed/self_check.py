@@ -26,7 +26,7 @@ from torchtitan.attention.segments import Segments
 from torchtitan.config.schema import JobConfig, Quantize
 from torchtitan.datasets.batch import PackedBatch
 from torchtitan.datasets.positions import reset_positions
-from torchtitan.distributed.context_parallel import shard as sharding
+from torchtitan.distributed.context_parallel import local_batch as parts
 from torchtitan.distributed.fully_shard import reduce_over_replicas
 from torchtitan.distributed.options.quantize import MULTIPLE, apply_quantize, fp8_layers
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -45,7 +45,7 @@ FP8_TOLERANCE = {"rowwise": 2e-2, "tensorwise": 8e-2}
 """Against FP8 emulated on one process, where a tensor has one scale; here each rank has its own for its part. Measured
 on 2 and 4 ranks, token losses then differ by up to 0.12 nats. An error by a factor of 2 is still seen."""
 
-TrainMicroBatch = Callable[[Transformer, sharding.LocalBatch, float], torch.Tensor]
+TrainMicroBatch = Callable[[Transformer, parts.LocalBatch, float], torch.Tensor]
 
 
 def run_self_check(
@@ -146,10 +146,10 @@ class SmallJob:
         init_weights(model, seed=1)
         return model
 
-    def local(self, batch: PackedBatch) -> sharding.LocalBatch:
+    def local(self, batch: PackedBatch) -> parts.LocalBatch:
         """This context-parallel rank's part of a batch, on the host."""
         p, args = self.config.parallelism, self.args
-        return sharding.shard(
+        return parts.local_batch(
             batch,
             self.backend,
             p.context_parallel_layout,

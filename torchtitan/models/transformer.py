@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from torchtitan.attention.backends import BACKENDS, Mask
+from torchtitan.attention.backends import BACKENDS, Mask, Masks
 from torchtitan.attention.segments import Segments
 from torchtitan.models.attention import Attention
 from torchtitan.models.loss_head import OutputHead
@@ -151,7 +151,7 @@ class Transformer(nn.Module):
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        mask: Mask | Segments,
+        masks: Masks | Segments,
         long: torch.Tensor | None = None,
         rope: RopeArgs | None = None,
         labels: torch.Tensor | None = None,
@@ -163,35 +163,35 @@ class Transformer(nn.Module):
         labels, divisor: given, the result is that of OutputHead: the loss to differentiate, and those of the tokens.
         rows: int64 [R], the tokens whose logits are wanted, [R, vocab_size]; those of a long row would not fit.
 
-        mask: Segments without a window, to which that of the model's sliding layers is added; or a Mask that has it.
-        long: see rope_tables. rope: instead of the model's own (GeNE draws one a micro-batch; a search tries many).
+        masks: of each kind of layer; or Segments without a window, to which the model adds that of its sliding layers.
+        long: see rope_tables. rope: instead of the model's own (GeNE draws one per micro-batch; a search tries many).
         """
         args, rope = self.args, rope or self.args.rope
-        if isinstance(mask, Segments):
-            mask = self._mask_of(mask).to(tokens.device)
-        full, sliding = mask, mask.sliding or mask
-        if args.sliding_window is not None and sliding.segments.window != args.sliding_window:
-            raise ValueError(f"the mask's window is {sliding.segments.window}, the model's {args.sliding_window}")
+        if isinstance(masks, Segments):
+            masks = self._masks_of(masks, tokens.device)
+        window = masks["sliding_attention"].segments.window if args.sliding_share else None
+        if window != args.sliding_window:
+            raise ValueError(f"the mask's window is {window}, the model's {args.sliding_window}")
         tables = rope_tables(rope, args.head_dim, positions, long, self.local_kv_heads)
         sliding_tables = tables
         if args.sliding_window is not None and rope.layers == "full_attention" and rope.scaling is not None:
             sliding_tables = rope_tables(RopeArgs(rope.theta), args.head_dim, positions)
         x = self.tok_embeddings(tokens)
-        for i, layer in enumerate(self.layers.values()):
-            slides = bool(args.layer_types) and args.layer_types[i] == "sliding_attention"
-            x = layer(x, sliding_tables, sliding) if slides else layer(x, tables, full)
+        by_kind = {"full_attention": tables, "sliding_attention": sliding_tables}
+        kinds = args.layer_types or ("full_attention",) * args.n_layers
+        for kind, layer in zip(kinds, self.layers.values(), strict=True):
+            x = layer(x, by_kind[kind], masks[kind])
         x = self.norm(x)
         if labels is not None:
             return self.output(x, labels, divisor)
         return self.output(x) if rows is None else self.output(x, rows=rows)
 
-    def _mask_of(self, segments: Segments) -> Mask:
-        """The masks of all layers where every key is here."""
+    def _masks_of(self, segments: Segments, device: torch.device) -> Masks:
+        """Of all layers if every key is on this rank."""
         windowed = replace(segments, window=self.args.sliding_window)
-        share = self.args.sliding_share
-        first = windowed if share == 1 else segments
-        sliding = Mask(windowed, self.backend.prepare(windowed)) if 0 < share < 1 else None
-        return Mask(first, self.backend.prepare(first), sliding=sliding)
+        kinds = {"full_attention": segments, "sliding_attention": windowed}
+        present = set(self.args.layer_types) or {"full_attention"}
+        return {kind: Mask(kinds[kind], self.backend.prepare(kinds[kind])).to(device) for kind in sorted(present)}
 
 
 @torch.no_grad()

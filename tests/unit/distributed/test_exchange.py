@@ -16,7 +16,7 @@ from torchtitan.attention.segments import Segments
 from torchtitan.datasets.batch import PackedBatch
 from torchtitan.distributed.context_parallel.exchange import Exchange, in_blocks, kv_received, plan_exchange
 from torchtitan.distributed.context_parallel.layout import LAYOUTS
-from torchtitan.distributed.context_parallel.shard import LocalBatch, shard
+from torchtitan.distributed.context_parallel.local_batch import LocalBatch, local_batch
 from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
 from torchtitan.tools.constants import BLOCK, IGNORED_LABEL
 
@@ -224,7 +224,7 @@ def test_shards_hold_every_token_once_with_what_belongs_to_it() -> None:
             source += [int(s)] * int(end - start)
             index += range(int(end - start))
         for layout, exchange in itertools.product(LAYOUTS, ("allgather", "needed", "ulysses")):
-            shards = [shard(batch, "sdpa", layout, exchange, cp, rank) for rank in range(cp)]
+            shards = [local_batch(batch, "sdpa", layout, exchange, cp, rank) for rank in range(cp)]
             assert [len(s.tokens) for s in shards] == [total // cp] * cp
 
             def joined(name: str, shards: list[LocalBatch] = shards) -> torch.Tensor:
@@ -237,7 +237,7 @@ def test_shards_hold_every_token_once_with_what_belongs_to_it() -> None:
             assert torch.equal(joined("source"), torch.tensor(source)[tokens])
             assert torch.equal(joined("index"), torch.tensor(index)[tokens])
             assert sum(s.num_valid for s in shards) == batch.num_valid
-            pairs = [s.mask.segments.attended_pairs for s in shards]
+            pairs = [s.masks["full_attention"].segments.attended_pairs for s in shards]
             whole = Segments.whole(batch.cu_seqlens).attended_pairs
             for s in shards:
                 assert (s.pairs, s.unpadded) == (whole, total - batch.num_padding)
@@ -259,14 +259,14 @@ def test_layers_with_windows_have_masks_of_their_own() -> None:
         cu = batch.cu_seqlens.numpy().astype(np.int64)
         anchor = np.maximum(rng.integers(-1, cu[:-1] + 1), -1)
         batch = replace(batch, anchor=torch.from_numpy(anchor.astype(np.int32)))
-        shards = [shard(batch, "sdpa", layout, exchange, cp, rank, window, share) for rank in range(cp)]
+        shards = [local_batch(batch, "sdpa", layout, exchange, cp, rank, window, share) for rank in range(cp)]
         owner = np.empty(len(batch.tokens) // BLOCK, np.int64)
         for rank, s in enumerate(shards):
             owner[s.tokens[::BLOCK] // BLOCK] = rank
-        kinds = {window: [s.mask if share == 1 else s.mask.sliding for s in shards]}
+        kinds = {window: [s.masks["sliding_attention"] for s in shards]}
         if share < 1:
-            kinds[None] = [s.mask for s in shards]
-        assert all((s.mask.sliding is None) == (share == 1) for s in shards)
+            kinds[None] = [s.masks["full_attention"] for s in shards]
+        assert all(len(s.masks) == len(kinds) for s in shards)
         pairs, busiest, received = {}, {}, {}
         for kind, masks in kinds.items():
             whole = Segments.whole(cu, kind, anchor)
@@ -327,8 +327,8 @@ def test_an_anchor_moves_its_row_and_others_move_their_document() -> None:
 
     @torch.no_grad()
     def run(tokens: torch.Tensor) -> torch.Tensor:
-        local = shard(replace(batch, tokens=tokens), "sdpa", "balanced", "needed", 1, 0, 8, 0.5)
-        return model(local.tokens, local.positions, local.mask)
+        local = local_batch(replace(batch, tokens=tokens), "sdpa", "balanced", "needed", 1, 0, 8, 0.5)
+        return model(local.tokens, local.positions, local.masks)
 
     before = run(batch.tokens)
     cu, index = batch.cu_seqlens.tolist(), torch.arange(len(batch.tokens))
@@ -345,9 +345,9 @@ def test_an_anchor_moves_its_row_and_others_move_their_document() -> None:
 
 MEMORY = """
 import re, sys, torch
-from torchtitan.attention.backends import BACKENDS, Mask
+from torchtitan.attention.backends import BACKENDS
 from torchtitan.attention.segments import Segments
-from torchtitan.distributed.context_parallel.exchange import GatheredAttention, OnTheirWay, plan_exchange
+from torchtitan.distributed.context_parallel.exchange import ExchangedMask, GatheredAttention, OnTheirWay, plan_exchange
 from torchtitan.distributed.context_parallel.layout import LAYOUTS
 
 class Arrived:
@@ -363,7 +363,7 @@ segments = Segments.whole((0, total))
 owner = LAYOUTS["balanced"](segments, cp)
 local, plan = max((plan_exchange("needed", segments, owner, cp, r) for r in range(cp)), key=lambda x: x[0].num_keys)
 assert local.total == total // cp and local.num_keys > total * 0.9
-mask = Mask(local, BACKENDS["sdpa"].prepare(local), plan)
+mask = ExchangedMask(local, BACKENDS["sdpa"].prepare(local), plan)
 q = torch.randn(local.total, 2, 32, requires_grad=True)
 kv, arrived = (torch.randn(n // 128, 128, 2, 1, 32, requires_grad=True) for n in (q.shape[0], local.num_keys - len(q)))
 core = GatheredAttention(BACKENDS["sdpa"], "needed", None)

@@ -54,6 +54,21 @@ class Exchange:
         return replace(self, **{name: getattr(self, name).pin_memory() for name in ("send", "place", "inverse")})
 
 
+@dataclass(eq=False)
+class ExchangedMask(Mask):
+    """A mask whose keys, or some of them, come from other ranks."""
+
+    exchange: Exchange
+
+    def to(self, device: torch.device | str) -> ExchangedMask:
+        """On a device; asynchronous from pinned memory."""
+        return ExchangedMask(self.segments, self.prepared.to(device), self.exchange.to(device))
+
+    def pin_memory(self) -> ExchangedMask:
+        """In pinned memory."""
+        return ExchangedMask(self.segments, self.prepared.pin_memory(), self.exchange.pin_memory())
+
+
 @dataclass(frozen=True)
 class Pieces:
     """The stream cut where documents begin and where another rank's blocks do: one owner and one document a piece."""
@@ -268,6 +283,7 @@ class GatheredAttention:
     @torch.compiler.disable
     def start(self, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> OnTheirWay:
         """k and v [T, Hkv, D] of this rank's tokens."""
+        assert isinstance(mask, ExchangedMask)
         kv = in_blocks(torch.stack((k, v), dim=1))  # one message for both
         transfer = Transfer(self.group, mask.exchange, self.uneven)
         return OnTheirWay(kv, Start.apply(kv, transfer), transfer)
@@ -275,6 +291,7 @@ class GatheredAttention:
     @torch.compiler.disable
     def finish(self, q: torch.Tensor, started: OnTheirWay, mask: Mask) -> torch.Tensor:
         """q [T, H, D] -> [T, H, D]."""
+        assert isinstance(mask, ExchangedMask)
         arrived = Wait.apply(started.arrived, started.transfer)
         available = torch.cat((started.own, arrived)) if self.uneven else arrived
         buffer = Permute.apply(available, mask.exchange.place, mask.exchange.inverse).flatten(0, 1)

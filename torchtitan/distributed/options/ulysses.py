@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from torchtitan.attention.backends import Backend, Mask
 from torchtitan.config.schema import Parallelism
-from torchtitan.distributed.context_parallel.exchange import Permute, Start, Wait, in_blocks
+from torchtitan.distributed.context_parallel.exchange import ExchangedMask, Permute, Start, Wait, in_blocks
 from torchtitan.tools.errors import UserError
 
 
@@ -115,6 +115,7 @@ class UlyssesAttention:
 
     def attend(self, sent: list[OnItsWay], mask: Mask) -> torch.Tensor:
         """Queries, keys and values that have been sent -> [T, H, D] of this rank's tokens."""
+        assert isinstance(mask, ExchangedMask)
         exchange = mask.exchange
         whole = []
         for one in sent:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torchtitan.attention.backends import choose_backend
 from torchtitan.config.schema import JobConfig
 from torchtitan.datasets.batch import PADDING_SOURCE, PackedBatch
-from torchtitan.distributed.context_parallel.shard import LocalBatch, shard
+from torchtitan.distributed.context_parallel.local_batch import LocalBatch, local_batch
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.rope import RopeArgs, rope_for
 from torchtitan.models.transformer import Transformer
@@ -131,7 +131,7 @@ def lay_out(
     )
     args = model.args
     window = (args.sliding_window, args.sliding_share)
-    local = shard(batch, ranks.backend, ranks.layout, ranks.exchange, ranks.cp, ranks.cp_rank, *window)
+    local = local_batch(batch, ranks.backend, ranks.layout, ranks.exchange, ranks.cp, ranks.cp_rank, *window)
     return replace(local, source=local.source.long())
 
 
@@ -194,7 +194,7 @@ def _losses(
     local = lay_out(model, ranks, inputs, labels)
     device = ranks.device
     on = local.to(device)
-    _, losses = model(on.tokens, on.positions, on.mask, rope=rope, labels=on.labels)
+    _, losses = model(on.tokens, on.positions, on.masks, rope=rope, labels=on.labels)
     lengths = [len(x) for x in inputs]
     result = torch.zeros(sum(lengths), dtype=losses.dtype, device=losses.device)
     not_padding = local.source >= 0
@@ -271,5 +271,5 @@ def logits_of(
     """float32 [R, vocab_size] for this rank's tokens rows int64 [R]; R may be 0."""
     on = local.to(ranks.device)
     some = rows if len(rows) else torch.zeros(1, dtype=torch.int64)  # all ranks compute something
-    logits = model(on.tokens, on.positions, on.mask, rope=rope, rows=some.to(on.tokens.device))
+    logits = model(on.tokens, on.positions, on.masks, rope=rope, rows=some.to(on.tokens.device))
     return logits[: len(rows)].float()

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from torchtitan.attention.backends import AttentionCore, Mask
 from torchtitan.attention.segments import Segments
-from torchtitan.distributed.context_parallel.shard import LocalBatch
+from torchtitan.distributed.context_parallel.local_batch import LocalBatch
 from torchtitan.extensions.evaluation.forward import DUMMY_PROMPT, Ranks, lay_out_answers, logits_of
 from torchtitan.models.rope import RopeArgs, rope_for
 from torchtitan.models.transformer import Transformer
@@ -304,12 +304,8 @@ def _next_logits(
     padding = -len(tokens) % ranks.tp
     args, device = model.args, ranks.device
     segments = Segments.whole(np.arange(len(tokens) + padding + 1))
-    full, windowed = Mask(segments, None), None
-    if args.sliding_window is not None:
-        windowed = Mask(Segments.whole(segments.cu_seqlens, args.sliding_window), None)
-    mask = full if windowed is None else windowed
-    if windowed is not None and args.sliding_share < 1:
-        mask = Mask(segments, None, sliding=windowed)
+    windowed = Segments.whole(segments.cu_seqlens, args.sliding_window)
+    masks = {"full_attention": Mask(segments, segments), "sliding_attention": Mask(windowed, windowed)}
     inputs, where = (torch.tensor([*x, *[0] * padding], device=device) for x in (tokens, positions))
     rows = torch.arange(len(tokens), device=device)
-    return model(inputs, where, mask, rope=rope, rows=rows).float()
+    return model(inputs, where, masks, rope=rope, rows=rows).float()

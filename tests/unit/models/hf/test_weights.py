@@ -210,7 +210,7 @@ def test_masks_must_fit_the_layers(tmp_path: Path):
     save_hf("olmo3", tmp_path)
     model, segments = ours(tmp_path), Segments.whole((0, 64))
     with pytest.raises(ValueError, match="window is None, the model's 50"):
-        model(torch.zeros(64, dtype=torch.int64), torch.arange(64), Mask(segments, segments))
+        model(torch.zeros(64, dtype=torch.int64), torch.arange(64), {"sliding_attention": Mask(segments, segments)})
     with pytest.raises(ValueError, match="layer_types"):
         replace(model.args, n_layers=2)
     with pytest.raises(UserError, match="tensor_parallel_degree = 2 .* over all heads"):

@@ -5,16 +5,16 @@ Without context parallelism it is the same path with one rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from torchtitan.attention.backends import BACKENDS, Mask
+from torchtitan.attention.backends import BACKENDS, Mask, Masks
 from torchtitan.attention.segments import Segments
 from torchtitan.datasets.batch import PackedBatch
-from torchtitan.distributed.context_parallel.exchange import plan_exchange
+from torchtitan.distributed.context_parallel.exchange import ExchangedMask, plan_exchange
 from torchtitan.distributed.context_parallel.layout import LAYOUTS, work_per_rank
 from torchtitan.tools.constants import BLOCK, IGNORED_LABEL
 
@@ -33,7 +33,8 @@ class LocalBatch:
     index: torch.Tensor
     """int64[t]: how many tokens of its document come before it in this row."""
 
-    mask: Mask
+    masks: Masks
+    """What the tokens see, in each kind of layer."""
 
     long: torch.Tensor | None
     """bool[t], see PackedBatch."""
@@ -58,12 +59,12 @@ class LocalBatch:
         """The model's inputs on a device; source and index stay. Asynchronous from pinned memory."""
         names = ("tokens", "labels", "positions", *(["long"] if self.long is not None else []))
         moved = {n: getattr(self, n).to(device, non_blocking=True) for n in names}
-        return replace(self, **moved, mask=self.mask.to(device))
+        return replace(self, **moved, masks={kind: mask.to(device) for kind, mask in self.masks.items()})
 
     def pin_memory(self, device: torch.device | str | None = None) -> LocalBatch:
         """In pinned memory; called by the DataLoader, which passes a device in some versions."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return LocalBatch(**{n: v.pin_memory() if hasattr(v, "pin_memory") else v for n, v in values.items()})
+        tensors: dict[str, Any] = {n: v.pin_memory() for n, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **tensors, masks={kind: mask.pin_memory() for kind, mask in self.masks.items()})
 
     @property
     def num_valid(self) -> int:
@@ -71,7 +72,7 @@ class LocalBatch:
         return int((self.labels != IGNORED_LABEL).sum())
 
 
-def shard(
+def local_batch(
     batch: PackedBatch,
     backend: str,
     layout: str,
@@ -81,15 +82,16 @@ def shard(
     sliding_window: int | None = None,
     sliding_share: float = 0.0,
 ) -> LocalBatch:
-    """The part of context-parallel rank `rank` of `cp`; T is a multiple of 128 cp where cp > 1.
+    """The part of context-parallel rank `rank` of `cp`; T is a multiple of 128 cp if cp > 1.
 
     sliding_window, sliding_share: of the model's layers. All layers have the same owners of tokens, laid out for those
-    without a window if there are any; which keys come here is up to each kind.
+    without a window if there are any; each kind of layer has its own mask and exchange.
     """
     anchor = None if batch.anchor is None else batch.anchor.numpy().astype(np.int64)
     full = Segments.whole(batch.cu_seqlens, anchor=anchor)
-    kinds = [(full, 1 - sliding_share), (replace(full, window=sliding_window), sliding_share)]
-    kinds = [(segments, share) for segments, share in kinds if share > 0]
+    kinds = {"full_attention": full, "sliding_attention": replace(full, window=sliding_window)}
+    shares = {"full_attention": 1 - sliding_share, "sliding_attention": sliding_share}
+    shares = {kind: share for kind, share in shares.items() if share > 0}
     documents = batch.cu_documents.numpy().astype(np.int64)
     tokens: dict[str, Any] = {
         "tokens": batch.tokens,
@@ -101,15 +103,15 @@ def shard(
     }
     owner = None
     if cp > 1:
-        owner = LAYOUTS[layout](kinds[0][0], cp).astype(np.int64)
+        owner = LAYOUTS[layout](kinds[next(iter(shares))], cp).astype(np.int64)
         own = torch.from_numpy(np.flatnonzero(owner == rank))
         tokens = {n: None if x is None else x.unflatten(0, (-1, BLOCK))[own].flatten() for n, x in tokens.items()}
-    parts = [_layer(segments, backend, exchange, owner, cp, rank) for segments, _ in kinds]
-    mask = parts[0][0] if len(parts) == 1 else replace(parts[0][0], sliding=parts[1][0])
-    pairs, busiest, received = np.average([part[1:] for part in parts], axis=0, weights=[share for _, share in kinds])
+    layers = {kind: _layer(kinds[kind], backend, exchange, owner, cp, rank) for kind in shares}
+    counts = [layer[1:] for layer in layers.values()]
+    pairs, busiest, received = np.average(counts, axis=0, weights=list(shares.values()))
     return LocalBatch(
         **tokens,
-        mask=mask,
+        masks={kind: layer[0] for kind, layer in layers.items()},
         pairs=float(pairs),
         pairs_of_busiest=float(busiest),
         unpadded=len(batch.tokens) - batch.num_padding,
@@ -129,4 +131,4 @@ def _layer(
     even = exchange == "ulysses"  # heads are divided, not the pairs
     busiest = -(-pairs // cp) if even else int(work_per_rank(segments, owner, cp).max())
     received = sum(plan.receive_counts) - plan.receive_counts[rank]
-    return Mask(local, prepare(local), plan), pairs, busiest, received * BLOCK
+    return ExchangedMask(local, prepare(local), plan), pairs, busiest, received * BLOCK
