@@ -1,12 +1,12 @@
-"""Converts a model's weights: our checkpoints, Hugging Face, torchtitan's DCP, Meta's consolidated.*.pth; any to any.
+"""Convert a model's weights between our checkpoints, Hugging Face, torchtitan's DCP and Meta's consolidated.*.pth.
 
     python scripts/convert.py outputs/demo/checkpoint/step-300 ./export --to huggingface --dtype bfloat16 --assets ./hf
     python scripts/convert.py ./Llama-3.1-8B ./start --to checkpoint
     python scripts/convert.py ./torchtitan/step-1000 ./hf --to huggingface --architecture llama3_8b --assets ./hf_assets
 
-The kind of the input is seen from its files. A tensor at a time is in memory, but for the output kind meta. The output
-is written as OUT.partial and renamed, so it is complete or absent; `--to checkpoint` makes OUT/step-0, the folder for
-checkpoint.initial_load_path (the model only: an optimizer starts anew).
+The files of the input tell its format. One tensor at a time is in memory, but `--to meta` needs the whole
+model. The output is written as OUT.partial and renamed, so it is complete or absent. `--to checkpoint` makes
+OUT/step-0, the folder for checkpoint.initial_load_path (the model only: the optimizer starts anew).
 """
 
 from __future__ import annotations
@@ -16,26 +16,34 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from torchtitan.extensions.convert.conversion import about, open_any, with_progress
+from torchtitan.extensions.convert.conversion import manifest_entries, open_any, with_progress
 from torchtitan.extensions.convert.export import SHARD_BYTES, TOKENIZER_FILES, write_hugging_face
 from torchtitan.extensions.convert.torchtitan_and_meta import write_meta, write_torchtitan
 from torchtitan.extensions.convert.weights import DTYPES, Weights, write_checkpoint
 from torchtitan.models.rope_config import describe_rope
 from torchtitan.tools.errors import UserError
 
-NO_ROPE = "note: this format has no place for the RoPE ({}): whoever loads it must be told"
+NO_ROPE = "note: this format does not store the RoPE ({}): set it where you load the model"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", type=Path, help="a step-N folder, or one with *.safetensors or consolidated.*.pth")
-    parser.add_argument("output", type=Path, help="folder to make")
+    parser.add_argument(
+        "input", type=Path, help="a step-N folder, or a folder with *.safetensors or consolidated.*.pth"
+    )
+    parser.add_argument("output", type=Path, help="the folder to make")
     parser.add_argument("--to", required=True, choices=("checkpoint", "huggingface", "torchtitan", "meta"))
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the output; as in the input if not given")
-    parser.add_argument("--assets", type=Path, help="folder with the tokenizer and config.json; the input's by default")
-    parser.add_argument("--architecture", help="a model.flavor or a folder with config.json, where the input has none")
-    parser.add_argument("--max-position-embeddings", type=int, help="tokens trained for, where the input does not say")
-    parser.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="largest safetensors file")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the output (default: the input's)")
+    parser.add_argument("--assets", type=Path, help="folder with the tokenizer and config.json (default: the input's)")
+    parser.add_argument("--architecture", help="a model.flavor or a folder with config.json, if the input has none")
+    parser.add_argument(
+        "--max-position-embeddings",
+        type=int,
+        help="the length in tokens that the model was trained for, if the input does not say",
+    )
+    parser.add_argument(
+        "--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="size of the largest safetensors file (default: 5)"
+    )
     options = parser.parse_args(argv)
     try:
         convert(options)
@@ -46,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def assets_of(weights: Weights) -> Path | None:
-    """The folder with the tokenizer that a checkpoint's run names, if it is there."""
+    """The folder with the tokenizer that a checkpoint's run names, if it exists."""
     named = weights.manifest.get("config", {}).get("model", {}).get("hf_assets_path")
     return Path(named) if named and Path(named).is_dir() else None
 
@@ -63,7 +71,7 @@ def convert(options: argparse.Namespace) -> None:
         if not any((options.output / name).is_file() for name in TOKENIZER_FILES):
             print(f"note: {options.output} has no tokenizer: {assets} has none. Name its folder with --assets.")
     elif options.to == "checkpoint":
-        print(f"{write_checkpoint(weights, options.output, about(weights, assets))}")
+        print(f"{write_checkpoint(weights, options.output, manifest_entries(weights, assets))}")
     elif options.to == "torchtitan":
         write_torchtitan(weights, options.output)
         print(NO_ROPE.format(describe_rope(weights.args.rope)))

@@ -70,7 +70,7 @@ def test_dtype_and_complaints(tmp_path: Path, capsys: pytest.CaptureFixture):
         (start, "meta", "params.json"),
         (tmp_path / "hf", "checkpoint", "Give --assets"),
         (tmp_path / "titan", "meta", "give --architecture"),
-        (tmp_path / "empty", "meta", "There: nothing"),
+        (tmp_path / "empty", "meta", "It holds: nothing"),
         (tmp_path / "absent", "meta", "not a folder"),
     ):
         assert run(convert, source, tmp_path / "out", "--to", to) == 1

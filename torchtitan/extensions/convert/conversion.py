@@ -1,4 +1,4 @@
-"""What scripts that read one model and write another share: opening any kind of folder, and a line of progress."""
+"""Shared by the scripts that read one model and write another: opening a folder of any format, a line of progress."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torchtitan.tools.errors import UserError
 
 
 def open_any(folder: Path, architecture: str | None = None) -> Weights:
-    """The weights in a folder of any kind that is read here."""
+    """The weights in a folder of any format that is read here. architecture: see named_architecture."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder.")
     if (folder / "manifest.json").is_file() or any(folder.glob("step-*/manifest.json")):
@@ -34,25 +34,26 @@ def open_any(folder: Path, architecture: str | None = None) -> Weights:
     raise UserError(
         f"{folder} is none of: a checkpoint of ours (manifest.json), of torchtitan (.metadata), of Meta "
         f"(consolidated.*.pth), a Hugging Face folder (*.safetensors). "
-        f"There: {', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}."
+        f"It holds: {', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}."
     )
 
 
 def named_architecture(folder: Path, architecture: str | None) -> TransformerArgs:
-    """A flavor, or what a config.json says: that of the folder that is named, or of the input itself."""
+    """`architecture` is a flavor or a folder with config.json; None: `folder` must have a config.json itself."""
     if architecture is not None and architecture in FLAVORS:
         return FLAVORS[architecture]
     source = Path(architecture) if architecture else folder
     if not (source / "config.json").is_file():
         raise UserError(
-            f"{folder} does not say what model it holds: give --architecture, one of {', '.join(FLAVORS)}, or a folder "
-            "with config.json."
+            f"{folder} does not say which model it holds: give --architecture, one of {', '.join(FLAVORS)}, or a "
+            "folder with config.json."
         )
     return read_config(source)
 
 
-def about(weights: Weights, assets: Path) -> dict[str, Any]:
-    """What a manifest says beside the architecture."""
+def manifest_entries(weights: Weights, assets: Path) -> dict[str, Any]:
+    """What the manifest of a checkpoint of these weights says beside the architecture. assets: the tokenizer's folder,
+    read if the weights do not name a tokenizer."""
     known: dict[str, Any] = {"seq_len": weights.args.rope.max_position_embeddings}
     known |= {k: weights.manifest[k] for k in ("tokenizer", "seq_len", "tokens_seen") if k in weights.manifest}
     if known.get("tokenizer") is None:
@@ -64,7 +65,7 @@ def about(weights: Weights, assets: Path) -> dict[str, Any]:
 
 
 def with_progress(weights: Weights) -> Weights:
-    """The same weights; every tensor that is read moves a line on standard error."""
+    """The same weights; a line on standard error counts the tensors that have been read."""
     total, start = len(weights.shapes), time.monotonic()
     count = read_bytes = 0
 

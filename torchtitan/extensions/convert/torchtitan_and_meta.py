@@ -1,7 +1,7 @@
 """Checkpoints of torchtitan (DCP) and of Meta's Llama (consolidated.*.pth), in and out.
 
-Both rotate neighbouring rows of a head, (0, 1), (2, 3), ..., where Hugging Face and we rotate row j with row j + D / 2:
-the rows of wq and wk are reordered. Only Llama is known in these formats: neither biases nor query-key norms.
+Both rotate neighbouring rows of a head, (0, 1), (2, 3), ..., while Hugging Face and we rotate row j with row j + D / 2:
+so the rows of wq and wk are reordered. These formats are known for Llama only: no biases, no query-key norms.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
 from torchtitan.components.checkpoint import explain_failure
-from torchtitan.extensions.convert.weights import Weights, check_shapes, read_dcp, write_dcp
+from torchtitan.extensions.convert.weights import Weights, check_shapes, open_dcp, write_dcp
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_scaling import Llama3Scaling
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import new_folder, partial_of, sync
+from torchtitan.tools.folders import new_folder, sync, written
 
 _BY_COLUMN = ("attention.wo.weight", "feed_forward.w2.weight")  # cut by inputs over Meta's model-parallel files
 _NOT_PARAMETERS = ("freqs_cis", "rope.freqs")  # tables that older versions saved
@@ -51,50 +51,34 @@ def _reordered(
 def _check_llama(args: TransformerArgs, whose: str) -> None:
     for key in ("qkv_bias", "qk_norm", "sliding_window"):
         if getattr(args, key):
-            raise UserError(f"{whose} format is known for Llama only, and this model has {key}: use Hugging Face's.")
+            raise UserError(
+                f"{whose} format is known for Llama only, and this model has {key}: use Hugging Face's format."
+            )
 
 
 # ---- torchtitan -------------------------------------------------------------------------------------------------
 
 
 def open_torchtitan(folder: Path, args: TransformerArgs) -> Weights:
-    """A DCP folder of torchtitan's Llama 3, whose keys may begin with "model."."""
+    """A DCP folder of torchtitan's Llama 3."""
     _check_llama(args, "torchtitan's")
-    tensors, read = read_dcp(folder)
-    prefix = "model." if "model.tok_embeddings.weight" in tensors else ""
-    entries = {
-        key.removeprefix(prefix): entry
-        for key, entry in tensors.items()
-        if key.startswith((f"{prefix}layers.", f"{prefix}tok_embeddings.", f"{prefix}norm.", f"{prefix}output."))
-    }
-    return check_shapes(
-        Weights(
-            folder,
-            args,
-            {name: tuple(entry.size) for name, entry in entries.items()},
-            {name: entry.properties.dtype for name, entry in entries.items()},
-            _reordered(lambda name: read(prefix + name), to_half_split, args.head_dim),
-        )
-    )
+    weights = open_dcp(folder, args)
+    return replace(weights, read=_reordered(weights.read, to_half_split, args.head_dim))
 
 
 def write_torchtitan(weights: Weights, out: Path) -> None:
-    """What torchtitan's checkpoint.initial_load_path loads with initial_load_model_only: flat keys, no optimizer."""
+    """Write what torchtitan loads with initial_load_path and initial_load_model_only: flat keys, no optimizer."""
     args = weights.args
     _check_llama(args, "torchtitan's")
-    new_folder(out)
-    read = _reordered(weights.read, to_interleaved, args.head_dim)
-    with explain_failure(out.parent):
-        writer = FileSystemWriter(str(partial_of(out)), single_file_per_rank=False)
-        names = _with_output(weights)
-        tensors = {n: torch.empty(s, dtype=weights.dtypes[of], device="meta") for n, (of, s) in names.items()}
+    read, names = _reordered(weights.read, to_interleaved, args.head_dim), _with_output(weights)
+    tensors = {n: torch.empty(s, dtype=weights.dtypes[of], device="meta") for n, (of, s) in names.items()}
+    with explain_failure(out.parent), written(new_folder(out), durable=True) as partial:
+        writer = FileSystemWriter(str(partial), single_file_per_rank=False)
         write_dcp(writer, tensors, lambda name: read(names[name][0]))
-    partial_of(out).rename(out)
-    sync(out.parent)
 
 
 def _with_output(weights: Weights) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name to (our name, shape): there a tied output matrix is saved a second time."""
+    """Name to (our name, shape). A tied output matrix, which we do not save, is saved in these formats."""
     names = {name: (name, shape) for name, shape in weights.shapes.items()}
     return {**names, "output.weight": names.get("output.weight", names["tok_embeddings.weight"])}
 
@@ -103,9 +87,9 @@ def _with_output(weights: Weights) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def open_meta(folder: Path, args: TransformerArgs | None = None) -> Weights:
-    """params.json and consolidated.*.pth, mapped into memory; the files of model parallelism are put together.
+    """A folder with params.json and consolidated.*.pth, mapped into memory; model-parallel pieces are joined.
 
-    args: instead of what params.json says.
+    args: the architecture, instead of what params.json says.
     """
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files:
@@ -113,14 +97,16 @@ def open_meta(folder: Path, args: TransformerArgs | None = None) -> Weights:
     try:
         shards = [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
     except Exception as e:  # a zip of pickles: anything can happen
-        raise UserError(f"The .pth files in {folder} cannot be read, are they whole? {type(e).__name__} {e}") from None
+        raise UserError(f"The .pth files in {folder} cannot be read: {type(e).__name__} {e}. Are they whole?") from None
     first = {name: tensor for name, tensor in shards[0].items() if not name.endswith(_NOT_PARAMETERS)}
     params = _params(folder)
     if params.get("sliding_window"):
-        raise UserError(f"{folder / 'params.json'} has a sliding_window, which is read from Hugging Face's form alone.")
+        raise UserError(
+            f"{folder / 'params.json'} has a sliding_window, which is read from Hugging Face's format only."
+        )
 
     def cut(name: str) -> int | None:
-        """The dimension along which the files' pieces follow each other; None: each has all of it."""
+        """The dimension along which the files' pieces are joined; None: each file has the whole tensor."""
         if len(shards) == 1 or first[name].ndim == 1:
             return None
         if name == "tok_embeddings.weight":  # by words in Llama 3, by features in Llama 1 and 2
@@ -145,27 +131,26 @@ def open_meta(folder: Path, args: TransformerArgs | None = None) -> Weights:
 
 
 def write_meta(weights: Weights, out: Path) -> None:
-    """params.json and one consolidated.00.pth. torch.save needs the whole model in memory."""
+    """Write params.json and one consolidated.00.pth. torch.save needs the whole model in memory."""
     args = weights.args
     _check_llama(args, "Meta's")
     params = json.dumps(params_json(args), indent=1) + "\n"
-    partial = partial_of(new_folder(out))
-    partial.mkdir()
     read = _reordered(weights.read, to_interleaved, args.head_dim)
-    (partial / "params.json").write_text(params)
-    tensors = {name: read(of).contiguous() for name, (of, _) in _with_output(weights).items()}
-    torch.save(tensors, partial / "consolidated.00.pth")
-    sync(partial / "consolidated.00.pth")
-    partial.rename(out)
-    sync(out.parent)
+    with written(new_folder(out), durable=True) as partial:
+        partial.mkdir()
+        (partial / "params.json").write_text(params)
+        tensors = {name: read(of).contiguous() for name, (of, _) in _with_output(weights).items()}
+        torch.save(tensors, partial / "consolidated.00.pth")
+        sync(partial / "consolidated.00.pth")
 
 
 def params_json(args: TransformerArgs) -> dict[str, Any]:
-    """Meta's params.json; UserError for a RoPE that it has no words for."""
+    """Meta's params.json; UserError for a RoPE or head_dim that it has no key for."""
     scaling = args.rope.scaling
     if scaling is not None and scaling != _llama3(args, scaled=True):
         raise UserError(
-            f"Meta's params.json knows the RoPE of Llama 3.1 and 3.2 and plain ones, not {scaling}: use Hugging Face's."
+            f"Meta's params.json has no form for {scaling}, only for plain RoPE and that of Llama 3.1 and 3.2: use "
+            "Hugging Face's format."
         )
     if args.head_dim * args.n_heads != args.dim:
         raise UserError(
@@ -194,7 +179,7 @@ def _params(folder: Path) -> dict[str, Any]:
 
 
 def args_from_params(params: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> TransformerArgs:
-    """The inverse of params_json; a published model is known by its sizes."""
+    """The inverse of params_json; a published model is recognised by its sizes."""
     heads = params["n_heads"]
     scaled = bool(params.get("use_scaled_rope"))
     args = TransformerArgs(
@@ -208,14 +193,14 @@ def args_from_params(params: dict[str, Any], shapes: dict[str, tuple[int, ...]])
         norm_eps=params["norm_eps"],
         rope=RopeArgs(float(params.get("rope_theta", 10000.0))),
     )
-    # the published lengths are not in the file; nor is it said that the small ones of Llama 3.2 have tied embeddings
+    # the file says neither the published lengths nor that the small models of Llama 3.2 have tied embeddings
     for known in FLAVORS.values():
-        alike = replace(args, rope=known.rope, tied_embeddings=known.tied_embeddings) == known
-        if alike and known.rope.theta == args.rope.theta and scaled == (known.rope.scaling is not None):
+        same = replace(args, rope=known.rope, tied_embeddings=known.tied_embeddings) == known
+        if same and known.rope.theta == args.rope.theta and scaled == (known.rope.scaling is not None):
             return known
     return replace(args, rope=replace(args.rope, scaling=_llama3(args, scaled)))
 
 
 def _llama3(args: TransformerArgs, scaled: bool) -> Llama3Scaling | None:
-    """use_scaled_rope as Meta's code has it: by 8, or by 32 in Llama 3.2's text models, which are tied."""
+    """Meta's use_scaled_rope: a factor of 8, or of 32 in Llama 3.2's text models, whose embeddings are tied."""
     return Llama3Scaling(32.0 if args.tied_embeddings else 8.0, 1.0, 4.0, 8192) if scaled else None

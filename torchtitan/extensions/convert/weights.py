@@ -1,8 +1,8 @@
 """A model's weights on disk, whatever the format: names and shapes at once, tensors one at a time.
 
-Every reader gives a `Weights` with our parameter names and half-split rotary pairs; every writer takes one. So a
-conversion, an average and a merge are each one function, and none holds more than a tensor (two, while a reader
-assembles one from its pieces). Nothing here is collective.
+Every reader returns a `Weights` with our parameter names and half-split rotary pairs; every writer takes one. So a
+conversion, an average and a merge are each one function, and none holds more than one tensor (two, while a reader
+assembles a tensor from its pieces). Nothing here is collective.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import new_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_OF_SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_PREFIXES = ("layers.", "tok_embeddings.", "norm.", "output.")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Where the parameters of a model can be read from."""
+    """A model's parameters: what they are, and how to read each."""
 
     where: Path
+    """The folder, for messages."""
     args: TransformerArgs
     shapes: dict[str, tuple[int, ...]]
     """By our names, in the model's order; a tied output matrix is not among them."""
@@ -47,7 +49,7 @@ class Weights:
     manifest: dict[str, Any] = field(default_factory=dict)
 
     def cast(self, dtype: str | None) -> Weights:
-        """The same in another dtype; None: as they are."""
+        """The same weights in another dtype, a key of DTYPES; None: as they are."""
         if dtype is None:
             return self
         if dtype not in DTYPES:
@@ -58,25 +60,25 @@ class Weights:
 
 def check_shapes(weights: Weights) -> Weights:
     """The weights with exactly the model's parameters, in its order; UserError with the first that do not fit."""
-    wanted, found = parameter_shapes(weights.args), dict(weights.shapes)
+    expected, actual = parameter_shapes(weights.args), dict(weights.shapes)
     if weights.args.tied_embeddings:
-        found.pop("output.weight", None)
+        actual.pop("output.weight", None)
     wrong = [
-        f"{name} should be {list(wanted[name]) if name in wanted else 'absent'} and is "
-        f"{list(found[name]) if name in found else 'missing'}"
-        for name in [*wanted, *(n for n in found if n not in wanted)]
-        if wanted.get(name) != found.get(name)
+        f"{name} should be {list(expected[name]) if name in expected else 'absent'} and is "
+        f"{list(actual[name]) if name in actual else 'missing'}"
+        for name in expected | actual
+        if expected.get(name) != actual.get(name)
     ]
     if wrong:
         raise UserError(
-            f"The weights in {weights.where} do not fit the model: {len(wanted)} tensors are wanted, {len(wrong)} "
+            f"The weights in {weights.where} do not fit the model: it has {len(expected)} tensors, {len(wrong)} "
             f"differ. First: {'; '.join(wrong[:5])}. Name the architecture that they were trained with."
         )
-    return replace(weights, shapes=wanted)
+    return replace(weights, shapes=expected)
 
 
 class _Reader(FileSystemReader):
-    """Reads .metadata once, not once a tensor."""
+    """Reads .metadata once, not once per tensor."""
 
     _metadata: Metadata | None = None
 
@@ -86,8 +88,11 @@ class _Reader(FileSystemReader):
         return self._metadata
 
 
-def read_dcp(folder: Path) -> tuple[dict[str, TensorStorageMetadata], Callable[[str], torch.Tensor]]:
-    """The tensors of a DCP folder by key, and a function that reads one whole, however it was sharded."""
+def open_dcp(folder: Path, args: TransformerArgs, manifest: dict[str, Any] | None = None) -> Weights:
+    """The model in a DCP folder, each parameter whole, however it was sharded; optimizer state is left out.
+
+    Its keys may begin with "model.". Rotary pairs are as they were saved.
+    """
     reader = _Reader(str(folder))
     try:
         entries = reader.read_metadata().state_dict_metadata
@@ -95,19 +100,26 @@ def read_dcp(folder: Path) -> tuple[dict[str, TensorStorageMetadata], Callable[[
         raise UserError(
             f"{folder / '.metadata'} cannot be read: {type(e).__name__} {e}. Is the folder whole?"
         ) from None
-    tensors = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    prefix = "model." if "model.tok_embeddings.weight" in entries else ""
+    tensors = {
+        key.removeprefix(prefix): entry
+        for key, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata) and key.startswith(tuple(prefix + name for name in _PREFIXES))
+    }
 
-    def read(key: str) -> torch.Tensor:
-        tensor = torch.empty(tensors[key].size, dtype=tensors[key].properties.dtype)
+    def read(name: str) -> torch.Tensor:
+        tensor = torch.empty(tensors[name].size, dtype=tensors[name].properties.dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*single process.*")  # which is what we want
             try:
-                dcp.load({key: tensor}, storage_reader=reader, no_dist=True)
+                dcp.load({prefix + name: tensor}, storage_reader=reader, no_dist=True)
             except CheckpointException as e:  # a BaseException, which `except Exception` would let through
-                raise UserError(f"{key} cannot be read from {folder}, it is damaged: {e}.") from None
+                raise UserError(f"{prefix + name} cannot be read from {folder}, it is damaged: {e}.") from None
         return tensor
 
-    return tensors, read
+    shapes = {name: tuple(entry.size) for name, entry in tensors.items()}
+    dtypes = {name: entry.properties.dtype for name, entry in tensors.items()}
+    return check_shapes(Weights(folder, args, shapes, dtypes, read, manifest or {}))
 
 
 def open_checkpoint(folder: Path) -> Weights:
@@ -118,21 +130,10 @@ def open_checkpoint(folder: Path) -> Weights:
         )
     manifest = read_manifest(folder)
     for name, (size, _) in manifest.get("files", {}).items():
-        there = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if there != size:
-            raise UserError(f"{folder / name} should have {size} bytes and {there or 'none'} are there: it is damaged.")
-    tensors, read = read_dcp(folder)
-    of = {key.removeprefix("model."): entry for key, entry in tensors.items() if key.startswith("model.")}
-    return check_shapes(
-        Weights(
-            folder,
-            args_from_manifest(manifest["architecture"]),
-            {name: tuple(entry.size) for name, entry in of.items()},
-            {name: entry.properties.dtype for name, entry in of.items()},
-            lambda name: read(f"model.{name}"),
-            manifest,
-        )
-    )
+        actual = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if actual != size:
+            raise UserError(f"{folder / name} should have {size} bytes and has {actual}: it is damaged.")
+    return open_dcp(folder, args_from_manifest(manifest["architecture"]), manifest)
 
 
 def open_hugging_face(folder: Path) -> Weights:
@@ -147,9 +148,9 @@ def open_hugging_face(folder: Path) -> Weights:
         with safe_open(file, framework="pt") as f:
             for key in set(f.keys()) & set(name_of):
                 kind = f.get_slice(key).get_dtype()
-                if kind not in _OF_SAFETENSORS:
+                if kind not in SAFETENSORS_DTYPES:
                     raise UserError(f"{file}: {key} is {kind}; quantized weights cannot be converted, dequantize them.")
-                file_of[name_of[key]], dtypes[name_of[key]] = file, _OF_SAFETENSORS[kind]
+                file_of[name_of[key]], dtypes[name_of[key]] = file, SAFETENSORS_DTYPES[kind]
 
     def read(name: str) -> torch.Tensor:
         with safe_open(file_of[name], framework="pt") as f:
@@ -159,7 +160,7 @@ def open_hugging_face(folder: Path) -> Weights:
 
 
 class _StreamingPlanner(DefaultSavePlanner):
-    """Plans with tensors that are not there, and reads each when it is written."""
+    """Plans with tensors on the meta device, and reads each when it is written."""
 
     def __init__(self, read: Callable[[str], torch.Tensor]):
         super().__init__()
@@ -170,9 +171,9 @@ class _StreamingPlanner(DefaultSavePlanner):
 
 
 def write_dcp(writer: FileSystemWriter, tensors: dict[str, torch.Tensor], read: Callable[[str], torch.Tensor]) -> None:
-    """One process writes a DCP folder, tensor by tensor; tensors: on the meta device, by key.
+    """Write a DCP folder from one process, tensor by tensor. tensors: on the meta device, by key.
 
-    The writer needs single_file_per_rank = False: PyTorch's holds every tensor of a file until the file is closed.
+    The writer needs single_file_per_rank = False: PyTorch holds every tensor of a file until the file is closed.
     """
     assert not writer.single_file_per_rank
     with warnings.catch_warnings():
@@ -181,12 +182,15 @@ def write_dcp(writer: FileSystemWriter, tensors: dict[str, torch.Tensor], read: 
 
 
 def write_checkpoint(weights: Weights, out: Path, manifest: dict[str, Any]) -> Path:
-    """out/step-0/ with the model only: what checkpoint.initial_load_path can start from. manifest: beside the model."""
+    """Write out/step-0/, which checkpoint.initial_load_path can start from, and return it. It holds the model only.
+
+    manifest: entries that replace the defaults below.
+    """
     target = new_folder(out / "step-0")
-    about = {"format": FORMAT, "step": 0, "tokens_seen": 0, "stage": "converted", "tokenizer": None, "seq_len": None}
-    about |= {"plan": {}, "world_size": 1, **manifest, "architecture": as_json(weights.args)}
+    entries = {"format": FORMAT, "step": 0, "tokens_seen": 0, "stage": "converted", "tokenizer": None, "seq_len": None}
+    entries |= {"plan": {}, "world_size": 1, **manifest, "architecture": as_json(weights.args)}
     tensors = {f"model.{n}": torch.empty(s, dtype=weights.dtypes[n], device="meta") for n, s in weights.shapes.items()}
     with explain_failure(out):
-        writer = WholeWriter(target, about, single_file_per_rank=False)
+        writer = WholeWriter(target, entries, single_file_per_rank=False)
         write_dcp(writer, tensors, lambda key: weights.read(key.removeprefix("model.")))
     return target

@@ -69,13 +69,13 @@ def export_all(folder: Path) -> None:
         ORIGINAL,
         SCALINGS,
         TRAINED,
+        export,
         our_logits,
         random_weights,
         save,
         some_tokens,
         with_rope,
     )
-    from torchtitan.extensions.convert.export import export
 
     shutil.rmtree(folder, ignore_errors=True)
     cases = {name: with_rope(scaling) for name, scaling in SCALINGS.items()}

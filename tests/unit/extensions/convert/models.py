@@ -9,7 +9,8 @@ import torch
 
 from torchtitan.attention.segments import Segments
 from torchtitan.datasets.tokenizer import load_tokenizer
-from torchtitan.extensions.convert.weights import Weights, parameter_shapes, write_checkpoint
+from torchtitan.extensions.convert.export import write_hugging_face
+from torchtitan.extensions.convert.weights import Weights, open_checkpoint, parameter_shapes, write_checkpoint
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_method import Scaling
 from torchtitan.models.rope_scaling import (
@@ -79,6 +80,11 @@ def random_weights(args: TransformerArgs, seed: int = 0) -> Weights:
 def save(args: TransformerArgs, folder: Path, seed: int = 0) -> Path:
     """A checkpoint as training writes it: folder/step-0."""
     return write_checkpoint(random_weights(args, seed), folder, {"tokenizer": TOKENIZER, "seq_len": TRAINED})
+
+
+def export(checkpoint: Path, out: Path, dtype: str | None, assets: Path | None = None, **parts: int) -> None:
+    """A checkpoint as a Hugging Face folder, as the trainer writes it."""
+    write_hugging_face(open_checkpoint(checkpoint).cast(dtype), out, assets, **parts)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from tests.unit.extensions.convert.models import (
     ORIGINAL,
     SCALINGS,
     TRAINED,
+    export,
     our_logits,
     random_weights,
     save,
@@ -25,7 +26,7 @@ from tests.unit.extensions.convert.models import (
     with_rope,
 )
 from torchtitan.extensions.convert import export as export_module
-from torchtitan.extensions.convert.export import export, publish, write_hugging_face
+from torchtitan.extensions.convert.export import publish, write_hugging_face
 from torchtitan.extensions.convert.torchtitan_and_meta import write_torchtitan
 from torchtitan.extensions.convert.weights import open_checkpoint, open_hugging_face, write_checkpoint
 from torchtitan.models.hf.config import config_json, read_config

@@ -17,9 +17,8 @@ import pytest
 
 from tests.distributed.harness import ASSETS, spawn
 from tests.scripts import load_script, run_script
-from tests.unit.extensions.convert.models import LLAMA, ORIGINAL, SCALINGS, save, with_rope
+from tests.unit.extensions.convert.models import LLAMA, ORIGINAL, SCALINGS, export, save, with_rope
 from torchtitan.datasets.tokenizer import load_tokenizer
-from torchtitan.extensions.convert.export import export
 from torchtitan.extensions.evaluation.forward import Ranks
 from torchtitan.extensions.evaluation.lm_eval_model import TorchtitanLM, Writing
 from torchtitan.extensions.evaluation.loading import load
