@@ -113,7 +113,7 @@ def test_the_node_check_by_itself_finds_a_node_that_is_held_up(tmp_path: Path):
         for rank in ranks:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [3, 0], told
-    assert "exclude: node" in told[0] and "slow: node1: matrix product" in told[0]
+    assert "exclude: node" in told[0] and "node1 is slow: matrix product" in told[0]
     report = json.loads((folder / "node_check.json").read_text())
     assert report["exclude"] == "node1" and not report["broken"]
     assert report["hosts"]["node1"]["matmul"] > 2 * report["hosts"]["node0"]["matmul"]

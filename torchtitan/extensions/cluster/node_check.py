@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from torchtitan.components.hooks import Hook
-from torchtitan.extensions.cluster.node_report import Report, judge, table
+from torchtitan.extensions.cluster.node_report import judge, sentences, table
 from torchtitan.extensions.cluster.shared_folder import blind_hosts, not_shared
 from torchtitan.tools.device import host_names, init_process_group, pick_device
 from torchtitan.tools.errors import UserError
@@ -56,13 +56,13 @@ class NodeCheck(Hook):
             _write(report, folder / "node_check.json")
             for line in table(report):
                 logger.info(line)
-            for host, reasons in report.slow.items():
-                logger.warning(f"node check: {host} is slow: {'; '.join(reasons)}")
-        if report.broken:
-            broken = "; ".join(f"{host}: {', '.join(reasons)}" for host, reasons in report.broken.items())
+            for sentence in sentences(report):
+                logger.warning(f"node check: {sentence}")
+        if broken := ",".join(sorted(report["broken"])):
+            reasons = ". ".join(sentences(report | {"slow": {}}))
             raise UserError(
-                f"The node check (comm.node_check) found hosts that cannot train: {broken}. Start without them "
-                f"(Slurm: --exclude={','.join(sorted(report.broken))})."
+                f"The node check (comm.node_check) found hosts that cannot train. {reasons}. Start without them "
+                f"(Slurm: --exclude={broken})."
             )
 
 
@@ -127,21 +127,21 @@ def node_check(
     group: dist.ProcessGroup,
     timeout: float,
     seconds: float = 0.5,
-) -> Report:
-    """Collective, but a rank that does not answer in time is named as broken. The same report on all ranks.
+) -> dict[str, Any]:
+    """Collective, but a rank that does not answer in time is named as broken. The report of node_report.judge.
 
-    What a rank does alone comes first: a rank that hangs is then known before others wait for it in a collective.
-    hosts: the host name of each rank; group: gloo, of all ranks; timeout: seconds that an answer may take; seconds: how
-    long the matrix product is repeated. UserError if rank 0 cannot write to `folder`.
+    All ranks get the same report. What a rank does alone comes first: a rank that hangs is then known before others
+    wait for it in a collective. hosts: the host name of each rank; group: gloo, of all ranks; timeout: seconds that an
+    answer may take; seconds: how long the matrix product is repeated. UserError if rank 0 cannot write to `folder`.
     """
 
     def alone() -> dict[str, Any]:
         return dict(zip(("matmul", "same"), matmul_seconds(device, seconds)))
 
-    answers = _exchange("alone", alone, hosts, timeout)
+    answers = _exchange("matrix product", alone, hosts, timeout)
     if not any("silent" in answer for answer in answers):
         # twice the time: a rank whose neighbour hangs answers after its collective has timed out
-        together = _exchange("together", lambda: all_reduces(device, hosts, timeout), hosts, 2 * timeout)
+        together = _exchange("all-reduces", lambda: all_reduces(device, hosts, timeout), hosts, 2 * timeout)
         answers = [mine | more for mine, more in zip(answers, together)]
     if len(set(hosts)) > 1 and not any({"silent", "error"} & answer.keys() for answer in answers):
         answers[0]["blind"] = blind_hosts(folder, hosts, group)
@@ -185,8 +185,8 @@ def _in_store(store: dist.Store, keys: list[str], seconds: float) -> bool:
     return False
 
 
-def _write(report: Report, path: Path) -> None:
-    write_text(path, json.dumps(report.as_json(), indent=1) + "\n")
+def _write(report: dict[str, Any], path: Path) -> None:
+    write_text(path, json.dumps(report, indent=1) + "\n")
 
 
 def main(argv: list[str], rank: int, local_rank: int, world_size: int) -> int:
@@ -211,12 +211,8 @@ def main(argv: list[str], rank: int, local_rank: int, world_size: int) -> int:
     if rank > 0:
         return 0
     _write(report, options.json or options.folder / "node_check.json")
-    print("\n".join(table(report)))
-    for kind, named in (("broken", report.broken), ("slow", report.slow)):
-        for host, reasons in named.items():
-            print(f"{kind}: {host}: {'; '.join(reasons)}")
-    print(f"exclude: {report.exclude or 'none'}", flush=True)
-    return NAMED if report.exclude else 0
+    print(*table(report), *sentences(report), f"exclude: {report['exclude'] or 'none'}", sep="\n", flush=True)
+    return NAMED if report["exclude"] else 0
 
 
 if __name__ == "__main__":

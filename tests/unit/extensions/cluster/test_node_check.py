@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from torchtitan.extensions.cluster.node_check import rounds_of_neighbours
-from torchtitan.extensions.cluster.node_report import Report, judge, table
+from torchtitan.extensions.cluster.node_report import judge, sentences, table
 
 
 def measured(nodes: int, ranks: int, slow_pairs: tuple[int, ...] = ()) -> tuple[list[dict[str, Any]], list[str]]:
@@ -41,41 +41,42 @@ def test_every_node_meets_both_neighbours_and_no_node_twice_at_once(count: int):
 def test_equal_hosts_are_not_named_and_one_that_computes_slowly_is(nodes: int):
     answers, hosts = measured(nodes, 2)
     report = judge(answers, hosts, 1.5)
-    assert report.exclude == "" and len(table(report)) == nodes + 1
+    assert report["exclude"] == "" and len(table(report)) == nodes + 1
     answers[-1]["matmul"] *= 2  # one of its two ranks
     report = judge(answers, hosts, 1.5)
-    assert list(report.slow) == [hosts[-1]] and "matrix product" in report.slow[hosts[-1]][0]
-    assert not report.broken and report.exclude == hosts[-1] and table(report)[-1].endswith("slow")
-    assert json.loads(json.dumps(report.as_json()))["exclude"] == hosts[-1]
-    assert judge(answers, hosts, 2.5).exclude == ""
+    assert list(report["slow"]) == [hosts[-1]] and "matrix product" in report["slow"][hosts[-1]][0]
+    assert not report["broken"] and report["exclude"] == hosts[-1] and table(report)[-1].endswith("slow")
+    assert sentences(report) == [f"{hosts[-1]} is slow: {report['slow'][hosts[-1]][0]}"]
+    assert json.loads(json.dumps(report))["exclude"] == hosts[-1]
+    assert judge(answers, hosts, 2.5)["exclude"] == ""
 
 
 @pytest.mark.parametrize("nodes", [3, 4, 5, 8])
 def test_a_slow_network_card_is_told_from_its_neighbours(nodes: int):
     answers, hosts = measured(nodes, 2, slow_pairs=(1,))
     report = judge(answers, hosts, 1.5)
-    assert report.exclude == "node1" and "best neighbour" in report.slow["node1"][0]
+    assert report["exclude"] == "node1" and "best neighbour" in report["slow"]["node1"][0]
 
 
 def test_a_slow_link_between_two_nodes_names_neither():
     answers, hosts = measured(2, 2, slow_pairs=(1,))
-    assert judge(answers, hosts, 1.5).exclude == ""
+    assert judge(answers, hosts, 1.5)["exclude"] == ""
 
 
 def test_what_is_broken():
-    def with_changes(rank: int, **changes: Any) -> Report:
+    def with_changes(rank: int, **changes: Any) -> dict[str, Any]:
         answers, hosts = measured(4, 2)
         answers[rank] = changes if "silent" in changes or "error" in changes else answers[rank] | changes
         return judge(answers, hosts, 1.5)
 
     report = with_changes(5, same=False)
-    assert report.exclude == "node2" and "different results" in report.broken["node2"][0]
+    assert report["exclude"] == "node2" and "different results" in report["broken"]["node2"][0]
     report = with_changes(6, blind=["node3"])
-    assert report.exclude == "node3" and "not shared" in report.broken["node3"][0]
+    assert report["exclude"] == "node3" and "not shared" in report["broken"]["node3"][0]
     report = with_changes(2, error="No space left on device")
-    assert report.broken == {"node1": ["No space left on device"]}
+    assert report["broken"] == {"node1": ["No space left on device"]}
     # the collectives of a silent rank's neighbours fail too: only the silent rank is at fault
     answers, hosts = measured(4, 2)
     answers[2] = {"silent": "no answer from rank 2 in 60 s to what it does together"}
     answers[4] = {"error": "Timed out waiting"}
-    assert list(judge(answers, hosts, 1.5).broken) == ["node1"]
+    assert list(judge(answers, hosts, 1.5)["broken"]) == ["node1"]
