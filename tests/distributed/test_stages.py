@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.harness import flags, spawn, write_assets
-from torchtitan.components.lineage import differences
+from torchtitan.components.changes import differences
 from torchtitan.components.manifest import complete_steps, has_ended, read_manifest
 from torchtitan.components.start import find_start
-from torchtitan.config import as_tables, load_config
+from torchtitan.config import load_config
 from torchtitan.config.schema import Gate, JobConfig, Stage
 from torchtitan.extensions.cluster.chain import run_chain
 from torchtitan.extensions.cluster.check_config import main as config_main
@@ -182,7 +182,7 @@ def test_the_printed_difference(folder: Path, runs: dict[str, dict[str, Any]]):
     config = load_config([*args, "--data.sources.0.min_length", "5"])
     inputs = prepare_inputs(config, 2)
     assert inputs.start is not None and inputs.start.manifest is not None
-    lines = differences(inputs.start.manifest, as_tables(config), as_json(inputs.args))
+    lines = differences(inputs.start.manifest, config, as_json(inputs.args))
     for expected in (
         "rope.theta 10000 -> 22081.8",
         "training.seq_len 128 -> 256",

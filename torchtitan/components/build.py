@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 
 from torchtitan.attention.backends import choose_backend
+from torchtitan.components.changes import differences
 from torchtitan.components.checkpoint import Checkpointer, damage_of_all, load, saved_parts, set_random_state
-from torchtitan.components.lineage import differences
 from torchtitan.components.loss import train_micro_batch
 from torchtitan.components.manifest import read_manifest
 from torchtitan.components.metrics import MetricsLogger
 from torchtitan.components.setup import StageInputs
 from torchtitan.components.start import Start
-from torchtitan.config import JobConfig, as_tables, dump_toml
+from torchtitan.config import JobConfig, dump_toml
 from torchtitan.config.checks import accumulation_steps, resolve_shard_degree
 from torchtitan.datasets.loader import build_loader
 from torchtitan.distributed.context_parallel.local_batch import LocalBatch, local_batch
@@ -135,7 +135,7 @@ def _start_from(
         f"{start.manifest['tokens_seen']:,} tokens" + (f"; {', '.join(anew)} anew" if anew else "")
     )
     logger.info(f"what changes from stage {name} to {config.stage.name}:")
-    for line in differences(start.manifest, as_tables(config), as_json(inputs.args)):
+    for line in differences(start.manifest, config, as_json(inputs.args)):
         logger.info(f"  {line}")
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from torchtitan.attention.backends import choose_backend
 from torchtitan.attention.varlen import check_window
-from torchtitan.components.lineage import check_before, flat, lineage, shown
+from torchtitan.components.changes import changed_inputs, changes, flat, shown
+from torchtitan.components.lineage import check_previous, lineage
 from torchtitan.components.manifest import check_load_step, complete_steps, digest, newest_manifest
 from torchtitan.components.metrics import import_wandb
 from torchtitan.components.start import Start, check_start, find_start, hugging_face_start
@@ -22,7 +23,7 @@ from torchtitan.config import JobConfig, as_tables
 from torchtitan.config.checks import rows_per_step
 from torchtitan.config.schema import Data, Source, Training
 from torchtitan.datasets.corpus import Corpus
-from torchtitan.datasets.plan import Plan, changed_inputs
+from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.distributed.options.quantize import check_quantize
@@ -88,7 +89,7 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
     assets = Path(config.model.hf_assets_path)
     tokenizer = load_tokenizer(assets)
     own = _own_manifest(config)
-    check_before(config, own)
+    check_previous(config, own)
     start = None if own else find_start(config)
     stages_before = own.get("stages_before", []) if own else lineage(start.manifest if start else None)
     from_hf = hugging_face_start(assets) if config.checkpoint.initial_load_in_hf and not own else None
@@ -212,8 +213,7 @@ def _check_resumable(
     """Refuse a checkpoint folder of another model or of other data, rather than overwrite or mix."""
     folder = Path(config.job.dump_folder) / config.checkpoint.folder
     steps = complete_steps(folder)
-    was, now = flat(complete(manifest["architecture"])), flat(as_json(args))
-    differences = [f"{k} {was.get(k)} -> {now.get(k)}" for k in {**was, **now} if was.get(k) != now.get(k)]
+    differences = changes(flat(complete(manifest["architecture"])), flat(as_json(args)))
     if manifest["tokenizer"] != tokenizer.fingerprint:
         differences.append("the tokenizer")
     differences += changed_inputs(manifest["plan"], plan.inputs)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchtitan.components.lineage import flat, folder_before, stage_as_run
+from torchtitan.components.changes import changes, flat
+from torchtitan.components.lineage import previous_folder, previous_stage
 from torchtitan.components.manifest import complete_steps, read_manifest
 from torchtitan.config.schema import JobConfig
 from torchtitan.models.architecture import args_from_manifest, as_json
@@ -52,7 +53,7 @@ def _stage_before(config: JobConfig) -> Start:
     if not after.is_file():
         what = "is a folder" if after.is_dir() else "does not exist"
         raise UserError(f"stage.after = {after} {what}: it must name the TOML file of the stage before.")
-    before, dump_folder = stage_as_run(config), folder_before(config)
+    before, dump_folder = previous_stage(config), previous_folder(config)
     folder = dump_folder / before.checkpoint.folder
     how = (
         f"Train it first (./run_train.sh --job.config_file {after}, or this stage with --stage.run_chain), name where "
@@ -131,13 +132,8 @@ def check_start(start: Start, args: TransformerArgs, tokenizer: str, rope_type: 
     """
     if start.args is None:
         return
-    old, new = flat(as_json(start.args)), flat(as_json(args))
-    differences = [
-        f"{key} {old.get(key)} -> {new.get(key)}"
-        for key in {**old, **new}
-        if not key.startswith("rope.") and old.get(key) != new.get(key)
-    ]
-    if differences:
+    old, new = (flat({**as_json(a), "rope": {}}) for a in (start.args, args))
+    if differences := changes(old, new):
         raise UserError(f"{start.path} is of another architecture: {'; '.join(differences)}.")
     if start.manifest and start.manifest["tokenizer"] != tokenizer:
         raise UserError(

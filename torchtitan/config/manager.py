@@ -12,7 +12,7 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import tomli_w
 import tyro
@@ -105,6 +105,22 @@ def _plain(table: Any) -> dict[str, Any]:
         if value is not None:
             result[key] = value
     return result
+
+
+def from_tables(tables: dict[str, dict[str, Any]]) -> JobConfig:
+    """The inverse of as_tables, for those of older versions too: missing keys have their default, unknown ones are
+    left out."""
+
+    def build(cls: Any, values: dict[str, Any]) -> Any:
+        return cls(**{name: plain(key.hint, values[name]) for name, key in keys_of(cls).items() if name in values})
+
+    def plain(hint: Any, value: Any) -> Any:
+        element = element_table(hint)
+        if isinstance(value, list):
+            return tuple(build(element, item) if element else item for item in value)
+        return build(hint, value) if isinstance(value, dict) else value
+
+    return cast(JobConfig, build(JobConfig, tables))
 
 
 def flag_name(arg: str) -> str:

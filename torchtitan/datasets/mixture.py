@@ -8,7 +8,6 @@ data.strategy acts in three functions: piece_limit (cut_*), _weights (domain_*) 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from torchtitan.config.schema import Data, Source
+from torchtitan.datasets.same_data import normalize
 from torchtitan.tools.errors import UserError
 
 Kind = Literal["all", "long", "short"]
@@ -174,12 +174,6 @@ def _weights(data: Data) -> list[float]:
         named = data.upsampled_sources
         weights = [data.upsampled_weight if s.name in named else s.weight for s in data.sources]
     return normalize(weights)
-
-
-def normalize(weights: Sequence[float]) -> list[float]:
-    """The weights with a sum of 1; rounded, so that 1 to 2 and 0.3 to 0.6 are the same on every machine."""
-    total = math.fsum(weights)
-    return [round(weight / total, 12) for weight in weights]
 
 
 def _is_long(eligible: _Eligible, data: Data) -> np.ndarray:

@@ -23,35 +23,23 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.schema import Data
 from torchtitan.datasets.corpus import ASSISTANT, Corpus
-from torchtitan.datasets.mixture import Stream, build_streams, check_epochs, normalize
+from torchtitan.datasets.mixture import Stream, build_streams, check_epochs
 from torchtitan.datasets.row_table import RowTable, build_table, load_table, save_table
+from torchtitan.datasets.same_data import data_keys, shares, source_options
 from torchtitan.tools.folders import lock
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """Version of the function (seed, step, slot) -> row; raised whenever the same inputs give other rows."""
-
-NOT_ROWS = (
-    "name",
-    "path",
-    "weight",
-    "text_field",
-    "messages_field",
-    "hub_subset",
-    "hub_split",
-    "hub_revision",
-    "max_epochs",
-)
-"""Keys of a source that the rows do not depend on, beyond its share and its documents."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +111,7 @@ class Plan:
     @property
     def inputs(self) -> dict[str, Any]:
         """All that decides the batch of a step, as JSON values. Not the number of steps: a run can be made longer."""
-        data = {key: value for key, value in _plain(asdict(self.data)).items() if self._decides(key)}
-        shares = normalize([source.weight for source in self.data.sources])
-        sources = zip(self.data.sources, shares, self.corpora, self.separators)
+        sources = zip(self.data.sources, shares(self.data), self.corpora, self.separators)
         # What a seed gives may change from one version of NumPy to another; a resumed run must not ignore that.
         random = np.random.default_rng([self.seed, 1])
         canary = [random.permutation(1000)]
@@ -138,11 +124,11 @@ class Plan:
             "seed": self.seed,
             "seq_len": self.seq_len,
             "rows_per_step": self.rows_per_step,
-            **data,
+            **data_keys(self.data),
             **({} if self.short_window is None else {"short_window": self.short_window}),
             "sources": [
                 {"name": s.name, "share": share, "corpus": corpus.fingerprint}
-                | _changed_options(s)
+                | {key: value for key, value in source_options(s, "rows").items() if key != "separator"}
                 | ({"separator": separator.tolist()} if len(separator) else {})
                 for s, share, corpus, separator in sources
             ],
@@ -152,19 +138,6 @@ class Plan:
     def fingerprint(self) -> str:
         """Hex digest of `inputs`."""
         return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()[:16]
-
-    def _decides(self, key: str) -> bool:
-        """Whether a key of [data] decides the batches, given the other keys."""
-        data = self.data
-        raises = any(s.upsample is not None or s.upsample_to is not None for s in data.sources)
-        by_length = data.strategy in ("per_source_upsampling", "global_upsampling")
-        if key == "long_threshold":
-            return raises or by_length
-        if key == "long_share":
-            return by_length
-        if key in ("upsampled_sources", "upsampled_weight"):
-            return data.strategy == "domain_upsampling"
-        return key not in NOT_INPUTS
 
     def tokens_of(self, stream: Stream) -> int:
         """Tokens of a stream in all rows."""
@@ -227,35 +200,3 @@ class Plan:
         texts = [f"{self.names[s]} {d}[{a}:{a + n}] (epoch {e})" for s, d, a, n, e in parts]
         more = f" and {len(row.documents) - 8} more" if len(row.documents) > 8 else ""
         return f"documents {', '.join(texts)}{more}"
-
-
-NOT_INPUTS = ("sources", "folder", "add_bos", "add_eos", "cache_folder", "num_workers")
-"""Keys of [data] that are in the documents' fingerprints or do not change a batch."""
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-
-def _changed_options(source: Source) -> dict[str, Any]:
-    default = asdict(Source())
-    return {k: v for k, v in asdict(source).items() if v != default[k] and k not in (*NOT_ROWS, "separator")}
-
-
-def changed_inputs(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The differences of two Plan.inputs, e.g. 'seq_len 1024 -> 2048', 'source code: share 0.5 -> 0.6'."""
-    keys = [key for key in {**saved, **now} if key != "sources"]
-    changes = [f"{key} {saved.get(key)} -> {now.get(key)}" for key in keys if saved.get(key) != now.get(key)]
-    if saved.get("rows_per_step") != now.get("rows_per_step"):
-        changes.append(f"(training.global_batch_size = {saved.get('rows_per_step')} keeps the rows of a step)")
-    before, after = saved.get("sources", []), now.get("sources", [])
-    names_before, names_after = [s["name"] for s in before], [s["name"] for s in after]
-    if names_before != names_after:
-        return [*changes, f"sources [{', '.join(names_before)}] -> [{', '.join(names_after)}]"]
-    for old, new in zip(before, after):
-        for key in {**old, **new}:
-            if old.get(key) != new.get(key):
-                shown = [old.get(key), new.get(key)]
-                what = "its documents (corpus {} -> {})" if key == "corpus" else key + " {} -> {}"
-                changes.append(f"source {new['name']}: {what.format(*shown)}")
-    return changes

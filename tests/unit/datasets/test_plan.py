@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from tests.unit.conftest import DOMAINS, domain_data, expected_tokens
+from torchtitan.components.changes import changed_inputs
 from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import Corpus
-from torchtitan.datasets.plan import Plan, changed_inputs
+from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.row_table import PADDING_SEGMENT
 from torchtitan.tools.errors import UserError
 

@@ -15,14 +15,12 @@ often.
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from torchtitan.components.lineage import check_before, flat
+from torchtitan.components.changes import changed_since
+from torchtitan.components.lineage import check_previous
 from torchtitan.components.manifest import has_ended, newest_manifest
-from torchtitan.config import JobConfig, as_tables, load_config
-from torchtitan.config.schema import Source
+from torchtitan.config import JobConfig, load_config
 from torchtitan.extensions.cluster.check_config import check_tables
 from torchtitan.extensions.cluster.gates import gate_failure
 from torchtitan.extensions.cluster.launch import launch
@@ -57,58 +55,18 @@ def run_chain(args: list[str], nproc: int) -> int:
     return 0
 
 
-DECISIVE = (
-    "model.flavor",
-    "model.hf_assets_path",  # under flavor "auto" the only name of the model, and always that of the tokenizer
-    "rope.",
-    "data.",
-    "training.seed",
-    "training.seq_len",
-    "training.global_batch_",
-)
-"""Keys, or beginnings of keys, that decide the model or the rows."""
-INDIFFERENT = ("data.num_workers", "data.cache_folder", "data.folder")
-
-
 def _check_unchanged(config: JobConfig) -> None:
-    """UserError where a stage that has ended is not what it would be now, for its own configuration or for the stage
-    before, which has been trained anew."""
+    """UserError if a stage that has ended would be another now: by its configuration, or because the previous stage has
+    been trained anew."""
     _, manifest = newest_manifest(config)
     assert manifest  # it has ended
-    check_before(config, manifest)
+    check_previous(config, manifest)
     if changes := changed_since(manifest, config):
         raise UserError(
             f"Stage {config.stage.name} has ended, but with another configuration than it has now: "
             f"{'; '.join(changes)}. Set that back, choose another job.dump_folder, or delete "
             f"{config.job.dump_folder} to train it anew."
         )
-
-
-def changed_since(manifest: dict[str, Any], config: JobConfig) -> list[str]:
-    """What is another model or other data now than in the last manifest of the stage, as 'rope.theta 1e4 -> 2e4'."""
-    saved = manifest.get("config", {})
-    # what an older manifest lacks had its default
-    was, now = _values(as_tables(JobConfig())) | _values(saved), _values(as_tables(config))
-    return [
-        f"{key} {was.get(key)} -> {now.get(key)}"
-        for key in {**was, **now}
-        if saved and key.startswith(DECISIVE) and key not in INDIFFERENT and not _same(key, was.get(key), now.get(key))
-    ]
-
-
-def _same(key: str, was: Any, now: Any) -> bool:
-    """Whether two values of a key mean the same: a folder may be spelt in two ways."""
-    if key == "model.hf_assets_path" and was is not None and now is not None:
-        return Path(was).expanduser().resolve() == Path(now).expanduser().resolve()
-    return bool(was == now)
-
-
-def _values(tables: dict[str, Any]) -> dict[str, Any]:
-    """'data.sources.0.path' and the like -> value."""
-    values = flat(tables)
-    for i, source in enumerate(values.pop("data.sources", ())):
-        values |= flat(asdict(Source()) | source, f"data.sources.{i}.")
-    return values
 
 
 def ended(args: list[str], unchanged: bool = True) -> int:

@@ -10,8 +10,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from torchtitan.components.changes import flat
 from torchtitan.components.hooks import Hook
-from torchtitan.components.lineage import flat, folder_before, stage_as_run
+from torchtitan.components.lineage import previous_folder, previous_stage
 from torchtitan.components.manifest import complete_steps, newest_manifest
 from torchtitan.config.schema import Gate, JobConfig
 from torchtitan.tools.errors import GateError, UserError
@@ -62,7 +63,7 @@ def check_previous_gates(config: JobConfig) -> None:
     """
     if not config.stage.after or not Path(config.stage.after).is_file() or newest_manifest(config)[1] is not None:
         return
-    previous, folder = stage_as_run(config), folder_before(config)
+    previous, folder = previous_stage(config), previous_folder(config)
     steps = complete_steps(folder / previous.checkpoint.folder)
     if not steps or steps[-1] < previous.training.steps:
         return
@@ -74,7 +75,7 @@ def gate_failure(config: JobConfig, dump_folder: Path) -> str | None:
     """failed_gate for a stage that wrote to dump_folder. The previous stage is read only if a gate compares with it."""
     gates = config.stage.gates
     compares = config.stage.after and any(gate.above_previous is not None for gate in gates)
-    previous = folder_before(config) / "metrics.jsonl" if compares else None
+    previous = previous_folder(config) / "metrics.jsonl" if compares else None
     return failed_gate(gates, dump_folder / "metrics.jsonl", previous)
 
 

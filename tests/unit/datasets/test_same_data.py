@@ -1,0 +1,115 @@
+"""What the keys of [data] and of its sources decide, as the schema says, against the batches that a plan gives."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from torchtitan.config.keys import keys_of
+from torchtitan.config.schema import Data, Source
+from torchtitan.datasets.batch import PackedBatch
+from torchtitan.datasets.corpus import Corpus
+from torchtitan.datasets.loader import micro_batch
+from torchtitan.datasets.plan import Plan
+from torchtitan.datasets.same_data import shares
+
+ANOTHER_DATA: dict[str, tuple[dict[str, Any], Any]] = {
+    # key -> (keys under which it is read, another value)
+    "folder": ({}, "/elsewhere"),
+    "add_bos": ({}, False),
+    "add_eos": ({}, False),
+    "strategy": ({"long_share": 0.99}, "global_upsampling"),
+    "long_threshold": ({"strategy": "global_upsampling", "long_threshold": 60}, 90),
+    "long_share": ({"strategy": "global_upsampling", "long_threshold": 60}, 0.95),
+    "upsampled_sources": ({"strategy": "domain_upsampling", "upsampled_sources": ("long",)}, ("short",)),
+    "upsampled_weight": ({"strategy": "domain_upsampling", "upsampled_sources": ("long",)}, 5.0),
+    "packing": ({}, "concat"),
+    "cross_document_attention": ({}, True),
+    "anchor_attention": ({}, True),
+    "positions": ({}, "continue"),
+    "target_seq_len": ({"positions": "random", "target_seq_len": 100}, 200),
+    "cache_folder": ({}, "/elsewhere"),
+    "num_workers": ({}, 7),
+}
+ANOTHER_SOURCE: dict[str, tuple[dict[str, Any], Any]] = {
+    "path": ({}, "elsewhere"),
+    "weight": ({}, 3.0),
+    "text_field": ({}, "body"),
+    "messages_field": ({}, "messages"),
+    "hub_subset": ({}, "part"),
+    "hub_split": ({}, "validation"),
+    "hub_revision": ({}, "v2"),
+    "max_documents": ({}, 5),
+    "min_length": ({}, 60),
+    "max_length": ({}, 60),
+    "chunk_length": ({}, 7),
+    "long_document": ({}, "truncate"),
+    "upsample": ({}, 9.0),
+    "upsample_to": ({}, 0.99),
+    "separator": ({}, "###"),
+    "max_epochs": ({}, 99.0),
+}
+TOKENS = {"": (), "###": (7, 7)}
+"""What a separator is tokenized to."""
+
+
+def make_plan(data: Data, **options: Any) -> Plan:
+    """Of two corpora, whatever the keys say that decide what the documents are."""
+    random = np.random.default_rng(0)
+    corpora = []
+    for name, lengths in (("long", random.integers(20, 200, 30)), ("short", random.integers(1, 12, 90))):
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        corpora.append(Corpus(name, [(ends, np.arange(1, 1 + ends[-1], dtype=np.int32))], name, None))
+    arguments: dict[str, Any] = {"seq_len": 48, "rows_per_step": 8, "steps": 6, "seed": 5} | options
+    return Plan(data, corpora, separators=[TOKENS[source.separator] for source in data.sources], **arguments)
+
+
+def batches(plan: Plan) -> list[list[Any]]:
+    """All tensors of all batches."""
+    made = [micro_batch(plan, step, list(range(plan.rows_per_step))) for step in range(plan.steps)]
+    values = [[getattr(batch, f.name) for f in fields(PackedBatch)] for batch in made]
+    return [[v if v is None else v.tolist() for v in row] for row in values]
+
+
+def stage(options: dict[str, Any], of_source: dict[str, Any]) -> Data:
+    first = Source(**{"name": "long", "path": "l", "weight": 0.6} | of_source)
+    return Data(**{"sources": (first, Source("short", "s", 0.4)), "long_threshold": 60} | options)
+
+
+def check_decision(decides: str | None, was: Data, now: Data) -> None:
+    """Keys that decide rows give other batches and other inputs; all others the same of both, from the same corpora."""
+    plan, other = make_plan(was), make_plan(now)
+    assert (batches(plan) != batches(other)) == (decides == "rows")
+    assert (plan.fingerprint != other.fingerprint) == (decides == "rows")
+
+
+@pytest.mark.parametrize("key", ANOTHER_DATA)
+def test_what_a_key_of_data_decides(key: str) -> None:
+    options, value = ANOTHER_DATA[key]
+    was = stage(options, {})
+    check_decision(keys_of(Data)[key].decides, was, replace(was, **{key: value}))
+
+
+@pytest.mark.parametrize("key", ANOTHER_SOURCE)
+def test_what_a_key_of_a_source_decides(key: str) -> None:
+    options, value = ANOTHER_SOURCE[key]
+    check_decision(keys_of(Source)[key].decides, stage({}, options), stage({}, options | {key: value}))
+
+
+@pytest.mark.parametrize("changes", [{"seed": 6}, {"seq_len": 64}, {"rows_per_step": 4}])
+def test_what_else_decides_the_rows(changes: dict[str, int]) -> None:
+    plan, other = make_plan(stage({}, {})), make_plan(stage({}, {}), **changes)
+    assert batches(plan) != batches(other) and plan.fingerprint != other.fingerprint
+
+
+def test_every_key_is_among_them() -> None:
+    assert set(ANOTHER_DATA) | {"sources"} == set(keys_of(Data))
+    assert set(ANOTHER_SOURCE) | {"name"} == set(keys_of(Source))  # a name is what the rows are reported by
+
+
+def test_weights_count_by_their_ratio() -> None:
+    assert shares(stage({}, {"weight": 0.6})) == [0.6, 0.4]
+    assert shares(stage({}, {"weight": 0.2})) == [round(1 / 3, 12), round(2 / 3, 12)]

@@ -1,0 +1,144 @@
+"""What has changed between two times of a stage, or from one stage to the next: the one comparison of all who ask.
+
+A stage that is resumed asks changed_inputs(), which knows the files; a chain, which opens none, asks changed_since();
+a stage that starts from another prints differences(). What a key decides stands at its field (config/keys.py). Read
+without PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torchtitan.config.checks import rows_per_step
+from torchtitan.config.keys import Decision
+from torchtitan.config.manager import from_tables
+from torchtitan.config.schema import Data, JobConfig
+from torchtitan.config.toml_file import known_keys
+from torchtitan.datasets.same_data import data_keys, keys_that_decide, shares, source_options
+from torchtitan.tools.errors import UserError
+
+ANOTHER_STAGE: tuple[Decision, ...] = ("documents", "rows", "model")
+"""What cannot change in a stage."""
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"rope": {"theta": 1}} -> {"rope.theta": 1}."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
+
+
+def shown(value: Any) -> str:
+    """A value in a log line: numbers and lists shortened, None as unset."""
+    if value is None:
+        return "unset"
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def changes(was: dict[str, Any], now: dict[str, Any], show: Callable[[Any], str] = str) -> list[str]:
+    """The differences of two flat dictionaries, as 'rope.theta 10000.0 -> 20000.0'."""
+    keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+    return [f"{key} {show(was.get(key))} -> {show(now.get(key))}" for key in keys]
+
+
+def changed_inputs(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The differences of two Plan.inputs, such as 'seq_len 1024 -> 2048', 'source code: share 0.5 -> 0.6'."""
+    result = changes({**saved, "sources": 0}, {**now, "sources": 0})
+    if saved.get("rows_per_step") != now.get("rows_per_step"):
+        result.append(f"(training.global_batch_size = {saved.get('rows_per_step')} keeps the rows of a step)")
+    before, after = saved.get("sources", []), now.get("sources", [])
+    names_before, names_after = [s["name"] for s in before], [s["name"] for s in after]
+    if names_before != names_after:
+        return [*result, f"sources [{', '.join(names_before)}] -> [{', '.join(names_after)}]"]
+    for old, new in zip(before, after):
+        for change in changes(old, new):
+            key, _, values = change.partition(" ")
+            what = f"its documents (corpus {values})" if key == "corpus" else change
+            result.append(f"source {new['name']}: {what}")
+    return result
+
+
+def changed_since(manifest: dict[str, Any], config: JobConfig) -> list[str]:
+    """What is other data or another model now than in a manifest of the stage, as 'rope.theta None -> 20000.0'."""
+    if not manifest.get("config"):
+        return []
+    saved = from_tables(manifest["config"])
+    was, now = _identity(saved), _identity(config)
+    for key in was:  # a path can be spelt in two ways
+        if key.endswith("path") and was[key] and now.get(key) and _place(was[key]) == _place(now[key]):
+            now[key] = was[key]
+    result = changes(was, now)
+    rows = [_rows_per_step(c, manifest.get("world_size", 1)) for c in (saved, config)]
+    if None not in rows and rows[0] != rows[1]:
+        result.append(f"rows per step {rows[0]} -> {rows[1]}")
+    return result
+
+
+def _identity(config: JobConfig) -> dict[str, Any]:
+    """Key -> value of all keys that make a stage what it is, except those of the batch: _rows_per_step has them."""
+    batch = ("training.local_batch_size", "training.global_batch_size", "training.global_batch_tokens")
+    values = {
+        name: getattr(getattr(config, table), field)
+        for name, key in known_keys().items()
+        for table, field in [name.split(".")]
+        if key.decides in ANOTHER_STAGE and table != "data" and name not in batch
+    }
+    data = data_keys(config.data) | keys_that_decide(config.data, "documents")
+    for i, (source, share) in enumerate(zip(config.data.sources, shares(config.data))):
+        options = {"name": source.name, "share": share} | source_options(source, *ANOTHER_STAGE)
+        data |= {f"sources.{i}.{key}": value for key, value in options.items()}
+    return values | {f"data.{key}": value for key, value in data.items()}
+
+
+def _place(path: str) -> Path:
+    return Path(path).expanduser().resolve()
+
+
+def _rows_per_step(config: JobConfig, world_size: int) -> int | None:
+    """On as many processes as the stage was trained on; None if it cannot run on these."""
+    try:
+        return rows_per_step(config, world_size)
+    except UserError:
+        return None
+
+
+def differences(manifest: dict[str, Any], config: JobConfig, architecture: dict[str, Any]) -> list[str]:
+    """What changes for training from the stage of a manifest to this one, such as 'rope.theta 8e+06 -> 1.28e+08'.
+
+    architecture: of this stage, as in its manifest, for the RoPE that the keys of [rope] lead to.
+    """
+    saved = from_tables(manifest.get("config", {}))
+    lines = changes(flat({"rope": manifest["architecture"]["rope"]}), flat({"rope": architecture["rope"]}), show=shown)
+    for name, key in known_keys().items():
+        table, field = name.split(".")
+        if key.decides not in ("nothing", "start") and table != "rope" and name != "data.sources":
+            was, now = (getattr(getattr(c, table), field) for c in (saved, config))
+            lines += changes({name: was}, {name: now}, show=shown)
+    old, new = _mixture(saved.data), _mixture(config.data)
+    for name in {**old, **new}:
+        before, after = _told(old.get(name), new.get(name)), _told(new.get(name), old.get(name))
+        if before != after:
+            lines.append(f"data source {name}: {before} -> {after}")
+    return lines
+
+
+def _mixture(data: Data) -> dict[str, dict[str, Any]]:
+    """Source -> its options that decide its documents or rows, and its share of the tokens."""
+    return {
+        source.name: {"share": f"{share:.1%}"} | source_options(source, "documents", "rows")
+        for source, share in zip(data.sources, shares(data))
+    }
+
+
+def _told(source: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
+    """A source's share, and those of its options that are not the same in the other stage."""
+    if source is None:
+        return "none"
+    options = [f"{k} {shown(v)}" for k, v in source.items() if k != "share" and (other or {}).get(k) != v]
+    return ", ".join([source["share"], *options])
