@@ -23,7 +23,7 @@ def host_kinds(stage: StageNumbers) -> Kinds:
     if stage.offload_parameters:
         kinds |= {"parameters": parameters(stage), "gradients": gradients(stage), "optimizer": optimizer(stage)}
     if stage.offload_checkpoints:
-        layers = round(stage.args.n_layers * stage.recomputed_blocks)
+        layers = round(stage.args.n_layers * stage.checkpointing.blocks)
         kinds["checkpoints of blocks"] = layers * (1 << (int(stream(stage)) - 1).bit_length())
     return kinds
 

@@ -173,14 +173,14 @@ def attention_kept(stage: StageNumbers) -> Kinds:
 def kept_anyway(stage: StageNumbers) -> float:
     """What selective checkpointing keeps of a recomputed block: attention's output and log-sum-exp, and the results of
     every n-th matrix product."""
-    if not stage.keeps_attention:
+    if not stage.checkpointing.keeps_attention:
         return 0
     args, (queries, kv) = stage.args, head_widths(stage)
     kept = stage.tokens * (queries * stage.computed + args.n_heads / stage.tp * WIDE)
-    if stage.kept_products:
+    if every := stage.checkpointing.kept_products:
         inner = [] if stage.mlp_tile is not None else [args.ffn_dim / stage.tp] * 2 + [args.dim]
         widths = [kv, kv, queries, args.dim, *inner]
-        kept += stage.tokens * sum(widths[stage.kept_products - 1 :: stage.kept_products]) * stage.computed
+        kept += stage.tokens * sum(widths[every - 1 :: every]) * stage.computed
     return kept
 
 
@@ -258,7 +258,7 @@ def add(*parts: Kinds) -> Kinds:
 
 def kept_by(stage: StageNumbers, layers: int) -> Kinds:
     """What `layers` blocks, some of them recomputed, keep from forward to backward."""
-    again = layers * stage.recomputed_blocks
+    again = layers * stage.checkpointing.blocks
     on_device = min(again, IN_FLIGHT) if stage.offload_checkpoints and stage.device == "cuda" else again
     recomputed = {"checkpoints of blocks": stream(stage, on_device), "attention": again * kept_anyway(stage)}
     whole = layers - again
@@ -318,7 +318,7 @@ def moments(stage: StageNumbers) -> list[Moment]:
     head = add(static, so_far, kept, {"gathered parameters": gathered(stage, s.head)})
     # the block in backward: if it is not recomputed, what it computes with is already in `kept`
     block = add(worst_of_block(stage), tied)
-    if stage.recomputed_blocks < 1:
+    if stage.checkpointing.blocks < 1:
         block = add(block, {kind: -value for kind, value in block_kept(stage).items()})
     else:  # and what selective checkpointing has kept of it is not recomputed
         block = add(block, {"attention": -kept_anyway(stage)})

@@ -99,7 +99,7 @@ def host_link_bytes(stage: StageNumbers) -> float:
     """What crosses a rank's link to the host per step: checkpoints out and in, parameters in, gradients out."""
     total = 0.0
     if stage.offload_checkpoints:
-        total += 2 * stream(stage, stage.args.n_layers * stage.recomputed_blocks) * stage.accumulation
+        total += 2 * stream(stage, stage.args.n_layers * stage.checkpointing.blocks) * stage.accumulation
     if stage.offload_parameters:
         total += shard_numel(stage) * stage.stored * 3 * stage.accumulation
     return total

@@ -1,4 +1,4 @@
-"""The numbers of a stage that decide memory and time, out of its configuration: what every formula here reads."""
+"""The numbers of a stage that decide memory and time, taken from its configuration: what every formula here reads."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.context_parallel.exchange import kv_received
 from torchtitan.distributed.context_parallel.layout import LAYOUTS
 from torchtitan.models.transformer import TransformerArgs
-from torchtitan.models.work import Recomputed, checkpointing_of, recomputed_by
+from torchtitan.models.work import Checkpointing, Recomputed, checkpointing_of, recomputed_by
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class StageNumbers:
-    """A stage on so many ranks. Everything is of one rank unless it says otherwise."""
+    """A stage on a number of ranks. A number is that of one rank unless it says otherwise."""
 
     args: TransformerArgs
     device: Literal["cuda", "cpu"]
@@ -31,16 +31,16 @@ class StageNumbers:
     tp: int
 
     stream: int
-    """Tokens of a micro-batch, over its context-parallel ranks."""
+    """Tokens of a micro-batch on all its context-parallel ranks."""
 
     rows: int
     """Rows of a micro-batch."""
 
     accumulation: int
-    """Micro-batches of a step."""
+    """Micro-batches per step."""
 
     document: int
-    """Length of the documents that the rows are made of, all alike."""
+    """Length in tokens of the documents in the rows, the same for all."""
 
     layout: str
     exchange: str
@@ -52,34 +52,28 @@ class StageNumbers:
     """Bytes of each of the optimizer's two moments."""
 
     computed: int
-    """Bytes of a parameter as it is gathered, and of an activation."""
+    """Bytes of a gathered parameter and of an activation."""
 
     foreach: bool
-    """The optimizer's kernel makes a list of temporaries of the parameters' size."""
+    """The optimizer's kernel makes temporaries as large as the parameters."""
 
     reshard: bool
     """A block's gathered parameters are freed after its forward."""
 
     loss_tile: int
-    """Bytes of logits in float32 at a time."""
+    """Bytes of float32 logits at a time."""
 
     recomputed: Recomputed
-    """What backward multiplies a second time, over the whole model."""
+    """What backward multiplies a second time, in the whole model."""
 
-    recomputed_blocks: float
-    """Share of the blocks of which backward computes anew what it needs."""
-
-    keeps_attention: bool
-    """But for the output of their attention, and for every n-th of their matrix products:"""
-
-    kept_products: int
-    """n; 0: none is kept."""
+    checkpointing: Checkpointing
+    """Which blocks backward recomputes, and what those blocks keep."""
 
     mlp_tile: int | None
-    """Tokens that the feed-forward takes at a time, recomputed in backward, on this rank's part of the stream."""
+    """Tokens per tile of the feed-forward, of this rank's part of the stream; backward recomputes tiles."""
 
     head_chunks: int
-    """ulysses: parts in which the heads are exchanged."""
+    """In how many parts ulysses exchanges the heads."""
 
     offload_checkpoints: bool
     """The inputs of recomputed blocks wait in host memory."""
@@ -96,7 +90,7 @@ class StageNumbers:
 
     @property
     def fsdp(self) -> int:
-        """Ranks that parameters, gradients and optimizer state are cut over."""
+        """How many ranks parameters, gradients and optimizer state are cut over."""
         return self.dp_shard * self.cp
 
     @property
@@ -106,24 +100,24 @@ class StageNumbers:
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of a step, over all ranks."""
+        """Tokens of a step on all ranks."""
         return self.stream * self.accumulation * self.dp_replicate * self.dp_shard
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Where the documents of a micro-batch end, from 0 on."""
+        """Where the documents of a micro-batch end in its stream; the first is 0."""
         row = self.stream // self.rows
         ends = [r * row + end for r in range(self.rows) for end in range(self.document, row, self.document)]
         return tuple(sorted({0, *ends, *range(row, self.stream + 1, row)}))
 
     @property
     def pairs(self) -> float:
-        """(query, key) pairs that the mask allows in a micro-batch, over its ranks; a mean over layers."""
+        """(query, key) pairs that the mask allows in a micro-batch on all its ranks; a mean over layers."""
         return _pairs(self.ends, self.args.sliding_window, self.args.sliding_share)
 
     @property
     def keys(self) -> int:
-        """Tokens whose keys and values a rank has in a layer at once: its own and those that come; the worst rank."""
+        """Tokens whose keys and values a rank holds in a layer: its own and received ones, on the rank with most."""
         if self.cp == 1:
             return self.tokens
         if self.exchange != "needed":
@@ -139,7 +133,7 @@ def _pairs(ends: tuple[int, ...], window: int | None, sliding_share: float) -> f
         return full
     assert window is not None
     lengths = np.diff(ends)
-    inside = np.minimum(lengths, window)  # a document's first tokens see all before them, the others `window`
+    inside = np.minimum(lengths, window)  # a document's first tokens see all previous ones, the others `window`
     sliding = int((inside * (inside + 1) // 2 + (lengths - inside) * window).sum())
     return full * (1 - sliding_share) + sliding * sliding_share
 
@@ -158,8 +152,11 @@ def numbers_of(
     device: Literal["cuda", "cpu"] = "cuda",
     document: int | None = None,
 ) -> StageNumbers:
-    """The numbers of a stage that check_config has let pass; document: None for one a row, the most work."""
-    p, t, kept = config.parallelism, config.training, checkpointing_of(config, args)
+    """The numbers of a stage whose configuration has passed check_config.
+
+    document: length in tokens of all documents; None: one per row, which is the most work.
+    """
+    p, t = config.parallelism, config.training
     whole = t.seq_len if document is None or config.data.cross_document_attention else min(document, t.seq_len)
     tile = t.mlp_tile_tokens
     return StageNumbers(
@@ -178,15 +175,13 @@ def numbers_of(
         stored=BYTES[t.dtype],
         state=BYTES[config.optimizer.state_dtype or t.dtype],
         computed=BYTES[t.mixed_precision_param],
-        # moments of another type than the parameters' are updated parameter by parameter
+        # moments of another dtype than the parameters' are updated parameter by parameter
         foreach=config.optimizer.implementation == "foreach"
         and config.optimizer.state_dtype in (None, config.training.dtype),
         reshard=p.fsdp_reshard_after_forward,
         loss_tile=t.loss_tile_mib << 20,
         recomputed=recomputed_by(config, args),
-        recomputed_blocks=kept.blocks,
-        keeps_attention=kept.keeps_attention,
-        kept_products=kept.kept_products,
+        checkpointing=checkpointing_of(config, args),
         mlp_tile=None if tile is None else max(tile // p.tensor_parallel_degree, 1),
         head_chunks=p.context_parallel_head_chunks,
         offload_checkpoints=config.activation_checkpoint.offload,
