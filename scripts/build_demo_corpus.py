@@ -1,8 +1,8 @@
 """Builds the demo's text from the Python installation itself: no download, no third-party text in the repository.
 
-code.jsonl: one long document a package. The .py files of every installed distribution, and of every top-level module
+code.jsonl: one long document per package. The .py files of every installed distribution, and of every top-level module
 or package of the standard library, joined in sorted order with a line `# file: path` before each. A package of more
-than 1 MB of source is cut there, at the end of the last file that fits (a single larger file is left out).
+than 1 MB of source is cut at the end of the last file that fits (a single larger file is left out).
 docs.jsonl: short documents, namely docstrings of modules of at least 200 characters (read with ast, not imported) and
 the descriptions in the distributions' metadata; exact duplicates are dropped.
 

@@ -5,7 +5,7 @@
 The report that training logs at its start: shares asked for and got, epochs, what is left out, what packing cuts, the
 work of the ranks. Text that is not in data.cache_folder yet is tokenized into it; the plan is kept there too, where
 training finds it. scripts/plot_plan.py draws what --out writes. Without --world-size, the number of processes is NGPU,
-or else 8, or where the stage cannot run on 8 the nearest number below, or else above, on which it can.
+or else 8. If the stage cannot run on 8, it is the nearest smaller number on which it can, or else the nearest larger.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MOST_PROCESSES = 1024
 
 
 def main(args: list[str]) -> int:
-    """Exit code 1, and one line, for what the user has wrong."""
+    """Exit code 1, and one line, for a mistake of the user."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -56,7 +56,7 @@ def main(args: list[str]) -> int:
 
 
 def choose_world_size(config: JobConfig, asked: int | None, ngpu: str | None) -> tuple[int, str]:
-    """(processes to plan for, why so many). UserError if the configuration is wrong, or cannot run on those asked."""
+    """(processes to plan for, why that number). UserError if the configuration is wrong or cannot run on it."""
     if asked is not None or ngpu:
         name = "--world-size" if asked is not None else "NGPU"
         given = str(asked) if asked is not None else str(ngpu)
@@ -79,14 +79,14 @@ def choose_world_size(config: JobConfig, asked: int | None, ngpu: str | None) ->
 
 def plan_stage(config: JobConfig, world_size: int) -> tuple[str, dict]:
     """The report as text and as JSON values."""
-    # PyTorch takes seconds to import: a mistake in the TOML should not.
+    # Importing PyTorch takes seconds: a mistake in the TOML must not.
     from torchtitan.components.setup import make_plan, model_args
     from torchtitan.datasets.tokenizer import load_tokenizer
     from torchtitan.extensions.ingest.resolve import resolve_source
     from torchtitan.extensions.ingest.stand_in import MARK
     from torchtitan.extensions.planner.data_report import format_report, report_of
 
-    if config.rope.theta == "auto":  # the stage before may not have been trained; rows do not depend on the base
+    if config.rope.theta == "auto":  # the previous stage may not have been trained; rows do not depend on the base
         config = replace(config, rope=replace(config.rope, theta=None))
     args = model_args(config)
     tokenizer = load_tokenizer(config.model.hf_assets_path)

@@ -4,9 +4,9 @@
     python scripts/plot_plan.py original.json cut_4k.json --out lengths.png
 
 Upper left: each source's share of the tokens, asked for and got, and how often it is read. Upper right: what becomes of
-its tokens. Lower left: tokens by length, of whole documents upwards and of the parts in rows downwards. Documents count
-by what the source's share is, so that the two halves differ by filters, cutting and upsampling alone. Lower right: by
-how much the busiest rank has more work than the mean rank, with rows as they come and as they are dealt.
+its tokens. Lower left: tokens by length, of whole documents upwards and of the parts in rows downwards. Documents are
+weighted by the source's share, so that the two halves differ by filters, cutting and upsampling alone. Lower right: how
+much more work the busiest rank has than the mean rank, with rows in slot order and with rows as they are dealt.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ STYLE: dict[str, Any] = {
     "text.parse_math": False,  # a $ in a name is a $
 }
 LONGEST_NAME = 26
-WIDTH = 13.0  # inches, as all sizes of the page
+WIDTH = 13.0  # inches, like all sizes of the page
 BAR = 0.27
 OUTDENT = -0.31  # of the last picture, in its widths: room for its names
 
 
 def main(args: list[str]) -> int:
-    """Exit code 1, and one line, for what the user has wrong."""
+    """Exit code 1, and one line, for a mistake of the user."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plans", nargs="+", type=Path, help="plan.json files, or folders that hold one")
     parser.add_argument("--out", type=Path, default=Path("plan.png"), help="the picture; .png, .pdf or .svg")
@@ -98,7 +98,7 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read: {error}. Give a plan.json, or the dump folder of a run.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{file} is not the report of a plan, or one of another version ({type(error).__name__}: {error}): write "
+            f"{file} is not the report of a plan, or is of another version ({type(error).__name__}: {error}): write "
             "it again with scripts/plan.py --out."
         ) from error
     return report
@@ -188,8 +188,8 @@ def fates_of(source: dict[str, Any]) -> dict[str, float]:
         "above max_length": left_out["above_max_length"][1],
         "dropped, too long": left_out["dropped"][1],
     }
-    # Beyond max_documents, of a source with weight 0, or of short documents where only long ones have a share. The
-    # used ones count with their separators, the corpus without.
+    # Beyond max_documents, of a source with weight 0, or of short documents if only long ones have a share. The
+    # used documents count with their separators, the corpus without.
     fates["no part of the mix"] = max(0.0, source["tokens"] - sum(fates.values()))
     return fates
 
@@ -265,7 +265,7 @@ def draw_lengths(axes: Axes, report: dict[str, Any]) -> None:
     axes.set_axisbelow(True)
     for text, y, edge in (("documents, as they are", 0.985, "top"), ("parts, as they stand in rows", 0.015, "bottom")):
         axes.text(0.012, y, text, va=edge, transform=axes.transAxes, fontsize=8.5, color=FAINT)
-    axes.set_xlabel("length: so many tokens, or up to twice as many")
+    axes.set_xlabel("length in tokens: from this to twice this")
     axes.set_title("Tokens by length (colours: sources, as above)")
 
 
@@ -303,7 +303,7 @@ def draw_balance(axes: Axes, report: dict[str, Any]) -> None:
     axes.set_xlim(0, most * 1.18)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"+{value:.0%}" if most > 0.05 else f"+{value:.1%}"))
     axes.legend(handles=[Patch(color=BEFORE), Patch(color=AFTER)], labels=["rows as they come", "rows as dealt"])
-    facts = f"{balance['ranks']} ranks, {balance['rows_a_rank']} rows each, {balance['local_batch_size']} at a time"
+    facts = f"{balance['ranks']} ranks, {balance['rows_a_rank']} rows per rank, {balance['local_batch_size']} at a time"
     axes.text(1, -0.2, facts, transform=axes.transAxes, ha="right", va="bottom", fontsize=8.5, color=FAINT)
 
 

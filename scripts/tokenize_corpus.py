@@ -1,9 +1,9 @@
 """Tokenizes the sources of a stage ahead of training, or one source that is named by its path.
 
-Training does the same on its own; this is for doing it on machines without GPUs, several at once if need be:
+Training does the same by itself; this does it on machines without GPUs, on several at once if you like:
 python scripts/tokenize_corpus.py --config-file stage.toml --shard-index 3 --num-shards 8     (one of 8 shards)
 python scripts/tokenize_corpus.py --path "books/*.jsonl" --assets ./assets/tokenizer --out-name books
-A run that was stopped goes on where it was. Shards may run in any order, at once, and twice.
+A run that was stopped continues where it was. Shards may run in any order, at once, and twice.
 """
 # Not called tokenize.py: Python puts scripts/ first on sys.path and that name would hide the standard library's module.
 
@@ -56,7 +56,7 @@ class Single:
     """Branch, tag or commit of a hub dataset."""
 
     max_documents: int | None = None
-    """Of a hub dataset: download no more documents than this."""
+    """Of a hub dataset: download no more than this many documents."""
 
     bos: bool = True
     """Begin every document with BOS (data.add_bos in the TOML)."""
@@ -78,17 +78,17 @@ class Arguments:
     """Name of the only source of config_file to tokenize; unset: all of them."""
 
     shard_index: int = 0
-    """Which of num_shards parts of the work to do, from 0."""
+    """Which of the num_shards parts of the work to do, counted from 0."""
 
     num_shards: int = 1
-    """Parts of the work; each is a process on some machine, all with the same cache folder. The last finishes it."""
+    """Into how many parts the work is cut; each is a command on some machine, all with the same cache folder."""
 
     num_proc: int | None = None
-    """Processes of this part; unset: the cores it may use."""
+    """Processes of this command; unset: one per core that it may use."""
 
 
 def sources_of(arguments: Arguments) -> tuple[list[Source], Data, str]:
-    """The sources to tokenize, how, and the folder of their tokenizer."""
+    """The sources to tokenize, their [data] table, and the folder of their tokenizer."""
     one = arguments.single
     if (arguments.config_file is None) == (one.path is None):
         raise UserError("Give either --config-file, a stage's TOML, or --path, a single source.")
@@ -121,7 +121,7 @@ def sources_of(arguments: Arguments) -> tuple[list[Source], Data, str]:
 
 
 def main() -> None:
-    """Tokenize; exit code 1 and one paragraph for what the user has wrong."""
+    """Tokenize; exit code 1 and one paragraph for a mistake of the user."""
     arguments = tyro.cli(Arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("torchtitan").setLevel(logging.INFO)

@@ -2,11 +2,11 @@
 
     python scripts/studies/build_chat_corpus.py WORK/chat
 
-For trying supervised fine-tuning without a data set at hand: some 2,300 conversations, short, of mixed quality. They
-come from chatterbot-corpus (English; BSD) and from the example data in llamafactory's source package: glaive_toolcall
-(calls of tools over several turns), alpaca and dpo (its chosen answers). The package does not state the licences of
-these three; Alpaca's is said to forbid commercial use. Packages are downloaded by pip and unpacked, never installed.
-One conversation in ten is held out, by its content, so that the split does not depend on the order.
+For trying supervised fine-tuning without a data set: some 2,300 short conversations of mixed quality. They come from
+chatterbot-corpus (English; BSD) and from the example data in llamafactory's source package: glaive_toolcall (tool calls
+over several turns), alpaca and dpo (its chosen answers). The package does not state the licences of these three;
+Alpaca's is said to forbid commercial use. Packages are downloaded by pip and unpacked, never installed. One
+conversation in ten is held out, by its content, so that the split does not depend on the order.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Record = dict[str, Any]
 
 
 def main(args: list[str]) -> int:
-    """Exit code 1, and one line, where a package cannot be had."""
+    """Exit code 1, and one line, if a package cannot be downloaded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for train.jsonl and heldout.jsonl")
     own = parser.parse_args(args)
@@ -57,7 +57,7 @@ def main(args: list[str]) -> int:
 
 
 def download(requirement: str, folder: Path, kind: str) -> Path:
-    """The file of a package, by pip."""
+    """The file of a package, downloaded by pip."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", kind, ":all:", "-d", str(folder)]
     subprocess.run([*command, requirement], check=True)
     name = requirement.partition("==")[0].replace("-", "_")

@@ -1,7 +1,7 @@
 """Which rank computes which rows of a step: the same rows whoever computes them, with the attention work even.
 
-All rows have the same number of tokens, so only the cost of attention differs: it grows with the squares of the
-segments, and by large factors (1.7 to 5 between data-parallel ranks that take packed rows as they come).
+All rows have the same number of tokens, so only the cost of attention differs. It grows with the squares of the
+segments: data-parallel ranks that took packed rows in slot order would differ by factors of 1.7 to 5.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def deal(work: np.ndarray, dp_degree: int, local_batch_size: int) -> np.ndarray:
 
 
 def undealt(rows: int, dp_degree: int, local_batch_size: int) -> np.ndarray:
-    """The same for rows taken as they come, for comparison."""
+    """What deal() would return if ranks took the rows in slot order; for comparison."""
     return np.arange(rows).reshape(-1, dp_degree, local_batch_size).swapaxes(0, 1)
 
 
 def imbalance(work: np.ndarray, dealt: np.ndarray) -> tuple[float, float]:
-    """(over the step, micro-batch by micro-batch): work of the rank that has most over the mean of the ranks.
+    """Work of the busiest rank divided by the mean of the ranks: (over the step, by micro-batch and then summed).
 
-    The second is what ranks wait for if they meet in every micro-batch, as FSDP's do.
+    The second decides how long ranks wait if they meet in every micro-batch, as under FSDP.
     """
     by_micro_batch = work[dealt].sum(axis=2, dtype=np.float64)  # [dp, accumulation]
     mean = by_micro_batch.sum() / len(dealt)

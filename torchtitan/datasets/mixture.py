@@ -2,7 +2,7 @@
 
 Filters, the long-document policy and the length strategies all come down to streams: a stream is the pieces of some of
 a source's documents, read again and again in new orders, with a share of the stage's tokens. A source whose long
-documents are raised is two streams, its long and its short documents, so that the long share holds like any other.
+documents are upsampled is two streams, its long and its short documents, so that the long share holds like any other.
 data.strategy acts in three functions: piece_limit (cut_*), _weights (domain_*) and _split_share (*_upsampling).
 """
 
@@ -74,7 +74,7 @@ def build_streams(
     """The streams of data.sources (of those with a weight) and what each source leaves out.
 
     lengths: int64[n] per source, tokens of its documents. separators: how many tokens follow each document of a source.
-    UserError if a source has nothing left, or cannot be raised as asked.
+    UserError if a source has nothing left, or its long documents cannot be upsampled as asked.
     """
     eligible = [
         _apply_filters(source, data, tokens, separator, seq_len)
@@ -90,7 +90,7 @@ def build_streams(
         weight > 0 and long for weight, long in zip(weights, long_tokens)
     ):
         raise UserError(
-            f'data.strategy = "{data.strategy}" raises documents of more than data.long_threshold = '
+            f'data.strategy = "{data.strategy}" upsamples documents of more than data.long_threshold = '
             f"{data.long_threshold} tokens, but no source has one. Lower the threshold."
         )
     streams = []
@@ -104,7 +104,7 @@ def build_streams(
         if long_tokens[index] == 0 and data.strategy != "global_upsampling":
             key = "upsample_to" if source.upsample_to is not None else "upsample"
             raise UserError(
-                f"Data source {source.name!r}: {key} raises documents of more than data.long_threshold = "
+                f"Data source {source.name!r}: {key} upsamples documents of more than data.long_threshold = "
                 f"{data.long_threshold} tokens, but it has none: its longest has {int(left.lengths.max())}. Lower the "
                 f"threshold, or take {key} out."
             )
@@ -194,7 +194,7 @@ def _split_share(index: int, data: Data, weights: list[float], long_shares: list
         long = data.long_share * weight * natural / overall
         return long, (1 - data.long_share) * weight * (1 - natural) / (1 - overall)
     if data.strategy == "per_source_upsampling":
-        if natural == 0:  # nothing to raise: it keeps its share and its lengths, and the report says so
+        if natural == 0:  # nothing to upsample: it keeps its share and its lengths, and the report says so
             return None
         wanted = data.long_share
     elif source.upsample_to is not None:

@@ -12,9 +12,9 @@ The words of this room, from the text to the step:
     row       seq_len tokens: parts, then padding.
     slot      the place of a row in its step's global batch.
     segment   a run of tokens that may attend to each other: a part, or all parts of a row (batch.py).
-(A unit is work: what one process tokenizes at a time, in extensions/ingest.)
+(A unit is not data but work: what one process tokenizes at a time, in extensions/ingest/units.py.)
 
-`inputs` says what a resumed run must have left unchanged; report.py says what the stage will read.
+`inputs` says what a resumed run must not have changed; extensions/planner/data_report.py says what a stage will read.
 """
 
 from __future__ import annotations

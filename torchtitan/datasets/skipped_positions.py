@@ -19,7 +19,7 @@ import numpy as np
 CREAM_SIGMA = 3.0
 """The default of CREAM's released training script; its published commands do not set another."""
 
-STREAM = 0x706F73  # keeps these draws apart from others that are seeded by three small numbers
+POSITIONS_SEED = 0x706F73  # keeps these draws apart from others that are seeded by three small numbers
 
 
 def skipped_positions(
@@ -34,7 +34,7 @@ def skipped_positions(
         raise ValueError(f"there is no position method {method!r}")
     if limit is None:
         raise ValueError(f"position method {method!r} needs a limit")
-    random = np.random.default_rng([*seed, STREAM])
+    random = np.random.default_rng([*seed, POSITIONS_SEED])
     stops = np.cumsum(lengths)
     positions = np.empty(lengths.sum(), np.int64)
     if method == "longrecipe":

@@ -66,15 +66,15 @@ class Tokenizer:
     special: dict[str, int] = field(default_factory=dict)
     _encode_template: Callable[[str], tuple[list[int], list[tuple[int, int]]]] | None = None
     adds_bos: bool = False
-    """Whether the library that it comes from puts BOS before a text by itself."""
+    """Whether the tokenizer's own library puts BOS before a text unasked."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without BOS and EOS; the spelling of a special token is ordinary text."""
         return self._encode_batch([text])[0]
 
     def encode_behind(self, text: str) -> list[int]:
-        """Ids of the text as it goes on from another: tokenizers of the SentencePiece kind (Llama 2, Mistral) put a
-        space before a text's first character, which is not there in the middle of one."""
+        """Ids of a text that continues another: tokenizers of the SentencePiece kind (Llama 2, Mistral) put a space
+        before the first character of a text, which must not appear in the middle of one."""
         for before in (":", "a"):
             head, whole = self._encode_batch([before, before + text])
             if whole[: len(head)] == head:
@@ -82,7 +82,7 @@ class Tokenizer:
         return self.encode(text)  # it begins with what joins both: no space is put before a text, then
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """encode of each text; on several cores where the library offers that."""
+        """encode() of each text; on several cores if the library can."""
         return self._encode_batch(texts)
 
     def encode_template(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -158,7 +158,7 @@ def _load_hugging_face(folder: Path) -> Tokenizer:
     special = {t["content"]: int(t["id"]) for t in description.get("added_tokens", []) if t.get("special")}
     fingerprint = _fingerprint(content, bos, eos)
     size = max(ids.values()) + 1
-    setting = _json_in(folder / "tokenizer_config.json").get("add_bos_token")  # transformers makes it so for Llama
+    setting = json_if_present(folder / "tokenizer_config.json").get("add_bos_token")  # what transformers goes by
     adds_bos = bos is not None and (setting if isinstance(setting, bool) else library.encode("a").ids[:1] == [bos])
     return Tokenizer(str(folder), size, bos, eos, fingerprint, encode_batch, decode, special, encode_template, adds_bos)
 
@@ -236,7 +236,7 @@ def _fingerprint(content: bytes, bos: int | None, eos: int | None) -> str:
 def _special_id(folder: Path, name: str, ids: dict[str, int]) -> int | None:
     """Id of the token called bos or eos; None if a tokenizer file says null, or no file names one."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        config = _json_in(folder / file)
+        config = json_if_present(folder / file)
         if f"{name}_token" in config:
             token = config[f"{name}_token"]
             content = token.get("content") if isinstance(token, dict) else token
@@ -246,7 +246,7 @@ def _special_id(folder: Path, name: str, ids: dict[str, int]) -> int | None:
                 raise UserError(f"{folder / file} says {name}_token = {content!r}, which the tokenizer does not have.")
             return ids[content]
     for file in ("generation_config.json", "config.json"):
-        value = _json_in(folder / file).get(f"{name}_token_id")
+        value = json_if_present(folder / file).get(f"{name}_token_id")
         if isinstance(value, list):  # several ends are listed for chat models, the document's end first
             value = value[0] if value else None
         if value is not None:
@@ -254,7 +254,8 @@ def _special_id(folder: Path, name: str, ids: dict[str, int]) -> int | None:
     return None
 
 
-def _json_in(path: Path) -> dict[str, Any]:
+def json_if_present(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, {} if there is no such file; UserError if the file holds anything else."""
     return read_json(path) if path.is_file() else {}
 
 

@@ -219,8 +219,8 @@ def one_line(captured: pytest.CaptureFixture[str]) -> str:
         ("books/*.jsonl", "--data.sources.1.path"),
         ("/elsewhere/books", "does not lie in data.folder"),
         ("../books", "does not lie in data.folder"),
-        ("taken", "never written over"),
-        ("file/books", "never written over"),
+        ("taken", "never overwrites"),
+        ("file/books", "never overwrites"),
     ],
 )
 def test_where_a_stand_in_does_not_belong_nothing_is_written(

@@ -2,11 +2,11 @@
 
 A record has a list of messages, each with a role and a content (a text, or a list of parts with `text`), perhaps
 tool_calls; tools that the model may call stand in a field `tools` beside it. The model's chat template makes a text of
-them. Which part of that text must the model learn to say?
+them. The loss is on this part of that text:
 
-- If the template marks it ({% generation %}), the marked part.
+- If the template marks what the model says ({% generation %}), the marked part.
 - Otherwise the template renders the conversation up to each response, with the prompt for it, and then with the
-  response: what the second text has more is the response. The whole conversation must begin with both texts. A template
+  response: the response is what the second text adds. The whole conversation must begin with both texts. A template
   that rewrites earlier turns (some remove the thoughts from them) breaks this, and is refused.
 
 Either way a response includes the token that ends the turn: white space that the template puts after its last special
@@ -42,7 +42,8 @@ _ROLES = ("system", "developer", "user", "tool", "assistant")
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text. responses: [start, stop) of what the assistant says. marked: the template marks them."""
+    """A conversation as text. responses: the characters [start, stop) of what the assistant says. marked: the
+    template marks them."""
 
     text: str
     responses: list[tuple[int, int]]
@@ -70,7 +71,7 @@ class ChatEncoder:
         if reason:
             self._left_out[reason] += 1
             return None
-        # what comes after the last response trains nothing
+        # nothing after the last response is trained
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         messages = messages[: last + 1]
         text, responses = self._responses(messages, tools)
@@ -91,7 +92,7 @@ class ChatEncoder:
         return np.stack([np.array(ids, np.int32), roles])
 
     def closing(self) -> dict[str, Any]:
-        """How many were left out since the last call, by reason, to be kept with a unit's counts."""
+        """How many conversations were left out since the last call, by reason, for the counts of a unit."""
         left_out, self._left_out = self._left_out, Counter()
         return {"left_out": dict(left_out)}
 
@@ -136,8 +137,8 @@ class ChatEncoder:
             # two messages that are equal end alike, with what they say
             if len(self._special.findall(ends_both)) > 1 and messages[-1]["content"].strip() not in ends_both:
                 raise ValueError(
-                    f"the chat template in {self._template.path} puts the prompt for an answer behind every "
-                    "conversation, also where none is asked for, so that it would be trained: make it look at "
+                    f"the chat template in {self._template.path} puts the prompt for an answer after every "
+                    "conversation, even if none is asked for, so that the loss would be on it: make it depend on "
                     "add_generation_prompt."
                 )
         return text, spans

@@ -21,9 +21,8 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from torchtitan.datasets.tokenizer import Tokenizer
+from torchtitan.datasets.tokenizer import Tokenizer, json_if_present
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import read_json
 
 BEGINS, ENDS = "_generation_begins", "_generation_ends"
 MARKS = ("\ufdd0", "\ufdd1")
@@ -55,7 +54,7 @@ class ChatTemplate:
         }
 
     def has_marks(self, tools: list[Any] | None) -> bool:
-        """Whether the template says by itself, with {% generation %}, what the model says."""
+        """Whether the template marks what the model says with {% generation %}."""
         return self._name(tools) in self._marked
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None = None, answering: bool = False) -> str:
@@ -94,14 +93,14 @@ class ChatTemplate:
         values = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": answering}
         try:
             return self._compiled[self._name(tools)].render(**self._special, **values, **{BEGINS: begin, ENDS: end})
-        except Exception as error:  # what a template can do wrong has no end
+        except Exception as error:  # a template can raise anything
             raise ValueError(f"the chat template in {self.path} does not take the conversation: {error}") from error
 
 
 class _Generation(Extension):
     """{% generation %} ... {% endgeneration %}: its content between two marks, which are variables of the template.
 
-    What is set within stays there, as it does in transformers.
+    Variables set inside are not visible outside, as in transformers.
     """
 
     tags = {"generation"}
@@ -124,7 +123,7 @@ def _refuse(message: str) -> None:
 def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
     """The chat template in the tokenizer's folder; UserError if there is none."""
     folder = Path(tokenizer.folder)
-    config = _json_in(folder / "tokenizer_config.json")
+    config = json_if_present(folder / "tokenizer_config.json")
     path = folder / "chat_template.jinja"
     if path.is_file():
         texts: Any = {"default": path.read_text(encoding="utf-8")}
@@ -142,7 +141,7 @@ def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
             "chat_template.jinja of the model's instruct version into that folder, or write one."
         )
     special = {}
-    for names in (_json_in(folder / "special_tokens_map.json"), config):
+    for names in (json_if_present(folder / "special_tokens_map.json"), config):
         for name, token in names.items():
             content = token.get("content") if isinstance(token, dict) else token
             if name.endswith("_token") and isinstance(content, str):
@@ -152,11 +151,8 @@ def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
             spelled = next((text for text, other in tokenizer.special.items() if other == number), "...")
             raise UserError(
                 f"The chat template in {path} writes {name}, which neither tokenizer_config.json nor "
-                f"special_tokens_map.json in {folder} names, so that nothing would stand there, though the token is "
-                f'known by its id, {number}. Add "{name}": "{spelled}" to tokenizer_config.json (a file of {{}} else).'
+                f"special_tokens_map.json in {folder} names, so that the text would lack it, though the token is "
+                f'known by its id, {number}. Add "{name}": "{spelled}" to tokenizer_config.json '
+                "(if that is missing, make it)."
             )
     return ChatTemplate(path, texts, special)
-
-
-def _json_in(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""A record -> a document's tokens: its text encoded, between BOS and EOS if data.add_bos and add_eos ask for them.
+"""A record -> the tokens of a document: its text, encoded, between BOS and EOS if data.add_bos and add_eos are on.
 
 Conversations have an encoder of their own (chat.py), because their chat template decides about the ends. An encoder
 says what its tokens depend on, twice: `key` names the corpus folder, `metadata` is for people and open_corpus.
@@ -41,7 +41,7 @@ class Encoder:
         return tokenizer_metadata(self.tokenizer) | ends
 
     def read(self, record: dict[str, Any]) -> str | None:
-        """The text of a record, None if it is blank; ValueError says why it is none."""
+        """The text of a record, None if it is blank; ValueError if the field is not text."""
         text = as_text(record[self.fields.name], self.fields.name)
         return text if text and not text.isspace() else None
 
@@ -51,11 +51,11 @@ class Encoder:
         return np.array(self.bos + ids + self.eos, np.int32) if ids else EMPTY
 
     def closing(self) -> dict[str, Any]:
-        """Nothing needs to be kept beside the counts of a unit."""
+        """Nothing: text adds nothing to the counts of a unit."""
         return {}
 
     def add_ends(self, document: np.ndarray) -> np.ndarray:
-        """A document that somebody else tokenized, int32[n] or, with roles, [2, n], with the ends that it lacks."""
+        """A tokenized document, int32[n] or, with roles, [2, n], with the BOS and EOS that it lacks."""
         if document.ndim == 2:  # a conversation, which ends as its template says
             return document
         bos = self.bos if document[0] not in self.bos else []
@@ -84,7 +84,7 @@ def make_encoder(source: Source, tokenizer: Tokenizer, data: Data) -> Any:
 
 
 def tokenizer_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What corpus.json says of every tokenizer."""
+    """What corpus.json says of the tokenizer."""
     return {
         "format": FORMAT,
         "tokenizer": tokenizer.fingerprint,

@@ -29,7 +29,7 @@ from torchtitan.extensions.ingest.source_files import (
     HUB,
     Material,
     SourceFile,
-    check_unchanged,
+    check_file_unchanged,
     files_below,
     hash_files,
 )
@@ -93,7 +93,7 @@ def hub_material(source: Source, data: Data, cache: Path, encoder: Any) -> Mater
             return into_units(list(spans_of(str(path), target)), target)
         rows, size = len(dataset()), dataset().data.nbytes
         for file in files:  # the key stands for what was hashed
-            check_unchanged(file)
+            check_file_unchanged(file)
         each = max(1, rows * unit_bytes(size) // max(1, size))
         cuts = [*range(0, rows, each), rows]
         return [[Span(request["name"], a, b, size * (b - a) // rows)] for a, b in zip(cuts, cuts[1:])]

@@ -1,4 +1,4 @@
-"""From a source of [[data.sources]] to its corpus: a tokenized folder as it is, anything else tokenized first."""
+"""A source of [[data.sources]] -> its corpus: a tokenized folder as it is, anything else tokenized first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
     """The corpus of a source: its tokenized folder, or what tokenize_source makes of it in data.cache_folder."""
     path = source_path(source, data)
     if is_hub(source) or not is_tokenized(path):
-        # The cache was just found by its content, so that is not looked at a second time.
+        # The folder was just found by the content of its text, which is not checked a second time.
         return open_corpus(tokenize_source(source, tokenizer, data), tokenizer.fingerprint, check_text=False)
     metadata = read_json(path / CORPUS_FILE, MAKE_AGAIN) if (path / CORPUS_FILE).is_file() else {}
     for key, wanted in (("add_bos", data.add_bos), ("add_eos", data.add_eos)):
@@ -34,7 +34,7 @@ def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
 
 
 def _check_chat(source: Source, path: Path, metadata: dict[str, Any], corpus: Corpus, tokenizer: Tokenizer) -> None:
-    """UserError unless a tokenized folder is what messages_field says, and of the template that the model has now."""
+    """UserError unless a tokenized folder agrees with messages_field and with the model's present chat template."""
     if source.messages_field and not corpus.has_roles:
         raise UserError(
             f"Data source {source.name!r} has messages_field = {source.messages_field!r}, but {path} was tokenized as "
@@ -45,7 +45,7 @@ def _check_chat(source: Source, path: Path, metadata: dict[str, Any], corpus: Co
     if made_by and not source.messages_field:
         raise UserError(
             f"{path} of data source {source.name!r} holds conversations: set messages_field = "
-            f'"{metadata["messages_field"]}", so that they are treated as such.'
+            f'"{metadata["messages_field"]}", which is the field they were read from.'
         )
     if made_by:
         from torchtitan.extensions.ingest.chat_template import load_chat_template

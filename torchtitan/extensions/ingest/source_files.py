@@ -1,7 +1,7 @@
 """The files of a source: where its path leads, and what they held when they were read.
 
-A corpus is named by the content of the files that it was made of: their SHA-256. The cache folder keeps these with each
-file's size and time, so that a file is read once for it, and again only if one of the two has changed.
+A corpus is named by the content of its files: their SHA-256. The cache folder keeps each hash with the file's size and
+time, so that a file is hashed once, and again only if its size or time has changed.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ HUB = "hub:"
 
 @dataclass(frozen=True)
 class Material:
-    """What a source has to be tokenized, as tokenize.py needs to know it."""
+    """What tokenize.py needs to know of a source, whatever its format."""
 
     name: str
     """NAME-KEY of its corpus (units.folder_name)."""
 
     metadata: dict[str, Any]
-    """What corpus.json says of it beside the counts."""
+    """What corpus.json says of the corpus beside the counts."""
 
     what: str
     """For the log: "3 files of text, 1.2 MB"."""
@@ -49,12 +49,12 @@ class Material:
     """The documents of a part, int32[n] each, or int32[2, n] with the tokens' roles."""
 
     closing: Callable[[], dict[str, Any]]
-    """What the encoder wants kept with the counts of a unit, asked for after its last document."""
+    """What the encoder adds to the counts of a unit; called after the unit's last document."""
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file as it was when it was read."""
+    """A file as it was when it was hashed. size: bytes. mtime_ns: time of the last change. sha256: hex."""
 
     path: str
     size: int
@@ -63,7 +63,7 @@ class SourceFile:
 
 
 class ChangedError(UserError):
-    """A file is not what it was when it was hashed."""
+    """A file has changed since it was hashed."""
 
 
 def is_hub(source: Source) -> bool:
@@ -100,12 +100,12 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def hash_files(paths: list[Path], cache: Path) -> list[SourceFile]:
-    """The files with their hashes; a file that has the size and mtime of last time is not read again."""
+    """The files with their hashes; only files whose size or time has changed since the last call are read."""
     name = "hashes-" + hashlib.sha256("\n".join(map(str, paths)).encode()).hexdigest()[:16]
     kept = cache / f".{name}.json"  # path -> [size, mtime_ns, sha256]
     stats = [path.stat() for path in paths]
 
-    def look() -> tuple[dict[str, Any], list[bool]]:
+    def read_kept() -> tuple[dict[str, Any], list[bool]]:
         known: dict[str, Any] = {}
         with contextlib.suppress(FileNotFoundError, UserError):  # missing, or cut short by a loss of power
             known = read_json(kept)
@@ -114,11 +114,11 @@ def hash_files(paths: list[Path], cache: Path) -> list[SourceFile]:
     def hashed(path: Path, stat: os.stat_result, new: bool) -> SourceFile:
         return SourceFile(str(path), stat.st_size, stat.st_mtime_ns, hash_file(path) if new else known[str(path)][2])
 
-    known, fresh = look()
-    if not any(fresh):  # a thousand ranks need not wait for one another
+    known, fresh = read_kept()
+    if not any(fresh):  # a thousand ranks need not wait for each other
         return list(map(hashed, paths, stats, fresh))
     with lock(cache, name):
-        known, fresh = look()
+        known, fresh = read_kept()
         size = sum(stat.st_size for stat, new in zip(stats, fresh) if new)
         if size >= 1 << 30:
             logger.info("hashing %.1f GB in %d files, once", size / 1e9, sum(fresh))
@@ -129,8 +129,8 @@ def hash_files(paths: list[Path], cache: Path) -> list[SourceFile]:
     return files
 
 
-def check_unchanged(file: SourceFile) -> None:
-    """ChangedError if the file is not what it was when it was hashed."""
+def check_file_unchanged(file: SourceFile) -> None:
+    """ChangedError if the file has another size or time than when it was hashed."""
     stat = os.stat(file.path)
     if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
         raise ChangedError(f"{file.path} was changed while it was being tokenized; start again when it is complete.")

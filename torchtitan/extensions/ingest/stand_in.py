@@ -15,7 +15,7 @@ from torchtitan.tools.errors import UserError
 
 VOCABULARY = 256
 SHORTEST = 64
-LONGEST = 1 << 18  # unless min_length asks for more
+LONGEST = 1 << 18  # unless min_length is larger
 LONG_SHARE = 1 / 3
 FEWEST = 4
 MARK = "STAND-IN.txt"
@@ -23,7 +23,7 @@ MARK = "STAND-IN.txt"
 
 
 def build(config: JobConfig, tokens: int, seed: int = 0) -> None:
-    """Write and print one for each source, of about `tokens` tokens; UserError if that is impossible."""
+    """Write a stand-in of about `tokens` tokens for each source, and print a line about it; UserError if that fails."""
     for folder, source in folders_of(config).items():
         documents = make_documents(source, config.data, config.training.seq_len, tokens, seed)
         write(folder, documents, with_roles=bool(source.messages_field))
@@ -32,7 +32,7 @@ def build(config: JobConfig, tokens: int, seed: int = 0) -> None:
 
 
 def folders_of(config: JobConfig) -> dict[Path, Source]:
-    """Where each stand-in goes, and the source that it stands for; UserError where one cannot be put there."""
+    """The folder of each stand-in, and its source; UserError if a stand-in cannot be written there."""
     folder = Path(config.data.folder).expanduser().resolve()
     folders: dict[Path, Source] = {}
     if not config.data.sources:
@@ -50,17 +50,17 @@ def folders_of(config: JobConfig) -> dict[Path, Source]:
             )
         folders.setdefault(path, source)
     for path in folders:
-        for there in (path, *path.parents):
-            if there == path and there.exists() or there.exists() and not there.is_dir():
+        for taken in (path, *path.parents):
+            if taken == path and taken.exists() or taken.exists() and not taken.is_dir():
                 raise UserError(
-                    f"{there} exists, and a stand-in is never written over anything. Name another data.folder, or "
-                    "delete it if you know what it is."
+                    f"{taken} exists, and a stand-in never overwrites anything. Name another data.folder, or delete it "
+                    "if you know what it is."
                 )
     return folders
 
 
 def make_documents(source: Source, data: Data, seq_len: int, tokens: int, seed: int) -> list[np.ndarray]:
-    """uint8[n] each: `tokens` tokens or a little more, in at least FEWEST long documents."""
+    """Documents uint8[n] of `tokens` tokens in all, or a little more; at least FEWEST are long."""
     # Seeded by the path, so that a source is the same beside other sources.
     random = np.random.default_rng([seed, zlib.crc32(source.path.encode())])
     shortest = max(source.min_length, SHORTEST)
@@ -80,7 +80,7 @@ def make_documents(source: Source, data: Data, seq_len: int, tokens: int, seed: 
 
 
 def draw_lengths(low: int, high: int, tokens: int, random: np.random.Generator) -> list[int]:
-    """Log-uniform in [low, high], as many as make `tokens`, and not fewer than FEWEST."""
+    """Lengths, log-uniform in [low, high], until they sum to `tokens`; at least FEWEST."""
     lengths: list[int] = []
     while len(lengths) < FEWEST or sum(lengths) < tokens:
         lengths.append(min(high, int(np.exp(random.uniform(np.log(low), np.log(high + 1))))))
@@ -88,8 +88,8 @@ def draw_lengths(low: int, high: int, tokens: int, random: np.random.Generator) 
 
 
 def write(folder: Path, documents: list[np.ndarray], with_roles: bool) -> None:
-    """One document a row, as datasets' save_to_disk writes it. In conversations the assistant says all but the first
-    quarter."""
+    """One document per row, as datasets' save_to_disk writes it. In conversations all but the first quarter is the
+    assistant's."""
     from datasets import Dataset, Features, Sequence, Value, disable_progress_bars
 
     disable_progress_bars()

@@ -1,7 +1,7 @@
 """Text files -> documents: .jsonl and .parquet (some fields of each record) and .txt (a file is a document).
 
-A file is cut into spans; a worker reads a span without looking at the rest. What cannot be read is a UserError that
-names the file and, if it has lines, the line.
+A file is cut into spans; a worker reads a span without looking at the rest. UserError for what cannot be read names
+the file and, if it has lines, the line.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ Document = TypeVar("Document")
 
 @dataclass(frozen=True)
 class Fields:
-    """What is read of a record: the field `name`, which the source's key `key` names, and the fields of `beside` that
-    it has."""
+    """Which fields of a record are read: `name`, the value of the source's key `key`; and those of `beside` that the
+    record has."""
 
     key: str
     name: str
     beside: tuple[str, ...] = ()
 
     def hint(self, names: Iterable[str]) -> str:
-        """What to do about a record that has the fields `names`, but lacks this one."""
+        """What to do about a record that has the fields `names` but lacks `self.name`."""
         if self.key == "text_field" and "messages" in names:
             return 'Conversations are read with messages_field = "messages".'
         return f"Set {self.key} to the right one."
@@ -56,7 +56,7 @@ class Span:
 
 
 def find_text_files(source: Source, data: Data) -> list[Path]:
-    """The files of source.path, sorted. In a folder, hidden files and other extensions are passed over."""
+    """The files of source.path, sorted. In a folder, hidden files and other extensions are ignored."""
     path = source_path(source, data)
     where = f"the path {source.path!r} of data source {source.name!r}"
     if path.is_dir():
@@ -67,7 +67,7 @@ def find_text_files(source: Source, data: Data) -> list[Path]:
             content = f"only {', '.join(others[:8])}" if others else "nothing"
             raise UserError(f"There is no {', '.join(EXTENSIONS)} file in {where}; the folder holds {content}.")
         if others:
-            logger.info("%s: passing over %s in %s", source.name, ", ".join(others[:8]), source.path)
+            logger.info("%s: ignoring %s in %s", source.name, ", ".join(others[:8]), source.path)
     else:
         files = matching_files(source, data)
         if not files:

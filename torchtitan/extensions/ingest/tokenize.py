@@ -24,7 +24,7 @@ from torchtitan.extensions.ingest.encoder import make_encoder
 from torchtitan.extensions.ingest.source_files import (
     ChangedError,
     Material,
-    check_unchanged,
+    check_file_unchanged,
     hash_files,
     is_hub,
     source_path,
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 
 def tokenize_source(source: Source, tokenizer: Tokenizer, data: Data, num_proc: int | None = None) -> Path:
-    """Tokenize a source unless it is in the cache; the folder.
+    """The folder of a source's corpus in data.cache_folder; the source is tokenized if the folder is missing.
 
     source.path is text (a file, folder or glob of .jsonl, .parquet, .txt), a folder of MDS shards, or hub:NAME.
     Documents keep the order of the sorted files and of the documents in them, whatever num_proc (default: the cores
@@ -84,13 +84,13 @@ def tokenize_shard(
     except OSError as error:
         raise UserError(
             f"Tokenizing data source {source.name!r} into data.cache_folder = {cache} failed: {error}. Are its files "
-            f"readable, and is there room ({shutil.disk_usage(cache).free / 2**30:.2f} GiB are free)? What is done is "
-            "kept: start again to continue."
+            f"readable, and is there room ({shutil.disk_usage(cache).free / 2**30:.2f} GiB are free)? Finished units "
+            "are kept: start again to continue."
         ) from error
 
 
 def _material(source: Source, tokenizer: Tokenizer, data: Data, cache: Path) -> Material | Path:
-    """What there is to tokenize; a Path: the finished corpus of an earlier run, if the hub cannot be reached."""
+    """What is to be tokenized; or, if the hub cannot be reached, the finished corpus of an earlier run."""
     encoder = make_encoder(source, tokenizer, data)
     if is_hub(source):
         from torchtitan.extensions.ingest.hub import hub_material
@@ -147,7 +147,7 @@ def _of_files(
 
     def documents(part: Any) -> Iterator[np.ndarray]:
         yield from read(part, encoder)
-        check_unchanged(files[part.path])  # before the unit counts as done: the key stands for this content
+        check_file_unchanged(files[part.path])  # before the unit counts as done: the key stands for this content
 
     return Material(name, metadata, f"{what}, {total / 1e6:.1f} MB", units, documents, encoder.closing)
 
@@ -156,10 +156,10 @@ def _tokenize(material: Material, source: Source, cache: Path, index: int, count
     name = material.name
     if is_made(cache, name):
         return cache / name
-    # A shard's lock is held while its units are made, so that of two processes with the same shard, like the ranks of
-    # a job (shard 0 of 1), one works and the others wait. Different shards work side by side; only the last renaming
-    # needs all their units, and finish() has a lock of its own for that. The units themselves are right without any
-    # lock: on network file systems without locks they are made twice, with the same bytes.
+    # A shard's lock is held while its units are made: of two processes with the same shard, like the ranks of a job
+    # (shard 0 of 1), one works and the other waits. Different shards work at the same time; only the last renaming
+    # needs all their units, and finish() has a lock of its own for that. Units are right without any lock: on network
+    # file systems that have none they are made twice, with the same bytes.
     with lock(cache, f"{name}.shard-{index}-of-{count}"):
         if is_made(cache, name):
             return cache / name
@@ -172,19 +172,19 @@ def _tokenize(material: Material, source: Source, cache: Path, index: int, count
         try:
             _make_units(corpus, material, units, range(index, len(units), count), done, num_proc)
         except ChangedError:
-            raise  # what is done is of the content that was hashed, and good if only the file's time has changed
+            raise  # finished units are of the content that was hashed: good if only the file's time has changed
         except UserError:
             if count == 1:  # the same content would always end so, and other content gets another folder
                 shutil.rmtree(corpus.aside, ignore_errors=True)
             raise
         except WorkerKilledError as error:
             raise UserError(
-                f"Tokenizing data source {source.name!r} failed: {error} Perhaps the system killed it for want of "
-                "memory; a machine with more, or scripts/tokenize_corpus.py with a smaller --num-proc, would do. What "
-                "is done is kept."
+                f"Tokenizing data source {source.name!r} failed: {error} Perhaps the system killed it because "
+                "memory ran out: use a machine with more, or scripts/tokenize_corpus.py with a smaller --num-proc. "
+                "Finished units are kept."
             ) from error
         except OSError:
-            if is_made(cache, name):  # others did the same units, were first, and have put them away
+            if is_made(cache, name):  # another process made the same units and has finished the folder
                 return corpus.folder
             raise
         missing = finish(corpus, len(units), material.metadata)

@@ -1,4 +1,4 @@
-"""A corpus folder in the making: units of work that outlive a killed run, and the finished folder made of them.
+"""A corpus folder while it is made: units of work that outlive a killed run, and the finished folder made of them.
 
 While the corpus NAME-KEY is made, a folder .unfinished-NAME-KEY.CUT stands beside it. A finished unit is two files in
 there: its documents (unit-00012.arrow) and what was counted in them (unit-00012.json). Each is written under another
@@ -34,17 +34,17 @@ logger = logging.getLogger(__name__)
 
 UNIT_BYTES = 4 << 20  # a unit of work and a shard: small enough that the cores end together and a kill costs little ...
 MOST_UNITS = 2048  # ... but their number stays bounded: each is a map of every process, and Linux gives it 65,530
-"""How a source is cut; another cut is other units, so neither may depend on the machine or the processes."""
+"""How a source is cut into units. Neither may depend on the machine or on how many processes work."""
 
-RECORD_BATCH_TOKENS = 4 << 20  # held by a worker at a time
+RECORD_BATCH_TOKENS = 4 << 20  # what a worker holds in memory
 
 Counts = dict[str, Any]
-"""Of a unit: documents, tokens, empty, max_token_id, bytes (of its .arrow file), and what its encoder adds."""
+"""Of one unit: documents, tokens, empty, max_token_id, bytes (of its .arrow file), and what its encoder adds."""
 
 
 @dataclass(frozen=True)
 class CorpusInProgress:
-    """Where a corpus is made. name: the finished folder's, key included. cut: hex, of the partition into units."""
+    """Where a corpus is made. name: that of the finished folder, NAME-KEY. cut: cut_of() its units."""
 
     cache: Path
     name: str
@@ -52,17 +52,17 @@ class CorpusInProgress:
 
     @property
     def source(self) -> str:
-        """The source's name, as it is in `name`."""
+        """The source's name: `name` without the key."""
         return self.name.rpartition("-")[0]
 
     @property
     def folder(self) -> Path:
-        """The finished corpus."""
+        """The finished folder."""
         return self.cache / self.name
 
     @property
     def aside(self) -> Path:
-        """The unfinished one."""
+        """The unfinished folder."""
         return self.cache / f".unfinished-{self.name}.{self.cut}"
 
 
@@ -78,7 +78,7 @@ def unit_bytes(total: int) -> int:
 
 
 def into_units(parts: Sequence[Any], target: int) -> list[list[Any]]:
-    """Units of work in document order: parts, which have a size, put together up to about `target`."""
+    """Units of work in document order: consecutive parts, which have a size, of about `target` in all."""
     units: list[list[Any]] = []
     held = 0
     for part in parts:
@@ -97,7 +97,7 @@ def cut_of(units: Sequence[Sequence[Any]]) -> str:
 
 
 def is_made(cache: Path, name: str) -> bool:
-    """Whether the finished folder exists; if so, what a killed run may have left beside it is deleted."""
+    """Whether the finished folder exists. If so, what a killed run may have left beside it is deleted."""
     if not (cache / name).is_dir():
         return False
     _delete_unfinished(cache, name)
@@ -113,18 +113,18 @@ def _delete_unfinished(cache: Path, name: str) -> None:
 
 
 def begin(corpus: CorpusInProgress) -> dict[int, Counts] | None:
-    """Make the unfinished folder if it is missing and return the units that are done; None: all is finished."""
+    """Make the unfinished folder if it is missing. The counts of the units that are done; None if the corpus is."""
     with lock(corpus.cache, corpus.name):  # not while another process finishes it
         if is_made(corpus.cache, corpus.name):
             return None
         corpus.aside.mkdir(exist_ok=True)
         done = finished_units(corpus)
     if done:
-        logger.info("%s: %d units were found done, in %s", corpus.source, len(done), corpus.aside)
+        logger.info("%s: %d units are done already, in %s", corpus.source, len(done), corpus.aside)
     others = re.compile(rf"\.unfinished-{re.escape(corpus.source)}-[0-9a-f]{{16}}\.[0-9a-f]{{8}}")
     for other in sorted(corpus.cache.glob(".unfinished-*")):
         if other != corpus.aside and others.fullmatch(other.name):
-            logger.info("%s was left by a run over other text or settings: delete it if none is at work there", other)
+            logger.info("%s was left by a run over other text or settings: delete it if no run is at work in it", other)
     return done
 
 
@@ -133,8 +133,8 @@ def write_unit(
 ) -> Counts:
     """Write unit `index` of the documents' tokens and return its counts.
 
-    A document is int32[n], or int32[2, n] with the tokens' roles in its second row; all of a corpus are alike. Empty
-    ones are only counted. closing is called after the last document; what it returns is kept with the counts.
+    A document is int32[n], or int32[2, n] with the tokens' roles in its second row; all documents of a corpus have the
+    same form. Empty ones are only counted. closing is called after the last document; its result joins the counts.
     """
     import pyarrow as pa
 
@@ -154,7 +154,7 @@ def write_unit(
 
 
 def _record_batches(documents: Iterable[np.ndarray], counts: Counts) -> Iterator[Any]:
-    """Arrow record batches of about RECORD_BATCH_TOKENS; counts what goes by."""
+    """Arrow record batches of about RECORD_BATCH_TOKENS tokens; adds the documents to `counts`."""
     held: list[np.ndarray] = []  # int32[1 or 2, n] each
     tokens = 0
     for document in map(np.atleast_2d, documents):
@@ -193,10 +193,10 @@ def finished_units(corpus: CorpusInProgress) -> dict[int, Counts]:
 
 
 def unit_counts(corpus: CorpusInProgress, index: int) -> Counts | None:
-    """What write_unit returned for the unit if it is whole, else None."""
+    """What write_unit returned for the unit; None unless the unit is whole."""
     with contextlib.suppress(OSError, UserError):  # missing, or not written out before the power went
         counts = read_json(unit_file(corpus, index).with_suffix(".json"))
-        # Once finish() has begun, which found all of them whole, they are moved.
+        # Once finish() has begun, it has found all units whole and moves their files.
         moved = (corpus.aside / CORPUS_FILE).is_file()
         if moved or unit_file(corpus, index).stat().st_size == counts["bytes"]:
             return counts
@@ -209,10 +209,10 @@ def unit_file(corpus: CorpusInProgress, index: int) -> Path:
 
 
 def finish(corpus: CorpusInProgress, units: int, metadata: dict[str, Any]) -> list[int]:
-    """Turn units 0..units-1 into the finished folder if all are done; the missing units ([]: the folder is there).
+    """Make the finished folder of units 0..units-1 if all are done. The missing units; []: the folder is finished.
 
     metadata: what corpus.json says beside the counts. Units become shards by renaming: no token is written twice. If
-    a run is killed in here, the next one goes on: the corpus.json beside the units says that none was missing.
+    a run is killed in here, the next run continues: the corpus.json beside the units says that none was missing.
     """
     with lock(corpus.cache, corpus.name):
         if is_made(corpus.cache, corpus.name):
@@ -226,8 +226,8 @@ def finish(corpus: CorpusInProgress, units: int, metadata: dict[str, Any]) -> li
             _delete_unfinished(corpus.cache, corpus.name)
             why = ", ".join(f"{reason} {count}" for reason, count in left_out.items()) or "empty or blank"
             raise UserError(
-                f"Data source {corpus.source!r} holds no document with text: all that its path {metadata['path']!r} "
-                f"names is left out ({why})."
+                f"Data source {corpus.source!r} holds no document with text: everything that its path "
+                f"{metadata['path']!r} names is left out ({why})."
             )
         names = [f"data-{number:05d}-of-{len(kept):05d}.arrow" for number in range(len(kept))]
         metadata = metadata | {

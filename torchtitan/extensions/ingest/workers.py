@@ -1,4 +1,4 @@
-"""Processes that work on units side by side, and what is said of their progress."""
+"""Worker processes that make units, and the report of their progress."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torchtitan.extensions.ingest.units import Counts
 logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 30.0
-"""Longest time without a line about the progress, if there is no terminal to show a bar."""
+"""Between two lines in the log about the progress, if there is no terminal to show a bar."""
 
 
 class WorkerKilledError(Exception):
-    """A worker process ended without a word."""
+    """A worker process was killed."""
 
 
 def cores() -> int:
@@ -28,15 +28,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_work: Callable[[int], Counts] | None = None  # inherited by fork, not sent
+_work: Callable[[int], Counts] | None = None  # what run_units was given; workers inherit it by fork
 
 
 def run_units(
     work: Callable[[int], Counts], indices: Sequence[int], num_proc: int, progress: Progress
 ) -> Iterator[tuple[int, Counts]]:
-    """work(index) of every index, by num_proc processes (1: this one), as they are done.
+    """(index, work(index)) of every index as it is done, by num_proc processes (1: this process).
 
-    What work raises is raised here, once the units that were begun have ended; WorkerKilledError if a process was
+    An error of `work` is raised here once the units that were begun have ended; WorkerKilledError if a process was
     killed.
     """
     global _work
@@ -47,11 +47,11 @@ def run_units(
         return
     _work = work
     fork = multiprocessing.get_context("fork")
-    # An executor, since it notices a worker that was killed; a Pool waits for ever.
+    # An executor notices a worker that was killed; a Pool would wait for ever.
     with ProcessPoolExecutor(num_proc, mp_context=fork, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
         futures = {pool.submit(_run_one, index): index for index in indices}
         try:
-            with progress:  # only now: it may start a thread, and the workers were forked with the first unit
+            with progress:  # not earlier: it may start a thread, and a fork should not copy one
                 for future in as_completed(futures):
                     yield futures[future], future.result()
         except BrokenProcessPool as error:
@@ -69,7 +69,7 @@ def _start_worker(parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """A worker whose parent was killed would wait for work for ever, perhaps holding the parent's lock."""
+    """End a worker whose parent was killed: it would wait for work for ever, perhaps holding the parent's lock."""
     while os.getppid() == parent:
         time.sleep(0.3)
     os._exit(1)
@@ -81,9 +81,9 @@ def _run_one(index: int) -> Counts:
 
 
 class Progress:
-    """How much of a source is done: a bar on a terminal, else a line in the log every LOG_SECONDS. A context manager.
+    """A context manager that reports progress: a bar on a terminal, else a line in the log every LOG_SECONDS.
 
-    units, size: of all the work, size in bytes of the source. done, size_done: how much of them was done before.
+    units, size: of all the work; size in bytes of the source. done, size_done: what of it was done before.
     """
 
     def __init__(self, title: str, units: int, size: int, done: int, size_done: int) -> None:
@@ -99,7 +99,7 @@ class Progress:
         self._bar.update(self._bar.task_ids[0], completed=self.size_done, tokens=self.tokens)
 
     def line(self) -> str:
-        """For the log: units, speed, and the time that is left."""
+        """For the log: units done, speed, and the estimated time left."""
         seconds = max(time.monotonic() - self._start, 1e-9)
         text = f"{self.title}: {self.done} of {self.units} units, {self.tokens / seconds:,.0f} tokens/s"
         speed = (self.size_done - self._size_before) / seconds

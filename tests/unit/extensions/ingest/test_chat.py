@@ -320,7 +320,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "a header behind every conversation": (
         TEMPLATES["chatml"].replace("add_generation_prompt", "true"),
         {"messages": CHAT[:2]},
-        "line 1: the chat template in .* puts the prompt for an answer behind .* make it look at add_generation_prompt",
+        "line 1: the chat template in .* the prompt for an answer after .* make it depend on add_generation_prompt",
     ),
     "tools that are no JSON": (TEMPLATES["chatml"], GOOD | {"tools": "[add"}, "line 2: the field 'tools' is no JSON"),
 }

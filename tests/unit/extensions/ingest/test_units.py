@@ -199,7 +199,7 @@ def test_the_log_says_what_was_found_done(
     assert tokenize_shard(source, tokenizer, data, 1, 2, 1) is None
     assert "units 2 of 5 done; shards 0 are still to come" in caplog.text
     tokenize_source(source, tokenizer, data, 1)
-    assert "2 units were found done" in caplog.text
+    assert "2 units are done already" in caplog.text
 
 
 # ---- a disk that is full ---------------------------------------------------------------------------------------------
@@ -409,7 +409,7 @@ def test_text_that_changes_meanwhile_is_in_no_unit(
     shard: tuple[int, int],
     kept: list[int],
 ) -> None:
-    """What is done is kept, for it may be the file's time alone, and the unit whose file changed is not among it."""
+    """Finished units are kept, since only the file's time may have changed; the changed file's unit is not finished."""
     fourth = tmp_path / "text" / "3.txt"
     was = fourth.stat()
 
