@@ -9,6 +9,8 @@ import pytest
 
 from torchtitan.config.schema import Checkpoint, Job, JobConfig
 from torchtitan.extensions.cluster.requeue import WentBack, with_load_step
+from torchtitan.extensions.evaluation.hook import EvaluationHook
+from torchtitan.extensions.wiring import hooks_of
 
 
 def test_a_requeued_job_goes_back_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -37,3 +39,8 @@ def test_a_requeued_job_goes_back_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert [load_step(step) for step in (500, 400, -1)] == [-1, 400, -1]
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     assert load_step(500) == 500
+
+
+def test_the_way_back_is_written_down_before_the_run_evaluates():
+    kinds = [type(hook) for hook in hooks_of(JobConfig())]
+    assert kinds.index(WentBack) < kinds.index(EvaluationHook)
