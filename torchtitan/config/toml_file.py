@@ -11,13 +11,13 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from torchtitan.config.keys import Key, element_table, keys_of
-from torchtitan.config.migration import explain
 from torchtitan.config.schema import JobConfig
 from torchtitan.tools.errors import UserError
 
@@ -39,6 +39,23 @@ def known_keys() -> Mapping[str, Key]:
             for name, key in keys_of(of_table.hint).items()
         }
     )
+
+
+@cache
+def torchtitan_keys() -> dict[str, dict[str, str]]:
+    """torchtitan_keys.toml: `renamed`, key -> new name, and `gone`, patterns -> what to write instead."""
+    return tomllib.loads(Path(__file__).with_name("torchtitan_keys.toml").read_text(encoding="utf-8"))
+
+
+def explain(name: str) -> str | None:
+    """What became of torchtitan's `table.key` (or `table`), or None if there is nothing to say about it."""
+    tables = torchtitan_keys()
+    if name in tables["renamed"]:
+        return f"it is called {tables['renamed'][name]}"
+    for patterns, instead in tables["gone"].items():
+        if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
+            return " ".join(instead.split())
+    return None
 
 
 def suggest(name: str, among: Iterable[str] | None = None, prefix: str = "") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,7 @@ import pytest
 from torchtitan.config import JobConfig, dump_toml, load_config
 from torchtitan.config import schema as job_config
 from torchtitan.config.keys import element_table, keys_of
-from torchtitan.config.migration import _EXPLANATIONS, explain
-from torchtitan.config.toml_file import known_keys
+from torchtitan.config.toml_file import explain, known_keys, tomllib, torchtitan_keys
 from torchtitan.tools.errors import UserError
 
 
@@ -239,7 +239,34 @@ def test_keys_of_torchtitan_are_explained_in_files_and_on_the_command_line(
 
 def test_no_explanation_stands_in_the_way_of_a_key_that_exists() -> None:
     assert [name for name in [*known_keys(), *keys_of(JobConfig)] if explain(name)] == []
-    assert all("\n" not in text and not text.endswith(".") for text in _EXPLANATIONS.values())
+    tables = torchtitan_keys()
+    for text in [*tables["renamed"].values(), *map(explain, patterns(tables["gone"]))]:
+        assert text and "\n" not in text and not text.endswith(".")
+
+
+def patterns(gone: dict[str, str]) -> list[str]:
+    return [pattern.replace("*", "x") for line in gone for pattern in line.split()]
+
+
+def test_every_explanation_is_heard_and_names_keys_that_exist() -> None:
+    """None stands behind another that speaks first; a new name is a key of the schema."""
+    tables = torchtitan_keys()
+    for line, text in tables["gone"].items():
+        for name in patterns({line: text}):
+            assert explain(name) == " ".join(text.split()), name
+    for new in tables["renamed"].values():
+        assert re.split("[ :]", new)[0] in known_keys(), new
+
+
+def test_an_installed_package_has_its_data_files() -> None:
+    """Every file of the package that is not Python's is named in pyproject.toml."""
+    root = Path(job_config.__file__).parents[1]
+    project = tomllib.loads((root.parent / "pyproject.toml").read_text())
+    named = {
+        path for pattern in project["tool"]["setuptools"]["package-data"]["torchtitan"] for path in root.glob(pattern)
+    }
+    others = {path for path in root.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others <= named and root / "config/torchtitan_keys.toml" in named
 
 
 # --- wrong values ----------------------------------------------------------------------------------------------------
