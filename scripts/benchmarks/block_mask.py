@@ -1,11 +1,12 @@
-"""How long it takes to make FlexAttention's BlockMask, here and with PyTorch's create_block_mask.
+"""Time to make FlexAttention's BlockMask, with this package and with PyTorch's create_block_mask.
 
     python scripts/benchmarks/block_mask.py [--device cuda] [--no-pytorch] [--threads 2]
 
-The stream holds 2,000 documents at 1M tokens, as many per token at the other lengths, or a single one. A rank of 8 has
-as queries two sixteenths of the stream, one counted from each end (head-tail), in a buffer of all keys. "device" is the
-copy to the device and the expansion there. create_block_mask is timed without context parallelism at 32K tokens and as
-it stands: it holds all pairs at once, 10 GB. Times are medians. Peak memory of the CPU is read from Linux's /proc.
+The stream holds 2,000 documents at 1M tokens and as many per token at the other lengths, or a single document. A rank
+of 8 has two sixteenths of the stream as queries, one counted from each end (head-tail), and a buffer of all keys.
+"device" is the copy to the device and the expansion there. create_block_mask is timed at 32K tokens without context
+parallelism and without compilation: it holds all pairs at once, 10 GB. Times are medians. The CPU's peak memory is read
+from Linux's /proc.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ RANKS = 8
 
 
 def documents(total: int, count: int) -> np.ndarray:
-    """Ends of that many documents of random lengths."""
+    """Ends of `count` documents of random lengths that sum to `total` tokens; the first is 0."""
     cuts = np.random.default_rng(0).choice(np.arange(1, total), count - 1, replace=False)
     return np.concatenate([[0], np.sort(cuts), [total]])
 
 
 def head_tail(ends: np.ndarray, rank: int) -> Segments:
-    """A rank's share: the stream is cut into 16 chunks, of which it has number `rank` and 15 - rank as queries.
+    """A rank's share: of the stream's 16 chunks it has numbers `rank` and 15 - rank as queries.
 
     A chunk's queries of a document see the document's keys up to the chunk's end, in a buffer of the whole stream.
     """
@@ -61,7 +62,7 @@ def synchronize(device: str) -> None:
 
 
 def time_ours(segments: Segments, device: str, repeats: int) -> tuple[str, str]:
-    """Medians of the host's part, and of the copy to the device and the expansion there."""
+    """Medians: of the work on the host, and of the copy to the device with the expansion there."""
     host, expand = [], []
     for _ in range(repeats + 1):  # the first one warms up
         begin = time.perf_counter()
@@ -96,11 +97,11 @@ def reset_peak(device: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="where the mask is expanded: cpu or cuda")
-    parser.add_argument("--repeats", type=int, default=9, help="of which the median is shown")
+    parser.add_argument("--repeats", type=int, default=9, help="how many times each is measured; the median is shown")
+    parser.add_argument("--no-pytorch", action="store_true", help="skip create_block_mask, which takes 10 GB and 27 s")
     parser.add_argument(
-        "--no-pytorch", action="store_true", help="leave create_block_mask out: it takes 10 GB and 27 s"
+        "--threads", type=int, default=1, help="CPU threads; on a busy machine, more threads wait longer"
     )
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU; on a busy machine more of them wait longer")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 

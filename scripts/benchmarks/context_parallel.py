@@ -3,9 +3,9 @@
     python scripts/benchmarks/context_parallel.py [--rows 65536 524288] [--json layouts.json]
 
 For rows of 64K to 1M tokens on 8 and 64 ranks and six mixes of document lengths it prints, for each layout, the
-imbalance of attention (largest over mean of the ranks' query-key pairs) and the keys a rank must receive, as a share of
-what all-gather brings; then a verdict on each bound that the layout is held to. Needs no accelerator and no process
-group. PTRR is PyTorch's load balancer for FlexAttention under context parallelism.
+imbalance of attention (largest over mean of the ranks' query-key pairs) and the keys that a rank must receive, as a
+share of what all-gather brings; then whether each promised bound holds. Needs no accelerator and no process group. PTRR
+is PyTorch's load balancer for FlexAttention under context parallelism.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ RANDOM = ("all short", "half long, half short", "log-uniform 1K-512K")
 
 
 def mix_segments(mix: str, total: int, seed: int, window: int | None = None) -> Segments:
-    """A row of `total` tokens of the mix, whose documents come in random order."""
+    """A row of `total` tokens of the mix, its documents in random order."""
     rng = np.random.default_rng([seed, total])
     lengths = MIXES[mix](total, rng)
     if mix in RANDOM:
@@ -72,9 +72,9 @@ def mix_segments(mix: str, total: int, seed: int, window: int | None = None) -> 
 
 
 def tiles(segments: Segments) -> np.ndarray:
-    """int64[T/128]: non-empty 128 x 128 tiles of each block's row of the mask: what a block-sparse kernel computes."""
-    # A block sees keys in every block from its first key's to its own: the document that goes on into the block reaches
-    # back without a gap, and further documents begin inside the block.
+    """int64[T/128]: how many 128 x 128 tiles of each block's mask row a block-sparse kernel computes (not empty)."""
+    # A block sees keys in every block from that of its first key to itself: the document that continues into the block
+    # reaches back without a gap, and other documents begin inside the block.
     token = np.arange(0, segments.total, BLOCK)
     first_key = segments.cu_seqlens[np.searchsorted(segments.cu_seqlens, token, side="right") - 1]
     if segments.window is not None:
@@ -83,14 +83,14 @@ def tiles(segments: Segments) -> np.ndarray:
 
 
 def imbalance(work: np.ndarray, owner: np.ndarray, cp: int) -> float:
-    """Largest over mean of the ranks' summed `work` [blocks]: 1 is even, and cp is cp - 1 idle ranks."""
+    """Largest over mean of the ranks' summed `work` [blocks]: 1 is even; cp means that cp - 1 ranks are idle."""
     total = np.bincount(owner, weights=work, minlength=cp)
     return float(total.max() / total.mean())
 
 
 def ptrr(segments: Segments, cp: int) -> np.ndarray:
-    """int16[T/128]: the assignment of PyTorch's _PTRRLoadBalancer: blocks by falling number of tiles, dealt to the
-    ranks to and fro. Its class wants a BlockMask, which create_block_mask can't make for a million tokens."""
+    """int16[T/128]: the assignment of PyTorch's _PTRRLoadBalancer: blocks in falling number of tiles, dealt to the
+    ranks back and forth. That class needs a BlockMask, which create_block_mask cannot make for a million tokens."""
     order = np.argsort(-tiles(segments), kind="stable")
     turn, place = np.divmod(np.arange(len(order)), cp)
     owner = np.empty(len(order), np.int16)
@@ -123,7 +123,7 @@ def measure(row: int, cp: int, mix: str, seeds: int) -> dict[str, Any]:
 
 
 def layout_time(total: int, documents: int, cp: int) -> float:
-    """Milliseconds of `balanced` on a row of so many documents: the median of 9."""
+    """Milliseconds that `balanced` takes on a row of `documents` documents: the median of 9 runs."""
     rng = np.random.default_rng(0)
     cuts = np.sort(rng.choice(np.arange(1, total), documents - 1, replace=False))
     segments = Segments.whole(np.concatenate([[0], cuts, [total]]))
@@ -136,7 +136,7 @@ def layout_time(total: int, documents: int, cp: int) -> float:
 
 
 def one_document_bound(cp: int) -> float:
-    """Least keys received, as a share of all-gather's, for one document of N tokens evenly spread.
+    """The fewest keys received, as a share of all-gather's, for one document of N tokens, evenly spread.
 
     Let m_k be the k-th smallest of the ranks' highest positions (k = 1 to cp). k ranks hold k N / cp tokens, all below
     m_k, and their share k / cp of the work. Work there is at most that of m_k's top k N / cp tokens, so
@@ -147,10 +147,10 @@ def one_document_bound(cp: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="tokens of a row")
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="tokens per row")
     parser.add_argument("--cp", type=int, nargs="+", default=list(DEGREES), help="context-parallel degrees")
-    parser.add_argument("--seeds", type=int, default=5, help="rows drawn of each random mix")
-    parser.add_argument("--json", type=Path, help="write all numbers here too")
+    parser.add_argument("--seeds", type=int, default=5, help="how many rows are drawn from each random mix")
+    parser.add_argument("--json", type=Path, help="also write all numbers to this file")
     args = parser.parse_args()
 
     names = ("contiguous", "headtail", "ptrr", "balanced")
@@ -177,7 +177,7 @@ def main() -> None:
 
 
 def verdicts(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each bound with its value and whether it holds; those whose rows weren't measured are left out."""
+    """Each bound with its value and whether it holds; bounds whose rows were not measured are left out."""
     checks: list[dict[str, Any]] = []
 
     def check(what: str, value: float, bound: float) -> None:
@@ -190,7 +190,7 @@ def verdicts(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if (row, cp) == (1 << 19, 8):
             check("512K cp 8, all short: keys received", group["all short"], 0.05)
         least = one_document_bound(cp)
-        # A little more than the bound, since blocks are whole.
+        # a little more than `least`, since blocks are not divided
         check(f"{row >> 10}K cp {cp}, one document: keys received (at least {least:.3f})", group["one document"], 0.76)
     for cp in DEGREES:
         check(f"ms for a layout of 1M tokens, 2,000 documents, cp {cp}", layout_time(1 << 20, 2000, cp), 20)

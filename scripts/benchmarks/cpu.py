@@ -3,10 +3,10 @@
     python scripts/benchmarks/cpu.py                       # SmolLM2-135M, 8 documents in a row of 4,096 tokens
     python scripts/benchmarks/cpu.py --layers 8 --steps 5  # a quicker look
 
-Both sides train the same weights on the same packed rows in float32 with fused AdamW; their losses are compared, so it
-is the same work. Then this trainer's loss in one tile takes turns with one in many (--loss-tile-mib), in one process
-on one model. Each side is a process of its own (peak memory is its own) and the two take turns step by step, so
-that whatever else the machine does weighs on both. The figure to quote is the ratio.
+Both sides train the same weights on the same packed rows in float32 with fused AdamW; their losses are compared, to
+show that the work is the same. Each side is a process of its own, for its own peak memory, and the two take turns step
+by step, so that other load on the machine slows both. The figure to quote is the ratio. Then this trainer's loss in one
+tile takes turns with the loss in many tiles (--loss-tile-mib), in one process on one model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def batches(vocab_size: int):
 
 
 def ours(layers: int):
-    """A function that makes one training step, with so many MiB of logits at a time, and returns its loss."""
+    """A function that makes one training step, with `loss_tile_mib` MiB of logits at a time, and returns its loss."""
     import torch
 
     from torchtitan.attention.segments import Segments
@@ -120,8 +120,10 @@ def theirs(layers: int):
 
 
 def serve(side: str, layers: int) -> None:
-    """A child: one step for every line read, answered with its seconds, loss and the process's peak memory. A line that
-    is a number is the loss tile's size."""
+    """A child process: for each line read, one step, answered with its seconds, loss and the process's peak memory.
+
+    A line that is a number is the loss tile's size in MiB.
+    """
     step = {"ours": ours, "theirs": theirs}[side](layers)
     for line in sys.stdin:
         start, processor = time.perf_counter(), time.process_time()
@@ -133,9 +135,11 @@ def serve(side: str, layers: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=30, help="of SmolLM2-135M's 30")
-    parser.add_argument("--steps", type=int, default=4, help="timed steps a side, after one to warm up")
-    parser.add_argument("--loss-tile-mib", type=int, default=64, help="of the tiled loss; one tile is the row")
+    parser.add_argument("--layers", type=int, default=30, help="how many of SmolLM2-135M's 30 layers")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps per side, after one warm-up step")
+    parser.add_argument(
+        "--loss-tile-mib", type=int, default=64, help="tile size of the tiled loss; the other has one tile per row"
+    )
     parser.add_argument("--serve", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.steps < 1 or args.loss_tile_mib < 1:
@@ -183,10 +187,10 @@ def main() -> None:
     for what in ("seconds", "processor"):
         one, many = (statistics.median(step[what] for step in steps) for _, steps in turns)
         more.append(f"{many / one - 1:+.1%}")
-    print(f"loss in tiles of {args.loss_tile_mib} MiB against one tile: {more[0]} of a step's time, {more[1]} of its")
-    print("processor time, which says more where other jobs are busy")
+    print(f"loss in tiles of {args.loss_tile_mib} MiB against one tile: step time {more[0]}, processor time {more[1]}")
+    print("(on a machine that is busy with other jobs, processor time says more)")
     difference = max(abs(a["loss"] - b["loss"]) for a, b in zip(*results.values(), strict=True))
-    print(f"largest difference of the losses over {args.steps + 1} steps: {difference:.1e}")
+    print(f"largest difference between the losses of {args.steps + 1} steps: {difference:.1e}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Speed and quality of the data room on this machine: planning a stage, dealing and packing its rows, reading them.
+"""Speed and quality of torchtitan/datasets on this machine: planning a stage, dealing, packing and reading rows.
 
     python scripts/benchmarks/data.py                              # full sizes; needs 1 GB under --scratch
     python scripts/benchmarks/data.py --parts packing imbalance    # what does not depend on the machine
     python scripts/benchmarks/data.py --documents 1e5 --stage-tokens 2e8 --tokens 1e7 --plain-tokens 2e6  # a quick look
 
 Documents are synthetic: lengths drawn from lognormal distributions, token ids at random. Reading is timed beside a
-plain-Python loop over Hugging Face `datasets` that packs documents of the same corpus into rows of the same length;
-the two take turns, so that whatever else the machine does weighs on both. The figure to quote there is the ratio.
+plain-Python loop over Hugging Face `datasets` that packs documents of the same corpus into rows of the same length; the
+two take turns, so that other load on the machine slows both. The figure to quote there is the ratio.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# NumPy, torch and torchtitan are imported by the parts that need them: planning's process is forked from this one, and
-# what is in memory here would count as its own.
+# NumPy, torch and torchtitan are imported by the parts that need them: the planning process is forked from this one,
+# and what is in memory here would count as its own.
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -51,7 +51,7 @@ DOMAINS = {
     "web": (6.6, 1.1, 0.5, 0.25),
     "wiki": (6.0, 1.4, 0.2, 0.15),
 }
-"""The same for packing: 10,000 documents are those that the tests pack."""
+"""The same for packing; with 10,000 documents, these are what the tests pack."""
 
 
 def table(title: str, rows: list[tuple[str, ...]]) -> None:
@@ -75,7 +75,7 @@ def lengths_only(name: str, lengths: np.ndarray) -> Corpus:
 
 
 def time_planning(documents: int, tokens: int) -> dict[str, Any]:
-    """In a process of its own, kept on one core: seconds of the plan and this process's peak memory."""
+    """In a separate process on one core: seconds to make the plan, and that process's peak memory."""
     core = min(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
     import numpy as np
@@ -127,7 +127,7 @@ def planning(args: argparse.Namespace) -> None:
 
 
 def imbalance(args: argparse.Namespace) -> None:
-    """60 % of the tokens in documents of at least 64K tokens, 40 % in short ones, as ProLong's."""
+    """60% of the tokens are in documents of at least 64K tokens, 40% in short ones, as in ProLong."""
     import numpy as np
 
     from torchtitan.config.schema import Data, Source
@@ -157,7 +157,7 @@ def imbalance(args: argparse.Namespace) -> None:
             rows.append((f"{what}, {where}", *(f"{value:.3f}" for value in values)))
     table(
         f"Work of an 8B model (FLOPs that the mask allows) over {ranks} data-parallel ranks, {ROW:,}-token rows, "
-        f"{per_rank} a rank a step, 60 % long and 40 % short documents, mean of {args.steps} steps:",
+        f"{per_rank} per rank and step, 60% long and 40% short documents, mean of {args.steps} steps:",
         rows,
     )
 
@@ -166,7 +166,7 @@ def imbalance(args: argparse.Namespace) -> None:
 
 
 def split_readings(plan: Plan) -> tuple[int, int]:
-    """(readings of documents no longer than a row, those of them that are in several parts or cut off)."""
+    """(how many times a document that fits in a row is read, how many of these in several parts or cut off)."""
     import numpy as np
 
     t = plan.table
@@ -215,7 +215,7 @@ def packing(args: argparse.Namespace) -> None:
 
 
 def write_corpus(folder: Path, tokens: int) -> None:
-    """At least so many tokens as datasets' save_to_disk writes them: input_ids, list<int32>."""
+    """At least `tokens` tokens, in the format of datasets' save_to_disk: input_ids, list<int32>."""
     import datasets
     import numpy as np
     import pyarrow as pa
@@ -259,7 +259,7 @@ def plain_rows(documents: Iterable[dict[str, list[int]]], seq_len: int) -> Itera
 
 
 def plain_loader(folder: Path, seq_len: int, workers: int) -> Iterable[Any]:
-    """plain_rows of a folder, in as many DataLoader workers as the other side has."""
+    """plain_rows of a folder, in `workers` DataLoader workers."""
     from datasets import load_from_disk
     from torch.utils.data import DataLoader, IterableDataset
 
@@ -272,7 +272,7 @@ def plain_loader(folder: Path, seq_len: int, workers: int) -> Iterable[Any]:
 
 
 def our_loader(folder: Path, seq_len: int, workers: int) -> Iterable[Any]:
-    """All but the tail of a folder's tokens through build_loader, as a training rank reads them."""
+    """A folder's tokens, except the tail, through build_loader, as a training rank reads them."""
     from torchtitan.config.schema import Data, Source
     from torchtitan.datasets.corpus import open_corpus
     from torchtitan.datasets.loader import build_loader
@@ -285,8 +285,8 @@ def our_loader(folder: Path, seq_len: int, workers: int) -> Iterable[Any]:
     return ((b.tokens, b.labels, b.positions, b.cu_seqlens) for b in loader)
 
 
-def tokens_a_second(rows: Iterable[Any], seq_len: int, count: int) -> float:
-    """Of at most `count` rows after the first, which waits for the worker to start; every token is looked at here."""
+def tokens_per_second(rows: Iterable[Any], seq_len: int, count: int) -> float:
+    """Over at most `count` rows after the first, which waits for the worker to start; every token is read here."""
     iterator = iter(rows)
     next(iterator)
     start, got = time.perf_counter(), 0
@@ -295,14 +295,14 @@ def tokens_a_second(rows: Iterable[Any], seq_len: int, count: int) -> float:
             tensor.sum()
         got += 1
     if not got:
-        raise SystemExit("--tokens and --plain-tokens must each be worth two rows at least")
+        raise SystemExit("--tokens and --plain-tokens must each be at least two rows")
     return got * seq_len / (time.perf_counter() - start)
 
 
 def reading(args: argparse.Namespace) -> None:
     import torch
 
-    torch.set_num_threads(1)  # looking at a row is little work: idle threads would take the worker's core
+    torch.set_num_threads(1)  # reading a row is little work: idle threads would take the worker's core
     plain_count = args.plain_tokens // args.row - 1
     our_count = args.tokens // args.row - 1
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
@@ -314,8 +314,8 @@ def reading(args: argparse.Namespace) -> None:
                     pass
         rates: dict[tuple[str, int], list[float]] = {}
         for _, workers in itertools.product(range(args.turns), (1, 0)):
-            ours = tokens_a_second(our_loader(folder, args.row, workers), args.row, our_count)
-            plain = tokens_a_second(plain_loader(folder, args.row, workers), args.row, plain_count)
+            ours = tokens_per_second(our_loader(folder, args.row, workers), args.row, our_count)
+            plain = tokens_per_second(plain_loader(folder, args.row, workers), args.row, plain_count)
             rates.setdefault(("ours", workers), []).append(ours / 1e6)
             rates.setdefault(("plain", workers), []).append(plain / 1e6)
     rows = [("million tokens/s", "build_loader", "plain Python", "ratio", "target")]
@@ -324,18 +324,18 @@ def reading(args: argparse.Namespace) -> None:
         rows.append((where, f"{ours:.1f}", f"{plain:.2f}", f"{ours / plain:.1f}x", target))
     table(
         f"Reading rows of {args.row:,} from a warm page cache, local_batch_size 1, median of {args.turns} turns; "
-        f"build_loader (best_fit, shuffled) {args.tokens / 1e6:g}M tokens a turn, the plain loop "
+        f"build_loader (best_fit, shuffled) {args.tokens / 1e6:g}M tokens per turn, the plain loop "
         f"{args.plain_tokens / 1e6:g}M:",
         rows,
     )
     print(
         "\nThe plain loop: load_from_disk, documents in their order as Python lists, concatenated and cut; labels,\n"
-        "positions and document ends as lists too, torch.tensor of each for every row; a DataLoader around it."
+        "positions and document ends as lists too, torch.tensor of each for every row; in a DataLoader."
     )
 
 
 def machine() -> str:
-    """Cores, memory, versions, and how busy it was: what a figure cannot be read without."""
+    """Date, cores, memory, load and versions, without which no figure can be read."""
     from importlib.metadata import version
 
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -361,9 +361,11 @@ def main() -> None:
     parser.add_argument("--steps", type=whole, default=40, help="imbalance: steps")
     parser.add_argument("--packing-documents", type=whole, default=10_000, help="packing: documents")
     parser.add_argument("--tokens", type=whole, default=100_000_000, help="reading: tokens of the corpus on disk")
-    parser.add_argument("--plain-tokens", type=whole, default=10_000_000, help="reading: of which the plain loop reads")
-    parser.add_argument("--row", type=whole, default=ROW, help="reading: tokens of a row")
-    parser.add_argument("--turns", type=whole, default=3, help="reading: times that each side is timed")
+    parser.add_argument(
+        "--plain-tokens", type=whole, default=10_000_000, help="reading: how many of them the plain loop reads"
+    )
+    parser.add_argument("--row", type=whole, default=ROW, help="reading: tokens per row")
+    parser.add_argument("--turns", type=whole, default=3, help="reading: how many times each side is timed")
     parser.add_argument("--scratch", help="reading: folder for the corpus, deleted afterwards (default: the system's)")
     args = parser.parse_args()
     args.plain_tokens = min(args.plain_tokens, args.tokens)

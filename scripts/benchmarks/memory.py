@@ -3,9 +3,9 @@
     python scripts/benchmarks/memory.py            # all of it; a few minutes
     python scripts/benchmarks/memory.py loss       # or one of loss, activations, length
 
-Bytes of live tensors are counted operator by operator. What a kernel uses inside itself is not seen so; a process of
-its own does the same work uncounted, and the growth of its peak resident set stands beside the count. The plain loss at
-32K tokens, whose logits in float32 alone are 16 GiB, is counted on tensors without memory (FakeTensorMode).
+Bytes of live tensors are counted after every operator. That misses what a kernel uses inside itself, so a separate
+process does the same work uncounted, and the growth of its peak resident set is printed beside the count. The plain
+loss at 32K tokens, whose float32 logits alone are 16 GiB, is counted on tensors without memory (FakeTensorMode).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ WORDS = 131072
 
 
 def peak_resident() -> int:
-    """Bytes of the process's largest resident set since reset_resident()."""
+    """The process's largest resident set in bytes since reset_resident()."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
 
 
 def reset_resident() -> None:
-    """From now on peak_resident() is of what comes (Linux)."""
+    """Start peak_resident() anew (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -45,7 +45,7 @@ def reset_resident() -> None:
 
 
 def loss(tokens: int, dim: int, tiled: bool) -> Callable[[], Any]:
-    """Forward and backward of the output head and its loss, in bfloat16; the weight and the hidden states are there."""
+    """Forward and backward of the output head and its loss, in bfloat16; weight and hidden states exist before."""
     from torchtitan.models.loss_head import OutputHead
 
     with torch.device("meta"):
@@ -62,7 +62,7 @@ def loss(tokens: int, dim: int, tiled: bool) -> Callable[[], Any]:
 
 
 def model_step(tokens: int, layers: int, dim: int, options: dict[str, Any], backward: bool) -> Callable[[], Any]:
-    """Forward, and backward if asked for, of a model in bfloat16 over documents of 1,024 tokens, behind FSDP2."""
+    """Forward, and backward if `backward`, of a model in bfloat16 under FSDP2, over documents of 1,024 tokens."""
     from torchtitan.attention.segments import Segments
     from torchtitan.config.schema import ActivationCheckpoint, JobConfig, Training
     from torchtitan.distributed.parallel_dims import ParallelDims
@@ -83,7 +83,7 @@ def model_step(tokens: int, layers: int, dim: int, options: dict[str, Any], back
     model = build_sharded_model(args, config, ParallelDims.build("cpu", 1, 1, 1, 1), torch.device("cpu"))
     init_weights(model, 0)
     for p in model.parameters():
-        p.grad = torch.zeros_like(p)  # as in every micro-batch but the first
+        p.grad = torch.zeros_like(p)  # as in every micro-batch except the first
     inputs = torch.arange(tokens) % args.vocab_size
     positions = torch.arange(tokens) % 1024
     mask = Segments.whole(torch.arange(0, tokens + 1, 1024).numpy())
@@ -101,7 +101,7 @@ WORKS: dict[str, Callable[..., Callable[[], Any]]] = {"loss": loss, "model": mod
 
 
 def count(name: str, *arguments: Any, fake: bool = False) -> tuple[int, int]:
-    """(peak bytes above those at the beginning, bytes that the result keeps alive); fake: without memory."""
+    """(peak bytes beyond those at the beginning, bytes that the result keeps alive); fake: tensors have no memory."""
     if fake:
         from torch._subclasses.fake_tensor import FakeTensorMode
     with FakeTensorMode() if fake else nullcontext():
@@ -116,9 +116,9 @@ def count(name: str, *arguments: Any, fake: bool = False) -> tuple[int, int]:
 
 
 def resident(name: str, *arguments: Any) -> int:
-    """Growth of the resident set of a process of its own during the same work."""
+    """By how many bytes the resident set of a separate process grows during the same work."""
     command = [sys.executable, __file__, "--resident", json.dumps([name, *arguments])]
-    # glibc then returns blocks from 64 KiB on to the system at once, and does not keep them for later
+    # glibc then returns blocks of 64 KiB and more to the system at once, instead of keeping them for reuse
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:
@@ -127,7 +127,7 @@ def resident(name: str, *arguments: Any) -> int:
 
 
 def serve(name: str, *arguments: Any) -> None:
-    """A child: prepare, warm up on little, and print how much the peak grew."""
+    """A child process: prepare, warm up on few tokens, and print by how many bytes the peak grew."""
     torch.set_num_threads(1)
     warm = (256, *arguments[1:]) if name == "loss" else (1024, *arguments[1:])
     WORKS[name](*warm)()
@@ -144,7 +144,7 @@ def row(*cells: Any) -> None:
 
 
 def losses() -> None:
-    """At most a tenth of the plain one up to a width of some 5,000: beyond, the gradient of the matrix is more."""
+    """Tiled: at most a tenth of plain up to a width of about 5,000; beyond, the matrix's gradient alone is more."""
     print(f"\nExtra memory of the output head and loss, forward and backward, {WORDS:,} words, bfloat16, MiB:\n")
     row("dim, tokens", "loss", "counted", "how", "resident set")
     row("---", "---", "---:", "---", "---:")
@@ -180,15 +180,15 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def activations() -> None:
-    """Of full recomputation at most 2 bytes x dim x 1.1 a token and layer."""
+    """Full recomputation: at most 2 bytes x dim x 1.1 per token and layer."""
     dim, tokens = 256, 4096
     print(
-        f"\nBytes a token in bfloat16, dim {dim}, feed-forward {7 * dim // 2}, {tokens:,} tokens; kept after forward,"
+        f"\nBytes per token in bfloat16, dim {dim}, feed-forward {7 * dim // 2}, {tokens:,} tokens; kept after forward,"
     )
     print(
-        "a layer (difference of 6 and 2 layers), in units of 2 dim; and the peak of forward and backward, 2 layers:\n"
+        "per layer (difference of 6 and 2 layers), in units of 2 dim; and the peak of forward and backward, 2 layers:\n"
     )
-    row("mode", "kept a layer", "/ (2 dim)", "peak")
+    row("mode", "kept per layer", "/ (2 dim)", "peak")
     row("---", "---:", "---:", "---:")
     for mode, options in MODES.items():
         few, many = (count("model", tokens, layers, dim, options, False)[1] for layers in (2, 6))
@@ -198,11 +198,11 @@ def activations() -> None:
 
 
 def lengths() -> None:
-    """Linear: what a further token takes is the same from 8K to 32K and from there to 128K, within 5%."""
+    """Linear: bytes per further token are the same from 8K to 32K as from 32K to 128K tokens, within 5%."""
     dim, layers, options = 128, 2, {"mode": "full", "mlp_tile_tokens": 256}
     print(f"\nPeak of forward and backward by length: dim {dim}, {layers} layers, full recomputation, tiled loss and")
     print("feed-forward, documents of 1,024 tokens:\n")
-    row("tokens", "counted MiB", "bytes a token", "a further token", "resident set MiB")
+    row("tokens", "counted MiB", "bytes per token", "per further token", "resident set MiB")
     row("---:", "---:", "---:", "---:", "---:")
     before = None
     for tokens in (8192, 32768, 131072):
@@ -218,7 +218,7 @@ PARTS = {"loss": losses, "activations": activations, "length": lengths}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all of them")
+    parser.add_argument("parts", nargs="*", help=f"any of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--resident", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.resident:

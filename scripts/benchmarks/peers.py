@@ -1,14 +1,14 @@
-"""The same training in this trainer and in its peers, one after the other, in turns, on one machine.
+"""The same training in this trainer and in its peers, in turns, on one machine.
 
     python scripts/benchmarks/peers.py --processes 2 --layers 4
     python scripts/benchmarks/peers.py --processes 8 --flavor llama3.2_1b --seq-len 131072 --steps 10       # on GPUs
 
-Every process trains rows of its own, of eight documents, data-parallel under FSDP2: float32 on the CPU, bfloat16
-computation of float32 parameters on GPUs, whole blocks recomputed with --recompute. Peers: transformers'
-LlamaForCausalLM under FSDP2 (sdpa with a document mask on the CPU; on GPUs flash_attention_2 where it is installed);
-on GPUs, where liger-kernel is installed, the same with its fused loss. Losses are printed, so that one sees that it is
-the same work. torchtitan 0.2.2 is a package of the same name as this one and cannot be in the same Python: it is left
-out. Figures to quote are ratios.
+Every process trains rows of its own, each of eight documents, data-parallel under FSDP2: in float32 on the CPU; on GPUs
+with bfloat16 computation of float32 parameters. --recompute recomputes whole blocks. Peers: transformers'
+LlamaForCausalLM under FSDP2 (sdpa with a document mask on the CPU; on GPUs flash_attention_2 if it is installed), and
+on GPUs, if liger-kernel is installed, the same with its fused loss. The losses are printed, to show that the work is
+the same. torchtitan 0.2.2 has this package's name and cannot be in the same Python, so it is left out. The figures to
+quote are the ratios.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--flavor", default="smollm2_135m", help="a Llama of torchtitan/models/registry.py")
-    parser.add_argument("--layers", type=int, help="only so many of its layers")
+    parser.add_argument("--layers", type=int, help="how many of its layers (default: all)")
     parser.add_argument("--seq-len", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=3, help="that are timed in each round")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of every side")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps per round")
+    parser.add_argument("--rounds", type=int, default=2, help="how many turns each side takes")
     parser.add_argument("--recompute", action="store_true", help="full activation checkpointing on every side")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file too")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--serve", choices=list(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     own = parser.parse_args()
     if own.serve:
         return serve(own)
-    results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES if is_here(side)}
+    results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES if is_available(side)}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "numbers.json"
         for _ in range(own.rounds):
@@ -58,7 +58,7 @@ def main() -> int:
                     print(f"error: {side} ended with exit code {code}; its error is above", file=sys.stderr)
                     return code
                 rounds.append(json.loads(out.read_text()))
-    table = {side: together(rounds, own.seq_len * own.processes) for side, rounds in results.items()}
+    table = {side: summarize(rounds, own.seq_len * own.processes) for side, rounds in results.items()}
     print(f"\n{own.flavor}, {own.layers or 'all'} layers, rows of {own.seq_len} tokens, {own.processes} processes")
     for side, row in table.items():
         print(
@@ -71,7 +71,8 @@ def main() -> int:
     return 0
 
 
-def together(rounds: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+def summarize(rounds: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """The numbers of a side's rounds; tokens: per step, of all processes."""
     seconds = [s for one in rounds for s in one["seconds"]]
     peak = max(one["peak_gib"] for one in rounds)
     return {
@@ -81,7 +82,8 @@ def together(rounds: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
     }
 
 
-def is_here(side: str) -> bool:
+def is_available(side: str) -> bool:
+    """Liger's side needs CUDA and liger-kernel."""
     if side != "transformers, liger":
         return True
     import torch
@@ -90,7 +92,7 @@ def is_here(side: str) -> bool:
 
 
 def serve(own: argparse.Namespace) -> int:
-    """One rank of one side: a step to warm up, then those that are timed; rank 0 writes what came out."""
+    """One rank of one side: a warm-up step, then the timed steps; rank 0 writes the numbers."""
     import torch
     import torch.distributed as dist
 
@@ -122,14 +124,14 @@ def serve(own: argparse.Namespace) -> int:
 
 
 def documents(seq_len: int) -> list[int]:
-    """Lengths that sum to seq_len."""
+    """Lengths of a row's documents, which sum to seq_len."""
     lengths = [seq_len * share // sum(SHARES) for share in SHARES]
     lengths[0] += seq_len - sum(lengths)
     return lengths
 
 
 def rows_of(vocab_size: int, seq_len: int, rank: int, device: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """The same rows for every side: tokens, labels, positions; of this rank."""
+    """This rank's rows, the same for every side: tokens, labels, positions, int64[seq_len] each."""
     import torch
 
     lengths = documents(seq_len)
@@ -178,7 +180,7 @@ def ours(args: Any, own: argparse.Namespace, device: Any, rows: Iterator[Any]) -
 def transformers_fsdp2(
     args: Any, own: argparse.Namespace, device: Any, rows: Iterator[Any], liger: bool = False
 ) -> Step:
-    """Its loss is a mean over a rank's labels, which all ranks have as many of; FSDP2 averages over ranks."""
+    """Its loss is a mean over a rank's labels, of which all ranks have as many; FSDP2 averages over ranks."""
     import torch
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -192,7 +194,7 @@ def transformers_fsdp2(
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
-        # the fused loss alone: its other kernels are not what is compared
+        # the fused loss alone: its other kernels are not compared here
         apply_liger_kernel_to_llama(rope=False, swiglu=False, rms_norm=False, fused_linear_cross_entropy=True)
     flash = cuda and importlib.util.find_spec("flash_attn") is not None
     config = LlamaConfig(

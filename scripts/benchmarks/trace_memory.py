@@ -1,4 +1,4 @@
-"""The planner's peak beside a trace of the trainer's own code, on tensors without memory and ranks that are not there.
+"""The planner's peak beside a trace of the trainer's own code, on tensors without memory and ranks that do not exist.
 
     python scripts/benchmarks/trace_memory.py --job.config_file train_configs/llama3_8b/128k.toml --world-size 8
     python scripts/benchmarks/trace_memory.py --world-size 8 --job.config_file my.toml \\
@@ -6,8 +6,8 @@
 
 Rank 0's model is built and sharded as in training, over PyTorch's fake process group, and makes two steps on one row of
 one document under FakeTensorMode; the bytes alive after each operator of the second step are counted. That needs no GPU
-and little memory. It follows what the CPU allocates, as `estimate.py --gpu cpu` does: what CUDA's kernels, its
-allocator and NCCL add is in neither. Exit code 2 where the two are more than 15% apart.
+and little memory. It follows what the CPU allocates, as `estimate.py --gpu cpu` does: neither includes what CUDA's
+kernels, its allocator and NCCL add. Exit code 2 if the two differ by more than 15%.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def compare(config: JobConfig, world_size: int) -> int:
     check_tables(config, world_size)
     if config.optimizer.implementation != "fused":
         raise UserError(
-            f'optimizer.implementation = "{config.optimizer.implementation}" reads its step from memory that is not '
-            'there: only "fused" can be traced.'
+            f'optimizer.implementation = "{config.optimizer.implementation}" reads its step from memory that a '
+            'trace does not have: only "fused" can be traced.'
         )
     args = model_args(config, None)
     planned = peak(numbers_of(config, args, world_size, "cpu"))
@@ -110,8 +110,8 @@ def trace(config: JobConfig, args: object, world_size: int) -> int:
         tensors = {n: mode.from_tensor(getattr(local, n)) for n in ("tokens", "labels", "positions")}
         for _ in range(2):
             live.reset()
-            for _ in range(min(accumulation_steps(config, world_size), 2)):  # a third has the peak of the second
-                # copies, so that no micro-batch's are alive before it comes
+            for _ in range(min(accumulation_steps(config, world_size), 2)):  # a third has the same peak as the second
+                # copies, so that no micro-batch's inputs are alive before it
                 inputs = type(local)(**{**vars(local), **{n: x.clone() for n, x in tensors.items()}})
                 train_micro_batch(model, inputs, float(total))
             optimizer.step()

@@ -1,13 +1,13 @@
-"""One stage for some steps: tokens/s, MFU by the mask, HFU, peak memory, exposed communication.
+"""A few steps of one stage: tokens/s, MFU by the mask, HFU, peak memory, exposed communication.
 
     python scripts/benchmarks/training.py --processes 2 --steps 5 --job.config_file train_configs/demo/1k.toml
     python scripts/benchmarks/training.py --processes 8 --steps 10 --json result.json \\
         --job.config_file my.toml --compile.enable
 
-Nothing is saved, and nothing of the stage's folder is read or written; its data are. MFU and HFU need the device's peak
-(metrics.peak_tflops where it is no known GPU). Exposed communication is the share of one more step, under PyTorch's
-profiler, in which rank 0's GPU runs NCCL's kernels and no others. On the CPU it cannot be told: gloo's threads and the
-computation share the cores.
+The stage's data are read; its dump folder is neither read nor written, and nothing is saved. MFU and HFU need the
+device's peak (metrics.peak_tflops for an unknown GPU). Exposed communication is the share of one more step, under
+PyTorch's profiler, in which rank 0's GPU runs NCCL's kernels and no others. It cannot be measured on the CPU, where
+gloo's threads and the computation share the cores.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def main(args: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=5, help="that are timed")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file too")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     own, overrides = parser.parse_known_args(args)
     try:
         if min(own.processes, own.steps, own.warmup) < 1:
@@ -61,7 +61,7 @@ def main(args: list[str]) -> int:
 
 
 def only_steps(config: JobConfig, steps: int, folder: str) -> JobConfig:
-    """The stage without what it saves, waits for or starts from."""
+    """The stage without saving, gates, a previous stage or initial weights."""
     warmup = min(config.lr_scheduler.warmup_steps, steps)
     return replace(
         config,
@@ -77,7 +77,7 @@ def only_steps(config: JobConfig, steps: int, folder: str) -> JobConfig:
 
 
 def measure(config: JobConfig, steps: int, warmup: int) -> dict[str, Any]:
-    """On every rank; rank 0's numbers are those of the run."""
+    """Collective; the numbers of the run are rank 0's."""
     import torch
     import torch.distributed as dist
 
@@ -101,17 +101,17 @@ def measure(config: JobConfig, steps: int, warmup: int) -> dict[str, Any]:
                 torch.cuda.synchronize()
             dist.barrier(trainer.cpu_group)
             seconds.append(time.perf_counter() - start)
-        # before the step that is traced counts too
+        # read before the traced step adds to them
         tokens, flops, recomputed_flops = done.tokens, done.flops, done.recomputed_flops
         memory = torch.tensor(peak_memory_gib(trainer.device), dtype=torch.float64)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=trainer.cpu_group)
         exposed = exposed_communication(trainer) if cuda else None
         peak = peak_flops(trainer.device, config.metrics.peak_tflops)
-        ranks_a_row = trainer.dims.size("cp") * trainer.dims.size("tp")
+        ranks_per_row = trainer.dims.size("cp") * trainer.dims.size("tp")
         trainer.close()
     each = statistics.median(seconds[warmup:])
-    model = flops / ranks_a_row / steps
-    hardware = model + recomputed_flops / ranks_a_row / steps
+    model = flops / ranks_per_row / steps
+    hardware = model + recomputed_flops / ranks_per_row / steps
     return {
         "device": torch.cuda.get_device_name(local_rank) if cuda else "cpu",
         "processes": ranks,
@@ -147,13 +147,13 @@ def exposed_communication(trainer: Any) -> float:
 
 
 def uncovered(of: Iterable[Interval], by: Iterable[Interval]) -> float:
-    """Length of the union of some intervals that no other interval covers."""
+    """Length of what the intervals `of` cover and the intervals `by` do not."""
     by = list(by)
     return length([*of, *by]) - length(by)
 
 
 def length(intervals: Iterable[Interval]) -> float:
-    """Of their union."""
+    """Length of the union of the intervals."""
     total, end = 0.0, float("-inf")
     for a, b in sorted(intervals):
         total += max(b - max(a, end), 0)
@@ -167,14 +167,14 @@ def as_table(numbers: dict[str, Any]) -> str:
 
     rows = {
         "device": f"{numbers['processes']} x {numbers['device']}",
-        "seconds a step (median)": f"{numbers['seconds_per_step']:.3f}",
+        "seconds per step (median)": f"{numbers['seconds_per_step']:.3f}",
         "tokens/s": f"{numbers['tokens_per_second']:,.0f}",
-        "tokens/s a process": f"{numbers['tokens_per_second_per_process']:,.0f}",
-        "TFLOP/s a process, by the mask": f"{numbers['model_tflops_per_process']:.4g}",
+        "tokens/s per process": f"{numbers['tokens_per_second_per_process']:,.0f}",
+        "TFLOP/s per process, by the mask": f"{numbers['model_tflops_per_process']:.4g}",
         "MFU, by the mask": share(numbers["mfu"], "metrics.peak_tflops is not known"),
         "HFU": share(numbers["hfu"], "metrics.peak_tflops is not known"),
         f"peak memory ({numbers['memory_is']})": f"{numbers['memory_gib']:.2f} GiB",
-        "exposed communication": share(numbers["exposed_communication"], "cannot be told on the CPU"),
+        "exposed communication": share(numbers["exposed_communication"], "not measured on the CPU"),
     }
     return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
