@@ -99,7 +99,7 @@ def test_text_that_changed(tokenizer: Tokenizer, data: Data, make_source: MakeSo
 
 def damage(folder: Path, how: str) -> None:
     shard = sorted(folder.glob("*.arrow"))[1]
-    about = json.loads((folder / "corpus.json").read_text())
+    metadata = json.loads((folder / "corpus.json").read_text())
     if how == "missing":
         shard.unlink()
     elif how == "short":
@@ -114,7 +114,7 @@ def damage(folder: Path, how: str) -> None:
         state["_data_files"].pop()
         (folder / "state.json").write_text(json.dumps(state))
     elif how == "format":
-        (folder / "corpus.json").write_text(json.dumps(about | {"format": 0}))
+        (folder / "corpus.json").write_text(json.dumps(metadata | {"format": 0}))
     elif how == "broken json":
         (folder / "corpus.json").write_text("{")
 

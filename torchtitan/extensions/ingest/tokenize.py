@@ -214,5 +214,5 @@ def _make_units(
     left = [unit for unit in mine if unit not in done]
     total, size_left = sum(sizes.values()), sum(sizes[unit] for unit in left)
     progress = Progress(f"tokenizing {corpus.source}", len(mine), total, len(mine) - len(left), total - size_left)
-    for unit, counts in run_units(work, left, min(num_proc, len(left)), progress):
+    for unit, counts in run_units(work, left, min(num_proc, len(left))):
         progress.advance(sizes[unit], counts["tokens"])

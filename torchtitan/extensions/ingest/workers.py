@@ -15,8 +15,8 @@ from torchtitan.extensions.ingest.units import Counts
 
 logger = logging.getLogger(__name__)
 
-LOG_SECONDS = 30.0
-"""Between two lines in the log about the progress, if there is no terminal to show a bar."""
+LOG_SECONDS = 10.0
+"""Between two lines in the log about the progress."""
 
 
 class WorkerKilledError(Exception):
@@ -31,9 +31,7 @@ def cores() -> int:
 _work: Callable[[int], Counts] | None = None  # what run_units was given; workers inherit it by fork
 
 
-def run_units(
-    work: Callable[[int], Counts], indices: Sequence[int], num_proc: int, progress: Progress
-) -> Iterator[tuple[int, Counts]]:
+def run_units(work: Callable[[int], Counts], indices: Sequence[int], num_proc: int) -> Iterator[tuple[int, Counts]]:
     """(index, work(index)) of every index as it is done, by num_proc processes (1: this process).
 
     An error of `work` is raised here once the units that were begun have ended; WorkerKilledError if a process was
@@ -41,9 +39,8 @@ def run_units(
     """
     global _work
     if num_proc <= 1:
-        with progress:
-            for index in indices:
-                yield index, work(index)
+        for index in indices:
+            yield index, work(index)
         return
     _work = work
     fork = multiprocessing.get_context("fork")
@@ -51,9 +48,8 @@ def run_units(
     with ProcessPoolExecutor(num_proc, mp_context=fork, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
         futures = {pool.submit(_run_one, index): index for index in indices}
         try:
-            with progress:  # not earlier: it may start a thread, and a fork should not copy one
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
+            for future in as_completed(futures):
+                yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise WorkerKilledError(str(error)) from error
         except BaseException:
@@ -81,7 +77,7 @@ def _run_one(index: int) -> Counts:
 
 
 class Progress:
-    """A context manager that reports progress: a bar on a terminal, else a line in the log every LOG_SECONDS.
+    """Logs a line about the work at its beginning, and then with a unit that is done every LOG_SECONDS.
 
     units, size: of all the work; size in bytes of the source. done, size_done: what of it was done before.
     """
@@ -90,41 +86,21 @@ class Progress:
         self.title, self.units, self.size = title, units, size
         self.done, self.size_done, self._size_before = done, size_done, size_done
         self.tokens = 0
+        self._start = time.monotonic()
+        self._log()
 
     def advance(self, size: int, tokens: int) -> None:
         """One more unit is done."""
         self.done += 1
         self.size_done += size
         self.tokens += tokens
-        self._bar.update(self._bar.task_ids[0], completed=self.size_done, tokens=self.tokens)
-
-    def line(self) -> str:
-        """For the log: units done, speed, and the estimated time left."""
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        text = f"{self.title}: {self.done} of {self.units} units, {self.tokens / seconds:,.0f} tokens/s"
-        speed = (self.size_done - self._size_before) / seconds
-        return text + (f", about {(self.size - self.size_done) / speed / 60:.1f} minutes left" if speed > 0 else "")
-
-    def __enter__(self) -> Progress:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        self._start = time.monotonic()
-        self._ended = threading.Event()
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[tokens]:,} tokens"))
-        self._bar = Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
-        self._bar.add_task(self.title, total=self.size, completed=self.size_done, tokens=0)
-        self._bar.start()
-        if not console.is_terminal:
-            threading.Thread(target=self._log, daemon=True).start()
-        return self
+        if time.monotonic() - self._logged >= LOG_SECONDS:
+            self._log()
 
     def _log(self) -> None:
-        while not self._ended.wait(LOG_SECONDS):
-            logger.info(self.line())
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._bar.stop()
+        self._logged = time.monotonic()
+        seconds = max(self._logged - self._start, 1e-9)
+        text = f"{self.title}: {self.done} of {self.units} units, {self.tokens / seconds:,.0f} tokens/s"
+        speed = (self.size_done - self._size_before) / seconds
+        left = f", about {(self.size - self.size_done) / speed / 60:.1f} minutes left" if speed > 0 else ""
+        logger.info(text + left)

@@ -58,8 +58,8 @@ def serve(name: str, files: dict[str, bytes], gated: str) -> Iterator[tuple[str,
                 self.error(404, "RepoNotFound")
             elif path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
                 siblings = [{"rfilename": file} for file in files]
-                about = {"id": name, "sha": COMMIT, "siblings": siblings, "private": False, "gated": False, "tags": []}
-                self.answer(200, json.dumps(about).encode(), JSON)
+                answer = {"id": name, "sha": COMMIT, "siblings": siblings, "private": False, "gated": False, "tags": []}
+                self.answer(200, json.dumps(answer).encode(), JSON)
             elif path.startswith(f"{api}/revision/"):
                 self.error(404, "RevisionNotFound")
             elif path.startswith(f"{api}/tree/"):

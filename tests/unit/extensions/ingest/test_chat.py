@@ -86,10 +86,10 @@ WITH_TOOLS = {
 def assets(folder: Path, template: str | None) -> Path:
     """The repository's tokenizer with two tokens more, and a chat template."""
     shutil.copytree(ASSETS, folder, dirs_exist_ok=True)
-    about = json.loads((folder / "tokenizer.json").read_text())
-    like = about["added_tokens"][0]
-    about["added_tokens"] += [like | {"id": 4096 + i, "content": token} for i, token in enumerate(ADDED)]
-    (folder / "tokenizer.json").write_text(json.dumps(about))
+    metadata = json.loads((folder / "tokenizer.json").read_text())
+    like = metadata["added_tokens"][0]
+    metadata["added_tokens"] += [like | {"id": 4096 + i, "content": token} for i, token in enumerate(ADDED)]
+    (folder / "tokenizer.json").write_text(json.dumps(metadata))
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
     return folder

@@ -97,9 +97,9 @@ def test_a_local_copy_is_read_in_order(tokenizer: Tokenizer, data: Data, mirror:
     seen: list[str] = []
     folder = tokenize_source(source, counted(tokenizer, seen), data, 1)
     assert len(list(folder.glob("*.arrow"))) > 3
-    about = json.loads((folder / "corpus.json").read_text())
-    assert about["empty_documents"] == sum(not text.strip() for text in TEXTS)
-    assert about["max_token_id"] == 257
+    metadata = json.loads((folder / "corpus.json").read_text())
+    assert metadata["empty_documents"] == sum(not text.strip() for text in TEXTS)
+    assert metadata["max_token_id"] == 257
     assert documents(source, counted(tokenizer, seen), data) == expected(TEXTS)
     assert sorted(seen) == sorted(text for text in TEXTS if text.strip())  # once: the second time from the cache
     assert documents(replace(source, hub_split="test"), tokenizer, data) == expected(["to be tested"])

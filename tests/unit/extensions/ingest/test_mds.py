@@ -61,9 +61,9 @@ def test_packed_rows_are_cut_into_their_documents(tokenizer: Tokenizer, data: Da
 def test_it_is_a_corpus_like_any_other(tokenizer: Tokenizer, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source(name="mds", path=str(FIXTURES / "mds_packed"))
     folder = tokenize_source(source, tokenizer, data, 1)
-    about = json.loads((folder / "corpus.json").read_text())
-    assert about["max_token_id"] == 363 and about["documents"] == len(packed())
-    assert [Path(f["path"]).relative_to(FIXTURES).as_posix() for f in about["files"]] == [
+    metadata = json.loads((folder / "corpus.json").read_text())
+    assert metadata["max_token_id"] == 363 and metadata["documents"] == len(packed())
+    assert [Path(f["path"]).relative_to(FIXTURES).as_posix() for f in metadata["files"]] == [
         "mds_packed/part-0/index.json",
         "mds_packed/part-1/index.json",
         "mds_packed/part-0/shard.00000.mds",
@@ -71,7 +71,7 @@ def test_it_is_a_corpus_like_any_other(tokenizer: Tokenizer, data: Data, monkeyp
     ]
     monkeypatch.setattr(tokenize, "write_unit", None)
     assert tokenize_source(source, tokenizer, data, 1) == folder  # from the cache
-    assert resolve_source(replace(source, path=str(folder)), tokenizer, data).tokens == about["tokens"]
+    assert resolve_source(replace(source, path=str(folder)), tokenizer, data).tokens == metadata["tokens"]
 
 
 def test_each_shard_can_be_a_unit(tokenizer: Tokenizer, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,15 +105,15 @@ def test_text_beside_some_other_index_json_stays_text(tmp_path: Path, tokenizer:
 def test_gz_and_a_raw_shard_beside_its_compressed_one(tmp_path: Path) -> None:
     shutil.copytree(FIXTURES / "mds_unpacked", tmp_path / "m")
     (index,) = find_mds(tmp_path)
-    about = json.loads(index.read_text())
-    for number, shard in enumerate(about["shards"]):
+    metadata = json.loads(index.read_text())
+    for number, shard in enumerate(metadata["shards"]):
         raw = index.parent / shard["raw_data"]["basename"]
         content = gzip.compress(raw.read_bytes())
         (index.parent / f"{raw.name}.gz").write_bytes(content)
         shard |= {"compression": "gz", "zip_data": {"basename": f"{raw.name}.gz", "bytes": len(content), "hashes": {}}}
         if number == 0:
             raw.unlink()
-    index.write_text(json.dumps(about))
+    index.write_text(json.dumps(metadata))
     shards = read_index(index)
     assert [shard.compression for shard in shards] == ["gz", ""]
     assert [ids.tolist() for shard in shards for ids, _ in read_shard(shard)] == unpacked(False, False)
@@ -168,9 +168,9 @@ def chat_assets(folder: Path) -> Path:
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change the description of the first shard in an index.json."""
-    about = json.loads(path.read_text())
-    change(about["shards"][0])
-    path.write_text(json.dumps(about))
+    metadata = json.loads(path.read_text())
+    change(metadata["shards"][0])
+    path.write_text(json.dumps(metadata))
 
 
 def put(file: Path, at: int, *values: int) -> None:

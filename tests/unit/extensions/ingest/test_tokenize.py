@@ -118,11 +118,11 @@ def test_the_folder_is_a_hugging_face_dataset(tokenizer: Tokenizer, data: Data, 
 
 
 def test_corpus_json(tokenizer: Tokenizer, data: Data, make_source: MakeSource) -> None:
-    about = json.loads((tokenize_source(make_source(TEXTS), tokenizer, data, 1) / "corpus.json").read_text())
+    metadata = json.loads((tokenize_source(make_source(TEXTS), tokenizer, data, 1) / "corpus.json").read_text())
     tokens = expected(TEXTS)
-    assert (about["documents"], about["tokens"]) == (len(tokens), sum(map(len, tokens)))
-    assert about["max_token_id"] == 257
-    assert about["tokenizer"] == tokenizer.fingerprint
+    assert (metadata["documents"], metadata["tokens"]) == (len(tokens), sum(map(len, tokens)))
+    assert metadata["max_token_id"] == 257
+    assert metadata["tokenizer"] == tokenizer.fingerprint
 
 
 class CountingTokenizer:

@@ -430,7 +430,7 @@ def test_text_that_changes_meanwhile_is_in_no_unit(
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
-def test_progress_without_a_terminal(
+def test_progress(
     source: Source,
     tokenizer: Tokenizer,
     data: Data,
@@ -439,12 +439,16 @@ def test_progress_without_a_terminal(
     caplog: pytest.LogCaptureFixture,
     num_proc: int,
 ) -> None:
-    monkeypatch.setattr(workers, "LOG_SECONDS", 0.1)
-    tokenize_source(source, Noting(tokenizer, tmp_path / "n", lambda text: time.sleep(0.3)).tokenizer, data, num_proc)
+    """A line at the beginning, then at most one every LOG_SECONDS."""
+    rare = replace(data, cache_folder=str(tmp_path / "rare"))
+    tokenize_source(source, tokenizer, rare, num_proc)
+    assert sum("tokens/s" in record.getMessage() for record in caplog.records) == 1
+    caplog.clear()
+    monkeypatch.setattr(workers, "LOG_SECONDS", 0.0)
+    tokenize_source(source, tokenizer, data, num_proc)
     lines = [record.getMessage() for record in caplog.records if "tokens/s" in record.getMessage()]
-    assert len(lines) >= 4
-    assert lines[0].startswith("tokenizing source: 0 of 5 units")
-    assert any("of 5 units" in line and "minutes left" in line for line in lines)
+    assert [line.split(",")[0] for line in lines] == [f"tokenizing source: {n} of 5 units" for n in range(6)]
+    assert all("minutes left" in line for line in lines[1:])
 
 
 def test_waiting_is_said(data: Data, caplog: pytest.LogCaptureFixture) -> None:
