@@ -2,14 +2,13 @@
 
     python -m torchtitan.extensions.cluster.chain NPROC <arguments of torchtitan.train>
 
-run_train.sh does so for --stage.run_chain. Stages that have ended are passed over: the same command, started again,
-goes on in the stage and at the step where it was.
+run_train.sh does so for --stage.run_chain. Stages that have ended are skipped: the same command, started again, goes on
+in the stage and at the step where it stopped.
 
     python -m torchtitan.extensions.cluster.chain --has-ended <arguments of torchtitan.train>
 
-asks whether anything of one stage is left to do: exit code 0 if it has ended and its gates hold, NOT_ENDED if it has
-not ended, GATE_NOT_HELD or, for a mistake in the configuration, FAILED. PyTorch is not imported: a launcher can ask
-often.
+asks whether a stage is done: exit code 0 if it has ended and its gates hold, NOT_ENDED, GATE_NOT_HELD or, for a mistake
+in the configuration, FAILED. PyTorch is not imported, so the question is cheap.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, NOT_ENDED, STOPPED, G
 
 
 def run_chain(args: list[str], nproc: int) -> int:
-    """Train the stages that have not ended, one after the other; the exit code of the first that fails."""
+    """Train the stages that have not ended, in order; the exit code of the first that fails, or 0."""
     stages = chain(args)
     for stage in stages:
         check_tables(stage.config, nproc)
@@ -42,7 +41,7 @@ def run_chain(args: list[str], nproc: int) -> int:
         if not has_ended(config):
             _say(f"stage {config.stage.name}, into {config.job.dump_folder}")
             code = launch([sys.executable, "-m", "torchtitan.train", *stage.arguments], nproc)
-            if code == STOPPED:  # it has saved and says so
+            if code == STOPPED:  # the trainers have saved, and have said so
                 _say(f"stopped in stage {config.stage.name}; start again to go on")
                 return code
             if code:
@@ -56,23 +55,24 @@ def run_chain(args: list[str], nproc: int) -> int:
 
 
 def _check_unchanged(config: JobConfig) -> None:
-    """UserError if a stage that has ended would be another now: by its configuration, or because the previous stage has
-    been trained anew."""
+    """UserError if a stage that has ended would give another model now: its configuration has changed, or the previous
+    stage has been trained again."""
     _, manifest = newest_manifest(config)
     assert manifest  # it has ended
     check_previous(config, manifest)
     if changes := changed_since(manifest, config):
         raise UserError(
             f"Stage {config.stage.name} has ended, but with another configuration than it has now: "
-            f"{'; '.join(changes)}. Set that back, choose another job.dump_folder, or delete "
-            f"{config.job.dump_folder} to train it anew."
+            f"{'; '.join(changes)}. Undo that, choose another job.dump_folder, or delete {config.job.dump_folder} to "
+            "train the stage again."
         )
 
 
 def ended(args: list[str], unchanged: bool = True) -> int:
     """0 if the stage that args describe has ended and its gates hold, NOT_ENDED if it has not ended.
 
-    unchanged: UserError if it ended as something else than it is now."""
+    unchanged: UserError if its configuration, or the previous stage, has changed since.
+    """
     config = load_config(args)
     if not config.checkpoint.enable:
         raise UserError("checkpoint.enable = false: whether a stage has ended is read from its checkpoints.")

@@ -1,7 +1,7 @@
 """Is this configuration right? `python -m torchtitan.extensions.cluster.check_config WORLD_SIZE <as torchtitan.train>`
 
-run_train.sh asks before it starts anything: a mistake is then reported once and at once, rather than by every process
-after it has imported PyTorch. check_tables() is the one list of what every other command asks too.
+run_train.sh asks before it starts anything: a mistake is then reported once and immediately, not by every process after
+it has imported PyTorch. Every command that checks a configuration uses the list of checks in check_tables().
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torchtitan.tools.errors import UserError
 
 
 def check_tables(config: JobConfig, world_size: int) -> None:
-    """UserError for whatever the configuration can be wrong about by itself; needs no file and no PyTorch."""
+    """UserError for any mistake that shows in the configuration alone; reads no file and imports no PyTorch."""
     check_config(config, world_size)
     check_data(config)
     check_rope(config)
@@ -28,22 +28,22 @@ def check_tables(config: JobConfig, world_size: int) -> None:
 
 
 def check_stage(config: JobConfig) -> None:
-    """UserError for what is wrong in [stage], whatever the number of processes."""
+    """UserError for a mistake in [stage], whatever the number of processes."""
     check_start_keys(config)
     check_gates(config)
     for option in config.stage.sbatch:
         if not option.startswith("-") or option == "--":
             raise UserError(
                 f'stage.sbatch has "{option}", which sbatch would take for the script: write an option and its value '
-                'as one, such as "--nodes=8".'
+                'as one string, such as "--nodes=8".'
             )
 
 
 def main(args: list[str]) -> int:
-    """Exit code 1, and one paragraph, for a mistake."""
+    """The exit code: 0, or 1 after printing a mistake as one paragraph."""
     try:
         config = load_config(args[1:])
-        # a mistake in the last stage is reported before the first one is paid for
+        # a mistake in the last stage is reported before the first stage is trained
         stages = [stage.config for stage in chain(args[1:])] if config.stage.run_chain else [config]
         for stage in stages:
             check_tables(stage, int(args[0]))

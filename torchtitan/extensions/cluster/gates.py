@@ -1,6 +1,6 @@
-"""Gates: conditions on metrics.jsonl without which a stage does not count as ended well.
+"""Gates: conditions on metrics.jsonl that must hold for a stage to count as ended well.
 
-Whether they hold can be asked without PyTorch.
+They are evaluated without PyTorch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torchtitan.components.manifest import complete_steps, newest_manifest
 from torchtitan.config.schema import Gate, JobConfig
 from torchtitan.tools.errors import GateError, UserError
 
-logger = logging.getLogger(__name__)  # tools.logging imports rich, whose import takes a launcher's time
+logger = logging.getLogger(__name__)  # not tools.logging: a launcher should not wait for the import of rich
 
 
 class Gates(Hook):
@@ -51,15 +51,15 @@ def check_gates(config: JobConfig) -> None:
         if not gate.metric:
             raise UserError(f'{where} has no metric: name a number of metrics.jsonl, such as metric = "loss".')
         if (gate.at_most, gate.at_least, gate.above_previous) == (None, None, None):
-            raise UserError(f"{where} ({gate.metric}) asks for nothing: give at_most, at_least or above_previous.")
+            raise UserError(f"{where} ({gate.metric}) has no bound: set at_most, at_least or above_previous.")
         if gate.above_previous is not None and not config.stage.after:
             raise UserError(f"{where}: above_previous compares with the previous stage, but stage.after is not set.")
 
 
 def check_previous_gates(config: JobConfig) -> None:
-    """UserError if this stage would start afresh from a previous stage that has ended, but whose gates do not hold.
+    """UserError if this stage would start from a previous stage that has ended but whose gates do not hold.
 
-    Whether the previous stage has ended, and where it is, components/start.py says.
+    components/start.py checks that the previous stage exists and has ended.
     """
     if not config.stage.after or not Path(config.stage.after).is_file() or newest_manifest(config)[1] is not None:
         return
@@ -72,7 +72,7 @@ def check_previous_gates(config: JobConfig) -> None:
 
 
 def gate_failure(config: JobConfig, dump_folder: Path) -> str | None:
-    """failed_gate for a stage that wrote to dump_folder. The previous stage is read only if a gate compares with it."""
+    """failed_gate for a stage that has written to dump_folder; reads the previous stage only if a gate needs it."""
     gates = config.stage.gates
     compares = config.stage.after and any(gate.above_previous is not None for gate in gates)
     previous = previous_folder(config) / "metrics.jsonl" if compares else None
@@ -80,7 +80,7 @@ def gate_failure(config: JobConfig, dump_folder: Path) -> str | None:
 
 
 def failed_gate(gates: tuple[Gate, ...], metrics: Path, previous_metrics: Path | None) -> str | None:
-    """Which of stage.gates does not hold on metrics.jsonl, in a sentence with the numbers; None: all hold."""
+    """The first gate that does not hold for metrics.jsonl, in a sentence with the numbers; None if all hold."""
     for gate in gates:
         value = _mean(metrics, gate)
         if gate.at_most is not None and not value <= gate.at_most:
@@ -100,7 +100,7 @@ def failed_gate(gates: tuple[Gate, ...], metrics: Path, previous_metrics: Path |
 
 
 def _mean(path: Path, gate: Gate) -> float:
-    """Over the last `gate.over` lines that have the metric."""
+    """The mean of gate.metric over the last `gate.over` lines that have it."""
     values: list[float] = []
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The stages of a recipe in order, found from the last one: a TOML file, the file it comes after, and so on."""
+"""The stages of a recipe in order, found from the last: its TOML file, the file in its stage.after, and so on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchtitan.config.schema import JobConfig
 from torchtitan.tools.errors import UserError
 
 OF_ONE_STAGE = ("stage.run_chain", "stage.after", "stage.name", "stage.after_dump_folder", "job.dump_folder")
-"""Keys that cannot hold for every stage of a chain alike."""
+"""Keys that cannot have the same value in every stage of a chain."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class ChainedStage:
 
 
 def chain(args: list[str]) -> list[ChainedStage]:
-    """The stages that `args` (a command line with --job.config_file) leads to, the first stage first.
+    """The stages up to the one in `args` (a command line with --job.config_file), in their order.
 
-    Overrides hold for every stage, but under --job.dump_folder each stage gets a folder of its name. UserError for a
-    file that does not exist, stages that go round in a circle, and two stages that would write to one folder.
+    Overrides hold for every stage, except that each stage gets a folder of its name below --job.dump_folder. UserError
+    for a file that does not exist, stages that form a circle, and two stages that would write to the same folder.
     """
     path = config_file(args)
     if path is None:
@@ -35,7 +35,7 @@ def chain(args: list[str]) -> list[ChainedStage]:
     while after:
         check_circle(after, tuple(str(file.resolve()) for file in reversed(files)))
         if not Path(after).is_file():
-            raise UserError(f"{files[-1]} comes after {after}, which does not exist (stage.after).")
+            raise UserError(f"{files[-1]} has stage.after = {after}, which does not exist.")
         files.append(Path(after))
         after = load_config(["--job.config_file", after]).stage.after
     shared = without_flags(args, "job.config_file", *OF_ONE_STAGE)
@@ -61,7 +61,7 @@ def chain(args: list[str]) -> list[ChainedStage]:
 
 
 def without_flags(args: list[str], *names: str) -> list[str]:
-    """`args` without these flags and their values."""
+    """`args` without the flags `names` and their values."""
     kept, rest = [], list(args)
     while rest:
         arg = rest.pop(0)
