@@ -51,13 +51,13 @@ class StageInputs:
     plan: Plan
 
     start: Start | None
-    """What a fresh run starts from; None where there is a checkpoint to resume from, or it starts from scratch."""
+    """What a fresh run starts from; None if there is a checkpoint to resume from, or if it starts from scratch."""
 
     stages_before: list[dict[str, Any]]
-    """lineage() of the stage before, from the first one on."""
+    """lineage() of the previous stage, the first stage first."""
 
     rope_before: RopeArgs | None = None
-    """Of what a fresh run starts from, or started from."""
+    """RoPE of the weights that the run starts, or started, from."""
 
     def manifest(self, config: JobConfig, step: int, tokens_seen: int) -> dict[str, Any]:
         """What a checkpoint says of itself, as JSON: all that the next stage, or this one resumed, needs to know."""
@@ -97,7 +97,7 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
     rope_before = rope_from_manifest(stages_before[-1]["rope"]) if stages_before else None
     if known and known.args and not rope_before:
         rope_before = known.args.rope
-    if own and own.get("rope_before"):  # what it started from may be gone, or have been Hugging Face's
+    if own and own.get("rope_before"):  # what it started from may be gone, or may have been a Hugging Face folder
         rope_before = rope_from_manifest(own["rope_before"])
     args = model_args(config, rope_before)
     if known:
@@ -164,7 +164,7 @@ def make_plan(
 
 
 def model_args(config: JobConfig, rope_before: RopeArgs | None = None) -> TransformerArgs:
-    """The architecture that [model] names, with what [rope] changes; rope_before: that of its weights."""
+    """The architecture that [model] names, with what [rope] changes. rope_before: of the weights it starts from."""
     args = architecture(config.model)
     length = config.data.target_seq_len or config.training.seq_len
     rope = build_rope(config.rope, args.rope, args.head_dim, args.n_kv_heads, length, rope_before)
@@ -198,7 +198,7 @@ def check_agreed(inputs: StageInputs, group: dist.ProcessGroup) -> None:
 
 
 def _own_manifest(config: JobConfig) -> dict[str, Any] | None:
-    """Of the newest checkpoint of this very stage that can be read; None where there is none."""
+    """The manifest of this stage's own newest checkpoint that can be read; None if there is none."""
     if not config.checkpoint.enable:
         return None
     folder = Path(config.job.dump_folder) / config.checkpoint.folder
@@ -210,7 +210,7 @@ def _own_manifest(config: JobConfig) -> dict[str, Any] | None:
 def _check_resumable(
     config: JobConfig, manifest: dict[str, Any], args: TransformerArgs, tokenizer: Tokenizer, plan: Plan
 ) -> None:
-    """Refuse a checkpoint folder of another model or of other data, rather than overwrite or mix."""
+    """UserError for a checkpoint folder of another model or of other data, which would be overwritten."""
     folder = Path(config.job.dump_folder) / config.checkpoint.folder
     steps = complete_steps(folder)
     differences = changes(flat(complete(manifest["architecture"])), flat(as_json(args)))

@@ -1,8 +1,8 @@
-"""The boundary between two stages: where a stage starts from, what may not change there, and what did.
+"""The boundary between two stages: where a stage starts from, and what cannot change there.
 
-A stage is one TOML file. Its checkpoints carry a manifest with the configuration, the architecture and the tokenizer
-it was trained with, and the stages before it; the next stage reads all of that here, takes the tensors that stage.carry
-names, and nothing else: RoPE, schedule, step counter and data are those of its own TOML.
+A stage is one TOML file. The manifest of its checkpoints holds the configuration, the architecture and the tokenizer
+that it was trained with, and the stages before it. The next stage reads all of that here. It takes the tensors that
+stage.carry names and nothing else: RoPE, schedule, step counter and data are those of its own TOML.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Start:
     """A checkpoint's step-N folder, or a Hugging Face folder."""
 
     parts: tuple[str, ...]
-    """Of "model" and "optimizer", those that are taken."""
+    """What is taken: "model", "optimizer" or both."""
 
     manifest: dict[str, Any] | None
-    """The checkpoint's; None for a Hugging Face folder."""
+    """Of the checkpoint; None for a Hugging Face folder."""
 
     args: TransformerArgs | None
     """What the weights were trained as; None for a Hugging Face folder without config.json."""
@@ -52,7 +52,7 @@ def _stage_before(config: JobConfig) -> Start:
     after = Path(config.stage.after or "")
     if not after.is_file():
         what = "is a folder" if after.is_dir() else "does not exist"
-        raise UserError(f"stage.after = {after} {what}: it must name the TOML file of the stage before.")
+        raise UserError(f"stage.after = {after} {what}: it must name the TOML file of the previous stage.")
     before, dump_folder = previous_stage(config), previous_folder(config)
     folder = dump_folder / before.checkpoint.folder
     how = (
@@ -117,7 +117,7 @@ def _elsewhere(config: JobConfig) -> Start:
 
 
 def _sound_manifest(path: Path) -> dict[str, Any]:
-    # only whether the files are there: the trainer's ranks share the reading of all of them
+    # only whether the files exist: the ranks of the trainer read all of them, each rank a part
     manifest = read_manifest(path)
     missing = [name for name in manifest.get("files", {}) if not (path / name).is_file()]
     if missing:
@@ -126,7 +126,7 @@ def _sound_manifest(path: Path) -> dict[str, Any]:
 
 
 def check_start(start: Start, args: TransformerArgs, tokenizer: str, rope_type: str) -> None:
-    """UserError where what a run starts from and the stage cannot go together.
+    """UserError if a stage cannot go on from what it would start from.
 
     tokenizer: the stage's fingerprint; rope_type: the TOML's rope.type.
     """
@@ -134,15 +134,15 @@ def check_start(start: Start, args: TransformerArgs, tokenizer: str, rope_type: 
         return
     old, new = (flat({**as_json(a), "rope": {}}) for a in (start.args, args))
     if differences := changes(old, new):
-        raise UserError(f"{start.path} is of another architecture: {'; '.join(differences)}.")
+        raise UserError(f"{start.path} has another architecture: {'; '.join(differences)}.")
     if start.manifest and start.manifest["tokenizer"] != tokenizer:
         raise UserError(
-            f"{start.path} was trained with another tokenizer than that of model.hf_assets_path: its embeddings would "
-            "stand for other tokens."
+            f"{start.path} was trained with another tokenizer than the one in model.hf_assets_path: its embeddings "
+            "would stand for other tokens."
         )
     if lost := lost_rope(start.args.rope, args.rope, args.head_dim):
         raise UserError(
-            f"{start.path} was trained with RoPE that this stage would take back: {lost}. A stage's RoPE is that of "
-            f'its own TOML (rope.type = "{rope_type}") and model.flavor, nothing of it is carried over: write there '
-            "what it was trained with, or more."
+            f"{start.path} was trained with RoPE that this stage would take back: {lost}. A stage takes its RoPE from "
+            f'its own TOML (rope.type = "{rope_type}") and model.flavor, never from a checkpoint: write there what '
+            "the weights were trained with, or more."
         )

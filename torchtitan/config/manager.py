@@ -29,17 +29,16 @@ def load_config(args: list[str], later: tuple[str, ...] = ()) -> JobConfig:
     """The configuration that `args` (a command line without the program's name) asks for.
 
     `--job.config_file X` names the TOML file (the schema's defaults without it); any other `--table.key value`
-    overrides one key, `--data.sources.0.weight 2` one of an array of tables. true and false may follow a switch.
-    stage.name, where empty, becomes the file's stem. later: files of the stages after this one, nearest first, where
-    it is read on their behalf.
+    overrides one key, `--data.sources.0.weight 2` a key of a table in an array. true or false can follow a switch.
+    An empty stage.name becomes the file's stem. later: if it is read for the sake of later stages, their files, the
+    nearest first.
 
     Raises:
         UserError: an unknown name, a value of the wrong type, a file that cannot be read.
         SystemExit: with code 0 after printing `--help`.
     """
     path = config_file(args)
-    tables = load_tables(Path(path)) if path is not None else {}
-    config = JobConfig(**{table: keys_of(JobConfig)[table].hint(**values) for table, values in tables.items()})
+    config = from_tables(load_tables(Path(path)) if path is not None else {})
     config = _override(config, args)
     if path is not None:
         config = _keep_batch(config, own_keys(Path(path)), args, (str(Path(path).resolve()), *later))
@@ -50,16 +49,17 @@ def load_config(args: list[str], later: tuple[str, ...] = ()) -> JobConfig:
 
 
 def check_circle(after: str, files: tuple[str, ...]) -> None:
-    """UserError if the stage `after` is one of the files that come after it, nearest first."""
+    """UserError if the stage `after` is one of the stages that come after it. files: theirs, the nearest first."""
     if str(Path(after).resolve()) in files:
         circle = " -> ".join([after, *files[: files.index(str(Path(after).resolve())) + 1]])
         raise UserError(f"stage.after goes round in a circle: {circle}. The first stage of a chain must have none.")
 
 
 def _keep_batch(config: JobConfig, own: set[str], args: list[str], files: tuple[str, ...]) -> JobConfig:
-    """A stage has as many tokens a batch as the one before it, unless its own file or the command line says otherwise.
+    """`config` with as many tokens per batch as the previous stage, unless its own file or the command line set them.
 
-    Rows that it has from a file it extends are that file's: they would multiply the batch by the growth in length.
+    own: keys of its own file. A number of rows from an extended file does not count: longer rows would make it a
+    larger batch. files: of this stage and of those after it.
     """
     t, after = config.training, config.stage.after
     link, seen = after, files
@@ -67,11 +67,11 @@ def _keep_batch(config: JobConfig, own: set[str], args: list[str], files: tuple[
         check_circle(link, seen)
         seen = (str(Path(link).resolve()), *seen)
         link = load_tables(Path(link)).get("stage", {}).get("after") if Path(link).is_file() else None
-    said = own | {flag_name(arg) for arg in args}
-    if not after or t.global_batch_tokens or said & {"training.global_batch_size", "training.global_batch_tokens"}:
+    given = own | {flag_name(arg) for arg in args}
+    if not after or t.global_batch_tokens or given & {"training.global_batch_size", "training.global_batch_tokens"}:
         return config
     if not Path(after).is_file():
-        return config  # said by what looks for that stage
+        return config  # components/start.py looks for that stage, and refuses
     before = load_config(["--job.config_file", after], files).training
     tokens = before.global_batch_tokens or (before.global_batch_size or 0) * before.seq_len
     if not tokens:
@@ -83,7 +83,7 @@ def _keep_batch(config: JobConfig, own: set[str], args: list[str], files: tuple[
 def dump_toml(config: JobConfig) -> str:
     """`config` as a TOML file that load_config turns into the same configuration.
 
-    Keys that are None are left out, and job.config_file, job.print_config and stage.run_chain too: they say how a run
+    Keys that are None are left out. So are job.config_file, job.print_config and stage.run_chain, which say how a run
     was started.
     """
     return tomli_w.dumps(as_tables(config))
@@ -124,22 +124,24 @@ def from_tables(tables: dict[str, dict[str, Any]]) -> JobConfig:
 
 
 def flag_name(arg: str) -> str:
-    """`--table.key=value` or `--table.key` -> table.key, with underscores; "" for what is no flag."""
+    """`--table.key=value` or `--table.key` -> table.key, with underscores; "" for an argument that is no flag."""
     return arg[2:].partition("=")[0].replace("-", "_") if arg.startswith("--") else ""
 
 
+def flag_value(args: list[str], name: str) -> str | None:
+    """The value of a flag in a command line, the last one if there are several; "" if it has none, None without it."""
+    value = None
+    for arg, following in zip(args, [*args[1:], ""]):
+        if flag_name(arg) == name:
+            value = arg.partition("=")[2] if "=" in arg else "" if following.startswith("--") else following
+    return value
+
+
 def config_file(args: list[str]) -> str | None:
-    """The value of --job.config_file in a command line, if it is there."""
-    path = None
-    for i, arg in enumerate(args):
-        flag, equals, value = arg.partition("=")
-        if flag.replace("-", "_") != "__job.config_file":
-            continue
-        if not equals:
-            value = args[i + 1] if i + 1 < len(args) and not args[i + 1].startswith("--") else ""
-        if not value:
-            raise UserError("--job.config_file needs the name of a TOML file after it.")
-        path = value
+    """The value of --job.config_file in a command line, None without it; UserError if no name follows it."""
+    path = flag_value(args, "job.config_file")
+    if path == "":
+        raise UserError("--job.config_file needs the name of a TOML file after it.")
     return path
 
 

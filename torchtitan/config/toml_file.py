@@ -1,7 +1,7 @@
 """One TOML file, or a chain of them joined by `extends`, to a checked dictionary of tables.
 
-Every file is checked by itself against the schema, so that an error can name the file and the line where the
-mistake stands. The result holds only keys of the schema, with values of the declared types.
+Every file is checked by itself against the schema, so that an error can name the file and the line of the mistake. The
+result has only keys of the schema, with values of their types.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def explain(name: str) -> str | None:
 
 
 def suggest(name: str, among: Iterable[str] | None = None, prefix: str = "") -> str:
-    """What to write instead of the unknown `table.key` or `table`: torchtitan's story of it, or the nearest names.
+    """What to write instead of the unknown `table.key` or `table`: what became of torchtitan's, or the nearest names.
 
-    `among` are the names to choose from: every key and every table unless given; `prefix` is put before each.
+    among: the names to choose from; None: every key and every table. prefix: put before each name.
     """
     explanation = explain(name)
     if explanation is not None:
@@ -87,7 +87,7 @@ def load_tables(path: Path) -> Tables:
 
 
 def own_keys(path: Path) -> set[str]:
-    """`table.key` of what stands in `path` itself, not in what it extends."""
+    """`table.key` of all keys in `path` itself, without those that it extends."""
     raw = tomllib.loads(path.read_text(encoding="utf-8"))
     return {f"{table}.{key}" for table, values in raw.items() if isinstance(values, dict) for key in values}
 
@@ -101,8 +101,8 @@ def _load(path: Path, extended_by: tuple[Path, ...]) -> Tables:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         if extended_by:
-            wanted = f"{extended_by[-1]} extends {path}, which does not exist"
-            raise UserError(f"{wanted}; the path is relative to the folder of the file that extends.") from None
+            extends = f"{extended_by[-1]} extends {path}, which does not exist"
+            raise UserError(f"{extends}; the path is relative to the folder of the file that extends.") from None
         raise UserError(f"The configuration file {path} does not exist (looked up from {Path.cwd()}).") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The configuration file {path} cannot be read as UTF-8 text: {error}.") from None
@@ -124,15 +124,17 @@ def _load(path: Path, extended_by: tuple[Path, ...]) -> Tables:
 
 
 def _check_file(raw: dict[str, Any], path: Path, text: str) -> Tables:
-    """The tables of one file with every name and type checked."""
+    """The tables of one file; UserError for an unknown name or a value of the wrong type."""
     tables = keys_of(JobConfig)
     checked: Tables = {}
     for table, values in raw.items():
         if table not in tables:
             inside = values if isinstance(values, dict) else ()
-            story = next(filter(None, (explain(f"{table}.{key}") for key in inside)), None)
+            explanation = next(filter(None, (explain(f"{table}.{key}") for key in inside)), None)
             what = f"[{table}] is not a table" if isinstance(values, dict) else f"{table} stands outside the tables"
-            raise UserError(f"{_at(path, text, table, '')}: {what} of the configuration; {story or suggest(table)}")
+            raise UserError(
+                f"{_at(path, text, table, '')}: {what} of the configuration; {explanation or suggest(table)}"
+            )
         if not isinstance(values, dict):
             shape = f"[[{table}]]" if isinstance(values, list) else f"{table} = {_show(values)}"
             raise UserError(f"{_at(path, text, '', table)}: {shape} should be a table; write [{table}] and its keys.")
@@ -151,7 +153,7 @@ def _check_file(raw: dict[str, Any], path: Path, text: str) -> Tables:
 
 
 def convert(value: Any, hint: Any, name: str, where: str) -> Any:
-    """`value` as TOML gave it, as the type `hint`; UserError naming `name` and `where` when it does not fit."""
+    """A value from TOML as the type `hint`. UserError with `where` (file:line) and `name` if it is of another type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):  # TOML has no None
         kinds = [a for a in arguments if a is not type(None)]
@@ -197,9 +199,9 @@ def _convert_tables(value: Any, element: type, name: str, where: str) -> tuple[A
 
 
 def _at(path: Path, text: str, table: str, key: str) -> str:
-    """`file:line` of `key` in `[table]` (of the table itself when key is ""), or `file` when it is not found so.
+    """`file:line` of `key` in `[table]` (of the table itself if key is ""), or `file` if it is not found.
 
-    A scan for the ordinary way to write it: dotted and inline tables are found by their first line or not at all.
+    It looks for the usual spelling only: dotted and inline tables are found by their first line or not at all.
     """
     current = ""
     for number, line in enumerate(text.splitlines(), start=1):

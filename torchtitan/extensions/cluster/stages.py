@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchtitan.config.manager import check_circle, config_file, flag_name, load_config
+from torchtitan.config.manager import check_circle, config_file, flag_name, flag_value, load_config
 from torchtitan.config.schema import JobConfig
 from torchtitan.tools.errors import UserError
 
@@ -39,7 +39,7 @@ def chain(args: list[str]) -> list[ChainedStage]:
         files.append(Path(after))
         after = load_config(["--job.config_file", after]).stage.after
     shared = without_flags(args, "job.config_file", *OF_ONE_STAGE)
-    top, first_after = _value(args, "job.dump_folder"), _value(args, "stage.after")
+    top, first_after = flag_value(args, "job.dump_folder"), flag_value(args, "stage.after")
     stages: list[ChainedStage] = []
     for file in reversed(files):
         arguments = ["--job.config_file", str(file), *shared]
@@ -70,11 +70,3 @@ def without_flags(args: list[str], *names: str) -> list[str]:
         elif "=" not in arg and rest and not rest[0].startswith("--"):
             rest.pop(0)
     return kept
-
-
-def _value(args: list[str], name: str) -> str | None:
-    value = None
-    for i, arg in enumerate(args):
-        if flag_name(arg) == name:
-            value = arg.partition("=")[2] if "=" in arg else args[i + 1] if i + 1 < len(args) else None
-    return value
