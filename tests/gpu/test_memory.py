@@ -32,13 +32,13 @@ class SlowCopies(HostCopies):
             with torch.cuda.stream(self.stream):
                 torch.cuda._sleep(100_000_000)
 
-    def pack(self, tensor: torch.Tensor) -> Any:
+    def to_host(self, tensor: torch.Tensor) -> Any:
         self._late()
-        return super().pack(tensor)
+        return super().to_host(tensor)
 
-    def unpack(self, copy: Any) -> torch.Tensor:
+    def to_device(self, copy: Any) -> torch.Tensor:
         self._late()
-        return super().unpack(copy)
+        return super().to_device(copy)
 
 
 def gradients(tile: int | None = None, **options: Any) -> tuple[dict[str, torch.Tensor], int]:

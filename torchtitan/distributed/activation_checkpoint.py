@@ -1,5 +1,5 @@
-"""Recomputation of activations in backward (Chen et al., arXiv 1604.06174): of whole blocks, or of all but what is
-expensive in them, and optionally with the blocks' inputs kept in host memory."""
+"""Recomputation of activations in backward (Chen et al., arXiv 1604.06174): of whole blocks, or of all of a block but
+its expensive parts, optionally with the blocks' inputs kept in host memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
 def apply_activation_checkpoint(model: Transformer, config: ActivationCheckpoint) -> None:
-    """Keep of each recomputed block its input, and with mode "selective" and option "op" what _Policy names.
+    """Keep only the input of each recomputed block, and with mode "selective" and option "op" what _Policy names.
 
     forward is replaced, not the module: parameter names stay, and FSDP's hooks stay outside of the recomputation.
     """
@@ -41,14 +41,14 @@ def apply_activation_checkpoint(model: Transformer, config: ActivationCheckpoint
     copies = HostCopies() if config.offload else None
     for i, block in enumerate(model.layers.values()):
         if i % every == 0:
-            block.forward = partial(_recomputed, block.forward, context_fn, copies)  # type: ignore[method-assign]
+            block.forward = partial(_checkpointed, block.forward, context_fn, copies)  # type: ignore[method-assign]
 
 
-def _recomputed(
+def _checkpointed(
     forward: Callable[..., torch.Tensor], context_fn: Callable[[], Any], copies: HostCopies | None, *args: Any
 ) -> torch.Tensor:
-    # What checkpoint keeps of args are saved tensors of a node of autograd: hooks around it see these, and none of
-    # forward's own, which are recomputed.
+    # checkpoint keeps args as saved tensors of an autograd node: hooks around it see these, and none of forward's own
+    # saved tensors, which are recomputed.
     with copies.hooks() if copies else nullcontext():
         return checkpoint(forward, *args, use_reentrant=False, context_fn=context_fn)
 
@@ -62,17 +62,17 @@ def _selective(every: int) -> tuple[Any, Any]:
 
 
 class _Policy:
-    """Saved are what attention's kernels return, and of the matrix products every n-th (0: none).
+    """Keeps what attention's kernels return, and every n-th matrix product (0: none).
 
-    Attention costs most to do again where rows are long, and its output is as small as the block's input. Products are
-    counted in the order of execution: keys, values, queries, attention's output, w1, w3, w2. Compiled regions have no
-    products that could be seen, and are recomputed; tiles of the feed-forward exist to be recomputed.
+    With long rows attention costs most to compute again, and its output is as small as the block's input. Products are
+    counted in the order of execution: keys, values, queries, attention's output, w1, w3, w2. Products in compiled
+    regions cannot be seen, and are recomputed; tiles of the feed-forward exist to be recomputed.
     """
 
     def __init__(self, every: int):
         self.every, self.attention = every, attention_operators()
         self.products = {False: 0, True: 0}
-        """So far, in forward and in the recomputation."""
+        """Matrix products so far, in forward and in the recomputation."""
 
     def __call__(self, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if operator in self.attention:

@@ -19,9 +19,9 @@ def apply_fully_shard(
     reshard_after_forward: bool,
     cpu_offload: bool,
 ) -> None:
-    """Shard parameters over the mesh's last dimension and replicate over its first if it has two.
+    """Shard parameters over the mesh's last dimension; replicate them over its first if it has two.
 
-    cpu_offload: shards and their gradients are in host memory, and with them the optimizer's state and work.
+    cpu_offload: shards, their gradients and the optimizer's state are in host memory, and the CPU does its work.
 
     Used on one process too, where it only casts: one path for every layout.
     """
@@ -33,20 +33,20 @@ def apply_fully_shard(
     for block in model.layers.values():
         shard(block, reshard_after_forward=reshard_after_forward)
     if not model.args.tied_embeddings:
-        # a tied matrix is used at both ends, so it stays with the root, gathered from first use to last
+        # a tied matrix is used at both ends, so it belongs to the root and is gathered from its first use to its last
         shard(model.tok_embeddings, reshard_after_forward=reshard_after_forward)
-        # backward begins with these: gathering them again at once would be in vain
+        # backward begins with these: freed after forward, they would be gathered again at once
         shard([model.norm, model.output], reshard_after_forward=False)
     shard(model, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is already divided by the number of valid labels of the whole step, so gradients are sums.
             module.set_gradient_divide_factor(1.0)
-            # plain SUM, which gloo has too, in place of NCCL's scaled sum
+            # a plain sum, which gloo has too, instead of NCCL's scaled sum
             module.set_force_sum_reduction_for_comms(True)
 
 
 def reduce_over_replicas(model: Transformer, enabled: bool) -> None:
-    """Whether the next backward ends with HSDP's all-reduce; needed for the last micro-batch of a step only."""
+    """Whether the next backward ends with HSDP's all-reduce; only the last micro-batch of a step needs it."""
     assert isinstance(model, FSDPModule)
     model.set_requires_all_reduce(enabled)

@@ -14,7 +14,7 @@ class ParallelDims:
     """Two views of the same ranks, tp innermost, so that its ranks are neighbours with the fastest links."""
 
     mesh: DeviceMesh
-    """dp_replicate, dp_shard, cp, tp: who reads and computes what. All dimensions are there, most of size 1."""
+    """dp_replicate, dp_shard, cp, tp: who reads and computes what. It has all dimensions, most of size 1."""
 
     parameter_mesh: DeviceMesh
     """dp_replicate, fsdp, tp, with fsdp = dp_shard x cp: who holds which parameters. A mesh of its own, because
@@ -22,13 +22,14 @@ class ParallelDims:
 
     @staticmethod
     def build(device_type: str, dp_replicate: int, dp_shard: int, cp: int, tp: int) -> ParallelDims:
-        """Collective. The degrees multiply to the world size (config/checks.py has seen to it)."""
+        """Collective. The product of the degrees is the world size (config/checks.py makes sure of it)."""
         names = ("dp_replicate", "dp_shard", "cp", "tp")
         mesh = init_device_mesh(device_type, (dp_replicate, dp_shard, cp, tp), mesh_dim_names=names)
         sizes = (dp_replicate, dp_shard * cp, tp)
         return ParallelDims(mesh, init_device_mesh(device_type, sizes, mesh_dim_names=("dp_replicate", "fsdp", "tp")))
 
     def size(self, name: str) -> int:
+        """Of a dimension of `mesh`."""
         return self.mesh[name].size()
 
     @property
@@ -38,7 +39,7 @@ class ParallelDims:
 
     @property
     def dp_rank(self) -> int:
-        """Which of the dp_degree shares of the rows this rank reads; tp ranks of a group read the same."""
+        """Which of the dp_degree shares of the rows this rank reads; cp and tp ranks of a group read the same."""
         return (
             self.mesh["dp_replicate"].get_local_rank() * self.size("dp_shard") + self.mesh["dp_shard"].get_local_rank()
         )
@@ -50,10 +51,10 @@ class ParallelDims:
 
     @property
     def counts_here(self) -> bool:
-        """Whether this rank's loss and token counts enter a sum over the world: its tp copies hold the same ones."""
+        """Whether this rank's loss and token counts enter a sum over the world: its tp copies hold the same numbers."""
         return self.mesh["tp"].get_local_rank() == 0
 
-    @cached_property  # one object, however many models are built: torch.compile takes two equal meshes for two
+    @cached_property  # one object for all models that are built: torch.compile would see two equal meshes as two
     def tp_mesh(self) -> DeviceMesh:
         """Ranks that share each matrix."""
         return self.parameter_mesh["tp"]

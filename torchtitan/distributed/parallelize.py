@@ -19,18 +19,19 @@ from torchtitan.tools.errors import UserError
 
 
 def check_backend(name: str) -> None:
-    """UserError where torch.compile has no such backend, or one that does not work here: without a compiler, say."""
+    """UserError if torch.compile has no such backend, or the backend does not work here, for example without a
+    compiler."""
     if name not in torch.compiler.list_backends(exclude_tags=()):
         raise UserError(
-            f'compile.backend = "{name}" is not a backend of torch.compile here; there are '
+            f'compile.backend = "{name}" is not a backend of torch.compile here; these are: '
             f"{', '.join(torch.compiler.list_backends())}."
         )
     try:
         torch.compile(lambda x: x.sin() + 1, backend=name)(torch.ones(2, device=device_type()))
     except Exception as error:
-        said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise UserError(
-            f'compile.backend = "{name}" cannot compile here: {said[0]} Mend that (inductor needs a C++ compiler on '
+            f'compile.backend = "{name}" cannot compile here: {lines[0]} Repair that (inductor needs a C++ compiler on '
             "a CPU, Triton on a GPU), or set compile.enable = false."
         ) from error
 

@@ -1,7 +1,7 @@
 """Tensor parallelism with sequence parallelism (Megatron, arXiv 1909.08053 and 2205.05198), from outside the model.
 
 Projections are cut by heads and by hidden units, the embedding and the output by vocabulary. Between them the stream
-[T, dim] is cut along its tokens, so norms and residuals cost 1/tp each.
+[T, dim] is cut along its tokens, so norms and residuals cost a rank 1/tp.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from torchtitan.tools.errors import UserError
 
 
 def check_tensor_parallel(args: TransformerArgs, tp: int) -> None:
-    """UserError where tp does not divide what it cuts, or would cut a norm."""
+    """UserError if tp does not divide what it cuts, or would cut a norm."""
     if tp > 1 and args.qk_norm_joint:
         raise UserError(
             f"parallelism.tensor_parallel_degree = {tp} gives each rank some of the heads, but this model (Olmo 2, "
-            "Olmo 3) normalises queries and keys over all heads together, which needs a reduction over ranks in every "
-            "layer and is not there. Set it to 1, and use data_parallel_shard_degree or context_parallel_degree."
+            "Olmo 3) normalises queries and keys over all heads together, which would need a reduction over ranks in "
+            "every layer and is not supported. Set it to 1, and use data_parallel_shard_degree or "
+            "context_parallel_degree."
         )
     sizes = {
         "query heads": args.n_heads,
@@ -48,7 +49,7 @@ def check_tensor_parallel(args: TransformerArgs, tp: int) -> None:
 
 
 def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
-    """Distribute every parameter over the tp mesh; the output matrix by vocabulary, as its loss knows."""
+    """Distribute every parameter over the tp mesh; the output matrix by vocabulary, as OutputHead expects it."""
     tokens = Shard(0)
     parallelize_module(
         model,
@@ -58,8 +59,8 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
             "norm": SequenceParallel(sequence_dim=0),
         },
     )
-    # The embedding's reduce-scatter may still be on its way in what it returns. PyTorch (2.13) loses the gradient of
-    # such a tensor where it goes into a compiled block; a copy has arrived.
+    # What the embedding returns may be a reduce-scatter that still runs. PyTorch (2.13) loses the gradient of such a
+    # tensor if it goes into a compiled block; a copy is complete.
     model.tok_embeddings.register_forward_hook(lambda module, inputs, output: output.clone())
     distribute_module(model.output, mesh, _cut_by_vocabulary, _gather_tokens)
     heads = model.args.n_kv_heads // mesh.size()

@@ -1,6 +1,6 @@
 """The attention layer: projections, optional QK norm, RoPE, and one of the segment backends.
 
-Written on a stream [T, dim] without a batch dimension. The number of heads is read off the projected tensors, so that
+Written for a stream [T, dim] without a batch dimension. The number of heads is read from the projected tensors, so that
 tensor parallelism, applied from outside, needs no change here.
 """
 
@@ -14,7 +14,7 @@ from torchtitan.models.rope import RopeTables, apply_rope
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245); if asked for with QKV bias (Qwen2) or QK norm, of each head by itself
+    """Grouped-query attention (arXiv 2305.13245), optionally with QKV bias (Qwen2) or QK norm: of each head by itself
     (Qwen3) or of all heads together (Olmo 2 and 3)."""
 
     def __init__(
@@ -39,7 +39,7 @@ class Attention(nn.Module):
         widths = (n_heads * head_dim, n_kv_heads * head_dim) if qk_norm_joint else (head_dim, head_dim)
         self.q_norm, self.k_norm = (nn.RMSNorm(width, eps=norm_eps) if qk_norm else None for width in widths)
         self.core: AttentionCore = LocalAttention(BACKENDS[backend])
-        """Context parallelism puts another object with these two methods here, from outside."""
+        """Context parallelism replaces it from outside (distributed/context_parallel/attention.py)."""
 
     def forward(self, x: torch.Tensor, rope: RopeTables, mask: Mask) -> torch.Tensor:
         """x [T, dim] -> [T, dim]."""
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         return self.wo(self.core.finish(apply_rope(q, rope), started, mask).flatten(1))
 
     def _heads(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
-        """x [T, H * D] -> [T, H, D], normalised before or after it is cut into heads."""
+        """x [T, H * D] -> [T, H, D], normalised before or after it is split into heads, or not at all."""
         if norm is not None and self.qk_norm_joint:
             x = norm(x)
         x = x.unflatten(-1, (-1, self.head_dim))

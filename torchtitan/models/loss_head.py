@@ -1,9 +1,9 @@
 """The output matrix, and the cross-entropy behind it computed tile by tile, so that a row's logits never exist whole.
 
 At 128K tokens and a vocabulary of 128K they would be 64 GiB in float32. The loss of a tile of tokens needs that tile's
-logits only, and so do its gradients: they are computed at once, in the forward pass, and kept as gradients of the
-hidden states and of the matrix (as Liger's fused loss does, arXiv 2410.10989). Nothing is computed twice, and the
-matrix is gathered and its gradient reduced once, however many tiles there are.
+logits only, and so do its gradients: these are computed at once, in the forward pass, and kept as gradients of the
+hidden states and of the matrix (as Liger's fused loss does, arXiv 2410.10989). Nothing is computed twice. However many
+tiles there are, the matrix is gathered once and its gradient reduced once.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ SMALLEST_TILE = 128  # tokens
 
 
 class OutputHead(nn.Module):
-    """Hidden states to logits, or to the loss. Cut by vocabulary, its weight is a DTensor, and so is its input."""
+    """Hidden states to logits, or to the loss. Under tensor parallelism, which cuts the vocabulary, its weight and its
+    input are DTensors."""
 
     def __init__(self, dim: int, vocab_size: int):
         super().__init__()
         self.weight: torch.Tensor = nn.Parameter(torch.empty(vocab_size, dim))
         self.tile_bytes = 1 << 30
-        """The logits of a tile in float32, on this rank."""
+        """Bytes of a tile's logits in float32, on this rank."""
         self.z_loss = 0.0
         """Weight of the squared logarithm of the softmax's denominator in what is minimised (PaLM, arXiv 2204.02311);
         reported losses are without it."""
@@ -40,9 +41,10 @@ class OutputHead(nn.Module):
         divisor: float | torch.Tensor = 1.0,
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """x [T, dim] -> logits [T, vocab_size], or of the tokens rows int64 [R] alone, [R, vocab_size]; with labels
-        int64 [T] -> (the scalar to differentiate: the sum of the token losses over divisor; the losses float32 [T] in
-        nats, 0 where ignored, not differentiable)."""
+        """x [T, dim] -> logits [T, vocab_size], or [R, vocab_size], those of the tokens rows int64 [R] alone.
+
+        With labels int64 [T] -> (the scalar to differentiate, the sum of the token losses over divisor; the token
+        losses, float32 [T] in nats, 0 for ignored labels, not differentiable)."""
         weight: torch.Tensor = self.weight
         if labels is None:
             if isinstance(x, DTensor) and rows is not None:
@@ -55,9 +57,9 @@ class OutputHead(nn.Module):
         if isinstance(weight, DTensor):
             group = weight.device_mesh.get_group()
             weight = weight.to_local()
-            first = dist.get_rank(group) * len(weight)  # every rank has as many words
+            first = dist.get_rank(group) * len(weight)  # every rank has equally many words
         if isinstance(x, DTensor):
-            x = x.to_local(grad_placements=[Partial()])  # each rank has the part of its words
+            x = x.to_local(grad_placements=[Partial()])  # a rank's gradient is the part of its words
         tile = max(self.tile_bytes // (4 * weight.shape[0]) // SMALLEST_TILE * SMALLEST_TILE, SMALLEST_TILE)
         differentiate = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         loss, losses = _TiledLoss.apply(x, weight, labels, divisor, tile, self.z_loss, group, first, differentiate)
@@ -65,8 +67,8 @@ class OutputHead(nn.Module):
 
 
 class _TiledLoss(torch.autograd.Function):
-    """See the head of this file. group: the ranks that share the vocabulary; first: this rank's first word.
-    differentiate: under no_grad ctx.needs_input_grad is that of the leaves all the same."""
+    """See the head of this file. group: the ranks that share the vocabulary. first: this rank's first word.
+    differentiate: whether gradients are needed; ctx.needs_input_grad does not say so under no_grad."""
 
     @staticmethod
     def forward(
@@ -131,5 +133,5 @@ class _TiledLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore
         grad_x, grad_weight = ctx.saved_tensors
         scaled = torch.empty(grad_weight.shape, dtype=grad_x.dtype, device=grad_x.device)
-        torch.mul(grad_weight, grad, out=scaled)  # without a second one of the matrix's size in float32
+        torch.mul(grad_weight, grad, out=scaled)  # without a second float32 tensor of the matrix's size
         return grad_x * grad.to(grad_x.dtype), scaled, *[None] * 7

@@ -1,8 +1,8 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864) from explicit positions.
 
 Angles are computed in float64, because a float32 product of a position and a frequency is off by 0.25 rad from 2^22
-on; cos and sin are kept in float32 and the rotation is done in float32. The tables are made once a micro-batch and
-handed to every layer. Pairs are (j, j + D/2), as in Hugging Face checkpoints, so weights load without permutation.
+on; cos and sin are kept in float32 and the rotation is done in float32. The tables are made once per micro-batch and
+passed to every layer. Pairs are (j, j + D/2), as in Hugging Face checkpoints, so weights load without permutation.
 How the frequencies are rescaled for longer contexts is in rope_scaling.py.
 """
 
@@ -26,14 +26,14 @@ class RopeArgs:
     scaling: Scaling | None = None
 
     layers: Literal["all", "full_attention"] = "all"
-    """Which layers are rescaled; full_attention: those without a sliding window."""
+    """Which layers the scaling is for; full_attention: those without a sliding window."""
 
     max_position_embeddings: int | None = None
-    """Tokens that the model has been, or is being, trained for; None: not known."""
+    """The length in tokens that the model has been, or is being, trained for; None: not known."""
 
 
 class RopeTables(NamedTuple):
-    """cos and sin float32 [T, 1, D / 2], or [T, Hkv, D / 2] where key-value heads differ."""
+    """cos and sin float32 [T, 1, D / 2], or [T, Hkv, D / 2] if key-value heads differ (HARPE)."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -47,8 +47,8 @@ def inverse_frequencies(rope: RopeArgs, head_dim: int, dtype: torch.dtype = torc
 
 
 def longest_wavelength(rope: RopeArgs, head_dim: int) -> float:
-    """Tokens after which the slowest pair has turned once; of HARPE's heads the one that covers least, of LongRoPE's
-    lists the long one."""
+    """Tokens after which the slowest pair has turned once; for HARPE that of the head with the shortest, for LongRoPE
+    that of the long list."""
     freqs = inverse_frequencies(rope, head_dim)
     if rope.scaling:
         freqs = rope.scaling.of_tokens(freqs, None, slice(None))
@@ -65,7 +65,7 @@ def rope_tables(
 ) -> RopeTables:
     """The tables for positions int64 [T].
 
-    long: bool [T], which tokens use LongRoPE's long list; None: all. heads: of the key-value heads, where they differ.
+    long: bool [T], which tokens use LongRoPE's long list; None: all. heads: which key-value heads, if they differ.
     """
     freqs = _inverse_frequencies_on(rope, head_dim, positions.device)
     if rope.scaling:
@@ -76,13 +76,13 @@ def rope_tables(
 
 
 def rope_for(rope: RopeArgs, length: int) -> RopeArgs:
-    """The RoPE under which a document of `length` tokens is read: LongRoPE's short list up to the original length, the
-    base of a dynamic NTK that no stage has fixed to a length, GeNE's factor max(factor, ceil(length / L0))."""
+    """The RoPE for reading a document of `length` tokens: LongRoPE's short list up to the original length; the base of
+    a dynamic NTK unless a stage has fixed it; GeNE's factor max(factor, ceil(length / L0))."""
     return replace(rope, scaling=rope.scaling.at_length(length)) if rope.scaling else rope
 
 
 def drawn_rope(rope: RopeArgs, seq_len: int, seed: int, step: int, micro_batch: int) -> RopeArgs | None:
-    """The RoPE of a micro-batch under a method that draws it (GeNE), the same on all ranks; None: as it is."""
+    """The RoPE of a micro-batch under a method that draws it (GeNE), the same on all ranks; None: it is not drawn."""
     scaling = rope.scaling.drawn(seq_len, seed, step, micro_batch) if rope.scaling else None
     return replace(rope, scaling=scaling) if scaling else None
 

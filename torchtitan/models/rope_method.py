@@ -53,31 +53,31 @@ class Scaling:
     """Names the method in manifests, and in Hugging Face's config.json if `from_hf` reads it from there."""
 
     in_hf: ClassVar[bool] = False
-    """Whether config.json has a rope_type of this name, with this method's fields as its keys."""
+    """Whether config.json knows a rope_type of this name, with this method's fields as its keys."""
 
     @classmethod
     def toml(cls) -> dict[str, Keys]:
         """The values of rope.type that make it, each with its keys: fields without a default are needed."""
-        given = [f for f in fields(cls) if f.init]
-        needed = tuple(f.name for f in given if f.default is MISSING)
-        return {cls.rope_type: Keys(needed, tuple(f.name for f in given if f.name not in needed))}
+        keys = [f for f in fields(cls) if f.init]
+        needed = tuple(f.name for f in keys if f.default is MISSING)
+        return {cls.rope_type: Keys(needed, tuple(f.name for f in keys if f.name not in needed))}
 
     @classmethod
     def from_toml(cls, table: Rope, head_dim: int, n_kv_heads: int) -> Scaling:
-        """The method of a checked table; a key that is unset has the default of its field here. UserError for what
-        does not fit the model's heads."""
+        """The method of a checked table; a key that is not set has the default of its field here. UserError if it does
+        not fit the model's heads."""
         values = {key: getattr(table, key) for keys in cls.toml()[table.type] for key in keys}
         return cls(**{key: value for key, value in values.items() if value is not None})
 
     @classmethod
     def from_hf(cls, values: dict[str, Any]) -> Scaling:
-        """The inverse of `hf`. values: rope_parameters, beside them max_position_embeddings and trained_length if they
-        are known. KeyError for what is missing."""
-        wanted = [f.name for f in fields(cls) if f.init and (f.name in values or f.default is MISSING)]
-        return cls(**{name: _number(name, values[name]) for name in wanted})
+        """The inverse of `hf`. values: rope_parameters, and max_position_embeddings and trained_length if they are
+        known. KeyError for a field without a default that values lacks."""
+        names = [f.name for f in fields(cls) if f.init and (f.name in values or f.default is MISSING)]
+        return cls(**{name: _number(name, values[name]) for name in names})
 
     def hf(self, theta: float, head_dim: int) -> dict[str, Any]:
-        """Hugging Face's rope_parameters; UserError if there is no such form."""
+        """Hugging Face's rope_parameters; UserError if Hugging Face has no form for it."""
         if not self.in_hf:
             return {"rope_type": "default", "rope_theta": self.theta(theta, head_dim)}
         values = {name: value for name, value in vars(self).items() if value is not None}
@@ -85,11 +85,11 @@ class Scaling:
         return {"rope_type": self.rope_type, "rope_theta": theta, **values, **lists}
 
     def hf_length(self, trained: int) -> int:
-        """max_position_embeddings of a model that was trained for so many tokens."""
+        """max_position_embeddings of a model that was trained for rows of `trained` tokens."""
         return trained
 
     def theta(self, theta: float, head_dim: int) -> float:
-        """The base that it makes of theta."""
+        """The base that the method uses in place of theta."""
         return theta
 
     def frequencies(self, theta: float, head_dim: int, dtype: Any = None) -> Tensor:
@@ -108,16 +108,16 @@ class Scaling:
         return frequencies
 
     def trained_at(self, length: int) -> Scaling:
-        """For a stage whose rows reach position `length`."""
+        """The method in a stage whose rows reach position `length`."""
         return self
 
     def at_length(self, length: int) -> Scaling:
-        """For reading a document of `length` tokens, if that depends on the length."""
+        """The method for reading a document of `length` tokens, if it depends on the length."""
         return self
 
     def drawn(self, seq_len: int, seed: int, step: int, micro_batch: int) -> Scaling | None:
-        """For one micro-batch, a function of the arguments, so that all ranks and a resumed run agree; None: as it
-        is."""
+        """The method for one micro-batch, a function of the arguments, so that all ranks and a resumed run agree; None:
+        it is not drawn."""
         return None
 
 

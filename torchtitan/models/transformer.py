@@ -1,8 +1,14 @@
 """One decoder-only transformer that is Llama, Mistral, Qwen2, Qwen3, SmolLM2, Olmo 2 or Olmo 3 by its arguments.
 
 Blocks with RMSNorm before or after each branch, grouped-query attention over all tokens or within a sliding window,
-RoPE and SwiGLU. Parameter names are torchtitan's. The input is a stream of T tokens with their positions and what they
-may see; nothing here knows about parallelism.
+RoPE and SwiGLU. Parameter names are torchtitan's. The input is a stream of T tokens with their positions and masks;
+nothing here knows about parallelism. What distributed/parallelize.py changes from outside, beside the parameters:
+
+- `attention.core` of every block: context parallelism;
+- `mlp` of every block: tiles of the feed-forward;
+- `forward` of every block: compilation, then recomputation around it;
+- `local_kv_heads` of the model: tensor parallelism;
+- `output.tile_bytes` and `output.z_loss`: [training].
 """
 
 from __future__ import annotations
@@ -42,26 +48,26 @@ class TransformerArgs:
     qk_norm: bool = False
 
     qk_norm_joint: bool = False
-    """The QK norm is one over all heads together, before they are told apart (Olmo 2 and 3)."""
+    """The QK norm is over all heads together, before they are split (Olmo 2 and 3)."""
 
     post_norm: bool = False
-    """Attention's and the feed-forward's outputs are normalised, before they are added, and not their inputs."""
+    """The outputs of attention and feed-forward are normalised before they are added, and their inputs are not."""
 
     tied_embeddings: bool = False
     rope: RopeArgs = field(default_factory=RopeArgs)
 
     layer_types: tuple[LayerType, ...] = ()
-    """What each layer attends to; empty: all of them to everything before."""
+    """What each layer attends to; empty: full attention in all of them."""
 
     sliding_window: int | None = None
-    """In layers with a sliding window a token sees at most so many, itself included."""
+    """How many tokens a token sees at most in layers with a sliding window, itself included."""
 
     def __post_init__(self) -> None:
         unknown = set(self.layer_types) - {"full_attention", "sliding_attention"}
         if unknown or len(self.layer_types) not in (0, self.n_layers):
-            raise ValueError(f"layer_types = {self.layer_types} are not the kinds of {self.n_layers} layers")
+            raise ValueError(f"layer_types = {self.layer_types} must name the kinds of all {self.n_layers} layers")
         if (self.sliding_window is not None) != ("sliding_attention" in self.layer_types):
-            raise ValueError(f"a sliding_window of {self.sliding_window} and layer_types = {self.layer_types}")
+            raise ValueError(f"sliding_window = {self.sliding_window} does not fit layer_types = {self.layer_types}")
         if self.head_dim % 2 or self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"head_dim = {self.head_dim} must be even, and n_heads = {self.n_heads} a multiple of "
@@ -89,7 +95,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each behind its norm, or the norm behind each, and added to the residual stream."""
+    """Attention and feed-forward, each after its norm, or before it, added to the residual stream."""
 
     def __init__(self, args: TransformerArgs, attention_backend: str):
         super().__init__()
@@ -106,7 +112,7 @@ class TransformerBlock(nn.Module):
         )
         self.feed_forward = FeedForward(args.dim, args.ffn_dim)
         self.post_norm = args.post_norm
-        # their names say where they stand, so that a parameter's name alone says which one of Hugging Face's it is
+        # named by where they stand, so that the name alone says which of Hugging Face's parameters it is
         if args.post_norm:
             self.attention_post_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
             self.ffn_post_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
@@ -123,12 +129,12 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.ffn_norm(x))
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, dim] -> [T, dim]. options/tiled_mlp.py puts a function here that takes some tokens at a time."""
+        """x [T, dim] -> [T, dim]. options/tiled_mlp.py replaces it by a function that takes some tokens at a time."""
         return self.feed_forward(x)
 
 
 class Transformer(nn.Module):
-    """Token ids to logits. With tied embeddings `output.weight` is `tok_embeddings.weight`."""
+    """Token ids to logits, or to the loss. With tied embeddings `output.weight` is `tok_embeddings.weight`."""
 
     def __init__(self, args: TransformerArgs, attention_backend: str = "sdpa"):
         super().__init__()
@@ -139,11 +145,11 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output = OutputHead(args.dim, args.vocab_size)
         self.local_kv_heads = slice(None)
-        """Of all key-value heads, those of this rank; tensor parallelism changes it from outside."""
+        """Of all key-value heads, those of this rank."""
         self.tie_embeddings()
 
     def tie_embeddings(self) -> None:
-        """Make the output matrix the embedding again; whatever replaces parameters must call this."""
+        """Make the output matrix the embedding again; code that replaces parameters must call this."""
         if self.args.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
@@ -158,10 +164,10 @@ class Transformer(nn.Module):
         divisor: float = 1.0,
         rows: torch.Tensor | None = None,
     ) -> Any:
-        """tokens int64 [T], positions int64 [T], what they see -> logits [T, vocab_size].
+        """tokens int64 [T], positions int64 [T], masks -> logits [T, vocab_size].
 
-        labels, divisor: given, the result is that of OutputHead: the loss to differentiate, and those of the tokens.
-        rows: int64 [R], the tokens whose logits are wanted, [R, vocab_size]; those of a long row would not fit.
+        labels, divisor: with them the result is that of OutputHead: the loss to differentiate, and the token losses.
+        rows: int64 [R], the only tokens whose logits are returned, [R, vocab_size]; those of a long row would not fit.
 
         masks: of each kind of layer; or Segments without a window, to which the model adds that of its sliding layers.
         long: see rope_tables. rope: instead of the model's own (GeNE draws one per micro-batch; a search tries many).
@@ -199,11 +205,10 @@ def init_weights(model: Transformer, seed: int) -> None:
     """Fill the (possibly sharded) parameters; norms 1, biases 0, matrices normal with std 1 / sqrt(inputs).
 
     The matrices that write into the residual stream are smaller by sqrt(2 n_layers), so that the sum of all branches
-    keeps its variance (GPT-2). The embedding has std 1, or as a matrix of its output if it is tied to it.
+    keeps its variance (GPT-2). The embedding has std 1, or that of the output matrix if it is tied to it.
 
     Each parameter is drawn whole from a generator seeded by (seed, its name) and cut to this rank's shard, so the
-    values do not depend on the layout; those of a GPU are others than those of a CPU. Only one parameter is ever held
-    whole.
+    values do not depend on the layout; a GPU draws other values than a CPU. Only one parameter is held whole at a time.
     """
     for name, param in model.named_parameters():
         if name.endswith("bias"):

@@ -16,7 +16,8 @@ from torchtitan.models.transformer import TransformerArgs
 
 @dataclass(frozen=True)
 class Work:
-    """Parameters that multiply a token's activations, and units of width that multiply a pair's; over all layers."""
+    """Parameters that multiply a token's activations, and the width that multiplies a (query, key) pair; over all
+    layers."""
 
     projections: float
     """wq, wk, wv and wo."""
@@ -28,24 +29,27 @@ class Work:
     """Its w2."""
 
     output: float
+    """The output matrix."""
+
     width: float
     """layers * heads * head_dim: see forward_flops."""
 
     @property
     def parameters(self) -> float:
+        """All that multiply a token's activations."""
         return self.projections + self.inner + self.outer + self.output
 
 
 @dataclass(frozen=True)
 class Recomputed:
-    """What backward computes a second time of it, in the same units."""
+    """What backward computes a second time, in the units of Work."""
 
     parameters: float = 0
     width: float = 0
 
 
 def work_of(args: TransformerArgs) -> Work:
-    """Of the whole model. Norms and biases multiply or add element by element and are not counted."""
+    """The work of the whole model. Norms and biases multiply or add element by element and are not counted."""
     heads, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
     layers, dim, ffn = args.n_layers, args.dim, args.ffn_dim
     return Work(
@@ -65,10 +69,10 @@ class Checkpointing:
     """The share of blocks that are recomputed."""
 
     keeps_attention: bool
-    """Recomputed blocks keep the output of their attention."""
+    """Whether recomputed blocks keep the output of their attention."""
 
     kept_products: int
-    """Those that do also keep every n-th of their matrix products; 0: none."""
+    """If so, they also keep every n-th matrix product; 0: none."""
 
 
 def checkpointing_of(config: JobConfig, args: TransformerArgs) -> Checkpointing:
@@ -104,11 +108,12 @@ def recomputed(
     tiled_mlp: bool = False,
     chunked_heads: bool = False,
 ) -> Recomputed:
-    """blocks: the share of blocks that are recomputed. keeps_attention: but for their attention, and for every n-th of
-    their matrix products (kept_products; 0: for none). tiled_mlp, chunked_heads: feed-forward and attention recompute
-    themselves, in every block.
+    """What backward computes a second time, over the whole model.
 
-    The last product of a block is not recomputed where nothing that backward reads comes after it: PyTorch ends the
+    blocks, keeps_attention, kept_products: see Checkpointing. tiled_mlp, chunked_heads: feed-forward and attention
+    recompute themselves, in every block.
+
+    The last product of a block is not recomputed if nothing that backward reads comes after it: PyTorch ends the
     recomputation with the last tensor that is read, which is w2's input unless a norm follows.
     """
     work = work_of(args)
@@ -123,7 +128,7 @@ def recomputed(
             done = [0 if (i + 1) % kept_products == 0 else size for i, size in enumerate(products)]
             layers = args.n_layers * blocks * args.dim
             projections, inner, outer = (layers * sum(done[part]) for part in (slice(4), slice(4, 6), slice(6, 7)))
-    if tiled_mlp:  # in backward, and before that where a norm behind them has their block compute them too
+    if tiled_mlp:  # in backward; also in the recomputation of their block, if a norm follows them
         times = 1 + blocks * args.post_norm
         inner, outer = work.inner * times, work.outer * times
     if chunked_heads:

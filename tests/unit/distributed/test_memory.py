@@ -84,16 +84,16 @@ def test_only_block_inputs_go_to_the_host_and_come_back_in_time(monkeypatch: pyt
     hosts: list[torch.Tensor] = []
 
     class Recorded(offload.HostCopies):
-        def pack(self, tensor: torch.Tensor) -> Any:
-            copy = super().pack(tensor)
+        def to_host(self, tensor: torch.Tensor) -> Any:
+            copy = super().to_host(tensor)
             assert tensor.shape == (TOKENS, DIM) and copy.host.data_ptr() != tensor.data_ptr()
             events.append(("leaves", len(hosts)))
             hosts.append(copy.host)
             return copy
 
-        def unpack(self, copy: Any) -> torch.Tensor:
+        def to_device(self, copy: Any) -> torch.Tensor:
             events.append(("needed", next(i for i, host in enumerate(hosts) if host is copy.host)))
-            return super().unpack(copy)
+            return super().to_device(copy)
 
         def _fetched(self, copy: Any) -> torch.Tensor:
             if copy.device_copy is None:

@@ -11,9 +11,10 @@ from torchtitan.models.transformer import Transformer
 
 
 def apply_context_parallel(model: Transformer, group: dist.ProcessGroup, exchange: str, head_chunks: int) -> None:
-    """Every layer's attention fetches what its queries see from the ranks of group; its masks come from shard.py.
+    """Let every layer's attention fetch the keys that its queries see from the ranks of group. It then needs the masks
+    that local_batch.py makes.
 
-    head_chunks: of `ulysses`, see there.
+    head_chunks: parallelism.context_parallel_head_chunks, of `ulysses` only.
     """
     for block in model.layers.values():
         attention = block.attention

@@ -1,7 +1,7 @@
 """How keys and values reach the ranks whose queries see them, for any assignment of blocks of 128 tokens to ranks.
 
 plan_exchange works out on the host, in the loader, what one rank holds and sends, and the Segments of its queries
-against the buffer of keys that results. GatheredAttention does it in every layer: `allgather` fetches all keys,
+against the buffer of keys that results. GatheredAttention transfers them in every layer: `allgather` fetches all keys,
 `needed` only the blocks that some local query may see. Both send KV heads, before they are repeated for query heads.
 The transfer starts as soon as keys and values exist and is waited for after the queries are projected; gradients go
 back to their owners in the same way, under the backward of that projection.
@@ -30,8 +30,8 @@ class Exchange:
     """One rank's part of the transfer; everything is counted in blocks of 128 tokens."""
 
     send: torch.Tensor
-    """int64: own blocks in the order in which they are sent, by destination; one may go to several. Empty unless the
-    exchange is `needed`."""
+    """int64: this rank's blocks in the order in which they are sent, by destination; a block may go to several ranks.
+    Empty unless the exchange is `needed`."""
 
     send_counts: tuple[int, ...]
     """Blocks for each rank."""
@@ -40,17 +40,19 @@ class Exchange:
     """Blocks from each rank."""
 
     place: torch.Tensor
-    """int64[B], a permutation: buffer block j is number place[j] of what there is (`needed`: own blocks, then those
-    received; else all ranks' blocks by rank)."""
+    """int64[B], a permutation: block j of the buffer is block place[j] of those at hand (`needed`: this rank's blocks,
+    then those received; else all ranks' blocks by rank)."""
 
     inverse: torch.Tensor
-    """Its inverse."""
+    """The inverse of place."""
 
     def to(self, device: torch.device | str) -> Exchange:
+        """On a device; asynchronous from pinned memory."""
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("send", "place", "inverse")}
         return replace(self, **moved)
 
     def pin_memory(self) -> Exchange:
+        """In pinned memory."""
         return replace(self, **{name: getattr(self, name).pin_memory() for name in ("send", "place", "inverse")})
 
 
@@ -71,7 +73,7 @@ class ExchangedMask(Mask):
 
 @dataclass(frozen=True)
 class Pieces:
-    """The stream cut where documents begin and where another rank's blocks do: one owner and one document a piece."""
+    """The stream cut where documents and other ranks' blocks begin: a piece has one owner and is of one document."""
 
     start: np.ndarray
     end: np.ndarray
@@ -96,7 +98,7 @@ def cut(segments: Segments, owner: np.ndarray) -> Pieces:
 
 
 def needed_blocks(pieces: Pieces, num_blocks: int, cp: int) -> np.ndarray:
-    """bool[cp, num_blocks]: the blocks that hold a key which some query of the rank may see; its own are among them."""
+    """bool[cp, num_blocks]: the blocks with a key that some query of the rank may see, its own blocks among them."""
     changes = np.zeros((cp, num_blocks + 1), np.int32)
     np.add.at(changes, (pieces.owner, pieces.first_key // BLOCK), 1)
     np.add.at(changes, (pieces.owner, (pieces.end - 1) // BLOCK + 1), -1)
@@ -116,7 +118,7 @@ def kv_received(segments: Segments, owner: np.ndarray, cp: int) -> np.ndarray:
 def plan_exchange(name: str, segments: Segments, owner: np.ndarray, cp: int, rank: int) -> tuple[Segments, Exchange]:
     """The segments of a rank's queries against its buffer of keys, and how the buffer is filled.
 
-    segments describe the whole stream; every rank owns equally many blocks.
+    segments: of the whole stream. owner: int64[T / 128], the rank of each block; every rank owns equally many.
     """
     num_blocks = len(owner)
     if name != "needed":
@@ -128,12 +130,12 @@ def plan_exchange(name: str, segments: Segments, owner: np.ndarray, cp: int, ran
         return _local_segments(segments, cut(segments, owner), rank, np.arange(num_blocks)), exchange
     pieces = cut(segments, owner)
     needed = needed_blocks(pieces, num_blocks, cp)
-    own = np.flatnonzero(owner == rank)
-    sent = [np.flatnonzero(needed[other, own]) if other != rank else own[:0] for other in range(cp)]
+    held = np.flatnonzero(owner == rank)
+    sent = [np.flatnonzero(needed[other, held]) if other != rank else held[:0] for other in range(cp)]
     buffer = np.flatnonzero(needed[rank])
     received = buffer[owner[buffer] != rank]
     received = received[np.argsort(owner[received], kind="stable")]
-    available = np.concatenate([own, received])
+    available = np.concatenate([held, received])
     place = np.argsort(available)  # available[place] is the buffer, in the stream's order
     slot = np.full(num_blocks, -1)
     slot[buffer] = np.arange(len(buffer))
@@ -149,7 +151,7 @@ def plan_exchange(name: str, segments: Segments, owner: np.ndarray, cp: int, ran
 
 
 def _local_segments(segments: Segments, pieces: Pieces, rank: int, slot: np.ndarray) -> Segments:
-    """slot[b]: where block b of the stream lies in the rank's buffer."""
+    """The segments of the rank's pieces. slot: int[B], where block b of the stream lies in the rank's buffer."""
     mine = pieces.owner == rank
     start, end, first = pieces.start[mine], pieces.end[mine], pieces.first_key[mine]
 
@@ -176,7 +178,7 @@ class Transfer:
         self.work: Any = None
 
     def send(self, x: torch.Tensor) -> torch.Tensor:
-        """x [blocks, ...] -> what arrives, by sender; not to be read before wait()."""
+        """x [blocks, ...] -> what arrives, by sender; it must not be read before wait()."""
         if not self.uneven:
             out = x.new_empty(x.shape[0] * self.group.size(), *x.shape[1:])
             self.work = ALL_GATHER(out, x.contiguous(), group=self.group, async_op=True)
@@ -184,7 +186,7 @@ class Transfer:
         return self._all_to_all(x.index_select(0, self.exchange.send), back=False)
 
     def send_back(self, grad: torch.Tensor) -> torch.Tensor:
-        """The gradient of what arrived, on its way to the owners."""
+        """The gradient of what arrived -> what arrives at the owners; it must not be read before wait()."""
         if not self.uneven:
             out = grad.new_empty(grad.shape[0] // self.group.size(), *grad.shape[1:])
             self.work = REDUCE_SCATTER(out, grad.contiguous(), group=self.group, async_op=True)
@@ -192,7 +194,8 @@ class Transfer:
         return self._all_to_all(grad, back=True)
 
     def collect(self, x: torch.Tensor, blocks: int) -> torch.Tensor:
-        """Gradients of the own blocks out of what send_back has brought: sums, in float32, where ranks shared one."""
+        """The gradients [blocks, ...] of this rank's blocks from what send_back has brought; those of a block that
+        several ranks used are summed in float32."""
         if not self.uneven:
             return x
         total = x.new_zeros(blocks, *x.shape[1:], dtype=torch.promote_types(x.dtype, torch.float32))
@@ -206,13 +209,14 @@ class Transfer:
         return out
 
     def wait(self) -> None:
+        """Until what is on its way has arrived."""
         if self.work is not None:
             self.work.wait()
             self.work = None
 
 
-class Start(torch.autograd.Function):
-    """x -> what arrives from the other ranks; backward waits for its gradient, which Wait's backward has sent."""
+class Send(torch.autograd.Function):
+    """x -> what arrives from the other ranks; backward waits for its gradient, which Receive's backward has sent."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, transfer: Any) -> torch.Tensor:
@@ -227,8 +231,8 @@ class Start(torch.autograd.Function):
         return transfer.collect(returned, ctx.blocks), None
 
 
-class Wait(torch.autograd.Function):
-    """What has arrived, ready to be read; backward sends its gradient back and does not wait for that."""
+class Receive(torch.autograd.Function):
+    """Waits for what arrives; backward sends its gradient back and does not wait for that."""
 
     @staticmethod
     def forward(ctx: Any, arrived: torch.Tensor, transfer: Any) -> torch.Tensor:
@@ -243,7 +247,7 @@ class Wait(torch.autograd.Function):
 
 
 class Permute(torch.autograd.Function):
-    """Blocks in another order; its backward is the other order again, where index_select's would add into zeros."""
+    """Blocks in another order. Backward permutes too; that of index_select would add into zeros."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, place: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
@@ -262,14 +266,14 @@ def in_blocks(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(eq=False)
 class OnTheirWay:
-    """What start() hands to finish(). Neither a tuple nor frozen: a compiled layer looks into those, and would be
+    """What start() hands to finish(). Neither a tuple nor frozen: a compiled layer looks into these, and would be
     compiled anew for every other number of blocks."""
 
     own: torch.Tensor
     """[blocks, 128, 2, Hkv, D]: keys and values of this rank's tokens."""
 
     arrived: torch.Tensor
-    """The same of the others, not to be read before Wait."""
+    """The same of other ranks' tokens, not to be read before Receive."""
 
     transfer: Transfer
 
@@ -286,13 +290,13 @@ class GatheredAttention:
         assert isinstance(mask, ExchangedMask)
         kv = in_blocks(torch.stack((k, v), dim=1))  # one message for both
         transfer = Transfer(self.group, mask.exchange, self.uneven)
-        return OnTheirWay(kv, Start.apply(kv, transfer), transfer)
+        return OnTheirWay(kv, Send.apply(kv, transfer), transfer)
 
     @torch.compiler.disable
     def finish(self, q: torch.Tensor, started: OnTheirWay, mask: Mask) -> torch.Tensor:
         """q [T, H, D] -> [T, H, D]."""
         assert isinstance(mask, ExchangedMask)
-        arrived = Wait.apply(started.arrived, started.transfer)
+        arrived = Receive.apply(started.arrived, started.transfer)
         available = torch.cat((started.own, arrived)) if self.uneven else arrived
         buffer = Permute.apply(available, mask.exchange.place, mask.exchange.inverse).flatten(0, 1)
         return self.backend.attend(q, buffer[:, 0], buffer[:, 1], mask.prepared)

@@ -31,7 +31,7 @@ class LocalBatch:
     """int64[t]: the source of each token, -1 for padding."""
 
     index: torch.Tensor
-    """int64[t]: how many tokens of its document come before it in this row."""
+    """int64[t]: how many tokens of its document come before each token in its row."""
 
     masks: Masks
     """What the tokens see, in each kind of layer."""
@@ -40,20 +40,20 @@ class LocalBatch:
     """bool[t], see PackedBatch."""
 
     pairs: float
-    """(query, key) pairs of the whole micro-batch; a mean over layers, some of which may have a sliding window."""
+    """(query, key) pairs of the whole micro-batch; the mean over layers, some of which may have a sliding window."""
 
     pairs_of_busiest: float
-    """Those of the rank that has most in a layer; a mean over layers."""
+    """The pairs of the rank that has most in a layer; the mean over layers."""
 
     unpadded: int
-    """Tokens of the whole micro-batch without padding."""
+    """Tokens of the whole micro-batch that are not padding."""
 
     kv_received: float
-    """Tokens whose keys and values come from other ranks in a layer (`ulysses`: all others', of fewer heads); a mean
-    over layers."""
+    """Tokens whose keys and values come from other ranks in a layer (`ulysses`: those of all other ranks, of fewer
+    heads); the mean over layers."""
 
     kv_of_all_gather: int
-    """The same if all keys and values were gathered: those of the other ranks' tokens."""
+    """The same under all-gather: the tokens of all other ranks."""
 
     def to(self, device: torch.device | str) -> LocalBatch:
         """The model's inputs on a device; source and index stay. Asynchronous from pinned memory."""

@@ -1,8 +1,8 @@
 """FP8 matrix products in the blocks' linear layers, through torchao (Micikevicius et al., arXiv 2209.05433).
 
-The layers are exchanged for torchao's before anything else is applied to the model, so that tensor parallelism, FSDP2,
-recomputation and compilation meet them as linear layers. Parameters, gradients and what is reduced stay in their types:
-values are rounded to FP8 with a scale that is computed on the spot, for each of a layer's three products.
+The layers are replaced by torchao's before anything else is applied to the model, so that tensor parallelism, FSDP2,
+recomputation and compilation see them as linear layers. Parameters, gradients and reductions keep their dtypes: values
+are rounded to FP8 for each of a layer's three products, with a scale that is computed then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torchtitan.models.transformer import Transformer, TransformerArgs, paramete
 from torchtitan.tools.errors import UserError
 
 MULTIPLE = 16
-"""Of the rows and columns of what FP8 kernels multiply (torch._scaled_mm)."""
+"""FP8 kernels (torch._scaled_mm) multiply matrices whose rows and columns are multiples of it."""
 
 CAPABILITY = (8, 9)
 """The first CUDA compute capability with FP8: Ada; Hopper is 9.0. AMD's MI300 says 9.4."""
@@ -31,7 +31,7 @@ def fp8_layers(args: TransformerArgs, quantize: Quantize, tp: int = 1) -> dict[s
             continue
         layer = name.removesuffix(".weight")
         outputs, inputs = shape
-        if layer.endswith(("wo", "w2")):  # tensor parallelism cuts what it multiplies, of the others what results
+        if layer.endswith(("wo", "w2")):  # tensor parallelism cuts their inputs, and the outputs of the others
             inputs //= tp
         else:
             outputs //= tp
@@ -43,8 +43,10 @@ def fp8_layers(args: TransformerArgs, quantize: Quantize, tp: int = 1) -> dict[s
 def check_quantize(
     args: TransformerArgs, quantize: Quantize, tp: int, tokens: int, mlp_tile_tokens: int | None = None
 ) -> None:
-    """UserError where FP8 is asked for and cannot be had here. tokens: of a rank's micro-batch; mlp_tile_tokens: of
-    training, of which the feed-forward computes as many at a time."""
+    """UserError if [quantize] asks for what is impossible with this model or on this machine.
+
+    tokens: of a rank's micro-batch. mlp_tile_tokens: training.mlp_tile_tokens, None without tiles.
+    """
     if quantize.recipe_name == "none":
         if quantize.filter_fqns or quantize.emulate:
             raise UserError(
@@ -66,7 +68,7 @@ def check_quantize(
             f'quantize.recipe_name = "{quantize.recipe_name}" would quantize no layer: those of the blocks are all '
             f"named by quantize.filter_fqns = {list(quantize.filter_fqns)}, or have fewer features (on one of "
             f"{tp} tensor-parallel ranks) than quantize.smallest_features = {quantize.smallest_features}, or a number "
-            f'of them that is no multiple of {MULTIPLE}. Change one of the two, or set recipe_name = "none".'
+            f'of features that is not a multiple of {MULTIPLE}. Change one of the two, or set recipe_name = "none".'
         )
     _torchao()
     if quantize.emulate:
@@ -101,7 +103,7 @@ def check_quantize(
 
 
 def apply_quantize(model: Transformer, quantize: Quantize, tp: int) -> None:
-    """Exchange the chosen layers for torchao's; their parameters stay the same objects under the same names."""
+    """Replace the chosen layers by torchao's; their parameters stay the same objects under the same names."""
     torchao = _torchao()
     config = replace(torchao.Float8LinearConfig.from_recipe_name(quantize.recipe_name), emulate=quantize.emulate)
     chosen = fp8_layers(model.args, quantize, tp)
@@ -111,18 +113,18 @@ def apply_quantize(model: Transformer, quantize: Quantize, tp: int) -> None:
 
 
 def describe_quantize(args: TransformerArgs, quantize: Quantize, tp: int) -> str:
-    """For the log: what is computed in FP8, and what is not."""
+    """For the log: in how many layers each projection is computed in FP8."""
     layers = fp8_layers(args, quantize, tp)
     kinds = {name.split(".", 2)[-1]: 0 for name in layers}
     for name, is_chosen in layers.items():
         kinds[name.split(".", 2)[-1]] += is_chosen
     counts = ", ".join(f"{kind} {count}" for kind, count in kinds.items())
     how = " (emulated)" if quantize.emulate else ""
-    return f"FP8 {quantize.recipe_name}{how} in so many of {args.n_layers} layers each: {counts}"
+    return f"FP8 {quantize.recipe_name}{how} in this many of {args.n_layers} layers: {counts}"
 
 
 def _torchao() -> Any:
-    """The module torchao.float8; UserError where it is not installed."""
+    """The module torchao.float8; UserError if it is not installed."""
     try:
         import torchao.float8
     except ImportError as error:

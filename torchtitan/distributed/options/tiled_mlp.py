@@ -1,10 +1,10 @@
 """The feed-forward over tiles of tokens, so that its hidden units, 3.5 times as wide as the stream in Llama 3, exist
 for one tile at a time (Arctic Long Sequence Training, arXiv 2506.13996).
 
-Forward keeps the input only; backward computes each tile again and adds the gradients of the matrices over tiles in
-float32. All tiles are between the hooks of the block, so FSDP2 gathers its parameters and reduces their gradients as
-often as without tiles. Under tensor parallelism a tile is tokens of every rank: its stream is gathered and scattered
-tile by tile, in as many bytes as at once.
+Forward keeps the input only; backward computes each tile again and sums the gradients of the matrices over tiles in
+float32. All tiles run between the hooks of the block, so FSDP2 gathers its parameters and reduces their gradients as
+often as without tiles. Under tensor parallelism a tile has tokens of every rank: the stream is gathered and scattered
+tile by tile, in as many bytes as without tiles.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _depth = 0
 
 
 def inside_tile() -> bool:
-    """Whether a tile's forward is running: what it computes is not worth keeping."""
+    """Whether a tile's forward is running, which backward computes again: its results are not worth keeping."""
     return _depth > 0
 
 
@@ -39,7 +39,7 @@ def _a_tile() -> Iterator[None]:
 
 
 def apply_tiled_mlp(model: Transformer, tile_tokens: int, tp: int) -> None:
-    """Compute feed-forwards for tile_tokens at a time, of which each of tp ranks has its part of the stream."""
+    """Compute every feed-forward for tile_tokens at a time, of which each of tp ranks has 1 / tp in its stream."""
     for block in model.layers.values():
         assert isinstance(block, TransformerBlock)
         block.mlp = partial(_tiled, block.feed_forward, max(tile_tokens // tp, 1))  # type: ignore[method-assign]
@@ -49,7 +49,7 @@ def apply_tiled_mlp(model: Transformer, tile_tokens: int, tp: int) -> None:
 @torch.compiler.disable
 def _tiled(module: nn.Module, tile: int, x: torch.Tensor) -> torch.Tensor:
     """x [t, dim] -> [t, dim]."""
-    if isinstance(x, DTensor):  # tensor parallelism's norm has cut it by tokens, as the module expects its input
+    if isinstance(x, DTensor):  # cut by tokens by tensor parallelism's norm, as the module expects its input
         x = x.to_local()
     if len(x) <= tile or not (torch.is_grad_enabled() and x.requires_grad):
         return torch.cat([module(part) for part in x.split(tile)])
@@ -60,8 +60,8 @@ def _tiled(module: nn.Module, tile: int, x: torch.Tensor) -> torch.Tensor:
 class _Keep(torch.autograd.Function):
     """The identity, which saves its input for _Tiled.
 
-    Saved before the tiles run, and not by _Tiled after them: the recomputation of a block ends once all that was saved
-    is there again, and the feed-forward comes last.
+    Saved before the tiles run, and not by _Tiled after them: the recomputation of a block ends when all tensors that
+    were saved exist again, and the feed-forward comes last.
     """
 
     @staticmethod
@@ -75,7 +75,7 @@ class _Keep(torch.autograd.Function):
 
 
 class _Tiled(torch.autograd.Function):
-    """See the head of this file. kept: the node of _Keep; parameters: the module's, to receive their gradients."""
+    """See the head of this file. kept: the node of _Keep. parameters: the module's, which receive their gradients."""
 
     @staticmethod
     def forward(

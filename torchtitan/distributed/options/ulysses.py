@@ -1,11 +1,11 @@
 """Ulysses (DeepSpeed, arXiv 2309.14509): heads for sequence. Each rank gets all tokens of 1/cp of the heads.
 
-Perfectly balanced whatever the documents are, at four all-to-alls a layer (keys, values, queries, outputs); the number
-of query heads bounds cp. Where there are fewer key-value heads than ranks, or cp does not divide them, they are
-repeated just as often as is needed.
+Perfectly balanced whatever the documents are, at four all-to-alls per layer (keys, values, queries, outputs); the
+number of query heads bounds cp. If there are fewer key-value heads than ranks, or cp does not divide them, they are
+repeated no more often than needed.
 
-With chunks, the heads go that way a few at a time (the idea of Untied Ulysses, arXiv 2602.21196): a rank then never
-holds all tokens of its whole share of the heads, at the price of computing attention once more in backward.
+With chunks, a few heads are exchanged and computed at a time (the idea of Untied Ulysses, arXiv 2602.21196): a rank
+then never holds all tokens of its whole share of the heads, at the price of computing attention once more in backward.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from torchtitan.attention.backends import Backend, Mask
 from torchtitan.config.schema import Parallelism
-from torchtitan.distributed.context_parallel.exchange import ExchangedMask, Permute, Start, Wait, in_blocks
+from torchtitan.distributed.context_parallel.exchange import ExchangedMask, Permute, Receive, Send, in_blocks
 from torchtitan.tools.errors import UserError
 
 
@@ -50,7 +50,10 @@ def check_ulysses(query_heads: int, parallelism: Parallelism) -> None:
 
 
 class HeadTransfer:
-    """[blocks, 128, H, D] of a rank's tokens and all heads <-> [all blocks by rank, 128, H / cp, D]."""
+    """[blocks, 128, H, D] of a rank's tokens and all heads <-> [all blocks by rank, 128, H / cp, D].
+
+    Has the methods of exchange.Transfer, so that Send and Receive can use it.
+    """
 
     def __init__(self, group: dist.ProcessGroup, to_heads: bool):
         self.group, self.to_heads = group, to_heads
@@ -66,7 +69,7 @@ class HeadTransfer:
         return self.arrange(x, not self.to_heads)
 
     def arrange(self, x: torch.Tensor, to_heads: bool) -> torch.Tensor:
-        """What has arrived, [cp, blocks, 128, H / cp, D] by sender, in its final form."""
+        """What has arrived, [cp, blocks, 128, H / cp, D] by sender, in the shape that the class says."""
         return x.flatten(0, 1) if to_heads else x.movedim(0, 2).flatten(2, 3)
 
     def _exchange(self, x: torch.Tensor, to_heads: bool) -> torch.Tensor:
@@ -102,30 +105,30 @@ class UlyssesAttention:
         return _ByChunks.apply(q, *started, self, mask)
 
     def send(self, x: torch.Tensor) -> OnItsWay:
-        """x [T, H, D], H a multiple of cp."""
+        """Starts to exchange x [T, H, D], H a multiple of cp."""
         transfer = HeadTransfer(self.group, to_heads=True)
-        return OnItsWay(Start.apply(in_blocks(x), transfer), transfer)
+        return OnItsWay(Send.apply(in_blocks(x), transfer), transfer)
 
     def send_kv(self, x: torch.Tensor) -> OnItsWay:
-        """x [T, Hkv, D]."""
+        """Starts to exchange x [T, Hkv, D]."""
         # Query heads are a multiple of both, so also of their least common multiple: every rank then has a whole
         # number of KV heads, each read by equally many of its query heads.
         repeat = math.lcm(x.shape[1], self.group.size()) // x.shape[1]
         return self.send(x.repeat_interleave(repeat, dim=1))
 
     def attend(self, sent: list[OnItsWay], mask: Mask) -> torch.Tensor:
-        """Queries, keys and values that have been sent -> [T, H, D] of this rank's tokens."""
+        """Queries, keys and values on their way -> [T, H, D] of this rank's tokens."""
         assert isinstance(mask, ExchangedMask)
         exchange = mask.exchange
         whole = []
-        for one in sent:
-            x = one.transfer.arrange(Wait.apply(one.arrived, one.transfer), to_heads=True)
+        for part in sent:
+            x = part.transfer.arrange(Receive.apply(part.arrived, part.transfer), to_heads=True)
             whole.append(Permute.apply(x, exchange.place, exchange.inverse).flatten(0, 1))
         q, k, v = whole
         out = in_blocks(self.backend.attend(q, k, v, mask.prepared))
         transfer = HeadTransfer(self.group, to_heads=False)
-        arrived = Start.apply(Permute.apply(out, exchange.inverse, exchange.place), transfer)
-        return transfer.arrange(Wait.apply(arrived, transfer), to_heads=False).flatten(0, 1)
+        arrived = Send.apply(Permute.apply(out, exchange.inverse, exchange.place), transfer)
+        return transfer.arrange(Receive.apply(arrived, transfer), to_heads=False).flatten(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +136,7 @@ class OnItsWay:
     """A tensor that has been sent."""
 
     arrived: torch.Tensor
-    """Not to be read before Wait."""
+    """Not to be read before Receive."""
 
     transfer: HeadTransfer
 
@@ -141,8 +144,8 @@ class OnItsWay:
 def head_chunks(query_heads: int, kv_heads: int, chunks: int) -> list[tuple[slice, list[int]]]:
     """The query heads of each chunk, and the KV heads that they read, one for each run of equally many query heads.
 
-    A KV head is in several chunks if there are more chunks than KV heads, or if a chunk ends among its query heads;
-    then it may also be there twice.
+    A KV head is in several chunks if there are more chunks than KV heads, or if a chunk ends among its query heads; in
+    the latter case it may be in one chunk twice.
     """
     size, readers = query_heads // chunks, query_heads // kv_heads
     run = math.gcd(size, readers)
@@ -155,7 +158,8 @@ def head_chunks(query_heads: int, kv_heads: int, chunks: int) -> list[tuple[slic
 class _ByChunks(torch.autograd.Function):
     """UlyssesAttention chunk by chunk. Nothing of a chunk is kept for backward, which sends and computes it again.
 
-    The next chunk is on its way while one is computed: all tokens of two chunks are held at a time.
+    The next chunk is on its way while one is computed: all tokens of two chunks are held at a time. q, k and v are
+    [T, H, D] and [T, Hkv, D] of this rank's tokens.
     """
 
     @staticmethod
