@@ -19,20 +19,15 @@ import torch
 from torchtitan.attention import flex, sdpa, varlen
 from torchtitan.attention.segments import Segments
 from torchtitan.tools.errors import UserError
-
-
-class Prepared(Protocol):
-    """What a backend makes of Segments: flex.FlexMask, varlen.VarlenMask, or the Segments themselves."""
-
-    def to(self, device: torch.device | str) -> Prepared: ...
-    def pin_memory(self) -> Prepared: ...
+from torchtitan.tools.movable import Movable
 
 
 @dataclass(frozen=True)
 class Backend:
     """How a mask is prepared and how attention is computed under it."""
 
-    prepare: Callable[[Segments], Prepared]
+    prepare: Callable[[Segments], Movable]
+    """Gives flex.FlexMask, varlen.VarlenMask or the Segments themselves."""
 
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
     """Its last argument is what this backend's prepare has returned."""
@@ -78,7 +73,7 @@ def choose_backend(name: str, device_type: str) -> str:
 
 
 @dataclass(eq=False)
-class Mask:
+class Mask(Movable):
     """What the queries of a micro-batch see on this rank, in a layer of one kind.
 
     Not frozen: PyTorch 2.11 looks into a frozen dataclass when a compiled block hands it on, and would compile the
@@ -89,15 +84,8 @@ class Mask:
     """Queries against the keys of a buffer: this rank's own, unless the mask has an exchange that fetches others
     (distributed/context_parallel/exchange.py)."""
 
-    prepared: Prepared
-
-    def to(self, device: torch.device | str) -> Mask:
-        """On a device; asynchronous from pinned memory."""
-        return Mask(self.segments, self.prepared.to(device))
-
-    def pin_memory(self) -> Mask:
-        """In pinned memory."""
-        return Mask(self.segments, self.prepared.pin_memory())
+    prepared: Movable
+    """What the backend's prepare has made of the segments."""
 
 
 Masks = dict[str, Mask]

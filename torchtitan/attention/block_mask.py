@@ -17,10 +17,11 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from torchtitan.attention.segments import Segments
 from torchtitan.tools.constants import BLOCK
+from torchtitan.tools.movable import Movable
 
 
 @dataclass(frozen=True, eq=False)
-class BlockLists:
+class BlockLists(Movable):
     """For each of R rows (blocks of one side) an increasing list of columns (blocks of the other), as runs of columns.
 
     A list as differences is mostly ones: c, 1, 1, ... and another number where a run of consecutive columns starts.
@@ -55,18 +56,9 @@ class BlockLists:
         out[:, : self.width] = lists
         return out
 
-    def to(self, device: torch.device | str) -> BlockLists:
-        """A copy on the device, not waited for."""
-        counts, jumps = (x.to(device, non_blocking=True) for x in (self.counts, self.jumps))
-        return BlockLists(counts, jumps, self.width, self.columns)
-
-    def pin_memory(self) -> BlockLists:
-        """A copy in page-locked memory."""
-        return BlockLists(self.counts.pin_memory(), self.jumps.pin_memory(), self.width, self.columns)
-
 
 @dataclass(frozen=True, eq=False)
-class BlockRanges:
+class BlockRanges(Movable):
     """A mask over T queries and K keys: exactly, for each query, and as blocks that are seen in part or in full."""
 
     first: torch.Tensor
@@ -92,24 +84,6 @@ class BlockRanges:
 
     full_queries: BlockLists
     """`full` by blocks of keys."""
-
-    def to(self, device: torch.device | str) -> BlockRanges:
-        """A copy on the device, not waited for."""
-        first, last, anchor = (x.to(device, non_blocking=True) for x in (self.first, self.last, self.anchor))
-        keys, queries = (
-            (self.partial.to(device), self.full.to(device)),
-            (self.partial_queries.to(device), self.full_queries.to(device)),
-        )
-        return BlockRanges(first, last, anchor, self.num_keys, *keys, *queries)
-
-    def pin_memory(self) -> BlockRanges:
-        """A copy in page-locked memory."""
-        first, last, anchor = (x.pin_memory() for x in (self.first, self.last, self.anchor))
-        keys, queries = (
-            (self.partial.pin_memory(), self.full.pin_memory()),
-            (self.partial_queries.pin_memory(), self.full_queries.pin_memory()),
-        )
-        return BlockRanges(first, last, anchor, self.num_keys, *keys, *queries)
 
 
 def block_ranges(segments: Segments) -> BlockRanges:

@@ -15,11 +15,12 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from torchtitan.attention.block_mask import BlockRanges, assemble, block_ranges, expand_tables
 from torchtitan.attention.segments import Segments
+from torchtitan.tools.movable import Movable
 from torchtitan.tools.torch_compat import mark_dynamic, visible_regions
 
 
 @dataclass(frozen=True, eq=False)
-class FlexMask:
+class FlexMask(Movable):
     """A mask as FlexAttention wants it; the tables are expanded by the first layer that asks, for all layers."""
 
     ranges: BlockRanges
@@ -31,14 +32,6 @@ class FlexMask:
     def tables(self) -> list[torch.Tensor]:
         """On the device of the ranges what block_mask.assemble takes."""
         return expand_tables(self.ranges)
-
-    def to(self, device: torch.device | str) -> FlexMask:
-        """A copy on the device, not waited for and not yet expanded."""
-        return FlexMask(self.ranges.to(device), self.keys_vary)
-
-    def pin_memory(self) -> FlexMask:
-        """A copy in page-locked memory."""
-        return FlexMask(self.ranges.pin_memory(), self.keys_vary)
 
 
 def prepare(segments: Segments) -> FlexMask:

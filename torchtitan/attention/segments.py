@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from torchtitan.tools.movable import Movable
+
 
 @dataclass(frozen=True, eq=False)
-class Segments:
-    """S segments over T queries and a buffer of K keys.
+class Segments(Movable):
+    """S segments over T queries and a buffer of K keys. They stay on the host.
 
     Query i of a segment (counted from 0, of n) is aligned with key number a = k_end - n + i, its own token. It sees the
     keys max(k_start, a - window + 1) to a, and the segment's anchor.
@@ -113,11 +115,3 @@ class Segments:
         first, last, anchor = (torch.from_numpy(x).to(device)[:, None] for x in self.key_ranges())
         key = torch.arange(self.num_keys, device=device)
         return ((key >= first) & (key <= last)) | (key == anchor)
-
-    def to(self, device: torch.device | str) -> Segments:
-        """Itself: it stays on the host."""
-        return self
-
-    def pin_memory(self) -> Segments:
-        """Itself."""
-        return self

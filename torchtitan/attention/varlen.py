@@ -17,10 +17,11 @@ from torch.nn.attention.varlen import varlen_attn
 
 from torchtitan.attention.segments import Segments
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.movable import Movable
 
 
 @dataclass(frozen=True, eq=False)
-class VarlenMask:
+class VarlenMask(Movable):
     """Segments as the kernel wants them."""
 
     cu_queries: torch.Tensor
@@ -40,18 +41,6 @@ class VarlenMask:
 
     index: torch.Tensor | None
     """int64: the packed keys' numbers in the buffer; None if the buffer is packed as it is."""
-
-    def to(self, device: torch.device | str) -> VarlenMask:
-        """A copy on the device, not waited for."""
-        cu_queries, cu_keys = (x.to(device, non_blocking=True) for x in (self.cu_queries, self.cu_keys))
-        index = None if self.index is None else self.index.to(device, non_blocking=True)
-        return VarlenMask(cu_queries, cu_keys, self.max_queries, self.max_keys, self.window, index)
-
-    def pin_memory(self) -> VarlenMask:
-        """A copy in page-locked memory."""
-        index = None if self.index is None else self.index.pin_memory()
-        cu_queries, cu_keys = self.cu_queries.pin_memory(), self.cu_keys.pin_memory()
-        return VarlenMask(cu_queries, cu_keys, self.max_queries, self.max_keys, self.window, index)
 
 
 def prepare(segments: Segments) -> VarlenMask:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 
 from torchtitan.tools.constants import IGNORED_LABEL
+from torchtitan.tools.movable import Movable
 
 PADDING_SOURCE = -1
 
 
 @dataclass(frozen=True)
-class PackedBatch:
+class PackedBatch(Movable):
     """One micro-batch of T tokens in S segments and D documents."""
 
     tokens: torch.Tensor
@@ -44,14 +44,6 @@ class PackedBatch:
     """int32[S], with data.anchor_attention: the first token of the row, which all of a segment see beside their own
     segment; -1 for padding, which sees none. None: there are no anchors."""
 
-    def to(self, device: torch.device | str) -> PackedBatch:
-        """On a device; asynchronous from pinned memory."""
-        return self._each(lambda t: t.to(device, non_blocking=True))
-
-    def pin_memory(self, device: torch.device | str | None = None) -> PackedBatch:
-        """In pinned memory; called by the DataLoader, which passes a device in some versions."""
-        return self._each(lambda t: t.pin_memory())
-
     @property
     def num_valid(self) -> int:
         """Labels that are trained on."""
@@ -66,7 +58,3 @@ class PackedBatch:
     def token_sources(self) -> torch.Tensor:
         """int64[T], the source of each token; -1 for padding."""
         return torch.repeat_interleave(self.source.long(), self.cu_documents.diff().long())
-
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})

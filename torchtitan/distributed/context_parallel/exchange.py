@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torchtitan.attention.backends import Backend, Mask
 from torchtitan.attention.segments import Segments
 from torchtitan.tools.constants import BLOCK
+from torchtitan.tools.movable import Movable
 
 # Renamed in PyTorch 2.13, the old names deprecated.
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -26,7 +27,7 @@ REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 
 @dataclass(frozen=True)
-class Exchange:
+class Exchange(Movable):
     """One rank's part of the transfer; everything is counted in blocks of 128 tokens."""
 
     send: torch.Tensor
@@ -46,29 +47,12 @@ class Exchange:
     inverse: torch.Tensor
     """The inverse of place."""
 
-    def to(self, device: torch.device | str) -> Exchange:
-        """On a device; asynchronous from pinned memory."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("send", "place", "inverse")}
-        return replace(self, **moved)
-
-    def pin_memory(self) -> Exchange:
-        """In pinned memory."""
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in ("send", "place", "inverse")})
-
 
 @dataclass(eq=False)
 class ExchangedMask(Mask):
     """A mask whose keys, or some of them, come from other ranks."""
 
     exchange: Exchange
-
-    def to(self, device: torch.device | str) -> ExchangedMask:
-        """On a device; asynchronous from pinned memory."""
-        return ExchangedMask(self.segments, self.prepared.to(device), self.exchange.to(device))
-
-    def pin_memory(self) -> ExchangedMask:
-        """In pinned memory."""
-        return ExchangedMask(self.segments, self.prepared.pin_memory(), self.exchange.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -269,7 +253,7 @@ class OnTheirWay:
     """What start() hands to finish(). Neither a tuple nor frozen: a compiled layer looks into these, and would be
     compiled anew for every other number of blocks."""
 
-    own: torch.Tensor
+    local: torch.Tensor
     """[blocks, 128, 2, Hkv, D]: keys and values of this rank's tokens."""
 
     arrived: torch.Tensor
@@ -297,6 +281,6 @@ class GatheredAttention:
         """q [T, H, D] -> [T, H, D]."""
         assert isinstance(mask, ExchangedMask)
         arrived = Receive.apply(started.arrived, started.transfer)
-        available = torch.cat((started.own, arrived)) if self.uneven else arrived
+        available = torch.cat((started.local, arrived)) if self.uneven else arrived
         buffer = Permute.apply(available, mask.exchange.place, mask.exchange.inverse).flatten(0, 1)
         return self.backend.attend(q, buffer[:, 0], buffer[:, 1], mask.prepared)

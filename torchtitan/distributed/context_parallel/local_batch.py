@@ -17,11 +17,14 @@ from torchtitan.datasets.batch import PackedBatch
 from torchtitan.distributed.context_parallel.exchange import ExchangedMask, plan_exchange
 from torchtitan.distributed.context_parallel.layout import LAYOUTS, work_per_rank
 from torchtitan.tools.constants import BLOCK, IGNORED_LABEL
+from torchtitan.tools.movable import Movable
 
 
 @dataclass(frozen=True)
-class LocalBatch:
+class LocalBatch(Movable):
     """The t = T / cp tokens of a rank; see PackedBatch for tokens, labels and positions."""
+
+    stay = ("source", "index")
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -54,17 +57,6 @@ class LocalBatch:
 
     kv_of_all_gather: int
     """The same under all-gather: the tokens of all other ranks."""
-
-    def to(self, device: torch.device | str) -> LocalBatch:
-        """The model's inputs on a device; source and index stay. Asynchronous from pinned memory."""
-        names = ("tokens", "labels", "positions", *(["long"] if self.long is not None else []))
-        moved = {n: getattr(self, n).to(device, non_blocking=True) for n in names}
-        return replace(self, **moved, masks={kind: mask.to(device) for kind, mask in self.masks.items()})
-
-    def pin_memory(self, device: torch.device | str | None = None) -> LocalBatch:
-        """In pinned memory; called by the DataLoader, which passes a device in some versions."""
-        tensors: dict[str, Any] = {n: v.pin_memory() for n, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, **tensors, masks={kind: mask.pin_memory() for kind, mask in self.masks.items()})
 
     @property
     def num_valid(self) -> int:
