@@ -55,13 +55,13 @@ BACKENDS: dict[str, Backend] = {
 def choose_backend(name: str, device_type: str) -> str:
     """The backend that model.attention_backend names: `auto` is flex on CUDA and sdpa elsewhere.
 
-    Raises UserError for one that cannot train on the device.
+    UserError for a backend that cannot train on the device.
     """
     if name == "auto":
         return "flex" if device_type == "cuda" else "sdpa"
     if device_type != "cuda" and name == "flex":
         raise UserError(
-            'model.attention_backend = "flex" cannot train on a CPU: PyTorch\'s FlexAttention has no backward there. '
+            'model.attention_backend = "flex" cannot train on a CPU: PyTorch\'s FlexAttention has no backward for it. '
             'Use "sdpa", or "auto", which is flex on CUDA and sdpa on the CPU.'
         )
     if device_type != "cuda" and name == "varlen":
@@ -102,14 +102,14 @@ class AttentionCore(Protocol):
 
 
 class LocalAttention:
-    """Attention where all keys are this rank's own. start() is called as soon as k and v exist, finish() when q does:
-    what has to fetch keys from elsewhere (distributed/context_parallel) does so in between."""
+    """Attention if all keys are this rank's own. start() is called as soon as k and v exist, finish() when q does: a
+    core that must fetch keys from other ranks (distributed/context_parallel) does so in between."""
 
     def __init__(self, backend: Backend):
         self.backend = backend
 
     def start(self, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> Any:
-        """k and v [T, Hkv, D] -> whatever finish wants."""
+        """k and v [T, Hkv, D] -> what finish takes as `started`."""
         return k, v
 
     # a Python loop over ragged segments, or compiled by itself: it must not be compiled anew for every length

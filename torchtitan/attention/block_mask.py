@@ -1,9 +1,9 @@
 """From segments to FlexAttention's BlockMask, in time proportional to the number of blocks.
 
 PyTorch's create_block_mask evaluates the mask for all T x K pairs; here the blocks that a mask touches are derived from
-the ends of its segments. `block_ranges` does that on the host, in a loader's process, and yields small tensors that
-travel with the batch; `block_mask` expands them on the device, without waiting for it. Both sides are built: for the
-forward pass the key blocks of each block of queries, for the backward pass the query blocks of each block of keys.
+the ends of its segments. `block_ranges` does that on the host, in a loader process, and returns small tensors that
+travel with the batch; `block_mask` expands them on the device, without waiting for it. Both directions are built: the
+key blocks of each query block for the forward pass, the query blocks of each key block for the backward pass.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torchtitan.tools.movable import Movable
 class BlockLists(Movable):
     """For each of R rows (blocks of one side) an increasing list of columns (blocks of the other), as runs of columns.
 
-    A list as differences is mostly ones: c, 1, 1, ... and another number where a run of consecutive columns starts.
-    Only those numbers are kept.
+    The differences of a list are mostly ones: c, 1, 1, ... and another number at the start of each run of consecutive
+    columns. Only the latter are kept.
     """
 
     counts: torch.Tensor
@@ -38,18 +38,18 @@ class BlockLists(Movable):
     """Columns in the longest list, at least 1."""
 
     columns: int
-    """C, the number of columns there are."""
+    """C, the number of all columns."""
 
     def expand(self) -> torch.Tensor:
-        """int32[R, C] on the tensors' device: each row's list; what follows it is some valid column."""
+        """int32[R, C] on the tensors' device: each row's list, followed by any valid columns."""
         rows = self.counts.shape[0]
-        # The lists are short beside C in most masks: the sums run over the longest one's width only.
+        # In most masks the lists are short compared with C: the sums run over the width of the longest one only.
         table = torch.ones(rows, self.width, dtype=torch.int32, device=self.counts.device)
         table.view(-1)[self.jumps[0]] = self.jumps[1].to(torch.int32)
         lists = table.cumsum(1, dtype=torch.int32).clamp_(max=self.columns - 1)
         if self.width == self.columns:
             return lists
-        if lists.is_cpu:  # the operating system's zeros: unlike torch.zeros they cost nothing where nothing is written
+        if lists.is_cpu:  # the operating system's zeros: unlike torch.zeros they cost nothing until they are written
             out = torch.from_numpy(np.zeros((rows, self.columns), dtype=np.int32))
         else:
             out = torch.zeros(rows, self.columns, dtype=torch.int32, device=lists.device)
@@ -59,7 +59,7 @@ class BlockLists(Movable):
 
 @dataclass(frozen=True, eq=False)
 class BlockRanges(Movable):
-    """A mask over T queries and K keys: exactly, for each query, and as blocks that are seen in part or in full."""
+    """A mask over T queries and K keys: exactly, by query, and as blocks that are seen in part or in full."""
 
     first: torch.Tensor
     """int32[T]: first key of the query's range."""
@@ -74,38 +74,38 @@ class BlockRanges(Movable):
     """K."""
 
     partial: BlockLists
-    """For each block of queries the blocks of keys that it sees in part."""
+    """For each query block the key blocks that it sees in part."""
 
     full: BlockLists
-    """For each block of queries the blocks of keys of which each of its queries sees every key."""
+    """For each query block the key blocks of which each of its queries sees every key."""
 
     partial_queries: BlockLists
-    """`partial` by blocks of keys: the blocks of queries."""
+    """`partial` the other way around: for each key block its query blocks."""
 
     full_queries: BlockLists
-    """`full` by blocks of keys."""
+    """`full` the other way around."""
 
 
 def block_ranges(segments: Segments) -> BlockRanges:
     """The blocks that a mask touches, on the host.
 
-    A block is seen in full only if it has all its 128 queries and 128 keys, as create_block_mask has it.
+    As in create_block_mask, a block is seen in full only if it has all its 128 queries and 128 keys.
     """
     first, last, anchor = segments.key_ranges()
-    # An anchor right before the range is its new first key. Now no query needs its anchor to see all of a block.
+    # An anchor right before the range becomes its first key. After that no query needs its anchor to see a whole block.
     joined = (anchor >= 0) & (anchor == first - 1)
     first, anchor = np.where(joined, anchor, first), np.where(joined, -1, anchor)
 
     total = segments.total
     query_blocks, key_blocks = -(-total // BLOCK), -(-segments.num_keys // BLOCK)
-    # A piece is one segment's queries in one block. Along it `first` and `last` do not fall, the range before a query's
-    # last key is connected to the previous query's, and a query has an anchor if one before it has: its ends tell all.
+    # A piece is one segment's queries in one block. Within it `first` and `last` do not fall, the ranges of successive
+    # queries touch, and a query has an anchor if the previous one has: the ends of a piece tell everything.
     begins = np.union1d(segments.cu_seqlens[:-1], np.arange(0, total, BLOCK))
     ends = np.append(begins[1:], total) - 1
     block_of_piece = begins // BLOCK
     piece_of_block = np.searchsorted(begins, np.arange(0, total, BLOCK))
 
-    # Keys that all queries of the block see are one range, and inside of each piece's.
+    # The keys that all queries of a block see are one range, which lies within the range of each piece.
     full_start = -(-np.maximum.reduceat(first[ends], piece_of_block) // BLOCK)
     full_stop = (np.minimum.reduceat(last[begins], piece_of_block) + 1) // BLOCK
     has_full = full_stop > full_start
@@ -114,8 +114,8 @@ def block_ranges(segments: Segments) -> BlockRanges:
     blocks = np.flatnonzero(has_full)
     full = _runs_to_lists(blocks, full_start[blocks], full_stop[blocks], query_blocks, key_blocks)
 
-    # What is touched beside them: of each piece what lies left and right of the full ones (all, if there are none), and
-    # the anchors.
+    # What else is touched: of each piece what lies left and right of the full blocks (all, if there are none), and the
+    # anchors.
     start, stop = first[begins] // BLOCK, last[ends] // BLOCK + 1
     some = has_full[block_of_piece]
     anchored = anchor[ends] >= 0
@@ -141,10 +141,11 @@ def block_mask(ranges: BlockRanges) -> BlockMask:
 
 
 def expand_tables(ranges: BlockRanges) -> list[torch.Tensor]:
-    """Eight int32 tables on the tensors' device: counts and indices of partial, of full blocks; of keys, of queries.
+    """Eight int32 tables on the tensors' device: counts and indices of the partial and of the full key blocks, then the
+    same of query blocks.
 
-    Counts are [1, 1, R] and indices [1, 1, R, C], with R and C blocks of queries and keys or the other way around.
-    Nothing here reads a value from the device.
+    Counts are [1, 1, R] and indices [1, 1, R, C], for R query blocks and C key blocks or the other way around. No value
+    is read from the device.
     """
     tables = []
     for lists in (ranges.partial, ranges.full, ranges.partial_queries, ranges.full_queries):
@@ -155,10 +156,7 @@ def expand_tables(ranges: BlockRanges) -> list[torch.Tensor]:
 def assemble(
     first: torch.Tensor, last: torch.Tensor, anchor: torch.Tensor, num_keys: int, tables: Sequence[torch.Tensor]
 ) -> BlockMask:
-    """A BlockMask of int32[T] ranges, a number of keys and the tables of expand_tables.
-
-    It may be called in a function that is compiled.
-    """
+    """A BlockMask of int32[T] ranges, a number of keys and the tables of expand_tables; also in compiled functions."""
     return BlockMask(
         (first.shape[0], num_keys),
         kv_num_blocks=tables[0],
@@ -177,7 +175,7 @@ def assemble(
 def mask_of_ranges(
     first: torch.Tensor, last: torch.Tensor, anchor: torch.Tensor
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """FlexAttention's mask_mod(batch, head, query, key) of int32[T] tensors; evaluated in the partial blocks."""
+    """FlexAttention's mask_mod(batch, head, query, key) of int32[T] tensors; evaluated in partial blocks only."""
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return ((key >= first[query]) & (key <= last[query])) | (key == anchor[query])
@@ -191,7 +189,7 @@ def _union(
     """The runs of columns [start, stop) of each row, in any order and overlapping, as ordered and separate runs."""
     keep = stop > start
     row, start, stop = row[keep], start[keep], stop[keep]
-    stride = columns + 1  # rows laid out on one line, with a gap that no run bridges
+    stride = columns + 1  # all rows on one line, with a gap between them that no run bridges
     order = np.argsort(row * stride + start, kind="stable")
     start, stop = (row * stride + start)[order], (row * stride + stop)[order]
     reach = np.maximum.accumulate(stop)
@@ -202,7 +200,7 @@ def _union(
 
 
 def _transpose_any(row: np.ndarray, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ordered runs of columns by row as runs of rows by column, each of one row: for the few partial blocks."""
+    """Ordered runs of columns by row as runs of rows by column, one row each: for the few partial blocks."""
     lengths = stop - start
     rows = np.repeat(row, lengths)
     columns = np.arange(len(rows)) + np.repeat(start - (np.cumsum(lengths) - lengths), lengths)
@@ -213,14 +211,14 @@ def _transpose_any(row: np.ndarray, start: np.ndarray, stop: np.ndarray) -> tupl
 def _transpose_single(
     row: np.ndarray, start: np.ndarray, stop: np.ndarray, columns: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One run of columns for each of some ordered rows as runs of rows by column.
+    """One run of columns per row, for some ordered rows, as runs of rows by column.
 
-    The work is that of the runs that result, not of the blocks in them: a long document's full blocks are a triangle.
+    Its time grows with the number of runs, not of the blocks in them: a long document's full blocks are a triangle.
     """
     if len(row) == 0:
         return row, row, row
-    # While rows follow each other and neither end falls, those that hold a column are consecutive: the rows before
-    # `start` passes it and after `stop` passes it. Such groups are laid out on one line to be searched together.
+    # As long as rows follow each other and neither end falls, the rows that hold a column are consecutive: from the row
+    # whose `stop` passes it to the last before `start` passes it. These groups are put on one line to be searched.
     breaks = (np.diff(row) != 1) | (np.diff(start) < 0) | (np.diff(stop) < 0)
     group = np.append(0, np.cumsum(breaks))
     begins = np.append(0, np.flatnonzero(breaks) + 1)
@@ -243,7 +241,7 @@ def _runs_to_lists(row: np.ndarray, start: np.ndarray, stop: np.ndarray, rows: i
     width = max(1, int(counts.max()))
     opens = np.append(True, row[1:] != row[:-1])[: len(row)]
     offset = before - (np.cumsum(counts) - counts)[row]
-    # A row's first difference counts from 0, a later run's from the last column of the run before it.
+    # A row's first difference counts from 0, that of a later run from the last column of the previous run.
     difference = start - np.where(opens, 0, np.append(0, stop[:-1])[: len(row)] - 1)
     return BlockLists(
         torch.from_numpy(counts.astype(np.int32)),

@@ -1,7 +1,7 @@
 """FlexAttention over segments: compiled once, for all masks.
 
-The mask is data. The compiled function takes the block tables and the three numbers per query as tensors and puts the
-BlockMask together itself, so that neither another mask nor another number of keys is a reason to compile again.
+The mask is data: the compiled function takes the block tables and three numbers per query as tensors and makes the
+BlockMask itself, so that neither another mask nor another number of keys is a reason to compile again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torchtitan.tools.torch_compat import mark_dynamic, visible_regions
 
 @dataclass(frozen=True, eq=False)
 class FlexMask(Movable):
-    """A mask as FlexAttention wants it; the tables are expanded by the first layer that asks, for all layers."""
+    """A mask for FlexAttention; the first layer expands its tables, for all layers."""
 
     ranges: BlockRanges
 
@@ -30,12 +30,12 @@ class FlexMask(Movable):
 
     @functools.cached_property
     def tables(self) -> list[torch.Tensor]:
-        """On the device of the ranges what block_mask.assemble takes."""
+        """Those that block_mask.assemble takes, on the device of the ranges."""
         return expand_tables(self.ranges)
 
 
 def prepare(segments: Segments) -> FlexMask:
-    """The mask's blocks, on the host."""
+    """The mask's blocks, on the host; see block_mask.py."""
     return FlexMask(block_ranges(segments), segments.keys_vary or segments.num_keys != segments.total)
 
 
@@ -46,15 +46,15 @@ def attend(
 
     visible: selective recomputation sees the compiled kernels as one operator, whose results it can keep.
 
-    With gradients on the CPU FlexAttention raises NotImplementedError. Tests that take out PyTorch's check get the
-    uncompiled function there, which holds all T x K scores.
+    With gradients on the CPU FlexAttention raises NotImplementedError. Tests that remove PyTorch's check get the
+    uncompiled function on the CPU, which holds all T x K scores.
     """
     ranges, tables = prepared.ranges, prepared.tables
     q, k, v = (_addressable(x) for x in (q, k, v))
     # FlexAttention's shapes are [B, H, T, D]. The views are made here: inside, the template for CPUs loses them.
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     if prepared.keys_vary:
-        # A context-parallel rank, also where by chance K is T. Elsewhere K is T, a constant, and kernels for a length
+        # On a context-parallel rank, also if by chance K is T. Elsewhere K is T, a constant, and kernels for a length
         # that is known to be a multiple of the block are faster.
         key_blocks = [(tables[1], 3), (tables[3], 3), (tables[4], 2), (tables[5], 2), (tables[6], 2), (tables[7], 2)]
         mark_dynamic([(k, 2), (v, 2), *key_blocks])
@@ -64,8 +64,8 @@ def attend(
 
 
 def _addressable(x: torch.Tensor) -> torch.Tensor:
-    """[T, H, D] with tokens near enough for FlexAttention's kernels, which count elements to a token of a head in 32
-    bits (seen in PyTorch 2.11 to 2.13): with 8 heads of 128, keys and values in one buffer wrap at 1M tokens."""
+    """x [T, H, D], copied if the elements from a head's first to its last token exceed the 32 bits in which
+    FlexAttention's kernels count them (PyTorch 2.11 to 2.13): keys and values in one buffer, 8 heads of 128, 1M tokens."""
     if x.shape[0] * x.stride(0) < 2**31:
         return x
     return x.transpose(0, 1).contiguous().transpose(0, 1)
@@ -73,7 +73,7 @@ def _addressable(x: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def compiled_attend(visible: bool = False) -> Callable[..., torch.Tensor]:
-    """The compiled function, made when it is first needed: a process that uses no FlexAttention pays nothing."""
+    """The compiled function, made when it is first needed: a process without FlexAttention pays nothing."""
     return torch.compile(_attend, fullgraph=True, options=visible_regions() if visible else None)
 
 
@@ -86,7 +86,7 @@ def _attend(
     anchor: torch.Tensor,
     *tables: torch.Tensor,
 ) -> torch.Tensor:
-    """What is compiled: q [1, H, T, D], k and v [1, Hkv, K, D], and the mask as tensors only; returns [1, H, T, D]."""
+    """The function that is compiled: q [1, H, T, D], k, v [1, Hkv, K, D] and the mask as tensors -> [1, H, T, D]."""
     mask = assemble(first, last, anchor, k.shape[2], tables)
     out = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     assert isinstance(out, torch.Tensor)  # a tuple only where log-sum-exps are asked for

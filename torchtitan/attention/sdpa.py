@@ -1,8 +1,8 @@
 """Attention segment by segment with PyTorch's fused kernels: memory linear in the queries and keys, on any device.
 
-A segment whose keys begin before its queries is two calls on the CPU, its prefix (every query sees every key) and its
-diagonal (causal), merged by their log-sum-exp as in FlashAttention (arXiv 2205.14135). Windows and anchors go in tiles
-of queries under a small explicit mask.
+On the CPU a segment whose keys begin before its queries takes two calls, for its prefix (every query sees every key)
+and its diagonal (causal), merged by their log-sum-exp as in FlashAttention (arXiv 2205.14135). With a window or anchors
+attention goes in tiles of queries, each under a small explicit mask.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments
 
 
 def _parts(segments: Segments) -> list[tuple[int, int, int, int, bool]]:
-    """(first query, end, first key, end, causal) of each kernel call; a segment's diagonal, then its prefix if any."""
+    """(first query, end, first key, end, causal) of each kernel call: a segment's diagonal, then its prefix if any."""
     parts = []
     bounds = (segments.cu_seqlens[:-1], segments.cu_seqlens[1:], segments.k_start, segments.k_end)
     for q0, q1, k0, k1 in zip(*(x.tolist() for x in bounds), strict=True):
@@ -42,7 +42,7 @@ def _parts(segments: Segments) -> list[tuple[int, int, int, int, bool]]:
 
 
 class _Flash(torch.autograd.Function):
-    """All segments in one node, so that a thousand documents do not make a thousand nodes and gradients are written in
+    """All segments in one autograd node: a thousand documents are not a thousand nodes, and gradients are written in
     place."""
 
     @staticmethod
@@ -70,7 +70,7 @@ class _Flash(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
         q, k, v, out, lse = ctx.saved_tensors
         grad_h, q_h, k_h, v_h, out_h = (x.transpose(0, 1)[None] for x in (grad, q, k, v, out))
-        # Sums over segments, which share keys where a rank holds several runs of a document.
+        # Sums over segments, which share keys if a rank holds several runs of a document.
         wide = torch.promote_types(q.dtype, torch.float32)
         dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
         dq_h, dk_h, dv_h = (x.transpose(0, 1)[None] for x in (dq, dk, dv))
@@ -92,9 +92,9 @@ class _Flash(torch.autograd.Function):
 
 
 def _lower_right(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments) -> torch.Tensor:
-    """One call a segment with PyTorch's public bottom-right causal bias, whose CUDA kernels need no explicit mask."""
+    """One call per segment with PyTorch's public bottom-right causal bias, whose CUDA kernels need no explicit mask."""
     repeat = q.shape[1] // k.shape[1]
-    # split where keys allow: its backward is one concatenation; each slice's backward fills a tensor of all rows
+    # split if the keys allow it: its backward is one concatenation; each slice's backward fills a tensor of all rows
     bounds = list(zip(segments.k_start.tolist(), segments.k_end.tolist()))
     keys_of: list[Any]
     cu = segments.cu_seqlens
@@ -104,7 +104,7 @@ def _lower_right(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Se
         keys_of = [[x[k0:k1] for k0, k1 in bounds] for x in (k, v)]
     outs = []
     for rows, *kv in zip(q.split(segments.lengths), *keys_of, strict=True):
-        # KV heads are repeated here: of the biased kernels only some know grouped queries
+        # KV heads are repeated here: only some of the kernels with a bias know grouped queries
         ks, vs = (x.repeat_interleave(repeat, dim=1).transpose(0, 1)[None] for x in kv)
         bias = causal_lower_right(len(rows), ks.shape[2])
         out = F.scaled_dot_product_attention(rows.transpose(0, 1)[None], ks, vs, attn_mask=bias)
@@ -113,7 +113,7 @@ def _lower_right(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Se
 
 
 def _masked_tiles(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments) -> torch.Tensor:
-    """Tiles of queries, each on the keys that it may see (with its anchor in front) under an explicit mask."""
+    """Tiles of queries, each on the keys that it may see, its anchor in front, under an explicit mask."""
     first, last, anchor = (torch.from_numpy(x) for x in segments.key_ranges())
     ends = sorted({*segments.cu_seqlens[1:].tolist(), *range(TILE, segments.total, TILE)})
     outs = []

@@ -38,14 +38,14 @@ class Segments(Movable):
     """K."""
 
     window: int | None = None
-    """Sliding window: a query sees at most so many keys, its own included (Mistral's convention); None: all."""
+    """Sliding window: how many keys a query sees at most, its own included (Mistral's convention); None: all."""
 
     anchor: np.ndarray | None = None
     """int64[S]: one more key that all queries of the segment see (AnchorAttention, arXiv 2411.13476), at most the
     segment's first key; -1: none."""
 
     keys_vary: bool = False
-    """Other micro-batches of this rank have other numbers of keys, so that what is compiled should not count on K."""
+    """Whether K differs between this rank's micro-batches, so that compiled code must not rely on it."""
 
     def __post_init__(self) -> None:
         cu, lengths = self.cu_seqlens, np.diff(self.cu_seqlens)
@@ -60,7 +60,7 @@ class Segments(Movable):
                 f"segment {s}: {lengths[s]} queries on the keys {self.k_start[s]} to {self.k_end[s]} of {self.num_keys}"
             )
         if self.window is not None and self.window < 1:
-            raise ValueError(f"a window of {self.window} keys is none")
+            raise ValueError(f"a window must have at least 1 key, got {self.window}")
         if self.anchor is not None and (self.anchor > self.k_start).any():
             raise ValueError("an anchor must not come after its segment's first key")
 
@@ -86,9 +86,9 @@ class Segments(Movable):
         return np.diff(self.cu_seqlens).tolist()
 
     def key_ranges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each query the first key of its range, the last one (its own token), and its anchor or -1: int64[T] each.
+        """int64[T] each: for each query the first key of its range, the last key (its own token), and its anchor or -1.
 
-        The anchor is -1 also where the range holds it anyway.
+        The anchor is -1 also if the range holds it anyway.
         """
         lengths = np.diff(self.cu_seqlens)
         within = np.arange(self.total) - np.repeat(self.cu_seqlens[:-1], lengths)

@@ -1,7 +1,7 @@
 """Attention over segments with FlashAttention's kernel for documents of unequal length, torch.nn.attention.varlen.
 
-CUDA only, bfloat16 or float16. The kernel's segments are ours, causal from the bottom right, but its keys lie one
-segment after the other; where ours do not, as on a context-parallel rank, they are gathered first.
+CUDA only, bfloat16 or float16. The kernel's segments are ours, causal from the bottom right, but it wants the keys of
+one segment after those of the other. If ours lie otherwise, as on a context-parallel rank, they are gathered first.
 """
 
 from __future__ import annotations
@@ -34,18 +34,17 @@ class VarlenMask(Movable):
     """Queries of the longest segment."""
 
     max_keys: int
-    """Most keys of a segment."""
+    """Keys of the segment that has most."""
 
     window: int | None
-    """Keys that a query sees at most, its own included."""
+    """How many keys a query sees at most, its own included; None: all."""
 
     index: torch.Tensor | None
-    """int64: the packed keys' numbers in the buffer; None if the buffer is packed as it is."""
+    """int64: where in the buffer the packed keys are; None if the buffer is already packed."""
 
 
 def prepare(segments: Segments) -> VarlenMask:
-    """Ends of the segments' queries and packed keys, and where the latter are. ValueError for an anchor, which
-    config/checks.py refuses."""
+    """The mask for the kernel. ValueError for an anchor, which config/checks.py refuses."""
     if segments.anchor is not None:
         raise ValueError("flash attention over ragged segments has no anchors")
     lengths, start, end = np.diff(segments.cu_seqlens), segments.k_start, segments.k_end
@@ -69,7 +68,7 @@ def prepare(segments: Segments) -> VarlenMask:
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepared: VarlenMask) -> torch.Tensor:
     """q [T, H, D], k and v [K, Hkv, D] in bfloat16 or float16 on the mask's device; returns [T, H, D].
 
-    Raises UserError for other dtypes and where the installed PyTorch cannot do a sliding window.
+    UserError for other dtypes, and if the installed PyTorch's kernel has no sliding window and the mask has one.
     """
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise UserError(
@@ -89,13 +88,13 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepared: VarlenMa
 
 
 def check_window(window: int) -> None:
-    """UserError where the installed PyTorch's kernel has no sliding window."""
+    """UserError if the installed PyTorch's kernel has no sliding window."""
     _options(window, grouped=False)
 
 
 @functools.cache
 def _options(window: int | None, grouped: bool) -> tuple[dict[str, Any], bool]:
-    """Keyword arguments for a causal mask and grouped KV heads, and whether the latter are to be repeated by us.
+    """Keyword arguments for a causal mask and grouped KV heads, and whether we must repeat the KV heads.
 
     PyTorch's function has changed: 2.10 knew is_causal only, then window_size came, and later enable_gqa.
     """

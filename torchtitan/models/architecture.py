@@ -1,4 +1,4 @@
-"""The architecture as it stands in a checkpoint's manifest, and back."""
+"""The architecture as JSON in a checkpoint's manifest, and back."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torchtitan.tools.errors import UserError
 
 
 def as_json(args: TransformerArgs | RopeArgs) -> dict[str, Any]:
-    """The architecture, or its RoPE alone, as it stands in a manifest; a scaling is known by its rope_type."""
+    """The architecture, or its RoPE alone, as JSON for a manifest; its rope_type names a scaling."""
     return json.loads(json.dumps(asdict(args)))
 
 
 def complete(architecture: dict[str, Any]) -> dict[str, Any]:
-    """An older manifest's architecture with what has been added since, so that it can be compared."""
+    """An older manifest's architecture with the fields that were added since, so that it can be compared."""
     return as_json(args_from_manifest(architecture))
 
 
 def args_from_manifest(architecture: dict[str, Any]) -> TransformerArgs:
-    """The inverse of as_json. What an older manifest lacks has its default; UserError for what is not known here."""
+    """The inverse of as_json. Fields that an older manifest lacks have their defaults; UserError for unknown fields."""
     rope = rope_from_manifest(architecture["rope"])
     values = {k: v for k, v in architecture.items() if k != "rope"}
     return replace(_build(TransformerArgs, values, ""), rope=rope)

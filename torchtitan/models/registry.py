@@ -39,8 +39,8 @@ _QWEN2_5_7B = {**_QWEN2_5, "vocab_size": 152064}
 _QWEN2_5_LARGE = {**_QWEN2_5_7B, "norm_eps": 1e-5}
 _QWEN3 = {"vocab_size": 151936, "rope": _rope(1e6, 40960), "norm_eps": 1e-6, "qk_norm": True, "head_dim": 128}
 _QWEN3_TIED = {**_QWEN3, "tied_embeddings": True}
-# Before its extension to 65,536 tokens by YaRN (factor 8) in the layers without a window, which is ours to do. Checked
-# against copies of the config.json of the 7B and 32B Instruct and Think models; that of the 7B and 32B base models not.
+# Before its extension to 65,536 tokens by YaRN (factor 8) in the layers without a window, which a stage here must do.
+# Checked against copies of the config.json of the 7B and 32B Instruct and Think models, not of the base models.
 _OLMO3 = {
     "vocab_size": 100278,
     "rope": RopeArgs(5e5, layers="full_attention", max_position_embeddings=8192),
@@ -98,8 +98,8 @@ def architecture(model: Model) -> TransformerArgs:
         return _load(model.flavor)
     if model.flavor not in FLAVORS:
         raise UserError(
-            f'model.flavor = "{model.flavor}" is not known; there are auto, "module:NAME" (a TransformerArgs of your '
-            f"own) and {', '.join(FLAVORS)}."
+            f'model.flavor = "{model.flavor}" is not known; use auto, "module:NAME" (a TransformerArgs of your own) or '
+            f"one of {', '.join(FLAVORS)}."
         )
     return FLAVORS[model.flavor]
 

@@ -50,15 +50,15 @@ class NTKScaling(Scaling):
 class DynamicNTKScaling(Scaling):
     """Dynamic NTK for one length: the factor of the NTK-aware rule is factor * length / L0 - (factor - 1).
 
-    A stage has one length, so the base is fixed, and exported as such: Hugging Face's "dynamic" would compute it anew
-    from the length at hand.
+    A stage has one length, so the base is fixed and exported as a fixed one: Hugging Face's "dynamic" would compute it
+    anew from the length of each text.
     """
 
     factor: float
     original_max_position_embeddings: int
     length: int | None = None
-    """Tokens that the frequencies are for; None, and what is shorter than L0: L0. None only in a model that came so
-    from Hugging Face and that no stage has fixed to a length."""
+    """The length in tokens that the frequencies are for, L0 if that is longer. None (as L0): a model from Hugging Face
+    that no stage has fixed to a length."""
     rope_type: str = field(default="dynamic", init=False)
     in_hf = True
 
@@ -81,7 +81,7 @@ class DynamicNTKScaling(Scaling):
         return super().from_hf({ORIGINAL: values.get("max_position_embeddings", 0), **values})
 
     def hf(self, theta: float, head_dim: int) -> dict[str, Any]:
-        if self.length is None:  # as it came from there, never trained for a length
+        if self.length is None:  # as Hugging Face had it, never trained for a length
             return {"rope_type": "dynamic", "rope_theta": theta, "factor": self.factor}
         return {"rope_type": "default", "rope_theta": self.theta(theta, head_dim)}
 

@@ -27,7 +27,7 @@ def test_a_flavor_and_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("flavor", "says"),
     [
-        ("llama9", r'"llama9" is not known; there are auto, "module:NAME" .* and debugmodel, llama_7b'),
+        ("llama9", r'"llama9" is not known; use auto, "module:NAME" .* or one of debugmodel, llama_7b'),
         ("my_own_models:", 'must be a flavor or "module:NAME"'),
         ("no_such_module:TINY", "there is no module no_such_module. It must be on PYTHONPATH"),
         ("math:TINY", "math does not have TINY; it must be a torchtitan.models.transformer.TransformerArgs"),

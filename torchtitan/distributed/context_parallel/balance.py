@@ -214,8 +214,8 @@ def _runs(mine: np.ndarray, theirs: np.ndarray, surplus: float, lack: float) -> 
     moved = np.cumsum(mine[down] - theirs[up])
     n = int(np.argmax(moved >= want)) if moved.max() >= want else int(np.argmax(moved))
     rest = want - (float(moved[n - 1]) if n else 0.0)
-    given, taken = mine[down[n:]], theirs[up[n:]]
-    near = np.searchsorted(taken, given - rest)
-    near = np.stack([np.maximum(near - 1, 0), np.minimum(near, len(taken) - 1)])
-    side, x = np.unravel_index(int(np.abs(given - taken[near] - rest).argmin()), near.shape)
+    give, take = mine[down[n:]], theirs[up[n:]]
+    near = np.searchsorted(take, give - rest)
+    near = np.stack([np.maximum(near - 1, 0), np.minimum(near, len(take) - 1)])
+    side, x = np.unravel_index(int(np.abs(give - take[near] - rest).argmin()), near.shape)
     return np.append(down[:n], down[n + x]), np.append(up[:n], up[n + near[side, x]])

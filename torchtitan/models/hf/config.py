@@ -1,7 +1,7 @@
 """Hugging Face's config.json out (config_json) and in (read_config).
 
-The RoPE stands in it twice, as transformers 5 reads it (rope_parameters) and as transformers 4 and older servers do
-(rope_theta and rope_scaling): a file with only the former gives transformers 4 a theta of 10,000, in silence.
+The RoPE is in it twice, as transformers 5 reads it (rope_parameters) and as transformers 4 and older servers do
+(rope_theta and rope_scaling): with only the former transformers 4 would silently use a theta of 10,000.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _CLASSES = {
     "olmo2": "Olmo2ForCausalLM",
     "olmo3": "Olmo3ForCausalLM",
 }
-# what an original config.json may say that is not true of what is written: the RoPE's old keys (a top-level
-# original_max_position_embeddings would override the one beside the factor), custom code, another format of weights
+# Keys of an original config.json that are not true of the model that is written: the RoPE's old keys (a top-level
+# original_max_position_embeddings would override the one beside the factor), custom code, another format of weights.
 _STALE = (
     "rope_parameters",
     "rope_scaling",
@@ -43,7 +43,7 @@ _STALE = (
 
 
 def model_type(args: TransformerArgs, original: str | None) -> str:
-    """Hugging Face's model_type; UserError where no model there is this one. original: what it was trained from."""
+    """Hugging Face's model_type; UserError if none fits. original: that of the model it was trained from."""
     traits = {name for name in ("qkv_bias", "qk_norm", "qk_norm_joint", "post_norm") if getattr(args, name)}
     share = args.sliding_share
     kinds = {
@@ -74,9 +74,9 @@ def model_type(args: TransformerArgs, original: str | None) -> str:
 def config_json(
     args: TransformerArgs, dtype: str, original: dict[str, Any], bos: int | None = None, eos: int | None = None
 ) -> dict[str, Any]:
-    """The config.json of a model; original: that of the folder it was trained from, whose other keys are kept.
+    """The config.json of a model. original: that of the folder it was trained from, whose other keys are kept.
 
-    dtype: of the weights. bos, eos: the tokenizer's, where the original has none.
+    dtype: of the weights. bos, eos: the tokenizer's, used if the original has none.
     """
     kind = model_type(args, original.get("model_type"))
     kept = {k: v for k, v in original.items() if k not in _STALE} if original.get("model_type") == kind else {}
@@ -117,8 +117,7 @@ def config_json(
     else:
         config.pop("layer_types", None)
     for name, value in (("bos_token_id", bos), ("eos_token_id", eos)):
-        given = original.get(name)
-        config[name] = value if given is None else given
+        config[name] = value if original.get(name) is None else original[name]
     return config
 
 
@@ -198,11 +197,11 @@ def read_config(folder: Path) -> TransformerArgs:
 def _sliding_layers(
     config: dict[str, Any], refuse: Callable[[str, str], UserError]
 ) -> tuple[tuple[LayerType, ...], int | None]:
-    """(layer_types, sliding_window) by transformers' rules for each model_type; a key that is not there has the default
-    of its configuration class."""
+    """(layer_types, sliding_window) by transformers' rules for each model_type; a missing key has the default of its
+    configuration class."""
     layers, kind, window = config["num_hidden_layers"], config["model_type"], config.get("sliding_window", 4096)
-    given = config.get("layer_types")
-    if given and (len(given) != layers or set(given) - {"full_attention", "sliding_attention"}):
+    names = config.get("layer_types")
+    if names and (len(names) != layers or set(names) - {"full_attention", "sliding_attention"}):
         raise refuse("layer_types", f'it must be "full_attention" or "sliding_attention" for each of {layers} layers')
     if kind in ("llama", "olmo2"):
         slides = [False] * layers
@@ -213,9 +212,9 @@ def _sliding_layers(
     else:
         window = window if config.get("use_sliding_window") else None
         slides = [window is not None and i >= config.get("max_window_layers", 28) for i in range(layers)]
-    if given and kind in ("olmo3", "qwen2", "qwen3"):
-        slides = [name == "sliding_attention" for name in given]
-    elif given and slides != [name == "sliding_attention" for name in given]:
+    if names and kind in ("olmo3", "qwen2", "qwen3"):
+        slides = [name == "sliding_attention" for name in names]
+    elif names and slides != [name == "sliding_attention" for name in names]:
         raise refuse("layer_types", f"transformers' {kind} does not read it, and has other layers (set it to null)")
     if not any(slides):
         return (), None
@@ -227,10 +226,10 @@ def _sliding_layers(
 
 
 def _rope_of_layers(config: dict[str, Any], where: str) -> RopeArgs:
-    """The RoPE of all layers, or of those without a window, where the others are not scaled.
+    """The RoPE of all layers, or of those without a window if the others are not scaled.
 
-    So it is in Olmo 3 also where rope_scaling does not say so (transformers 4.57 and 5.24, OLMo-core and vLLM agree;
-    some versions of transformers in between scaled all layers).
+    Olmo 3's layers with a window are not scaled even if rope_scaling does not say so (transformers 4.57 and 5.24,
+    OLMo-core and vLLM agree; some versions of transformers in between scaled all layers).
     """
     rope = rope_from_hf(config, where)
     by_kind = config.get("rope_parameters") or {}

@@ -46,41 +46,40 @@ def hf_name(name: str) -> str:
 def check_weights(folder: Path, args: TransformerArgs, asked: str = "") -> None:
     """Compare names and shapes in the safetensors headers with the model; UserError with the first mismatches.
 
-    asked: the TOML keys and values that ask for the folder, for the message that there are none.
-
-    Reads headers only, so that a wrong folder is refused before anything is allocated.
+    Reads headers only, so that a wrong folder is refused before anything is allocated. asked: the TOML keys and values
+    that name the folder, for the message.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(
-            f"{asked or folder}: there is no *.safetensors there. Name a folder with the weights, or leave the first "
+            f"{asked or folder}: the folder has no *.safetensors. Name a folder with the weights, or leave the first "
             "key out to train from scratch."
         )
     for file in files:
         try:
             with safe_open(file, framework="pt") as f:
                 for key in f.keys():  # noqa: SIM118  (not a dict)
-                    found[key] = tuple(f.get_slice(key).get_shape())
+                    shapes[key] = tuple(f.get_slice(key).get_shape())
         except (SafetensorError, OSError) as e:
             raise UserError(f"{file} cannot be read as safetensors: {e}. Is it whole? Fetch it again.") from None
-    wanted = {hf_name(name): shape for name, shape in parameter_shapes(args).items()}
+    expected = {hf_name(name): shape for name, shape in parameter_shapes(args).items()}
     wrong = [
-        f"{name} should be {list(shape)} and is {list(found[name]) if name in found else 'missing'}"
-        for name, shape in wanted.items()
-        if found.get(name) != shape
+        f"{name} should be {list(shape)} and is {list(shapes[name]) if name in shapes else 'missing'}"
+        for name, shape in expected.items()
+        if shapes.get(name) != shape
     ]
     # a bias that the file has and the model lacks would be dropped in silence: another architecture
-    known = set(wanted) | {"lm_head.weight"} if args.tied_embeddings else set(wanted)
+    known = set(expected) | {"lm_head.weight"} if args.tied_embeddings else set(expected)
     extra = [
-        f"{name} {list(found[name])} has no place in the model"
-        for name in found
+        f"{name} {list(shape)} has no place in the model"
+        for name, shape in shapes.items()
         if name.startswith(("model.", "lm_head.")) and name not in known and not name.endswith("rotary_emb.inv_freq")
     ]
     if wrong or extra:
         lines = (wrong + extra)[:5]
         raise UserError(
-            f"The weights in {folder} do not fit the model: {len(wrong)} of {len(wanted)} tensors differ, "
+            f"The weights in {folder} do not fit the model: {len(wrong)} of {len(expected)} tensors differ, "
             f"{len(extra)} are left over. First: " + "; ".join(lines) + "."
         )
 
