@@ -85,7 +85,7 @@ def estimate(own: argparse.Namespace, overrides: list[str]) -> int:
     from torchtitan.extensions.planner.advice import changes, cheapest, single_tricks
     from torchtitan.extensions.planner.estimate_report import fit_toml, format_advice, format_estimate, make_estimate
     from torchtitan.extensions.planner.stage_numbers import numbers_of
-    from torchtitan.models.registry import architecture
+    from torchtitan.models.flavor import architecture
 
     args = architecture(config.model)
     check_tensor_parallel(args, config.parallelism.tensor_parallel_degree)

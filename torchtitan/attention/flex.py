@@ -64,8 +64,8 @@ def attend(
 
 
 def _addressable(x: torch.Tensor) -> torch.Tensor:
-    """x [T, H, D], copied if the elements from a head's first to its last token exceed the 32 bits in which
-    FlexAttention's kernels count them (PyTorch 2.11 to 2.13): keys and values in one buffer, 8 heads of 128, 1M tokens."""
+    """x [T, H, D], copied if a head's first and last token are further apart in memory than FlexAttention's kernels
+    count in 32 bits (PyTorch 2.11 to 2.13): so are keys and values in one buffer with 8 heads of 128 and 1M tokens."""
     if x.shape[0] * x.stride(0) < 2**31:
         return x
     return x.transpose(0, 1).contiguous().transpose(0, 1)

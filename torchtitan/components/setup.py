@@ -31,9 +31,9 @@ from torchtitan.distributed.options.ulysses import check_ulysses
 from torchtitan.distributed.parallelize import check_backend
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.models.architecture import as_json, complete, rope_from_manifest
+from torchtitan.models.flavor import architecture
 from torchtitan.models.hf.config import config_json
 from torchtitan.models.hf.weights import check_weights
-from torchtitan.models.registry import architecture
 from torchtitan.models.rope import RopeArgs, drawn_rope
 from torchtitan.models.rope_config import build_rope, check_mixed_window
 from torchtitan.models.transformer import TransformerArgs

@@ -1,21 +1,13 @@
-"""What [model] names: a flavor, a config.json, or an architecture of the user's own.
-
-The flavors are published sizes; their numbers are those of the models' config.json on the Hugging Face hub.
-"""
+"""The flavors: published sizes, with the numbers of the models' config.json on the Hugging Face hub."""
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from torchtitan.config.schema import Model
-from torchtitan.models.hf.config import read_config
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_scaling import Llama3Scaling
 from torchtitan.models.transformer import LayerType, TransformerArgs
-from torchtitan.tools.errors import UserError
 
 
 def _args(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int, **others: Any) -> TransformerArgs:
@@ -88,33 +80,3 @@ FLAVORS: dict[str, TransformerArgs] = {
     "smollm2_360m": _args(960, 32, 15, 5, 2560, **_SMOLLM2),
     "smollm2_1.7b": replace(_args(2048, 24, 32, 32, 8192, **_SMOLLM2), rope=_rope(130000.0, 8192)),
 }
-
-
-def architecture(model: Model) -> TransformerArgs:
-    """The architecture that [model] names; UserError if there is none."""
-    if model.flavor == "auto":
-        return read_config(Path(model.hf_assets_path))
-    if ":" in model.flavor:
-        return _load(model.flavor)
-    if model.flavor not in FLAVORS:
-        raise UserError(
-            f'model.flavor = "{model.flavor}" is not known; use auto, "module:NAME" (a TransformerArgs of your own) or '
-            f"one of {', '.join(FLAVORS)}."
-        )
-    return FLAVORS[model.flavor]
-
-
-def _load(flavor: str) -> TransformerArgs:
-    """The TransformerArgs of "module:NAME"; UserError that says what is missing."""
-    module, _, name = flavor.partition(":")
-    key = f'model.flavor = "{flavor}"'
-    if not module or not name:
-        raise UserError(f'{key} must be a flavor or "module:NAME", e.g. "my_models:TINY".')
-    try:
-        args = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{key}, but there is no module {error.name}. It must be on PYTHONPATH.") from None
-    if not isinstance(args, TransformerArgs):
-        what = f"does not have {name}" if args is None else f"has {name} as a {type(args).__name__}"
-        raise UserError(f"{key}, but {module} {what}; it must be a torchtitan.models.transformer.TransformerArgs.")
-    return args

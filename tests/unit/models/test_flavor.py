@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from torchtitan.config.schema import Model
-from torchtitan.models.registry import FLAVORS, architecture
+from torchtitan.models.flavor import architecture
+from torchtitan.models.registry import FLAVORS
 from torchtitan.tools.errors import UserError
 
 
