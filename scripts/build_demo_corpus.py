@@ -18,7 +18,6 @@ import ast
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import sys
 import sysconfig
@@ -26,6 +25,8 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from torchtitan.tools.folders import written
 
 LONGEST_DOCUMENT = 1 << 20  # bytes of source in a package's document
 SHORTEST_DOCSTRING = 200  # characters
@@ -51,10 +52,8 @@ def main() -> None:
     packages = [*standard_library(), *((f"{d.name} {d.version}", files_of(d)) for d in distributions)]
     code, docs = build(packages, distributions, int(arguments.max_mb * 1e6))
     for name, records in (("code", code), ("docs", docs)):
-        aside = out / f"{name}.jsonl.tmp"
-        with open(aside, "w", encoding="utf-8") as file:
+        with written(out / f"{name}.jsonl") as aside, aside.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": text, "source": source}) + "\n" for source, text in records)
-        os.replace(aside, out / f"{name}.jsonl")
         size = sum(len(text) for _, text in records) / 1e6
         print(f"{out / name}.jsonl: {len(records)} documents, {size:.1f} M characters")
     stamp_file.write_text(stamp)
@@ -62,7 +61,7 @@ def main() -> None:
 
 
 def installed() -> list[importlib.metadata.Distribution]:
-    """The installed distributions by name, ours left out; of two with one name, the first on the path."""
+    """The installed distributions by name, without ours; of two with the same name, the first on the path."""
     by_name: dict[str, importlib.metadata.Distribution] = {}
     for distribution in importlib.metadata.distributions():
         name = distribution.metadata["Name"]
@@ -128,7 +127,7 @@ def build(
 
 
 def read(files: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, str]]:
-    """(name, text) of the files that are there, UTF-8 and not blank."""
+    """(name, text) of the files that exist, are UTF-8 and not blank."""
     for name, path in files:
         try:
             text = path.read_text(encoding="utf-8")

@@ -70,20 +70,20 @@ class Corpus:
 
     def document(self, index: int) -> np.ndarray:
         """Tokens of a document, int32[lengths[index]]; a read-only view into the file if that holds int32 too."""
-        part, tokens = self._place(index)
-        return self._values[part][tokens].astype(np.int32, copy=False)
+        shard, tokens = self._place(index)
+        return self._values[shard][tokens].astype(np.int32, copy=False)
 
     def roles(self, index: int) -> np.ndarray:
         """The role of each of its tokens, int8[lengths[index]]; only if has_roles."""
-        part, tokens = self._place(index)
-        return self._roles[part][tokens]
+        shard, tokens = self._place(index)
+        return self._roles[shard][tokens]
 
     def _place(self, index: int) -> tuple[int, slice]:
-        """The shard that a document is in, and its tokens there."""
+        """The number of the shard that holds a document, and the document's tokens in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)} in {self.folder}")
-        part = int(np.searchsorted(self._first, index, side="right")) - 1
-        return part, slice(*self._offsets[part][index - self._first[part] :][:2])
+        shard = int(np.searchsorted(self._first, index, side="right")) - 1
+        return shard, slice(*self._offsets[shard][index - self._first[shard] :][:2])
 
 
 def is_tokenized(path: Path) -> bool:
@@ -111,9 +111,9 @@ def open_corpus(
     if metadata is not None:
         _check(path, metadata, tokenizer_fingerprint, check_text)
     names = [str(entry["filename"]) for entry in read_json(path / STATE_FILE, MAKE_AGAIN).get("_data_files", [])]
-    mapped = [part for name in names for part in _map_shard(path / name)]
+    mapped = [batch for name in names for batch in _map_shard(path / name)]
     shards = [(offsets, values) for offsets, values, _ in mapped]
-    roles = [part for _, _, part in mapped if part is not None]
+    roles = [values for _, _, values in mapped if values is not None]
     if len(roles) not in (0, len(mapped)):
         raise UserError(f"Some Arrow files of {path} have a column roles and some have none. Make the folder again.")
     if not shards or not any(len(offsets) > 1 for offsets, _ in shards):
@@ -186,7 +186,7 @@ def _map_shard(file: Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | No
                 names = ", ".join(reader.schema.names)
                 raise UserError(f"{file} has no column input_ids (it has {names}): it is not a tokenized corpus.")
             batches = list(reader)
-        parts = []
+        mapped = []
         for batch in batches:
             column = batch.column("input_ids")
             if len(column) == 0:
@@ -205,7 +205,7 @@ def _map_shard(file: Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | No
                 roles = role_column.values.to_numpy(zero_copy_only=True)
                 if role_column.type.value_type != pa.int8() or not role_column.offsets.equals(column.offsets):
                     raise UserError(f"{file}: the column roles must hold an int8 for each of the input_ids.")
-            parts.append((offsets, values, roles))
-        return parts
+            mapped.append((offsets, values, roles))
+        return mapped
     except (pa.ArrowException, OSError, EOFError) as error:
         raise UserError(f"{file} is a damaged Arrow file ({error}): delete the corpus and tokenize again.") from error

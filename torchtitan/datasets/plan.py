@@ -179,15 +179,15 @@ class Plan:
 
     def trained(self, row: Row) -> np.ndarray:
         """bool[sum of the row's lengths]: the tokens that the loss may be on; of conversations the assistant's."""
-        parts = np.ones(int(row.lengths.sum()), bool)
+        trained = np.ones(int(row.lengths.sum()), bool)
         for stop, source, document, start, length in zip(
             np.cumsum(row.lengths), row.sources, row.documents, row.starts, row.lengths
         ):
             if self.corpora[source].has_roles:
                 roles = self.corpora[source].roles(int(document))[start : start + length]
-                parts[stop - length : stop] = False  # a separator has no role
-                parts[stop - length : stop - length + len(roles)] = roles == ASSISTANT
-        return parts
+                trained[stop - length : stop] = False  # a separator has no role
+                trained[stop - length : stop - length + len(roles)] = roles == ASSISTANT
+        return trained
 
     def describe_step(self, step: int) -> str:
         """describe() of every row of a step, a line per row, for the log."""

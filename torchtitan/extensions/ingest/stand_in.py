@@ -10,7 +10,7 @@ import numpy as np
 from torchtitan.config import JobConfig
 from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import ASSISTANT
-from torchtitan.extensions.ingest.source_files import source_path
+from torchtitan.extensions.ingest.source_files import is_hub, source_path
 from torchtitan.tools.errors import UserError
 
 VOCABULARY = 256
@@ -41,7 +41,7 @@ def folders_of(config: JobConfig) -> dict[Path, Source]:
         path = source_path(source, config.data).resolve()
         named = f'Data source "{source.name}"'
         elsewhere = f"Give it one for this trial, here and to scripts/plan.py: --data.sources.{number}.path NAME."
-        if source.path.startswith("hub:") or any(c in source.path for c in "*?["):
+        if is_hub(source) or any(c in source.path for c in "*?["):
             raise UserError(f'{named} has path = "{source.path}", which names no folder. {elsewhere}')
         if folder not in path.parents:
             raise UserError(
