@@ -257,7 +257,11 @@ def test_a_full_disk_leaves_no_half_plan(domains: Domains, tmp_path: Path, monke
         make_plan(domains, cache=tmp_path)
     assert not [p for p in (tmp_path / "plans").iterdir() if p.is_dir()]
     monkeypatch.undo()
+    calls[0].parent.mkdir()  # as a run leaves it that is killed
+    (calls[0].parent / "old.npy").touch()
     make_plan(domains, cache=tmp_path)
+    (folder,) = [p for p in (tmp_path / "plans").iterdir() if p.is_dir()]
+    assert not folder.name.endswith(".partial") and not (folder / "old.npy").exists()
 
 
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
