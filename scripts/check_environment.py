@@ -1,8 +1,9 @@
-"""Say which dependencies of pyproject.toml the running Python lacks; exit code 0 when it lacks none.
+"""Print which dependencies of pyproject.toml this Python lacks; exit code 0 if it lacks none.
 
     python scripts/check_environment.py [extra ...]
 
-Looks at the metadata of what is installed and imports nothing heavy, so that every start of run_train.sh can afford it.
+It looks at the metadata of installed packages and imports nothing heavy, so that every start of run_train.sh can afford
+it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 
 def missing(extras: list[str]) -> list[str]:
-    """Requirements of the project and of its `extras` that are absent or of another version, in words."""
+    """Requirements of the project and of its `extras` that are missing or have another version, as text."""
     from packaging.requirements import Requirement
 
     if sys.version_info >= (3, 11):

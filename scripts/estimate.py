@@ -38,7 +38,7 @@ def main(args: list[str]) -> int:
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="every other --table.key is an override of the stage's",
+        epilog="every other --table.key overrides the stage's key",
         allow_abbrev=False,
     )
     parser.add_argument("--world-size", "--world_size", type=int, required=True, help="processes on all nodes together")

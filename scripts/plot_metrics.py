@@ -1,8 +1,8 @@
-"""Plot a run: the loss of its metrics.jsonl over tokens, in all and by source, beside the unigram model's.
+"""Plot a run's loss over tokens, in total and by source, from its metrics.jsonl, beside the unigram model's loss.
 
-Bold and dotted lines are running means over seven logged steps, the pale line is the loss as logged.
+Bold and dotted lines are running means over seven logged steps; the pale line is the loss as logged.
 
-    python scripts/plot_metrics.py outputs/a outputs/b --out loss.png                       runs beside each other
+    python scripts/plot_metrics.py outputs/a outputs/b --out loss.png                       runs on top of each other
     python scripts/plot_metrics.py outputs/demo/1k outputs/demo/4k --chain --out loss.png   stages one after the other
 """
 
@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 
 
 def smooth(values: Sequence[float], reach: int = 3) -> list[float]:
-    """Running mean over `reach` lines to either side, fewer at the ends."""
+    """Running mean over `reach` values to either side, fewer at the ends."""
     windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
     return [sum(w) / len(w) for w in windows]
 
@@ -29,7 +29,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="dump folders")
     parser.add_argument("--out", type=Path, default=Path("loss.png"))
-    parser.add_argument("--chain", action="store_true", help="each run begins at the tokens where the one before ends")
+    parser.add_argument(
+        "--chain", action="store_true", help="each run begins at the token count where the previous run ends"
+    )
     args = parser.parse_args()
 
     figure, axes = plt.subplots(figsize=(8, 4.5))
@@ -39,8 +41,8 @@ def main() -> None:
             steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             plan = json.loads((run / "plan.json").read_text())
         except OSError as e:
-            raise SystemExit(f"{run} is not the dump folder of a run: {e}") from None
-        steps = [s for s in steps if s["loss"] is not None]  # of steps that were skipped, for a loss that was none
+            raise SystemExit(f"{run} is not a run's dump folder: {e}") from None
+        steps = [s for s in steps if s["loss"] is not None]  # null for skipped steps
         if not steps:
             raise SystemExit(f"{run / 'metrics.jsonl'} has no line yet: the first step is not logged.")
         for step in steps:
@@ -68,7 +70,7 @@ def main() -> None:
             label=f"{run.name}: unigram model, {plan['unigram_nats']:.2f} nats",
         )
     axes.set_xlabel("tokens")
-    axes.set_ylabel("cross-entropy (nats a token)")
+    axes.set_ylabel("cross-entropy (nats per token)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.tight_layout()

@@ -1,8 +1,8 @@
-"""Trains the 4,096-token byte-level BPE in assets/tokenizer on the demo text (scripts/build_demo_corpus.py).
+"""Train the 4,096-token byte-level BPE in assets/tokenizer on the demo text (scripts/build_demo_corpus.py).
 
-The tokenizer in the repository was made by this script; run it again only to change it, since a changed tokenizer is
-another model. Deterministic for a given text. Digits stand alone; all 256 bytes are in the alphabet, so any text
-encodes.
+This script made the tokenizer in the repository; run it again only to change the tokenizer, which makes a different
+model. Deterministic for a given text. Each digit is a token of its own; all 256 bytes are in the alphabet, so any text
+can be encoded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", default="./data_cache/demo_text", help="folder with .jsonl files, field `text`")
     parser.add_argument("--out", default="./assets/tokenizer", help="folder for the tokenizer's three files")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="ids, the three special ones included")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="number of ids, including the three special ones")
     arguments = parser.parse_args()
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def main() -> None:
     )
     tokenizer.train_from_iterator(texts(Path(arguments.text)), trainer)
     if tokenizer.get_vocab_size() != arguments.vocab_size:
-        raise SystemExit(f"the text gave {tokenizer.get_vocab_size()} ids only; it is too small for a tokenizer")
+        raise SystemExit(f"the text is too small: it gave only {tokenizer.get_vocab_size()} ids")
     tokenizer.save(str(out / "tokenizer.json"))
     special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
     config = {**special, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def texts(folder: Path) -> Iterator[str]:
-    """Every document, code in pieces of 100 lines so that the trainer does not hold a megabyte at a time."""
+    """The documents in pieces of 100 lines, so that the trainer does not hold a megabyte at a time."""
     for path in sorted(folder.glob("*.jsonl")):
         for record in path.open(encoding="utf-8"):
             lines = json.loads(record)["text"].splitlines(keepends=True)

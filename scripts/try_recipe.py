@@ -1,17 +1,17 @@
-"""Train any recipe for two steps in small, on this machine, without its weights or data: a rehearsal before you pay.
+"""Train any recipe for two small steps on this machine, without its weights or data: a rehearsal before you pay.
 
     python scripts/try_recipe.py train_configs/prolong_8b/512k.toml
     python scripts/try_recipe.py train_configs/yarn/64k.toml --processes 2 --optimizer.lr 1e-3
 
-The rows shrink to --seq-len tokens, and with them, by the same factor, every length of the stage: the sources' bounds,
+The rows shrink to --seq-len tokens, and every other length of the stage by the same factor: the sources' bounds,
 data.long_threshold, data.target_seq_len, RoPE's original length. The model becomes `debugmodel` with fresh weights, the
-sources stand-ins of random tokens (scripts/build_stand_in.py), a step two rows a process. RoPE, packing, masks,
-positions, mixture, schedule and context parallelism (as far as --processes goes) stay the recipe's; no stage is before
-it, and nothing is evaluated. So this finds what cannot work; it says nothing of memory, speed or learning. Lists that
-depend on the heads (rope.long_factor, rope.bases) are thinned out to those of debugmodel, and theta = "auto" becomes
-debugmodel's own base.
+sources become stand-ins of random tokens (scripts/build_stand_in.py), and a step has two rows per process. RoPE,
+packing, masks, positions, mixture, schedule and context parallelism (as far as --processes allows) stay the recipe's.
+There is no previous stage, and nothing is evaluated. So this finds what cannot work; it says nothing about memory,
+speed or learning. Lists that depend on the heads (rope.long_factor, rope.bases) are thinned to the size for debugmodel,
+and theta = "auto" becomes debugmodel's own base.
 
-All is written to a temporary folder, or to --folder, which must not exist: small.toml, data/, out/.
+Everything is written to a temporary folder, or to --folder, which must not exist: small.toml, data/, out/.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SEQ_LEN = 1024
 TOKENS = 20_000
 SHORTEST_ORIGINAL = 64
-"""rope.original_max_position_embeddings is not made less than this: YaRN's ramp needs some turns in it."""
+"""Smallest rope.original_max_position_embeddings: YaRN's ramp needs some turns in it."""
 
 
 def main(args: list[str]) -> int:
-    """Exit code 1, and one line, for what the user has wrong; else that of training."""
+    """Exit code 1, and one line, for a mistake of the user's; otherwise training's exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="every other --table.key is an override of the recipe's, before it is made small",
+        epilog="every other --table.key overrides the recipe's key, before the recipe is made small",
         allow_abbrev=False,
     )
     parser.add_argument("recipe", help="a stage's TOML")
-    parser.add_argument("--seq-len", "--seq_len", type=int, default=SEQ_LEN, help="tokens in a row")
+    parser.add_argument("--seq-len", "--seq_len", type=int, default=SEQ_LEN, help="tokens per row")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where to write; it must not exist")
@@ -72,12 +72,12 @@ def main(args: list[str]) -> int:
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     code = subprocess.run([sys.executable, "-m", *trainer], env=environment).returncode
-    print(f"{own.recipe}: {f'{own.steps} steps trained in small' if code == 0 else 'FAILED'}; see {folder}")
+    print(f"{own.recipe}: {f'{own.steps} small steps trained' if code == 0 else 'FAILED'}; see {folder}")
     return code
 
 
 def write_small(config: JobConfig, folder: Path, seq_len: int, steps: int, processes: int) -> Path:
-    """The stage in small as `folder`/small.toml, and stand-ins for its sources; UserError where that cannot be."""
+    """Write the small stage as `folder`/small.toml, and stand-ins for its sources; UserError if that cannot work."""
     folder.mkdir(parents=True, exist_ok=True)
     toml = folder / "small.toml"
     small = make_small(config, folder, seq_len, steps, processes)
@@ -87,7 +87,7 @@ def write_small(config: JobConfig, folder: Path, seq_len: int, steps: int, proce
 
 
 def make_small(config: JobConfig, folder: Path, seq_len: int, steps: int, processes: int) -> JobConfig:
-    """`config` with rows of seq_len tokens (if it has longer ones) and all that goes with it, reading folder/data."""
+    """`config` with rows of at most seq_len tokens, every other length to match, and its data in folder/data."""
     factor = max(config.training.seq_len / seq_len, 1.0)
     seq_len = min(config.training.seq_len, seq_len)
     cp = largest_divisor(processes, config.parallelism.context_parallel_degree)
@@ -116,7 +116,7 @@ def make_small(config: JobConfig, folder: Path, seq_len: int, steps: int, proces
         checkpoint=replace(
             config.checkpoint, enable=False, last_save_in_hf=False, initial_load_in_hf=False, initial_load_path=None
         ),
-        evaluation=Evaluation(),  # of texts and lengths that are not here
+        evaluation=Evaluation(),  # its texts are missing here
         metrics=replace(config.metrics, log_freq=1, enable_tensorboard=False, enable_wandb=False),
         data=small_data(config.data, folder, factor),
         rope=small_rope(config.rope, factor),
@@ -125,12 +125,12 @@ def make_small(config: JobConfig, folder: Path, seq_len: int, steps: int, proces
 
 
 def largest_divisor(of: int, up_to: int) -> int:
-    """The largest divisor of `of` that also divides `up_to`."""
+    """The largest number that divides both `of` and `up_to`."""
     return max(d for d in range(1, min(of, up_to) + 1) if of % d == 0 and up_to % d == 0)
 
 
 def small_data(data: Data, folder: Path, factor: float) -> Data:
-    """Every length divided by factor; each source a folder of its own."""
+    """[data] with every length divided by factor, and a folder of its own for each source."""
 
     def less(length: int | None) -> int | None:
         return max(round(length / factor), 1) if length else length
@@ -158,7 +158,7 @@ def small_data(data: Data, folder: Path, factor: float) -> Data:
 
 
 def small_rope(rope: Rope, factor: float) -> Rope:
-    """The original length divided by factor, and the lists of debugmodel's 32 pairs and 2 key-value heads."""
+    """[rope] with the original length divided by factor, and lists for debugmodel's 32 pairs and 2 key-value heads."""
     original = rope.original_max_position_embeddings
     return dataclasses.replace(
         rope,
@@ -171,7 +171,7 @@ def small_rope(rope: Rope, factor: float) -> Rope:
 
 
 def thinned(values: tuple[float, ...], count: int) -> tuple[float, ...]:
-    """`count` of the values at equal distances from the first to the last; none of none."""
+    """`count` of the values, evenly spaced from the first to the last; () for ()."""
     last = len(values) - 1
     return tuple(values[round(i * last / (count - 1))] for i in range(count)) if values else ()
 

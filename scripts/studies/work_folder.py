@@ -1,4 +1,4 @@
-"""Folders of scripts that make nothing twice: what lies there must have been made in the way that is asked for now."""
+"""Folders of studies that make nothing twice: what is there must have been made with the options of this run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OPTIONS = "options.json"
 
 
 def begin_or_go_on(folder: Path, options: dict[str, Any]) -> None:
-    """Make the folder and note the options in it. UserError if it has been begun with others, and says which."""
+    """Make the folder and write the options into it; UserError that names an option if it was begun with another."""
     folder.mkdir(parents=True, exist_ok=True)
     asked = json.loads(json.dumps(options, default=str))
     file = folder / OPTIONS
@@ -24,5 +24,5 @@ def begin_or_go_on(folder: Path, options: dict[str, Any]) -> None:
         if begun.get(key) != asked.get(key):
             raise UserError(
                 f"{folder} was begun with {key} = {begun.get(key)}, and not {asked.get(key)}: its results "
-                "would be kept. Name another folder, or delete it."
+                "would be kept. Name another folder, or delete this one."
             )

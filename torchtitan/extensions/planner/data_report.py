@@ -201,7 +201,7 @@ class DataReport(Hook):
     """Writes plan.json into the dump folder, and logs its tables."""
 
     def started(self, trainer: Any) -> None:
-        """Rank 0 alone does it."""
+        """On rank 0 only."""
         if trainer.rank == 0:
             report = report_of(trainer.inputs.plan, trainer.config, dist.get_world_size(), trainer.inputs.args)
             write_text(trainer.dump_folder / "plan.json", json.dumps(report, indent=1) + "\n")

@@ -179,7 +179,7 @@ def test_shards_of_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "hf.partial" / "model-00001-of-00099.safetensors").touch()  # of a killed export
     export(checkpoint, out, None, part=1, parts=2, shard_bytes=limit)
     assert not out.exists()
-    with pytest.raises(FileNotFoundError):  # part 0 has not said what there should be
+    with pytest.raises(FileNotFoundError):  # part 0 has not written the list of files
         publish(out)
 
     # part 0 is killed in the middle of its second file
@@ -224,7 +224,7 @@ def test_shards_of_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("to", ["hugging_face", "checkpoint", "torchtitan"])
 def test_a_tensor_at_a_time(to: str, tmp_path: Path):
-    """When a tensor is read, at most the one before is still held."""
+    """When a tensor is read, at most the previous one is still held."""
     weights = random_weights(PLAIN)
     given: list[weakref.ref[torch.Tensor]] = []
     held = []
