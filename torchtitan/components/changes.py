@@ -15,7 +15,7 @@ from torchtitan.config.checks import rows_per_step
 from torchtitan.config.keys import Decision
 from torchtitan.config.manager import from_tables
 from torchtitan.config.schema import Data, JobConfig
-from torchtitan.config.toml_file import known_keys
+from torchtitan.config.toml_file import known_keys, values_of
 from torchtitan.datasets.same_data import data_keys, keys_that_decide, shares, source_options
 from torchtitan.tools.errors import UserError
 
@@ -83,11 +83,11 @@ def changed_since(manifest: dict[str, Any], config: JobConfig) -> list[str]:
 def _identity(config: JobConfig) -> dict[str, Any]:
     """Key -> value of all keys that make a stage what it is, except those of the batch: _rows_per_step has them."""
     batch = ("training.local_batch_size", "training.global_batch_size", "training.global_batch_tokens")
+    keys = known_keys()
     values = {
-        name: getattr(getattr(config, table), field)
-        for name, key in known_keys().items()
-        for table, field in [name.split(".")]
-        if key.decides in ANOTHER_STAGE and table != "data" and name not in batch
+        name: value
+        for name, value in values_of(config).items()
+        if keys[name].decides in ANOTHER_STAGE and not name.startswith("data.") and name not in batch
     }
     data = data_keys(config.data) | keys_that_decide(config.data, "documents")
     for i, (source, share) in enumerate(zip(config.data.sources, shares(config.data))):
@@ -115,11 +115,10 @@ def differences(manifest: dict[str, Any], config: JobConfig, architecture: dict[
     """
     saved = from_tables(manifest.get("config", {}))
     lines = changes(flat({"rope": manifest["architecture"]["rope"]}), flat({"rope": architecture["rope"]}), show=shown)
-    for name, key in known_keys().items():
-        table, field = name.split(".")
-        if key.decides not in ("nothing", "start") and table != "rope" and name != "data.sources":
-            was, now = (getattr(getattr(c, table), field) for c in (saved, config))
-            lines += changes({name: was}, {name: now}, show=shown)
+    shown_apart = [name for name in known_keys() if name.startswith("rope.")] + ["data.sources"]
+    printed = [n for n, key in known_keys().items() if key.decides not in ("nothing", "start") and n not in shown_apart]
+    was, now = ({name: values_of(c)[name] for name in printed} for c in (saved, config))
+    lines += changes(was, now, show=shown)
     old, new = _mixture(saved.data), _mixture(config.data)
     for name in {**old, **new}:
         before, after = _told(old.get(name), new.get(name)), _told(new.get(name), old.get(name))

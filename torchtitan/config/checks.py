@@ -1,4 +1,4 @@
-"""What a configuration can be wrong about by itself: ranges, degrees, batch arithmetic, precision, schedule, start.
+"""Mistakes that show in a configuration alone: ranges, degrees, batch arithmetic, precision, schedule, start.
 
 Pure arithmetic on the configuration and the number of processes, done before anything is built. Other tables are
 checked beside what reads them (datasets/data_checks.py, models/rope_checks.py, extensions); what needs files, a
@@ -12,7 +12,7 @@ from typing import Any
 
 from torchtitan.config.keys import Key, element_table, keys_of
 from torchtitan.config.schema import JobConfig
-from torchtitan.config.toml_file import known_keys
+from torchtitan.config.toml_file import known_keys, values_of
 from torchtitan.tools.constants import BLOCK
 from torchtitan.tools.errors import UserError
 
@@ -33,7 +33,7 @@ def _check_tokens(config: JobConfig) -> None:
     training, p = config.training, config.parallelism
     cp, tp = p.context_parallel_degree, p.tensor_parallel_degree
     tokens = training.seq_len * training.local_batch_size
-    unit = math.lcm(cp * BLOCK, cp * tp) if cp > 1 else tp  # what a seq_len that works is a multiple of
+    unit = math.lcm(cp * BLOCK, cp * tp) if cp > 1 else tp  # a seq_len that works is a multiple of it
     product = f"training.seq_len * training.local_batch_size = {training.seq_len} * {training.local_batch_size}"
     blocks = cp * BLOCK
     if cp > 1 and tokens % blocks:
@@ -52,9 +52,9 @@ def _check_tokens(config: JobConfig) -> None:
 
 
 def resolve_shard_degree(config: JobConfig, world_size: int) -> int:
-    """data_parallel_shard_degree with -1 replaced by what the other degrees leave of `world_size`.
+    """data_parallel_shard_degree, with -1 replaced by what the other degrees leave of `world_size`.
 
-    Raises UserError when the degrees do not multiply to `world_size`.
+    UserError if the product of the degrees is not `world_size`.
     """
     p = config.parallelism
     shard = p.data_parallel_shard_degree
@@ -68,8 +68,8 @@ def resolve_shard_degree(config: JobConfig, world_size: int) -> int:
     if shard == -1:
         if left == 0 or remainder:
             raise UserError(
-                f"[parallelism] {factors} = {others} does not divide {processes}, so that there is no "
-                f"data_parallel_shard_degree for the rest. Start {_multiples(world_size, others)} processes, or lower "
+                f"[parallelism] {factors} = {others} does not divide {processes}, so no "
+                f"data_parallel_shard_degree is left over. Start {_multiples(world_size, others)} processes, or lower "
                 "a degree."
             )
         return left
@@ -90,13 +90,14 @@ def dp_degree(config: JobConfig, world_size: int) -> int:
 
 
 def rows_per_step(config: JobConfig, world_size: int) -> int:
-    """Rows of one optimizer step over all ranks and accumulation. Raises UserError when tokens are not whole rows."""
+    """Rows per optimizer step, over all ranks and gradient accumulation. UserError if a batch in tokens is not a whole
+    number of rows, or is given in rows too."""
     t = config.training
     if t.global_batch_size is not None and t.global_batch_tokens is not None:
         raise UserError(
             f"training.global_batch_size = {t.global_batch_size} (rows) and training.global_batch_tokens = "
             f"{t.global_batch_tokens} are both given (one perhaps by a file named in `extends`); give one of the two. "
-            f"On the command line, --training.global_batch_size None unsets the first."
+            "On the command line, --training.global_batch_size None unsets the first."
         )
     if t.global_batch_tokens is not None:
         if t.global_batch_tokens % t.seq_len:
@@ -112,7 +113,7 @@ def rows_per_step(config: JobConfig, world_size: int) -> int:
 
 
 def accumulation_steps(config: JobConfig, world_size: int) -> int:
-    """Micro-batches that each data-parallel rank runs in one optimizer step. Raises UserError when it is no integer."""
+    """Micro-batches per optimizer step and data-parallel rank. UserError if that is not an integer."""
     t, dp, rows = config.training, dp_degree(config, world_size), rows_per_step(config, world_size)
     at_once = t.local_batch_size * dp
     if rows % at_once:
@@ -131,7 +132,7 @@ def accumulation_steps(config: JobConfig, world_size: int) -> int:
 
 
 def _degrees_for(rows: int, local_batch_size: int) -> str:
-    """Which data-parallel degrees keep the rows of a step, for a job that comes back on fewer or more nodes."""
+    """Which data-parallel degrees divide the rows of a step, for a job that comes back on fewer or more nodes."""
     most, rest = divmod(rows, local_batch_size)
     if rest:
         return ""
@@ -142,9 +143,9 @@ def _degrees_for(rows: int, local_batch_size: int) -> str:
 
 def check_ranges(config: JobConfig) -> None:
     """UserError for a number outside the range that the schema gives its key."""
-    for name, key in known_keys().items():
-        table, _, field = name.partition(".")
-        value = getattr(getattr(config, table), field)
+    keys = known_keys()
+    for name, value in values_of(config).items():
+        key = keys[name]
         if element := element_table(key.hint):
             for i, item in enumerate(value):
                 which = f' ("{item.name}")' if hasattr(item, "name") else ""

@@ -41,6 +41,11 @@ def known_keys() -> Mapping[str, Key]:
     )
 
 
+def values_of(config: JobConfig) -> dict[str, Any]:
+    """`table.key` -> its value in a configuration."""
+    return {f"{name}.{key}": value for name, table in vars(config).items() for key, value in vars(table).items()}
+
+
 @cache
 def torchtitan_keys() -> dict[str, dict[str, str]]:
     """torchtitan_keys.toml: `renamed`, key -> new name, and `gone`, patterns -> what to write instead."""

@@ -104,6 +104,34 @@ def test_the_stage_before_is_the_one_that_was_gone_on_from(tmp_path: Path, capsy
     assert "have one job.dump_folder" in capsys.readouterr().err
 
 
+SAME = [
+    "--job.hooks my:Hook",
+    "--metrics.log_freq 3",
+    "--checkpoint.interval 77",
+    "--optimizer.lr 1e-5",
+    "--comm.node_check",
+]
+ANOTHER = [
+    "--data.sources.0.path x",
+    "--data.sources.0.weight 9",
+    "--training.seed 7",
+    "--training.seq_len 64",
+    "--training.global_batch_size 8",
+    "--rope.theta 2e4",
+    "--model.hf_assets_path elsewhere",
+    "--data.packing concat",
+]
+
+
+@pytest.mark.parametrize("change", ["", *SAME, *ANOTHER])
+def test_a_stage_that_ended_long_ago(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str):
+    """A checkpoint that the code wrote before its modules moved; tests/unit/components/test_changes.py has all keys."""
+    folder = shutil.copytree(ROOT / "tests/before_the_move", tmp_path / "copy")
+    monkeypatch.chdir(folder)
+    ended = main(["--has-ended", "--job.config_file", "first.toml", *change.split()]) == 0
+    assert ended == (change not in ANOTHER)
+
+
 def test_pytorch_is_not_imported():
     code = "import torchtitan.extensions.cluster.chain, sys; "
     code += "print(sorted(m for m in sys.modules if m.split('.')[0] == 'torch'))"
