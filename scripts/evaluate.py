@@ -30,8 +30,9 @@ from typing import Any
 from torchtitan.config import JobConfig
 from torchtitan.extensions.cluster.launch import launch
 from torchtitan.extensions.evaluation.checks import check_asked, check_evaluation, longest_asked
-from torchtitan.extensions.evaluation.command_line import make_folder, parser_of, resolve_request, text_table
+from torchtitan.extensions.evaluation.command_line import parser_of, resolve_request, text_table
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import make_writable
 
 
 def main(args: list[str]) -> int:
@@ -69,7 +70,7 @@ def check_questions(options: argparse.Namespace, config: JobConfig) -> None:
     if options.out is not None:
         if options.out.suffix != ".json":
             raise UserError(f"--out {options.out} should end with .json: pictures are written beside it.")
-        make_folder(options.out)
+        make_writable("--out", options.out.parent)
 
 
 def run(options: argparse.Namespace, config: JobConfig, folder: Path) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from typing import Any
 
 from torchtitan.config import JobConfig
 from torchtitan.extensions.cluster.launch import launch
-from torchtitan.extensions.evaluation.command_line import make_folder, parser_of, resolve_request
+from torchtitan.extensions.evaluation.command_line import parser_of, resolve_request
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import write_text
+from torchtitan.tools.folders import make_writable, write_text
 
 
 def main(args: list[str]) -> int:
@@ -64,7 +64,7 @@ def main(args: list[str]) -> int:
 def check_questions(options: argparse.Namespace) -> None:
     """UserError for mistakes that can be found without the harness."""
     if options.out is not None:
-        make_folder(options.out)
+        make_writable("--out", options.out.parent)
     if not options.tasks:
         raise UserError("Nothing to ask: name tasks of lm-evaluation-harness with --tasks.")
     if options.include_path is not None and not options.include_path.is_dir():

@@ -39,16 +39,6 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def make_folder(file: Path) -> None:
-    """Make the folder of a file that will be written; UserError if it cannot be made or written to."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written: {error.strerror}: {error.filename}") from None
-    if not os.access(file.parent, os.W_OK):
-        raise UserError(f"{file} cannot be written: no permission to write to {file.parent}")
-
-
 def check_model_folder(folder: Path) -> None:
     """UserError unless the folder is a Hugging Face folder or a checkpoint's step-N folder."""
     if (folder / MANIFEST).is_file() or (folder / "config.json").is_file():

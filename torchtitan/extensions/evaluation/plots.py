@@ -86,11 +86,11 @@ def _mark_trained(axes: Any, length: int) -> None:
 
 
 def needle_figure(grid: dict[str, Any], title: str = "") -> Any:
-    """A task's scores in percent by length (across) and depth (down), red to green: of what was written, else `exact`.
-    grid: as mean_by_length_and_depth gives it."""
+    """Scores of a task with depths, in percent, by length (across) and depth (down), red to green: of what was written,
+    else `exact`. grid: as mean_by_length_and_depth gives it."""
     writes = any(cell is not None for row in grid["score"] for cell in row)
     values = np.array(grid["score" if writes else "exact"], dtype=float).T  # [depths, lengths]
-    depths = [f"{d:.0%}" for d in grid["depths"]] if grid["depths"] else ["all"]
+    depths = [f"{d:.0%}" for d in grid["depths"]]
     return _heatmap(values, grid["lengths"], depths, "depth of the needle", title, writes)
 
 

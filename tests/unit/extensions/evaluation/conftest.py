@@ -1,4 +1,5 @@
-"""A tiny model with the repository's tokenizer, as a Hugging Face folder too, and the scripts as modules."""
+"""A tiny model with the repository's tokenizer, also as a Hugging Face folder; the scripts as modules; files for
+qa_*."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def folder(model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="session")
 def qa_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """In SQuAD's and HotpotQA's form, with documents for 16K tokens."""
+    """Files in the form of HotpotQA and SQuAD, with documents for 16K tokens."""
     folder = tmp_path_factory.mktemp("qa")
 
     def fact(n: int) -> str:

@@ -1,4 +1,4 @@
-"""Who reads a prompt's text and copies the answer from it: what a perfect model would write, task by task."""
+"""Readers that find the answer in a prompt's text: what a perfect model would write, task by task."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def pair_value(prompt: str) -> Solved:
 
 
 def document(prompt: str) -> Solved:
-    """Of the files that test_ruler.py makes: what was asked stands in a document with its answer behind it."""
+    """For the files of conftest.py: a document states the question with its answer after it."""
     asked = prompt[prompt.rindex("Question: ") + 10 :].removesuffix("? Answer:")
     found = re.search(rf"{re.escape(asked)} is (\S+)\.", prompt)
     assert found
@@ -56,6 +56,6 @@ def document(prompt: str) -> Solved:
 BY_TASK = {"vt": variables, "cwe": common_words, "fwe": frequent_words, "json_kv": pair_value}
 
 
-def solve(item: Question, prompt: str) -> Solved:
-    """prompt: the text of the item's tokens."""
-    return BY_TASK.get(item.task, document if item.task.startswith("qa") else needles)(prompt)
+def solve(question: Question, prompt: str) -> Solved:
+    """What the task's reader finds; prompt: the text of the question's tokens."""
+    return BY_TASK.get(question.task, document if question.task.startswith("qa") else needles)(prompt)

@@ -1,4 +1,4 @@
-"""A mistake in [evaluation] is told by every command that checks a stage, and nothing heavy is imported for it."""
+"""Every command that checks a stage reports a mistake in [evaluation], and imports nothing heavy for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def stage(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("door", ["run_train.sh", "plan", "estimate", "slurm"])
-def test_it_is_told_at_every_door(door: str, stage: list[str], capsys: pytest.CaptureFixture[str]):
+def test_it_is_reported_at_every_door(door: str, stage: list[str], capsys: pytest.CaptureFixture[str]):
     says = "evaluation.freq or windows is set, but there is nothing to evaluate"
     if door == "slurm":
         with pytest.raises(UserError, match=says):

@@ -47,7 +47,7 @@ AFTER = result(
 
 @pytest.fixture
 def say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    """The script on these results; its exit code, standard output and error."""
+    """Runs the script on results; returns its exit code, standard output and standard error."""
 
     def run(*results: Any, flags: tuple[Any, ...] = ()) -> tuple[int, str, str]:
         for i, one in enumerate(results):
@@ -60,7 +60,7 @@ def say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 def rows(out: str, first: str) -> list[str]:
-    """The lines of the tables that begin with this, their words a space apart."""
+    """The lines of tables that begin with `begins`, with single spaces between words."""
     lines = [" ".join(line.split()) for line in out.partition("not the same")[0].splitlines()]
     return [line for line in lines if line.startswith(f"{first} ")]
 

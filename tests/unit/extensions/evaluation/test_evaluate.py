@@ -1,4 +1,4 @@
-"""Needles, grids of results, the pictures, and scripts/evaluate.py from mistakes to a table."""
+"""Needles, grids of results, pictures, and scripts/evaluate.py from mistakes to a table."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_needles_stand_where_they_should_and_can_be_found_by_reading():
     assert len(items) == 18
     ends = set(sentence_end_ids(TOKENIZER))
     for item in items:
-        # room for what is written, so that RoPE that depends on the length is that of the length
+        # with room for what is written: a RoPE that depends on the length is the RoPE of that length
         assert len(item.prompt) + item.max_new_tokens == item.length
         assert item.max_new_tokens == len(item.target) + needle.SPARE_TOKENS
         text = TOKENIZER.decode(item.prompt.tolist())
@@ -75,7 +75,7 @@ def test_needles_stand_where_they_should_and_can_be_found_by_reading():
         assert item.depth is not None and share == pytest.approx(item.depth, abs=0.15)
         tokens = TOKENIZER.encode(text[:before])
         assert item.depth == 0 or tokens[-1] in ends
-        # the oracle: who copies what stands behind the name scores 1, who knows nothing 0
+        # the oracle: a copy of what follows the name scores 1, anything else 0
         assert task.score(f"{item.answers[0]}, I think", item.answers) == 1
         assert task.score("1234", item.answers) == 0 and task.score("", item.answers) == 0
     one_depth = needle.NeedleTask([0.3])
@@ -138,7 +138,7 @@ def test_the_evaluation_after_the_last_step_may_be_left_to_another_job(at_end: b
 
 
 def is_due(folder: Path, evaluation: Evaluation, step: int) -> bool:
-    """After a step of a stage of 5 steps, with its results in the folder."""
+    """Whether an evaluation is due after a step of a stage of 5 steps, whose results are in the folder."""
     config = JobConfig(job=Job(dump_folder=str(folder)), evaluation=evaluation, training=Training(steps=5))
     one = EvaluationHook()
     one.prepared = asking.Prepared(settings={"seed": evaluation.seed})
@@ -242,7 +242,7 @@ def test_mistakes_are_named(args: list[str], says: str, model: Path, capsys: pyt
 def test_rope_of_the_command_line_counts_and_that_of_a_file_does_not(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """With a TOML as without: weights keep their own RoPE unless the command line says otherwise."""
+    """Weights keep their own RoPE unless the command line says otherwise, with a TOML and without."""
     config = tmp_path / "questions.toml"
     config.write_text('[evaluation]\ntexts = ["text.jsonl"]\nlength = 1024\n[rope]\ntheta = 77.0\n')
     rope = ["--rope.theta", "auto"]  # the model was trained for 256
@@ -253,9 +253,9 @@ def test_rope_of_the_command_line_counts_and_that_of_a_file_does_not(
         ("own, file", ["--job.config_file", str(config)], []),
         ("auto, file", ["--job.config_file", str(config)], rope),
     ):
-        own = SimpleNamespace(model=model, step=None, tokenizer=None, processes=1, out=None)
+        options = SimpleNamespace(model=model, step=None, tokenizer=None, processes=1, out=None)
         texts = ["--evaluation.texts", "text.jsonl"]
-        configured, folder = resolve_request(own, [*start, *texts, *extra])  # type: ignore[arg-type]
+        configured, folder = resolve_request(options, [*start, *texts, *extra])  # type: ignore[arg-type]
         weights = inspect_model(folder, configured, longest_asked(configured))
         found[name] = weights.args.rope.theta
         assert weights.args.rope.max_position_embeddings == 256, "rescaled is not trained"
@@ -263,9 +263,9 @@ def test_rope_of_the_command_line_counts_and_that_of_a_file_does_not(
         assert ("keeps its own RoPE" in capsys.readouterr().err) == (name == "own, file")
     assert found["own"] == found["own, file"] == TINY["rope_theta"]
     assert found["auto"] == found["auto, file"] > 4 * TINY["rope_theta"]
-    own = SimpleNamespace(model=model, step=None, tokenizer=None, processes=1, out=None)
+    options = SimpleNamespace(model=model, step=None, tokenizer=None, processes=1, out=None)
     asked = ["--evaluation.length=300", "--evaluation.needle_lengths", "500", "1024", *rope]
-    configured, folder = resolve_request(own, asked)  # type: ignore[arg-type]
+    configured, folder = resolve_request(options, asked)  # type: ignore[arg-type]
     assert inspect_model(folder, configured, longest_asked(configured)).args.rope.theta == found["auto"]
 
 
@@ -281,14 +281,14 @@ def test_a_checkpoint_is_asked_with_bos_as_it_was_trained(tmp_path: Path):
         (["--data.no_add_bos"], False),
         (["--job.config_file", str(tmp_path / "stage.toml")], True),  # whose default it is
     ):
-        own = SimpleNamespace(model=tmp_path, step=None, tokenizer=None, processes=1, out=None)
+        options = SimpleNamespace(model=tmp_path, step=None, tokenizer=None, processes=1, out=None)
         for was in (False, True):
             trained(was)
-            assert resolve_request(own, args)[0].data.add_bos == (bos if args else was)  # type: ignore[arg-type]
+            assert resolve_request(options, args)[0].data.add_bos == (bos if args else was)  # type: ignore[arg-type]
 
 
 def test_a_hugging_face_folder_is_asked_with_bos_as_its_tokenizer_does(tmp_path: Path):
-    """And the command line is above it. The tokenizer's file says it, or its configuration."""
+    """Unless the command line says otherwise. The tokenizer's file says it, or its configuration."""
     shutil.copytree(ASSETS, tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     file, about = tmp_path / "tokenizer.json", json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -312,11 +312,11 @@ def test_a_hugging_face_folder_is_asked_with_bos_as_its_tokenizer_does(tmp_path:
         file.write_text(json.dumps(plain | {"post_processor": processor}))
         more = {} if said is None else {"add_bos_token": said}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(about | more))
-        own = SimpleNamespace(model=tmp_path, step=None, tokenizer=None, processes=1, out=None)
-        assert resolve_request(own, [])[0].data.add_bos == expected  # type: ignore[arg-type]
+        options = SimpleNamespace(model=tmp_path, step=None, tokenizer=None, processes=1, out=None)
+        assert resolve_request(options, [])[0].data.add_bos == expected  # type: ignore[arg-type]
         for asked in (True, False):
             args = ["--data.add_bos", str(asked).lower()]
-            assert resolve_request(own, args)[0].data.add_bos == asked  # type: ignore[arg-type]
+            assert resolve_request(options, args)[0].data.add_bos == asked  # type: ignore[arg-type]
 
 
 def test_losses_by_position_are_those_of_each_document_under_its_own_rope():
@@ -355,7 +355,7 @@ def test_answers_end_where_the_folder_says(tmp_path: Path):
 
 
 def test_nothing_begins_or_ends_in_a_haystack(tmp_path: Path):
-    """It is made of several documents, each with BOS of its own where it is read for its loss."""
+    """A haystack is made of several documents, which have BOS only when they are read for their loss."""
     lines = [json.dumps({"text": TOKENIZER.decode(TEXT[i : i + 160].tolist())}) for i in range(0, 640, 160)]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
     e = Evaluation(texts=("text.jsonl",), length=100, needle_lengths=(300,), needle_depths=(0.5,), tasks=("niah_mk_2",))
@@ -387,27 +387,27 @@ def test_a_stage_own_results_are_of_its_own_model(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("torchtitan.extensions.evaluation.command_line.complete_steps", lambda folder: [3])
 
     def asked(*args: str, out: Path | None = None) -> Any:
-        own = SimpleNamespace(model=None, step=None, tokenizer=None, processes=1, out=out)
-        config, folder = resolve_request(own, ["--job.config_file", str(stage_file), *args])  # type: ignore[arg-type]
+        options = SimpleNamespace(model=None, step=None, tokenizer=None, processes=1, out=out)
+        config, folder = resolve_request(options, ["--job.config_file", str(stage_file), *args])  # type: ignore[arg-type]
         assert folder == checkpoint
-        return own, config
+        return options, config
 
-    own, config = asked()
-    assert own.of_stage and own.out == tmp_path / "out/evaluation/step-3.json"
+    options, config = asked()
+    assert options.of_stage and options.out == tmp_path / "out/evaluation/step-3.json"
     assert config.rope == Rope(), "its checkpoint has the RoPE of the TOML"
-    own, config = asked("--rope.type", "linear", "--rope.factor", "2")
+    options, config = asked("--rope.type", "linear", "--rope.factor", "2")
     assert config.rope == Rope(theta=77.0, type="linear", factor=2.0)
     weights = ModelOnDisk(checkpoint, TransformerArgs(16, 1, 2, 1, 8, 16, 32), TOKENIZER, None)
-    check_own_results(own, weights)  # the override that it was trained with
+    check_own_results(options, weights)  # the override that it was trained with
     with pytest.raises(UserError, match="--rope.KEY asks another model than the stage's"):
-        check_own_results(own, replace(weights, rescaled=True))
-    own, _ = asked("--rope.theta", "5", out=tmp_path / "x.json")
-    assert not own.of_stage
-    check_own_results(own, replace(weights, rescaled=True))
+        check_own_results(options, replace(weights, rescaled=True))
+    options, _ = asked("--rope.theta", "5", out=tmp_path / "x.json")
+    assert not options.of_stage
+    check_own_results(options, replace(weights, rescaled=True))
 
 
 def test_two_processes_give_the_table_of_one(model: Path, tmp_path: Path):
-    """From the command line: a Hugging Face folder, beyond what its RoPE covers, which is warned of."""
+    """A Hugging Face folder from the command line, at lengths that its RoPE does not cover: with a warning."""
     found = {}
     for name, extra in (("one", []), ("two", ["--processes", "2", "--parallelism.context_parallel_degree", "2"])):
         out = tmp_path / f"{name}.json"

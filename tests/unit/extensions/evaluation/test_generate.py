@@ -1,4 +1,4 @@
-"""Generation with a cache against the whole forward pass, and against teacher forcing."""
+"""Generation with a cache against whole forward passes, and against teacher forcing."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def ragged(count: int, rng: np.random.Generator, longest: int = 40) -> list[torc
 
 
 def by_whole_passes(model: Transformer, prompt: torch.Tensor, new: int, rope: RopeArgs | None = None) -> list[int]:
-    """The oracle: everything is read again for every token."""
+    """The oracle: everything is read anew for every token."""
     tokens = prompt.clone()
     for _ in range(new):
         with torch.no_grad():
@@ -71,14 +71,14 @@ def test_the_cache_changes_nothing(name: str, backend: str):
     written = generate(model, replace(SDPA, backend=backend), prompts, 9)
     for prompt, tokens in zip(prompts, written, strict=True):
         rope = model.args.rope
-        if name == "dynamic":  # read as what it will be long
+        if name == "dynamic":  # its RoPE depends on the length with all new tokens
             rope = replace(rope, scaling=replace(rope.scaling, length=len(prompt) + 9))
         assert tokens == by_whole_passes(model, prompt, 9, rope)
     assert len({tuple(tokens) for tokens in written}) > 1
 
 
 def test_teacher_forcing_is_greedy_generation_on_200_cases():
-    """A target is matched exactly if and only if it is what the model writes; right and wrong targets."""
+    """A target is exact if and only if the model writes it: right and wrong targets."""
     rng, matched = np.random.default_rng(1), 0
     cases = 0
     for name, args in MODELS.items():
@@ -93,13 +93,13 @@ def test_teacher_forcing_is_greedy_generation_on_200_cases():
             if i % 2:
                 target[rng.integers(6)] = int(rng.integers(61))
             targets.append(target)
-        order = rng.permutation(40).tolist()  # another one, so that they are read with others
+        order = rng.permutation(40).tolist()  # another order, so that prompts are read with others
         scores = answer_scores(model, SDPA, [prompts[i] for i in order], [targets[i] for i in order])
         for i, (_, likeliest) in zip(order, scores, strict=True):
             assert bool(likeliest.all()) == (targets[i].tolist() == written[i])
             matched += bool(likeliest.all())
             cases += 1
-        some = range(0, 40, 5)  # and of both out of one reading
+        some = range(0, 40, 5)  # both from one reading
         chosen = [prompts[i] for i in some], [targets[i] for i in some]
         limits = [1 + n % 6 for n in range(len(some))]
         together, forced = write(model, SDPA, *chosen, limits, frozenset(), model.args.rope)
@@ -180,7 +180,7 @@ def test_sampling_has_the_probabilities_of_the_nucleus():
 
 def test_prompts_of_about_a_length_go_together():
     prompts = [torch.zeros(n, dtype=torch.int64) for n in (10, 40000, 30000, 20, 70000)]
-    # a short prompt beside a long one takes as much of the cache
+    # beside a long prompt a short one takes as much of the cache
     assert [members for _, members in groups_of(SDPA, prompts, [10] * 5, BASE.rope)] == [[4], [1], [2, 3], [0]]
     many = groups_of(SDPA, [prompts[0]] * 20, [10] * 20, BASE.rope)
     assert [len(members) for _, members in many] == [16, 4]

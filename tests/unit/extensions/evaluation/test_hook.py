@@ -1,4 +1,4 @@
-"""The evaluations of a running stage, as the trainer sees them: a hook."""
+"""The evaluations of a running stage: the hook, without a model."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_nothing_is_prepared_if_nothing_is_asked(tmp_path: Path):
 @pytest.mark.parametrize(
     ("step", "load_step", "rank", "kept"),
     [
-        (0, -1, 0, set()),  # a fresh run: all is of another one
+        (0, -1, 0, set()),  # a new run: all results are of another run
         (0, -1, 1, {0, 4, 8}),  # rank 0 does it for all
         (4, -1, 0, {0, 4, 8}),  # resumed: a later result may be this run's
         (4, 4, 0, {0, 4}),  # sent back to step 4

@@ -26,7 +26,7 @@ from torchtitan.models.transformer import Transformer
 from torchtitan.tools.errors import UserError
 
 LENGTH = 64
-"""Of the model in conftest.py, and all that it may read here."""
+"""Trained length of the model in conftest.py, and all that it may read here."""
 
 TASKS = {
     "tiny_choice": {
@@ -80,7 +80,7 @@ def offline(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of task files; YAML is more than JSON."""
+    """A folder of task files: they are YAML, which JSON is too."""
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "documents.jsonl").write_text("".join(json.dumps(d) + "\n" for d in DOCUMENTS))
     common = {
@@ -103,7 +103,7 @@ def hf_model(folder: Path, **options: Any) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
         if importlib.util.find_spec("accelerate") is None:
-            # it is imported there, and not used for a model that is given
+            # imported there, but not used for a model that is passed in
             stand_in, utils = ModuleType("accelerate"), ModuleType("accelerate.utils")
             for name in ("Accelerator", "InitProcessGroupKwargs", "find_executable_batch_size"):
                 setattr(stand_in, name, None)
@@ -125,13 +125,13 @@ def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
 
 
 def script_in_rank(args: list[str], rank: int, world_size: int) -> int:
-    """scripts/lm_eval.py as a launcher starts it."""
+    """scripts/lm_eval.py, as a launcher starts it."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     return load_script("lm_eval").main(args)
 
 
 def answers(result: dict[str, Any]) -> dict[str, list[Any]]:
-    """By task: what each request of each document was answered."""
+    """By task: the answers to each request of each document."""
     found = {}
     for name, samples in result["samples"].items():
         samples = sorted(samples, key=lambda sample: sample["doc_id"])
@@ -140,7 +140,7 @@ def answers(result: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def alike(a: Any, b: Any, rel: float = 1e-6) -> None:
-    """rel: beside 1e-4, as sums of some hundred are of float32 numbers."""
+    """rel: besides 1e-4, for sums of some hundred float32 numbers."""
     if isinstance(a, dict):
         assert a.keys() == b.keys()
         for key in a:
@@ -171,7 +171,7 @@ def test_tasks_have_the_numbers_of_the_harness_own_model_in_any_layout(folder: P
         [*args, "tiny_choice,tiny_write", "--out", tmp_path / "tp2 dp2.json", *tp, "--limit", 1],
     ]
     spawn(4, script_in_rank, [list(map(str, case)) for case in cases], tmp_path)
-    # by its path: beside it lies evaluate.py, the name of a package that the harness imports
+    # by its path: beside it is evaluate.py, the name of a package that the harness imports
     done = run_script("lm_eval", *args, names, "--out", tmp_path / "one.json")
     assert done.returncode == 0, done.stderr
     assert "tiny_choice" in done.stdout and "0 requests cut" in done.stdout
@@ -189,7 +189,7 @@ def test_tasks_have_the_numbers_of_the_harness_own_model_in_any_layout(folder: P
 
 
 def test_requests_at_the_limit_and_beyond(model: Transformer, folder: Path):
-    """The limit is where the harness has it: a scored request's last token is not read."""
+    """The limit is the harness' limit: the last token of a scored request is not read."""
     hf, ours = hf_model(folder, max_length=LENGTH), our_model(model, folder)
     cutting = our_model(model, folder, truncate=True)
     ids = ours.tok_encode(" ".join(WORDS * 9))
@@ -228,7 +228,7 @@ def test_requests_at_the_limit_and_beyond(model: Transformer, folder: Path):
 
 @pytest.mark.parametrize("kind", ["yarn", "longrope", "gene", "dynamic"])
 def test_an_exported_checkpoint_with_rescaled_rope_answers_as_in_the_harness(kind: str, tmp_path: Path):
-    """Below the original length, at it, and beyond it: RoPE may depend on how much is read."""
+    """Below the original length, at it and beyond it: RoPE can depend on how much is read."""
     tokenizer = load_tokenizer(ASSETS)
     args = with_rope(SCALINGS[kind], replace(LLAMA, vocab_size=tokenizer.vocab_size))
     checkpoint = save(args, tmp_path / "checkpoint")
@@ -247,7 +247,7 @@ def test_an_exported_checkpoint_with_rescaled_rope_answers_as_in_the_harness(kin
 
 
 def test_a_tokenizer_with_bos_of_its_own_and_a_chat_template(model: Transformer, folder: Path, tmp_path: Path):
-    """As Llama 3's: the harness begins every text with BOS, but one that has it already."""
+    """Like Llama 3's: the harness begins every text with BOS, unless the text has it already."""
     home = tmp_path / "with bos"
     shutil.copytree(folder, home)
     tokenizer = json.loads((home / "tokenizer.json").read_text())

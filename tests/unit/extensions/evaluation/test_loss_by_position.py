@@ -46,7 +46,7 @@ def token_losses(model: Transformer, tokens: torch.Tensor, rope: RopeArgs | None
 def test_losses_are_those_of_all_logits_at_once_whatever_the_tile(model: Transformer):
     tokens = tokens_of(401)
     expected = losses_of_all_logits(model, tokens)
-    assert expected.std() > 1  # a model that gives all tokens the same would prove nothing
+    assert expected.std() > 1  # a model with the same loss for all tokens would prove nothing
     whole = model.output.tile_bytes
     for tokens_in_tile in (1, 256, 10_000):
         model.output.tile_bytes = 4 * VOCABULARY * tokens_in_tile
@@ -103,7 +103,7 @@ def test_ranges_are_means_over_the_positions_of_all_documents(model: Transformer
         here = torch.cat([x[begin:end] for x in losses])
         assert found["count"][i] == len(here) and found["nll"][i] == pytest.approx(float(here.mean()), abs=1e-5)
     assert found["mean_nll"] == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
-    # further tokens than the last edge are left out
+    # tokens beyond the last edge are left out
     cut = position_losses(model, Ranks(), documents[:1], (0, 10, 64))
     assert cut["count"] == [10, 54] and cut["nll"][1] == pytest.approx(float(losses[0][10:64].mean()), abs=1e-5)
 
@@ -143,7 +143,7 @@ def test_long_and_short_lists_and_factors_by_the_length():
 
 
 def checkpoint(model: Transformer, folder: Path, tokenizer: str) -> Path:
-    """A run's dump folder with one checkpoint; -> the checkpoint."""
+    """Makes a run's dump folder with one checkpoint, and returns the checkpoint."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         checkpointer = Checkpointer(Checkpoint(), folder)
@@ -229,7 +229,7 @@ def test_the_command_line_measures_writes_and_draws(model: Transformer, folder: 
 
 
 def test_one_cut_is_not_drawn_as_the_other(script, tmp_path: Path, monkeypatch):
-    """Results that are older than --reset say "window" for it."""
+    """Results older than --reset have "window" for a reset."""
     common = {"label": "x", "edges": [0, 8], "length": 8, "trained_length": None}
     old = [{"window": None, "nll": [1.0]}, {"window": 64, "nll": [2.0]}]
     new = [{"window": 64, "reset_every": None, "nll": [1.0]}, {"window": None, "reset_every": 64, "nll": [None]}]

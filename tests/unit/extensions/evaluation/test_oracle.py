@@ -1,5 +1,5 @@
-"""The whole way from a question to a table of scores, with models whose answers are known: one that writes what is
-asked for scores 100% on every task in both ways, one that knows nothing 0%."""
+"""From questions to a table of scores, with models whose answers are known: a model that writes the right answers
+scores 100% on every task in both ways, a model that knows nothing scores 0%."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ARGS = TransformerArgs(16, 1, 2, 1, 8, 16, TOKENIZER.vocab_size, rope=RopeArgs(1
 
 
 class Uniform(Transformer):
-    """Logits that prefer nothing."""
+    """All logits are equal."""
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, mask: Any, **options: Any) -> Any:
         if options.get("labels") is not None:
@@ -35,8 +35,8 @@ class Uniform(Transformer):
 
 
 class Oracle(Uniform):
-    """Knows the answer behind each prompt, then ends. It sees what the evaluation gives it: a stream of documents,
-    prompts and answers, and after that one new token of each prompt."""
+    """Knows the answer to each prompt, then ends. It sees what the evaluation gives it: a stream of documents, prompts
+    and answers, and then one new token per prompt."""
 
     def __init__(self, items: Sequence[Question]):
         super().__init__(ARGS)
@@ -93,7 +93,7 @@ def grids(model: Transformer, prepared: Any) -> dict[str, Any]:
     return result
 
 
-def test_who_knows_the_answers_scores_all(prepared: Any):
+def test_a_model_that_knows_the_answers_scores_all(prepared: Any):
     model = Oracle([item for items in prepared.questions.values() for item in items])
     result = grids(model, prepared)
     for task, grid in result["tasks"].items():
@@ -104,8 +104,8 @@ def test_who_knows_the_answers_scores_all(prepared: Any):
 
 
 def test_answers_count_for_their_own_questions(prepared: Any):
-    """Of each task the first item's answer is wrong in one token, the first or the last: its cell alone falls, to the
-    other items' share."""
+    """In each task the answer to the first question is wrong in one token, the first or the last: its cell alone falls,
+    to the share of the other questions."""
     for at in (0, -1):
         items = []
         for several in prepared.questions.values():
@@ -125,7 +125,7 @@ def check_first_items_are_wrong(items: list[Question], prepared: Any) -> None:
                 assert grid["exact"][i][d] == (count - hit) / count, task
 
 
-def test_who_knows_nothing_scores_none(prepared: Any):
+def test_a_model_that_knows_nothing_scores_none(prepared: Any):
     result = grids(Uniform(ARGS), prepared)
     for task, grid in result["tasks"].items():
         assert {cell for what in ("score", "exact") for row in grid[what] for cell in row} == {0.0}, task

@@ -1,4 +1,5 @@
-"""Tokenizers that put a space before a text (Llama 2, Mistral): an answer has the tokens it has behind its prompt."""
+"""Tokenizers that put a space before a text (Llama 2, Mistral): an answer has the tokens that it has after its
+prompt."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ ASSETS = Path(__file__).parents[4] / "assets" / "tokenizer"
 
 @pytest.fixture(scope="module")
 def prepending(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Of Llama 2's kind, trained on Python's reference."""
+    """A tokenizer of Llama 2's kind, trained on Python's reference."""
     made = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     made.decoder = decoders.Sequence(
@@ -45,7 +46,7 @@ def test_it_is_of_that_kind(prepending: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("name", ["ruler", "recall"])
-def test_targets_are_what_stands_behind_the_prompt(name: str, prepending: Tokenizer) -> None:
+def test_targets_are_what_follows_the_prompt(name: str, prepending: Tokenizer) -> None:
     names = [n for n in (ruler.ALL if name == "ruler" else recall.TASKS) if not n.startswith("qa")]
     for task in tasks_of(names):
         (item,) = task.make(prepending, default_text(), 8192, 1, 5, None)
@@ -55,7 +56,7 @@ def test_targets_are_what_stands_behind_the_prompt(name: str, prepending: Tokeni
         assert prepending.encode(prepending.decode(prompt) + said) == prompt + target, task.name
 
 
-def test_a_needles_answer_is_what_stands_behind_the_question(prepending: Tokenizer) -> None:
+def test_a_needles_answer_is_what_follows_the_question(prepending: Tokenizer) -> None:
     text = torch.tensor(prepending.encode(default_text()))
     for depth in (0.0, 0.5, 1.0):
         asked = needle_question(prepending, text, 700, np.random.default_rng(3), depth=depth)

@@ -1,4 +1,5 @@
-"""HELMET's recall tasks: an oracle that reads gets all of them, who knows nothing none, depths and examples."""
+"""HELMET's recall tasks: a reader of the prompts scores all, and budgets, depths and examples are the published
+ones."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ TEXT = " ".join(f"The river {i} is near the stone. A bird sees it.\n" for i in r
 
 @pytest.mark.parametrize("name", [*recall.TASKS])
 @pytest.mark.parametrize("length", [512, 1024, 2048, 8192, 16384])
-def test_who_reads_scores_all_and_lengths_are_kept(name: str, length: int):
+def test_a_reader_scores_all_and_lengths_are_kept(name: str, length: int):
     if length == 512 and name in ("json_kv", "niah_mk_3"):
         return  # UUIDs of the tests' tokenizer are too long
     task = recall.TASKS[name]

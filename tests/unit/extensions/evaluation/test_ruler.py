@@ -1,4 +1,5 @@
-"""RULER's tasks: an oracle that reads gets all of them, who knows nothing none, and lengths are what was asked for."""
+"""RULER's tasks: a reader of the prompts scores all, lengths are kept, and counts and wording are the published
+ones."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def text_of(item: Question) -> str:
 
 
 @pytest.mark.parametrize("name", [*ruler.ALL])
-def test_who_reads_scores_all_and_lengths_are_kept(name: str, qa_files: list[Path]):
+def test_a_reader_scores_all_and_lengths_are_kept(name: str, qa_files: list[Path]):
     task = task_named(name, qa_files)
     for length in LENGTHS:
         if length < SHORTEST.get(name, 512):
@@ -111,7 +112,7 @@ def test_needles_stand_anywhere():
     items = ruler.TASKS["niah_single_2"].make(TOKENIZER, TEXT, 1024, 30, 0, None)
     places = [text_of(item).index("One of the special") / len(text_of(item)) for item in items]
     assert min(places) < 0.2 and max(places) > 0.6
-    assert all(re.search(r"[.!?] One of|\nOne of", text_of(item)) for item in items)  # behind a sentence
+    assert all(re.search(r"[.!?] One of|\nOne of", text_of(item)) for item in items)  # after a sentence
 
 
 def test_variables_are_chained():
@@ -180,8 +181,8 @@ def test_scores_on_cases_made_by_hand(qa_files: list[Path]):
 
 
 def test_the_wording_is_that_of_the_harness(qa_files: list[Path]):
-    """lm-evaluation-harness has RULER's templates, from NVIDIA's own code; read there, not copied here. Only vt's space
-    behind the last colon is left out (docs/evaluation.md)."""
+    """lm-evaluation-harness has RULER's templates, from NVIDIA's own code; they are read there, not copied here. Only
+    vt's space after the last colon is left out (docs/evaluation.md)."""
     spec = importlib.util.find_spec("lm_eval")
     assert spec and spec.submodule_search_locations
     folder = Path(spec.submodule_search_locations[0]) / "tasks" / "ruler"
@@ -211,7 +212,7 @@ def test_the_wording_is_that_of_the_harness(qa_files: list[Path]):
         parts = re.split(r"(\{\w+\})", template.rstrip())
         pattern = "".join(r"(?s:.+)" if part.startswith("{") else re.escape(part) for part in parts)
         prompt = text_of(item)
-        begins = prompt.rindex(parts[0]) if name in ("vt", "cwe") else 0  # behind a worked example of the same form
+        begins = prompt.rindex(parts[0]) if name in ("vt", "cwe") else 0  # after a worked example of the same form
         assert re.fullmatch(pattern, prompt[begins:]), name
         assert re.match(pattern, prompt), name
     assert ruler.NOISE in source

@@ -128,7 +128,7 @@ def test_the_same_seed_gives_the_same_search_and_what_is_remembered_is_not_asked
     assert count <= 12 + 6 * 6 and len(set(asked)) == count
     assert evolve(SMALL, rate, 3, population=12, iterations=6) == whole
     assert evolve(SMALL, rate, 4, population=12, iterations=6) != whole
-    # gone through again from half of what is known: only the other half is asked
+    # repeated with half of the fitnesses known: only the other half is asked
     half = dict(list(known.items())[: count // 2])
     known.clear()
     known.update(half)
@@ -206,7 +206,7 @@ def test_the_command_line_searches_resumes_and_writes_a_rope_table(model, folder
     pieces = torch.tensor(TOKENIZER.encode(text.read_text())).split(160)
     prompts = [needle_question(TOKENIZER, pieces[i], 160, np.random.default_rng([0, i])) for i in range(2)]
     assert best == pytest.approx(float(answer_losses(model, Ranks(), prompts, rope).mean().exp()), rel=1e-4)
-    # cut off after five candidates, the search goes on to the same end, measuring only the others
+    # cut off after five candidates, the search continues to the same end and measures only the others
     written = out.read_text()
     state.write_text(json.dumps(json.loads(state.read_text()) | {"measured": measured[:5]}))
     assert run(what) == 0 and "5 candidates are known" in capsys.readouterr().err
