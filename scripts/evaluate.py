@@ -48,11 +48,11 @@ def main(args: list[str]) -> int:
             return launch([sys.executable, __file__, *args], options.processes)
         result = run(options, config, folder)
         if rank == 0:
-            from torchtitan.extensions.evaluation.results import write
+            from torchtitan.extensions.evaluation.results import write_result
 
             print(as_table(result))
             if options.out:
-                write(result, options.out)
+                write_result(result, options.out)
                 print(options.out)
             else:
                 print("note: nothing is saved; --out FILE.json saves the result", file=sys.stderr)

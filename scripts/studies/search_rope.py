@@ -43,32 +43,32 @@ def main(args: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the search and of the needles (0)")
     parser.add_argument("--state", type=Path, help="JSON file that keeps every candidate measured so far")
     parser.add_argument("--out", type=Path, help="TOML file to write")
-    own = parser.parse_args(args)
+    options = parser.parse_args(args)
     try:
-        check_arguments(own)
-        toml = search(own)
+        check_arguments(options)
+        toml = search(options)
         print(toml, end="")
-        if own.out:
-            write_text(own.out, toml)
+        if options.out:
+            write_text(options.out, toml)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def check_arguments(own: argparse.Namespace) -> None:
+def check_arguments(options: argparse.Namespace) -> None:
     """UserError for what can be found wrong without PyTorch."""
     for key in ("model", "text", "length"):
-        if getattr(own, key) is None:
+        if getattr(options, key) is None:
             raise UserError(f"--{key} is not given; see --help.")
     for key, least in (("length", 1), ("prompts", 1), ("pieces", 1), ("population", 4), ("iterations", 0), ("seed", 0)):
-        if getattr(own, key) < least:
-            raise UserError(f"--{key} = {getattr(own, key)} must be {least} or more.")
-    if own.out:
-        check_can_be_written(own.out)
+        if getattr(options, key) < least:
+            raise UserError(f"--{key} = {getattr(options, key)} must be {least} or more.")
+    if options.out:
+        check_can_be_written(options.out)
 
 
-def search(own: argparse.Namespace) -> str:
+def search(options: argparse.Namespace) -> str:
     """The [rope] table of the best candidate."""
     # PyTorch takes seconds to import: a mistake on the command line should not.
     import numpy as np
@@ -80,26 +80,27 @@ def search(own: argparse.Namespace) -> str:
     from torchtitan.models.rope_scaling import LongRopeScaling, YarnScaling
     from torchtitan.tools.device import device_type
 
-    device = own.device or device_type()
-    loaded = load(own.model, own.dtype, device, own.tokenizer, own.attention_backend)
+    device = options.device or device_type()
+    loaded = load(options.model, options.dtype, device, options.tokenizer, options.attention_backend)
     model, args = loaded.model, loaded.model.args
-    original = own.original or getattr(args.rope.scaling, "original_max_position_embeddings", None)
+    original = options.original or getattr(args.rope.scaling, "original_max_position_embeddings", None)
     original = original or args.rope.max_position_embeddings
     if original is None:
-        raise UserError(f"{own.model} does not say how long it was trained for: give --original.")
-    if own.length <= original:
-        raise UserError(f"--length = {own.length} is not beyond the original length, {original}: nothing to search.")
-    space = Space(args.rope.theta, args.head_dim, original, own.length)
+        raise UserError(f"{options.model} does not say how long it was trained for: give --original.")
+    length, pieces = options.length, options.pieces
+    if length <= original:
+        raise UserError(f"--length = {length} is not beyond the original length, {original}: nothing to search.")
+    space = Space(args.rope.theta, args.head_dim, original, length)
 
-    texts = long_documents(own.text, loaded.tokenizer, own.length, own.prompts, own.text_field, pieces=own.pieces)
-    if len(texts) < own.prompts:
+    texts = long_documents(options.text, loaded.tokenizer, length, options.prompts, options.text_field, pieces=pieces)
+    if len(texts) < options.prompts:
         raise UserError(
-            f"--prompts = {own.prompts}, but --text gives {len(texts)} stretches of {own.length:,} tokens, at most "
-            f"{own.pieces} per document. Give more text, a larger --pieces, or fewer --prompts."
+            f"--prompts = {options.prompts}, but --text gives {len(texts)} stretches of {length:,} tokens, at most "
+            f"{pieces} per document. Give more text, a larger --pieces, or fewer --prompts."
         )
-    bos = loaded.tokenizer.bos_id if own.add_bos else None
+    bos = loaded.tokenizer.bos_id if options.add_bos else None
     prompts = [
-        needle_question(loaded.tokenizer, text, own.length, np.random.default_rng([own.seed, i]), bos)
+        needle_question(loaded.tokenizer, text, length, np.random.default_rng([options.seed, i]), bos)
         for i, text in enumerate(texts)
     ]
     check_vocabulary(max(int(p.prompt.max()) for p in prompts), args.vocab_size, loaded.tokenizer)
@@ -114,19 +115,19 @@ def search(own: argparse.Namespace) -> str:
     tokens = b"".join(x.numpy().tobytes() for p in prompts for x in (p.prompt, p.target))
     content = hashlib.sha256(tokens).hexdigest()[:16]
     settings = {
-        "model": str(own.model),
+        "model": str(options.model),
         "theta": args.rope.theta,
         "original": original,
-        "length": own.length,
-        "dtype": own.dtype,
+        "length": length,
+        "dtype": options.dtype,
         "prompts": content,
     }
-    known = {Candidate(d, tuple(high)): value for d, high, value in read_state(own.state, settings)}
+    known = {Candidate(d, tuple(high)): value for d, high, value in read_state(options.state, settings)}
     if known:
-        print(f"{own.state}: {len(known)} candidates are known", file=sys.stderr)
+        print(f"{options.state}: {len(known)} candidates are known", file=sys.stderr)
     at_start = len(known)
 
-    total = own.population + own.iterations * (own.population - own.population // 2)
+    total = options.population + options.iterations * (options.population - options.population // 2)
     with model_progress(model, (total - at_start + 2) * len(prompts)) as describe:
         describe("for comparison")
         before = {
@@ -137,24 +138,24 @@ def search(own: argparse.Namespace) -> str:
         def fitness(candidate: Candidate) -> float:
             if candidate not in known:
                 known[candidate] = perplexity(rope_of(candidate))
-                if own.state:
+                if options.state:
                     measured = [[c.d_rcd, list(c.high), value] for c, value in known.items()]
-                    write_text(own.state, json.dumps({"settings": settings, "measured": measured}))
+                    write_text(options.state, json.dumps({"settings": settings, "measured": measured}))
             return known[candidate]
 
         def on_iteration(done: int, living: list[tuple[float, Candidate]]) -> None:
             best, candidate = living[0]
-            describe(f"iteration {done} of {own.iterations}: best {best:.4f}, d_rcd {candidate.d_rcd}")
+            describe(f"iteration {done} of {options.iterations}: best {best:.4f}, d_rcd {candidate.d_rcd}")
 
-        living = evolve(space, fitness, own.seed, own.population, own.iterations, on_iteration)
+        living = evolve(space, fitness, options.seed, options.population, options.iterations, on_iteration)
     best, candidate = living[0]
     start = min(known[c] for c in known if len(set(c.high)) == 1)
     return as_toml(
         candidate.factors(),
         original,
         [
-            f"LongRoPE2's search: {own.length:,} tokens from {original:,}, {len(known):,} candidates on {len(prompts)} "
-            f"prompts, seed {own.seed}, {own.dtype}.",
+            f"LongRoPE2's search: {length:,} tokens from {original:,}, {len(known):,} candidates on {len(prompts)} "
+            f"prompts, seed {options.seed}, {options.dtype}.",
             f"d_rcd {candidate.d_rcd} of {space.indices.start} to {space.indices.stop - 1} (the theory's critical "
             f"index), {space.pairs} pairs.",
             f"Perplexity of the answers: {best:.4f}; the best of one factor from d_rcd on {start:.4f}; "

@@ -115,7 +115,7 @@ class CachedAttention:
             return self.core.finish(q, started, mask)
         out, lse = self._attend(q[: len(self.slots.batch)], mask.segments.window)
         if self.slots.ranks.cp_group is not None:
-            out = merge(out, lse, self.slots.ranks.cp_group)
+            out = merge_over_ranks(out, lse, self.slots.ranks.cp_group)
         padding = q.new_zeros(len(q) - len(out), *q.shape[1:])
         return torch.cat((out.to(q.dtype), padding))
 
@@ -131,7 +131,7 @@ class CachedAttention:
         return (weights @ values).flatten(1, 2), lse.flatten(1)
 
 
-def merge(out: torch.Tensor, lse: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def merge_over_ranks(out: torch.Tensor, lse: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Outputs [B, H, D] and log-sum-exps [B, H] over each rank's keys -> the output over all keys, on every rank."""
     top = lse.clone()
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
@@ -242,14 +242,14 @@ def generate(
         pick = partial(choose, temperature=temperature, top_p=top_p, draws=draws)
         limits = [max_new_tokens] * len(some)
         targets = [DUMMY_TARGET] * len(some)
-        texts, _ = write(model, ranks, some, targets, limits, stop_ids, used, bool(batch), pick, stop)
+        texts, _ = write_and_score(model, ranks, some, targets, limits, stop_ids, used, bool(batch), pick, stop)
         for i, tokens in zip(batch, texts):
             written[i] = tokens
     return written
 
 
 @torch.no_grad()
-def write(
+def write_and_score(
     model: Transformer,
     ranks: Ranks,
     prompts: Sequence[torch.Tensor],

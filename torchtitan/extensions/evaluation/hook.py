@@ -17,7 +17,7 @@ from torchtitan.components.manifest import results_file
 from torchtitan.extensions.evaluation.checks import is_asked_for
 from torchtitan.extensions.evaluation.evaluate import Prepared, evaluate, prepare
 from torchtitan.extensions.evaluation.forward import Ranks
-from torchtitan.extensions.evaluation.results import scalars, settings_in, summary, write
+from torchtitan.extensions.evaluation.results import scalars, settings_in, summary, write_result
 from torchtitan.tools.folders import put_aside
 from torchtitan.tools.logging import logger
 
@@ -96,7 +96,7 @@ class EvaluationHook(Hook):
             "seconds": round(time.perf_counter() - start, 1),
         }
         if trainer.rank == 0:
-            write(result, results_file(config, step))
+            write_result(result, results_file(config, step))
             if trainer.metrics.tensorboard:
                 _show(result, step, trainer.metrics.tensorboard)
         logger.info(f"evaluation after step {step} ({result['seconds']} s): {summary(result)}")

@@ -21,7 +21,7 @@ def settings_in(file: Path) -> dict[str, Any] | None:
     return settings if isinstance(settings, dict) else None
 
 
-def write(result: dict[str, Any], file: Path) -> None:
+def write_result(result: dict[str, Any], file: Path) -> None:
     """Write the JSON, complete or not at all, and a picture beside it for each part of the result: FILE_TASK.png per
     task with depths, FILE_tasks.png for all others, FILE_positions.png. Pictures of an earlier result are deleted."""
     from torchtitan.extensions.evaluation import plots

@@ -41,7 +41,7 @@ class Documents:
 
 
 @cache
-def read(file: Path) -> Documents:
+def _read(file: Path) -> Documents:
     """A file in the form of SQuAD 2.0 or HotpotQA, recognized by what it holds. UserError for anything else."""
     if not file.is_file():
         raise UserError(f"evaluation.qa_files names {file}, which does not exist.")
@@ -88,7 +88,7 @@ def _hotpot(entries: list[dict]) -> Documents:
 
 def qa_task(file: Path) -> Task:
     """qa_1 or qa_2, whichever the file is for; UserError for a file that is for neither."""
-    documents = read(file)
+    documents = _read(file)
     name = documents.task
     texts, asked = documents.texts, documents.asked
 

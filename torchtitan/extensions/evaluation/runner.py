@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.evaluation.forward import DUMMY_PROMPT, Ranks, answer_scores, document_losses
-from torchtitan.extensions.evaluation.generate import groups_of, write
+from torchtitan.extensions.evaluation.generate import groups_of, write_and_score
 from torchtitan.extensions.evaluation.questions import Question, Score
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.transformer import Transformer
@@ -69,7 +69,7 @@ def score_questions(
         read = [one.prompt for one in some] or [DUMMY_PROMPT], [one.target for one in some] or [DUMMY_PROMPT]
         if writes:
             limits = [one.max_new_tokens for one in some] or [1]
-            written, forced = write(model, ranks, *read, limits, stops, used, needed=bool(some))
+            written, forced = write_and_score(model, ranks, *read, limits, stops, used, needed=bool(some))
         else:
             written, forced = [], answer_scores(model, ranks, *read, used)
         for k, (one, (logprobs, likeliest)) in enumerate(zip(some, forced)):

@@ -374,7 +374,7 @@ def test_pictures_of_an_earlier_result_are_not_left_beside_a_new_one(tmp_path: P
     for name in names | others:
         (tmp_path / name).write_bytes(b"")
     grid = {"lengths": [8], "depths": None, "count": [[1]]} | dict.fromkeys(("score", "exact", "logprob"), [[0.5]])
-    results.write({"label": "x", "perplexity": {}, "tasks": {"vt": grid}}, tmp_path / "x.json")
+    results.write_result({"label": "x", "perplexity": {}, "tasks": {"vt": grid}}, tmp_path / "x.json")
     assert {file.name for file in tmp_path.iterdir()} == {"x.json", "x_tasks.png"} | others
     assert (tmp_path / "x_tasks.png").stat().st_size
 

@@ -13,7 +13,7 @@ from tests.unit.extensions.evaluation.full_logits import losses_of_all_logits
 from torchtitan.attention.segments import Segments
 from torchtitan.extensions.evaluation import evaluate
 from torchtitan.extensions.evaluation.forward import Ranks, answer_scores, document_losses, window_pieces
-from torchtitan.extensions.evaluation.generate import choose, generate, groups_of, write
+from torchtitan.extensions.evaluation.generate import choose, generate, groups_of, write_and_score
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_scaling import DynamicNTKScaling, YarnScaling
 from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
@@ -102,7 +102,7 @@ def test_teacher_forcing_is_greedy_generation_on_200_cases():
         some = range(0, 40, 5)  # both from one reading
         chosen = [prompts[i] for i in some], [targets[i] for i in some]
         limits = [1 + n % 6 for n in range(len(some))]
-        together, forced = write(model, SDPA, *chosen, limits, frozenset(), model.args.rope)
+        together, forced = write_and_score(model, SDPA, *chosen, limits, frozenset(), model.args.rope)
         assert together == [written[i][:limit] for i, limit in zip(some, limits, strict=True)]
         for i, (logprobs, likeliest) in zip(some, forced, strict=True):
             expected, exact = scores[order.index(i)]
