@@ -162,7 +162,7 @@ def _apply_filters(source: Source, data: Data, tokens: np.ndarray, separator: in
 def piece_limit(source: Source, data: Data, seq_len: int) -> int | None:
     """Tokens of the longest piece of a document before packing; None: packing alone cuts (concat)."""
     limits = [n for n in (source.chunk_length, CUT_AT.get(data.strategy)) if n is not None]
-    if data.packing != "concat":  # there rows are cut where they end, and a document's place decides how
+    if data.packing != "concat":  # concat cuts documents where rows end
         limits.append(seq_len)
     return min(limits) if limits else None
 

@@ -72,7 +72,7 @@ class Tokenizer:
         """Ids of the text, without BOS and EOS; the spelling of a special token is ordinary text."""
         return self._encode_batch([text])[0]
 
-    def encode_behind(self, text: str) -> list[int]:
+    def encode_continuation(self, text: str) -> list[int]:
         """Ids of a text that continues another: tokenizers of the SentencePiece kind (Llama 2, Mistral) put a space
         before the first character of a text, which must not appear in the middle of one."""
         for before in (":", "a"):

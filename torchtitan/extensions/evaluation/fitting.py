@@ -72,7 +72,7 @@ class Task:
 
         def attempt(size: int) -> tuple[Wording, list[int], list[int], int]:
             wording = render(size)
-            ids, target = bos + tokenizer.encode(wording.prompt), tokenizer.encode_behind(wording.target)
+            ids, target = bos + tokenizer.encode(wording.prompt), tokenizer.encode_continuation(wording.target)
             return wording, ids, target, len(ids) + max(self.max_new_tokens, len(target))
 
         low, best = least, attempt(least)

@@ -78,7 +78,9 @@ def needle_question(
         "name": f"{COLOURS[rng.integers(len(COLOURS))]} {THINGS[rng.integers(len(THINGS))]}",
         "number": str(rng.integers(10 ** (DIGITS - 1), 10**DIGITS)),
     }
-    needle, question, answer = (tokenizer.encode_behind(part.format(**words)) for part in (NEEDLE, QUESTION, ANSWER))
+    needle, question, answer = (
+        tokenizer.encode_continuation(part.format(**words)) for part in (NEEDLE, QUESTION, ANSWER)
+    )
     bos = [] if bos_id is None else [bos_id]
     hay_length = length - spare - len(bos) - len(needle) - len(question) - len(answer)
     if hay_length < 0:

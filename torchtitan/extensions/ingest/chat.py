@@ -87,7 +87,7 @@ class ChatEncoder:
         for start, stop in one.responses:  # a token belongs where it begins
             first, end = bisect_left(starts, start), bisect_left(starts, stop)
             if one.marked and first and spans[first - 1][1] > start:
-                first -= 1  # but a token that a mark stands in is trained: transformers' assistant masks
+                first -= 1  # but a token that a mark falls into is trained, as in transformers' assistant masks
             roles[first:end] = ASSISTANT
         return np.stack([np.array(ids, np.int32), roles])
 
@@ -131,10 +131,10 @@ class ChatEncoder:
                 )
             spans.append(self._to_end_of_turn(text, len(before), len(after), may_grow=False))
         self._check_written(text[slice(*spans[-1])], messages[-1])
-        # of the last response's, before and text are what is compared: a header behind it is not the model's to say
+        # If asking for an answer changes nothing, the text may end with the prompt for one, which must not be trained.
         if before == self._template.render(messages[:-1], tools):
             ends_both = os.path.commonprefix([before[::-1], text[::-1]])[::-1]
-            # two messages that are equal end alike, with what they say
+            # two equal messages have a common end too, but that holds what they say
             if len(self._special.findall(ends_both)) > 1 and messages[-1]["content"].strip() not in ends_both:
                 raise ValueError(
                     f"the chat template in {self._template.path} puts the prompt for an answer after every "
@@ -195,7 +195,7 @@ def _conversation(record: dict[str, Any], field: str) -> tuple[list[dict[str, An
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
-            raise ValueError(f"the field 'tools' is no JSON: {error}.") from error
+            raise ValueError(f"the field 'tools' is not JSON: {error}.") from error
     if tools and not isinstance(tools, list):
         raise ValueError(f"the field 'tools' is a {type(tools).__name__}, not a list of tools.")
     for text in _strings([messages, tools]):

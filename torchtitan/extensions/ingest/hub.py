@@ -115,7 +115,7 @@ def _parse(source: Source, data: Data, cache: Path) -> tuple[Request, list[Sourc
         folder = (Path(data.folder).expanduser() / Path(name).expanduser()).absolute()
         paths = files_below(folder) if folder.is_dir() else []
         if not paths:
-            raise UserError(f"The path {source.path!r} of data source {source.name!r}: {folder} is no folder of files.")
+            raise UserError(f"Data source {source.name!r}: path {source.path!r} is not a folder of files ({folder}).")
         name, files = str(folder), hash_files(paths, cache)
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(

@@ -150,7 +150,7 @@ def read_shard(shard: MdsShard) -> Iterator[tuple[np.ndarray, bool]]:
         if ids.ndim != 1:
             raise UserError(f"{where}: input_ids has the shape {ids.shape}; it must have one dimension.")
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= 1 << 31):
-            raise UserError(f"{where}: input_ids holds {ids.min()} to {ids.max()}, which are no token ids.")
+            raise UserError(f"{where}: input_ids holds {ids.min()} to {ids.max()}, which are not token ids.")
         document = ids.astype(np.int32)
         if "mask" in columns:
             mask = columns["mask"]
@@ -212,7 +212,7 @@ def _columns(shard: MdsShard, sample: np.ndarray, where: str) -> dict[str, np.nd
                 result[name] = _array(sample[at : at + size].tobytes(), *_parse_encoding(shard.path, name, encoding))
             except (ValueError, IndexError, KeyError) as error:
                 raise UserError(
-                    f"{where} is damaged: its column {name} is no array of integers ({type(error).__name__} {error})."
+                    f"{where} is damaged: column {name} is not an array of integers ({type(error).__name__} {error})."
                 ) from error
         at += size
     return result

@@ -41,7 +41,7 @@ def prepending(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def test_it_is_of_that_kind(prepending: Tokenizer) -> None:
-    assert prepending.encode(" 12") != prepending.encode("a 12")[1:] == prepending.encode_behind(" 12")
+    assert prepending.encode(" 12") != prepending.encode("a 12")[1:] == prepending.encode_continuation(" 12")
     assert prepending.decode(prepending.encode("a 12")) == "a 12"
 
 

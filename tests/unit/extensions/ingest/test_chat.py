@@ -322,7 +322,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
         {"messages": CHAT[:2]},
         "line 1: the chat template in .* the prompt for an answer after .* make it depend on add_generation_prompt",
     ),
-    "tools that are no JSON": (TEMPLATES["chatml"], GOOD | {"tools": "[add"}, "line 2: the field 'tools' is no JSON"),
+    "tools that are not JSON": (TEMPLATES["chatml"], GOOD | {"tools": "[add"}, "line 2: the field 'tools' is not JSON"),
 }
 
 

@@ -418,7 +418,7 @@ def test_a_path_that_names_no_dataset(tokenizer: Tokenizer, data: Data, path: st
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"path": "hub:./nothing"}, ["hub:./nothing", "no folder"]),
+        ({"path": "hub:./nothing"}, ["hub:./nothing", "is not a folder"]),
         ({"hub_split": "validation"}, ["hub_split = 'validation'", "'train'", "'test'"]),
         ({"hub_subset": "en"}, ["hub_subset = 'en'", "default"]),
         ({"text_field": "body"}, ["'body'", "text_field", "'text', 'n'"]),
