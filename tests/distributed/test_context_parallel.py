@@ -28,7 +28,7 @@ EXCHANGES = ("allgather", "needed", "ulysses")
 
 
 def packing(rng: np.random.Generator, cp: int, number: int) -> Segments:
-    """Some 500 to 1500 tokens: one document, a document a block (contiguous then sends nothing), or of all lengths, now
+    """Some 500 to 1500 tokens: one document, one per block (contiguous then sends nothing), or of all lengths, now
     and then with a window or anchors."""
     total = BLOCK * cp * int(rng.integers(1, 3, endpoint=True)) * (1 if cp > 2 else 2)
     if number == 0:

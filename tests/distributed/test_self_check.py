@@ -41,7 +41,7 @@ def documents_ignored() -> Any:
 
 
 def gathered_on_the_wrong_dimension() -> Any:
-    """What has arrived is read as if it had been laid side by side instead of end to end."""
+    """What has arrived is read as if it lay side by side instead of end to end."""
     real = exchange_module.Permute.forward
 
     def forward(ctx, x, place, inverse):
@@ -91,7 +91,7 @@ def with_masks(change: Any) -> Any:
 
 
 def one_token_wide(mask: Mask) -> Mask:
-    """Segments that reach one token into the document before."""
+    """Segments that reach one token into the previous document."""
     wider = replace(mask.segments, k_start=(mask.segments.k_start - 1).clip(0))
     return replace(mask, segments=wider, prepared=wider)
 
@@ -111,12 +111,12 @@ def windows_ignored() -> Any:
 
 
 def window_one_token_wide() -> Any:
-    """The window's segments reach one token into the document before; those of the other layers do not."""
+    """The window's segments reach one token into the previous document; those of the other layers do not."""
     return with_masks(lambda masks: {"sliding_attention": one_token_wide(masks["sliding_attention"])})
 
 
 def window_too_wide() -> Any:
-    """Windows of one token more, where all layers have one."""
+    """Windows of one token more, if all layers have one."""
 
     def change(masks):
         mask = masks["sliding_attention"]
@@ -143,7 +143,7 @@ def anchors_ignored() -> Any:
 
 
 def fp8_scale_lost() -> Any:
-    """Of the layers in FP8 one gives twice of what it should."""
+    """One of the layers in FP8 gives twice what it should."""
     real = parallelize_module.apply_quantize
 
     def apply_quantize(model, *rest):

@@ -89,5 +89,5 @@ def _attend(
     """The function that is compiled: q [1, H, T, D], k, v [1, Hkv, K, D] and the mask as tensors -> [1, H, T, D]."""
     mask = assemble(first, last, anchor, k.shape[2], tables)
     out = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-    assert isinstance(out, torch.Tensor)  # a tuple only where log-sum-exps are asked for
+    assert isinstance(out, torch.Tensor)  # a tuple only if log-sum-exps are asked for
     return out

@@ -1,7 +1,7 @@
 """Attention over segments with FlashAttention's kernel for documents of unequal length, torch.nn.attention.varlen.
 
-CUDA only, bfloat16 or float16. The kernel's segments are ours, causal from the bottom right, but it wants the keys of
-one segment after those of the other. If ours lie otherwise, as on a context-parallel rank, they are gathered first.
+CUDA only, bfloat16 or float16. The kernel's segments are ours, causal from the bottom right, but its keys must lie one
+segment after the other. If ours lie otherwise, as on a context-parallel rank, they are gathered first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torchtitan.tools.movable import Movable
 
 @dataclass(frozen=True, eq=False)
 class VarlenMask(Movable):
-    """Segments as the kernel wants them."""
+    """Segments in the form of the kernel's arguments."""
 
     cu_queries: torch.Tensor
     """int32[S + 1]"""

@@ -129,7 +129,7 @@ class Llama3Scaling(Scaling):
         return between.where(is_between, slowed)
 
     def hf_length(self, trained: int) -> int:
-        return max(trained, self.original_max_position_embeddings + 1)  # transformers wants it above the original
+        return max(trained, self.original_max_position_embeddings + 1)  # transformers expects more than the original
 
 
 @dataclass(frozen=True)

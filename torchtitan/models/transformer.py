@@ -112,7 +112,7 @@ class TransformerBlock(nn.Module):
         )
         self.feed_forward = FeedForward(args.dim, args.ffn_dim)
         self.post_norm = args.post_norm
-        # named by where they stand, so that the name alone says which of Hugging Face's parameters it is
+        # named by their places, so that the name alone says which of Hugging Face's parameters it is
         if args.post_norm:
             self.attention_post_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
             self.ffn_post_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)

@@ -316,7 +316,7 @@ def anchored_rows(rng: np.random.Generator, rows: int, seq_len: int) -> PackedBa
 
 
 def test_an_anchor_moves_its_row_and_others_move_their_document() -> None:
-    """Through shard and a model with a sliding and a full layer."""
+    """Through local_batch and a model with a sliding and a full layer."""
     rng = np.random.default_rng(5)
     args = TransformerArgs(
         32, 2, 2, 1, 16, 48, 50, layer_types=("sliding_attention", "full_attention"), sliding_window=8

@@ -55,7 +55,7 @@ def work(tile: int | None = None, **options: Any) -> tuple[int, int]:
 
 
 def test_what_is_computed_again():
-    """Two documents are two kernels a block; a block has 7 products, and 14 in backward.
+    """Two documents are two kernels per block; a block has 7 products, and 14 in backward.
 
     The last one, w2, is never computed again: nothing that backward needs comes after it.
     """
@@ -71,7 +71,7 @@ def test_what_is_computed_again():
 
 
 def test_tiles_of_the_feed_forward_are_computed_again_once():
-    """Also inside of a recomputed block: 4 products outside; 3 a tile, 3 again, and 6 in backward."""
+    """Also inside a recomputed block: 4 products outside; 3 per tile, 3 again, and 6 in backward."""
     tiles = 3  # 40, 40, 16 tokens
     assert work(tile=40) == (2 * LAYERS, (4 * 3 + tiles * 12) * LAYERS)
     assert work(tile=40, mode="full") == (4 * LAYERS, (4 * 4 + tiles * 12) * LAYERS)

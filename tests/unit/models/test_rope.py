@@ -287,7 +287,7 @@ def test_lists_of_the_wrong_length_are_refused(table: Rope, named: str):
     ids=str,
 )
 def test_hugging_faces_form_reads_back(scaling: Scaling | None):
-    """With the length that it was trained for, also where max_position_embeddings has to be another number."""
+    """With the length that it was trained for, also if max_position_embeddings must be another number."""
     rope = RopeArgs(5e5, scaling, max_position_embeddings=65536)
     config = config_json(replace(FLAVORS["smollm2_135m"], rope=rope), "float32", {})
     legacy = {k: v for k, v in config.items() if k != "rope_parameters"}
@@ -329,7 +329,7 @@ def test_olmos_sliding_layers_are_not_rescaled_by_oversight():
 
 
 def test_the_length_that_a_model_covers():
-    """What is exported as max_position_embeddings: not less than in the stage before, and all of GeNE's factor."""
+    """What is exported as max_position_embeddings: not less than in the previous stage, and all of GeNE's factor."""
     model, before = RopeArgs(1e4, max_position_embeddings=4096), RopeArgs(1e6, max_position_embeddings=524288)
     assert build_rope(Rope(), model, 64, 3, 65536).max_position_embeddings == 65536
     assert build_rope(Rope(theta=1e6), model, 64, 3, 65536, before).max_position_embeddings == 524288

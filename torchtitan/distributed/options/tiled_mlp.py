@@ -39,7 +39,7 @@ def _a_tile() -> Iterator[None]:
 
 
 def apply_tiled_mlp(model: Transformer, tile_tokens: int, tp: int) -> None:
-    """Compute every feed-forward for tile_tokens at a time, of which each of tp ranks has 1 / tp in its stream."""
+    """Compute every feed-forward for tile_tokens at a time; each of tp ranks has 1 / tp of them in its stream."""
     for block in model.layers.values():
         assert isinstance(block, TransformerBlock)
         block.mlp = partial(_tiled, block.feed_forward, max(tile_tokens // tp, 1))  # type: ignore[method-assign]

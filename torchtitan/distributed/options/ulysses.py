@@ -43,7 +43,7 @@ def check_ulysses(query_heads: int, parallelism: Parallelism) -> None:
     if share % chunks:
         works = [str(n) for n in range(1, share + 1) if share % n == 0]
         raise UserError(
-            f"parallelism.context_parallel_head_chunks = {chunks} does not divide the query heads of a rank: "
+            f"parallelism.context_parallel_head_chunks = {chunks} does not divide a rank's query heads: "
             f"{query_heads} / tensor_parallel_degree {tp} / context_parallel_degree {cp} = {share}. "
             f"{', '.join(works)} would."
         )
@@ -203,7 +203,7 @@ class _ByChunks(torch.autograd.Function):
 def _send_chunk(
     core: UlyssesAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: slice, kv_heads: list[int]
 ) -> tuple[list[torch.Tensor], list[OnItsWay]]:
-    """A chunk's queries, keys and values, as leaves where gradients are enabled, and the same on their way."""
+    """A chunk's queries, keys and values, as leaves if gradients are enabled, and the same on their way."""
     parts = [q[:, heads], *(torch.stack([x[:, head] for head in kv_heads], dim=1) for x in (k, v))]
     leaves = [x.detach().requires_grad_(torch.is_grad_enabled()) for x in parts]
     return leaves, [core.send(leaves[0]), *(core.send_kv(x) for x in leaves[1:])]

@@ -137,7 +137,7 @@ def _rope(args: TransformerArgs, kind: str) -> dict[str, Any]:
             "full-attention layers alone has no form in Olmo 3's config.json: the layers with a sliding window would "
             "load with that base too."
         )
-    if kind == "olmo3":  # transformers 5 wants it by kind of layer; 4 rescales the full-attention ones by itself
+    if kind == "olmo3":  # transformers 5 reads it by kind of layer; 4 rescales the full-attention layers by itself
         plain = {"rope_type": "default", "rope_theta": form["rope_theta"]}
         config["rope_parameters"] = {"full_attention": form, "sliding_attention": plain}
     return config

@@ -181,7 +181,7 @@ def test_windows_are_read_and_felt(tmp_path: Path):
 
 
 def test_olmo3_scales_only_layers_without_a_window(tmp_path: Path):
-    """Whatever form its config.json has: by kind of layer, or as published, where rope_scaling is one for all."""
+    """Whatever form its config.json has: by kind of layer, or as published, with one rope_scaling for all."""
     reference = save_hf("olmo3, yarn", tmp_path)
     expected = ours(tmp_path).args
     assert expected.rope.layers == "full_attention" and expected.rope.scaling is not None
