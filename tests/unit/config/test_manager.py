@@ -15,7 +15,7 @@ import pytest
 
 from torchtitan.config import JobConfig, dump_toml, load_config
 from torchtitan.config import schema as job_config
-from torchtitan.config.keys import element_table, keys_of
+from torchtitan.config.keys import Decision, element_table, keys_of
 from torchtitan.config.toml_file import explain, known_keys, tomllib, torchtitan_keys
 from torchtitan.tools.errors import UserError
 
@@ -409,6 +409,26 @@ def test_help_explains_every_field_of_every_table(capsys: pytest.CaptureFixture[
             if (cls, field) not in (("Data", "sources"), ("Stage", "gates")):  # shown by the flags of its elements
                 assert f"{prefix}{field}" in output
                 assert squeezed(text) in output, f"{cls}.{field}"
+
+
+def test_help_says_range_and_decision(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_config(["--help"])
+    output = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for words in (
+        "(default: 2048; at least 1; decides rows)",
+        "(default: -1; at least 1, or -1; decides speed)",
+        "(default: None; at least 1; decides model)",  # its table says so
+        "(default: 10; at least 1)",  # decides nothing
+    ):
+        assert words in output
+
+
+def test_the_documentation_lists_what_a_key_can_decide() -> None:
+    page = (Path(job_config.__file__).parents[2] / "docs/configuration.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \| [^|]* \| (?:it is )?(?:another|the same) stage", page, re.M) == list(
+        get_args(Decision)
+    )
 
 
 def test_help_can_be_cut_short() -> None:
