@@ -28,7 +28,7 @@ from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.distributed.options.quantize import check_quantize
 from torchtitan.distributed.options.ulysses import check_ulysses
-from torchtitan.distributed.parallelize import check_backend
+from torchtitan.distributed.parallelize import check_compile_backend
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.models.architecture import as_json, complete, rope_from_manifest
 from torchtitan.models.flavor import architecture
@@ -112,7 +112,7 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
     if choose_backend(config.model.attention_backend, device_type()) == "varlen" and args.sliding_window is not None:
         check_window(args.sliding_window)
     if config.compile.enable:
-        check_backend(config.compile.backend)
+        check_compile_backend(config.compile.backend)
     tokens = config.training.seq_len * config.training.local_batch_size // p.context_parallel_degree
     check_quantize(args, config.quantize, p.tensor_parallel_degree, tokens, config.training.mlp_tile_tokens)
     if tokenizer.vocab_size > args.vocab_size:

@@ -18,7 +18,7 @@ from torchtitan.tools.device import device_type
 from torchtitan.tools.errors import UserError
 
 
-def check_backend(name: str) -> None:
+def check_compile_backend(name: str) -> None:
     """UserError if torch.compile has no such backend, or the backend does not work here, for example without a
     compiler."""
     if name not in torch.compiler.list_backends(exclude_tags=()):

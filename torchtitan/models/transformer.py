@@ -4,7 +4,7 @@ Blocks with RMSNorm before or after each branch, grouped-query attention over al
 RoPE and SwiGLU. Parameter names are torchtitan's. The input is a stream of T tokens with their positions and masks;
 nothing here knows about parallelism. What distributed/parallelize.py changes from outside, beside the parameters:
 
-- `attention.core` of every block: context parallelism;
+- `attention.core` of every block: context parallelism; its `backend`: selective recomputation;
 - `mlp` of every block: tiles of the feed-forward;
 - `forward` of every block: compilation, then recomputation around it;
 - `local_kv_heads` of the model: tensor parallelism;
