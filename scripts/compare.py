@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from torchtitan.extensions.evaluation.command_line import text_table
+from torchtitan.extensions.evaluation.command_line import check_at_least, text_table
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import read_json
 
@@ -62,8 +62,7 @@ def main(args: list[str]) -> int:
             raise UserError(f"{options.results[0]} is the only result: give at least two to compare.")
         if options.labels and len(options.labels) != len(options.results):
             raise UserError(f"--labels has {len(options.labels)} names for {len(options.results)} results.")
-        if options.short is not None and options.short < 1:
-            raise UserError(f"--short = {options.short} must be at least 1.")
+        check_at_least(options, short=1)
         if options.plot and options.plot.suffix not in PICTURES:
             raise UserError(f"--plot {options.plot} should end with {', '.join(PICTURES)}.")
         results = [read(path) for path in options.results]

@@ -25,7 +25,7 @@ from typing import Any
 
 from torchtitan.config import JobConfig
 from torchtitan.extensions.cluster.launch import launch
-from torchtitan.extensions.evaluation.command_line import parser_of, resolve_request
+from torchtitan.extensions.evaluation.command_line import check_at_least, parser_of, resolve_request
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import make_writable, write_text
 
@@ -69,9 +69,7 @@ def check_questions(options: argparse.Namespace) -> None:
         raise UserError("Nothing to ask: name tasks of lm-evaluation-harness with --tasks.")
     if options.include_path is not None and not options.include_path.is_dir():
         raise UserError(f"--include_path {options.include_path} is not a folder.")
-    for name, least in (("max_length", 1), ("num_fewshot", 0)):
-        if (value := getattr(options, name)) is not None and value < least:
-            raise UserError(f"--{name} = {value} must be at least {least}.")
+    check_at_least(options, max_length=1, num_fewshot=0)
     if options.limit is not None and not (
         0 < options.limit < 1 or options.limit >= 1 and options.limit == int(options.limit)
     ):

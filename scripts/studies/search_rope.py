@@ -23,6 +23,7 @@ from typing import Any
 
 from longrope2 import Candidate, Space, evolve
 
+from torchtitan.extensions.evaluation.command_line import check_at_least, check_given
 from torchtitan.extensions.evaluation.position_curves import add_model_arguments, model_progress
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import check_can_be_written, read_json, write_text
@@ -45,7 +46,10 @@ def main(args: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="TOML file to write")
     options = parser.parse_args(args)
     try:
-        check_arguments(options)
+        check_given(options, "model", "text", "length")
+        check_at_least(options, length=1, prompts=1, pieces=1, population=4, iterations=0, seed=0)
+        if options.out:
+            check_can_be_written(options.out)
         toml = search(options)
         print(toml, end="")
         if options.out:
@@ -54,18 +58,6 @@ def main(args: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def check_arguments(options: argparse.Namespace) -> None:
-    """UserError for what can be found wrong without PyTorch."""
-    for key in ("model", "text", "length"):
-        if getattr(options, key) is None:
-            raise UserError(f"--{key} is not given; see --help.")
-    for key, least in (("length", 1), ("prompts", 1), ("pieces", 1), ("population", 4), ("iterations", 0), ("seed", 0)):
-        if getattr(options, key) < least:
-            raise UserError(f"--{key} = {getattr(options, key)} must be {least} or more.")
-    if options.out:
-        check_can_be_written(options.out)
 
 
 def search(options: argparse.Namespace) -> str:

@@ -39,6 +39,22 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def check_given(options: argparse.Namespace, *names: str) -> None:
+    """UserError for the first of these options that was not given."""
+    for name in names:
+        if getattr(options, name) is None:
+            raise UserError(f"--{name} is not given; see --help.")
+
+
+def check_at_least(options: argparse.Namespace, **minimum: int) -> None:
+    """UserError for the first option with a number, or one of several numbers, below its minimum; None passes."""
+    for name, least in minimum.items():
+        value = getattr(options, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and number < least:
+                raise UserError(f"--{name} = {number} must be at least {least}.")
+
+
 def check_model_folder(folder: Path) -> None:
     """UserError unless the folder is a Hugging Face folder or a checkpoint's step-N folder."""
     if (folder / MANIFEST).is_file() or (folder / "config.json").is_file():
@@ -62,8 +78,7 @@ def resolve_request(options: argparse.Namespace, overrides: list[str], suffix: s
     config = load_config(overrides)
     rescale = any(flag_name(arg).startswith("rope.") for arg in overrides)
     in_file, config = config.rope, config if rescale else replace(config, rope=Rope())
-    if options.processes < 1:
-        raise UserError(f"--processes = {options.processes} must be at least 1.")
+    check_at_least(options, processes=1)
     if options.model is None and config_file(overrides) is None:
         raise UserError("Nothing to evaluate: give --model FOLDER, or --job.config_file STAGE.toml.")
     if options.model is not None and options.step is not None:

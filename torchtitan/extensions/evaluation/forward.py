@@ -178,7 +178,7 @@ def losses_of_documents(
     model: Transformer, ranks: Ranks, documents: Sequence[torch.Tensor], rope: RopeArgs | None = None
 ) -> list[torch.Tensor]:
     """document_losses of documents that go through the model together, int64 [T >= 2] each -> float32 [T - 1] each.
-    rope is used as it is, whatever the lengths."""
+    rope is used unchanged: the caller picks it for the lengths (rope_for)."""
     return _losses(model, ranks, [d[:-1] for d in documents], [d[1:] for d in documents], rope)
 
 
@@ -255,9 +255,9 @@ def lay_out_answers(
     """prompts int64 [P], targets int64 [A], P and A >= 1; a target's last token is scored but not read."""
     local = lay_out(model, ranks, [torch.cat((p, t[:-1])) for p, t in zip(prompts, targets, strict=True)])
     ends = torch.tensor([len(p) - 1 for p in prompts])
-    behind = local.index - ends[local.source]  # meaningless for padding
-    rows = torch.nonzero((local.source != PADDING_SOURCE) & (behind >= 0))[:, 0]
-    return Answers(local, rows, (_starts(targets)[local.source] + behind)[rows], targets)
+    past_prompt = local.index - ends[local.source]  # meaningless for padding
+    rows = torch.nonzero((local.source != PADDING_SOURCE) & (past_prompt >= 0))[:, 0]
+    return Answers(local, rows, (_starts(targets)[local.source] + past_prompt)[rows], targets)
 
 
 def _starts(targets: Sequence[torch.Tensor]) -> torch.Tensor:

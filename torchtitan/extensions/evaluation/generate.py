@@ -219,7 +219,7 @@ def generate(
     numbers: Sequence[int] | None = None,
     stop: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """What the model writes behind each prompt (int64 [P], P >= 1): up to max_new_tokens token ids, without the stop
+    """What the model writes after each prompt (int64 [P], P >= 1): up to max_new_tokens token ids, without the stop
     token. Collective over all ranks: the ranks of a row must have the same prompts, other rows may have others, or
     none.
 
@@ -227,7 +227,7 @@ def generate(
     probability (nucleus sampling, arXiv 1904.09751). A draw is a function of (seed, number of the prompt, number of the
     token). rope: instead of the model's own; a RoPE that depends on the length gets the prompt's length plus
     max_new_tokens. numbers: the prompts' numbers, if they are not 0, 1, 2, ... stop: called with all tokens written
-    behind a prompt; True ends the text there, with its last token.
+    after a prompt; True ends the text there, with its last token.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}")
@@ -300,12 +300,12 @@ def write_and_score(
 def _next_logits(
     model: Transformer, ranks: Ranks, tokens: list[int], positions: list[int], rope: RopeArgs
 ) -> torch.Tensor:
-    """Logits float32 [B, vocab_size] behind one new token per prompt."""
+    """Logits float32 [B, vocab_size] after one new token per prompt."""
     padding = -len(tokens) % ranks.tp
     args, device = model.args, ranks.device
     segments = Segments.whole(np.arange(len(tokens) + padding + 1))
     windowed = Segments.whole(segments.cu_seqlens, args.sliding_window)
     masks = {"full_attention": Mask(segments, segments), "sliding_attention": Mask(windowed, windowed)}
-    inputs, where = (torch.tensor([*x, *[0] * padding], device=device) for x in (tokens, positions))
+    new_tokens, new_positions = (torch.tensor([*x, *[0] * padding], device=device) for x in (tokens, positions))
     rows = torch.arange(len(tokens), device=device)
-    return model(inputs, where, masks, rope=rope, rows=rows).float()
+    return model(new_tokens, new_positions, masks, rope=rope, rows=rows).float()

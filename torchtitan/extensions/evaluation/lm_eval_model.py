@@ -314,8 +314,8 @@ class TorchtitanLM(TemplateLM):
         """
         mine = self._deal([len(text) + n for text, n in zip(read, more, strict=True)])
         answers: dict[int, Any] = {}
-        texts, behind = [read[i] for i in mine], [more[i] for i in mine]
-        groups = groups_of(self.ranks, texts, behind, self.model.args.rope, SCORED_TOGETHER)
+        texts, more_of_mine = [read[i] for i in mine], [more[i] for i in mine]
+        groups = groups_of(self.ranks, texts, more_of_mine, self.model.args.rope, SCORED_TOGETHER)
         for rope, members in tqdm(groups, desc=what, disable=self.silent):
             some = [mine[j] for j in members]
             answers |= zip(some, score(some, rope))

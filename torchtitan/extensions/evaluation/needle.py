@@ -72,7 +72,7 @@ def needle_question(
     """A question of exactly `length` tokens: the prompt, the answer, and `spare` more tokens that may be written.
 
     text: int64 [at least length]; its first tokens are the haystack. depth: share of the haystack before the needle,
-    which is moved back to just behind the nearest of the tokens sentence_ends, if there is one.
+    which is moved back to just after the nearest of the tokens sentence_ends, if there is one.
     """
     words = {
         "name": f"{COLOURS[rng.integers(len(COLOURS))]} {THINGS[rng.integers(len(THINGS))]}",

@@ -20,7 +20,7 @@ from typing import Any
 from torchtitan.config import load_config
 from torchtitan.config.checks import check_ranges
 from torchtitan.config.schema import Rope
-from torchtitan.extensions.evaluation.command_line import text_table
+from torchtitan.extensions.evaluation.command_line import check_at_least, check_given, text_table
 from torchtitan.models.rope_checks import check_rope
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import read_json
@@ -67,18 +67,8 @@ def rope_table(flags: list[str]) -> Rope:
 
 def measure(options: argparse.Namespace, rope: Rope) -> dict[str, Any]:
     """The result of one model under one RoPE: with full context, in each window and with each reset."""
-    for key in ("model", "text", "length"):
-        if getattr(options, key) is None:
-            raise UserError(f"--{key} is not given; see --help.")
-    for key, values in (
-        ("length", [options.length]),
-        ("max_documents", [options.max_documents]),
-        ("chunk", [options.chunk]),
-        ("windows", options.windows),
-        ("reset", options.reset),
-    ):
-        if min(values, default=1) < 1:
-            raise UserError(f"--{key} = {min(values)} must be 1 or more.")
+    check_given(options, "model", "text", "length")
+    check_at_least(options, length=1, max_documents=1, chunk=1, windows=1, reset=1)
     from torchtitan.extensions.evaluation.held_out_text import check_vocabulary, long_documents
     from torchtitan.extensions.evaluation.loading import load
     from torchtitan.extensions.evaluation.runner import check_edges, default_edges, position_losses

@@ -26,7 +26,7 @@ class Question:
     """int64 [P], on the CPU; ends where the answer begins."""
 
     target: torch.Tensor
-    """int64 [A], on the CPU: the tokens of the expected answer as the model would write it behind the prompt."""
+    """int64 [A], on the CPU: the tokens of the expected answer as the model would write it after the prompt."""
 
     answers: tuple[str, ...]
     """The references that `Score` looks for in generated text."""

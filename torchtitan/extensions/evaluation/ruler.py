@@ -165,7 +165,7 @@ def _vt_text(lines: int, letters: int, rng: np.random.Generator) -> tuple[str, l
     """The question with that many lines of noise, up to the beginning of the answer; and the variables, its answer."""
     names = distinct(HOPS + 1, lambda: "".join(string.ascii_uppercase[i] for i in rng.integers(26, size=letters)))
     value = int(rng.integers(10_000, 99_999))
-    # RULER has a space behind the variable's name too
+    # RULER has a space after the variable's name too
     statements = [f"VAR {names[0]} = {value}", *(f"VAR {names[i + 1]} = VAR {names[i]} " for i in range(HOPS))]
     places = np.sort(rng.permutation(lines)[: len(statements)]).tolist()
     context = _scattered(statements, [NOISE + "\n"] * lines, places)
@@ -215,7 +215,7 @@ def _cwe(length: int, text: str, seed: int, n: int) -> tuple[Render, int]:
 
     def render(count: int) -> Wording:
         question, common = _cwe_text(count, *repeats, generator(seed, "cwe", length, n, 1))
-        # no space behind the colon in the example, so the answer has none
+        # no space after the colon in the example, so the answer has none
         return Wording(f"{example}{_numbered(answers)}\n{question}", _numbered(common), tuple(common))
 
     return render, COMMON + 2

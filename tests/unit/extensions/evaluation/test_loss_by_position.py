@@ -256,7 +256,7 @@ def test_one_cut_is_not_drawn_as_the_other(script, tmp_path: Path, monkeypatch):
     [
         (["--length", "10"], "--model is not given"),
         (["--model", "nowhere", "--text", "t.txt", "--length", "10"], "nowhere is not a folder"),
-        (["--model", "m", "--text", "t.txt", "--length", "0"], "--length = 0 must be 1 or more"),
+        (["--model", "m", "--text", "t.txt", "--length", "0"], "--length = 0 must be at least 1"),
         (["--model", "m", "--text", "t.txt", "--length", "9", "--edges", "20"], "--edges 20 must ascend"),
         (["--model", "m", "--text", "t.txt", "--length", "9", "--rope.type", "yarn"], "needs rope.factor"),
         (["--training.steps", "5"], "--training.steps is not known"),
