@@ -41,7 +41,7 @@ TINY = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "llama": TINY,
-    "qwen2": TINY | {"model_type": "qwen2"},
+    "qwen2": TINY | {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": TINY | {"model_type": "qwen3"},
     "tied": TINY | {"tie_word_embeddings": True},
     # two layers with a window, shorter than the documents and than a block, one without and with another RoPE
