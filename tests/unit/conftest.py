@@ -71,18 +71,18 @@ def domains() -> dict[str, Corpus]:
         lengths = np.exp(random.normal(mean, deviation, documents)).clip(100, 500_000).astype(np.int64)
         lengths[:2] = 100, 500_000
         ends = np.cumsum(lengths)
-        begins = ends - lengths
-        values = expected_tokens(
-            np.repeat(np.arange(documents), lengths), np.arange(ends[-1]) - np.repeat(begins, lengths)
-        )
+        begins = (ends - lengths).astype(np.uint32)
+        numbers = np.repeat(np.arange(documents, dtype=np.uint32), lengths)
+        values = expected_tokens(numbers, np.arange(ends[-1], dtype=np.uint32) - np.repeat(begins, lengths))
         made[name] = Corpus(name, [(np.concatenate([[0], ends]), values)], name, None)
     assert sum(len(corpus) for corpus in made.values()) == 10_000
     return made
 
 
 def expected_tokens(document: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """int32 of the domains' corpora."""
-    return ((document.astype(np.int64) * 1_000_003 + place) % 2**31).astype(np.int32)
+    """int32 of the domains' corpora: (document * 1,000,003 + place) mod 2^31, of which uint32 keeps the lower bits."""
+    wrapped = document.astype(np.uint32) * np.uint32(1_000_003) + place.astype(np.uint32)
+    return (wrapped & np.uint32(2**31 - 1)).astype(np.int32)
 
 
 def domain_data(weights: Sequence[float] = (0.35, 0.25, 0.25, 0.15), **options: Any) -> Data:
