@@ -77,8 +77,9 @@ def whole_stream(x: torch.Tensor, owner: np.ndarray, world_size: int) -> torch.T
     return in_blocks(torch.cat(parts))[torch.from_numpy(np.argsort(by_rank))].flatten(0, 1)
 
 
-def attention_on_ranks(packings: int, rank: int, world_size: int) -> list[tuple[str, list[float], bool]]:
-    """What was run, the largest errors of out, dq, dk and dv, and whether checkpointing changed anything on rank 0."""
+def attention_on_ranks(packings: int, rank: int, world_size: int) -> list[tuple[str, list[float], bool | None]]:
+    """What was run, the largest errors of out, dq, dk and dv, and whether checkpointing left it as it was on all ranks:
+    tried with one layout a packing, in turn."""
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
     results = []
     for number in range(packings):
@@ -90,7 +91,7 @@ def attention_on_ranks(packings: int, rank: int, world_size: int) -> list[tuple[
         if rank == 0:
             leaves = [x.double().requires_grad_() for x in (q, k, v)]
             expected = with_gradients(dense(*leaves, segments), leaves, grad.double())
-        for exchange, layout in itertools.product(EXCHANGES, LAYOUTS):
+        for exchange, (place, layout) in itertools.product(EXCHANGES, enumerate(LAYOUTS)):
             owner = LAYOUTS[layout](segments, world_size)
             local, plan = plan_exchange(exchange, segments, owner, world_size, rank)
             mask, core = ExchangedMask(local, BACKENDS["sdpa"].prepare(local), plan), make_core(exchange)
@@ -99,11 +100,14 @@ def attention_on_ranks(packings: int, rank: int, world_size: int) -> list[tuple[
             leaves = [x.requires_grad_() for x in leaves]
             mine = with_gradients(attention(core, mask, *leaves), leaves, my_grad)
             got = [whole_stream(x, owner, world_size) for x in mine]
-            twice = [with_gradients(two_layers(core, mask, c, *leaves), leaves, my_grad) for c in (False, True)]
-            same = torch.tensor(all(torch.equal(a, b) for a, b in zip(*twice, strict=True)))
-            dist.all_reduce(same, dist.ReduceOp.MIN)
             errors = [float((a - b).abs().max()) for a, b in zip(got, expected)]
-            results.append((f"packing {number}, {heads} heads, {exchange}, {layout}", errors, bool(same)))
+            same = None
+            if number % len(LAYOUTS) == place:
+                twice = [with_gradients(two_layers(core, mask, c, *leaves), leaves, my_grad) for c in (False, True)]
+                equal = torch.tensor(all(torch.equal(a, b) for a, b in zip(*twice, strict=True)))
+                dist.all_reduce(equal, dist.ReduceOp.MIN)
+                same = bool(equal)
+            results.append((f"packing {number}, {heads} heads, {exchange}, {layout}", errors, same))
     dist.destroy_process_group()
     return results
 
@@ -122,7 +126,7 @@ def chunks_on_ranks(packings: int, rank: int, world_size: int) -> list[tuple[str
 
     HeadTransfer._exchange = counted  # type: ignore[method-assign]
     results = []
-    for number, heads in itertools.product(range(packings), HEADS):
+    for number, heads in itertools.product(range(0, packings, 2), HEADS):
         segments = packing(np.random.default_rng((world_size, number)), world_size, number)
         owner = LAYOUTS["balanced"](segments, world_size)
         local, plan = plan_exchange("ulysses", segments, owner, world_size, rank)
@@ -154,13 +158,17 @@ def on_ranks(case: tuple[Any, int], rank: int, world_size: int) -> Any:
 
 @pytest.mark.parametrize("world_size, packings", [(2, 12), (4, 12)])
 def test_attention_on_ranks_equals_dense(world_size: int, packings: int, tmp_path: Path) -> None:
-    """Every layout and exchange, any packing and heads; under activation checkpointing the same bit for bit."""
+    """Every layout and exchange, any packing and heads; under activation checkpointing the same bit for bit.
+
+    Twelve packings: so windows and anchors, which every fourth one has, meet all three layouts under checkpointing.
+    """
     results, chunked = spawn(world_size, on_ranks, [(attention_on_ranks, packings), (chunks_on_ranks, 3)], tmp_path)
     assert len(results) == packings * len(EXCHANGES) * len(LAYOUTS)
     print("worst errors of out, dq, dk, dv:", np.max([errors for _, errors, _ in results], axis=0))
     for what, errors, same in results:
         assert max(errors) < 1e-5, f"{what}: out, dq, dk, dv differ by {errors}"
-        assert same, f"{what}: checkpointing changes outputs or gradients"
+        assert same is not False, f"{what}: checkpointing changes outputs or gradients"
+    assert sum(same is not None for _, _, same in results) == packings * len(EXCHANGES)
     assert {chunks for _, chunks, *_ in chunked} == ({1, 2, 3, 4, 6} if world_size == 2 else {1, 2, 3})
     for what, chunks, errors, same, (sends, largest, elements) in chunked:
         assert max(errors) < 1e-6, f"{what}, {chunks} chunks: out, dq, dk, dv differ by {errors} from one chunk's"
