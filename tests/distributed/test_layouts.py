@@ -123,12 +123,7 @@ def reference(folder: Path, assets: dict[str, Path]) -> dict[str, list[dict[str,
 @pytest.mark.parametrize(("world_size", "layouts"), [(1, ON_ONE), (2, ON_TWO), (4, ON_FOUR)], ids=["1", "2", "4"])
 def test_every_layout_equals_one_process(world_size, layouts, folder, assets, reference):
     """The self-check at start-up passes in all of them too."""
-    cases = [
-        (name, model)
-        for name in layouts
-        for model in assets
-        if model == "llama" or name in OTHER_MODELS[model]
-    ]
+    cases = [(name, model) for name in layouts for model in assets if model == "llama" or name in OTHER_MODELS[model]]
     arguments = [flags(folder, assets[model], **(SIZE | layouts[name])) for name, model in cases]
     if world_size == 2:
         cases += [(name, "anchors") for name in ANCHORED]
