@@ -88,25 +88,50 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
     """UserError for everything that can be wrong with a stage whose tables have been checked."""
     assets = Path(config.model.hf_assets_path)
     tokenizer = load_tokenizer(assets)
-    own = _own_manifest(config)
-    check_previous(config, own)
-    start = None if own else find_start(config)
-    stages_before = own.get("stages_before", []) if own else lineage(start.manifest if start else None)
-    from_hf = hugging_face_start(assets) if config.checkpoint.initial_load_in_hf and not own else None
-    known = start or from_hf
-    rope_before = rope_from_manifest(stages_before[-1]["rope"]) if stages_before else None
-    if known and known.args and not rope_before:
-        rope_before = known.args.rope
-    if own and own.get("rope_before"):  # what it started from may be gone, or may have been a Hugging Face folder
-        rope_before = rope_from_manifest(own["rope_before"])
+    resumed = _own_manifest(config)
+    check_previous(config, resumed)
+    start = None if resumed else find_start(config)
+    stages_before = resumed.get("stages_before", []) if resumed else lineage(start.manifest if start else None)
+    from_hf = hugging_face_start(assets) if config.checkpoint.initial_load_in_hf and not resumed else None
+    weights = start or from_hf
+    rope_before = _rope_before(resumed, stages_before, weights)
     args = model_args(config, rope_before)
-    if known:
-        check_start(known, args, tokenizer.fingerprint, config.rope.type)
+    if weights:
+        check_start(weights, args, tokenizer.fingerprint, config.rope.type)
     if start and start.manifest is None:
         check_weights(start.path, args, f"checkpoint.initial_load_path = {start.path}")
     if config.checkpoint.last_save_in_hf:
-        config_json(args, config.checkpoint.export_dtype, {})  # refuses what has no form there
-    p = config.parallelism
+        config_json(args, config.checkpoint.export_dtype, {})  # refuses a model that has no form there
+    _check_model(config, args, tokenizer)
+    if config.checkpoint.initial_load_in_hf:
+        check_weights(assets, args, f"checkpoint.initial_load_in_hf = true, with model.hf_assets_path = {assets}")
+    plan = make_plan(config, world_size, tokenizer, args, open_source)
+    if resumed:
+        _check_resumable(config, resumed, args, tokenizer, plan)
+    if config.metrics.enable_wandb:
+        import_wandb()
+    make_writable("job.dump_folder", Path(config.job.dump_folder))
+    if config.checkpoint.enable:
+        make_writable("job.dump_folder / checkpoint.folder", Path(config.job.dump_folder) / config.checkpoint.folder)
+    return StageInputs(tokenizer, args, plan, start, stages_before, rope_before)
+
+
+def _rope_before(
+    resumed: dict[str, Any] | None, stages_before: list[dict[str, Any]], weights: Start | None
+) -> RopeArgs | None:
+    """RoPE of the weights that a run starts, or started, from; None if it is not known, or if they are random."""
+    if resumed and resumed.get(
+        "rope_before"
+    ):  # what it started from may be gone, or may have been a Hugging Face folder
+        return rope_from_manifest(resumed["rope_before"])
+    if stages_before:
+        return rope_from_manifest(stages_before[-1]["rope"])
+    return weights.args.rope if weights and weights.args else None
+
+
+def _check_model(config: JobConfig, args: TransformerArgs, tokenizer: Tokenizer) -> None:
+    """UserError if the model cannot be computed in this layout, with this backend or in FP8, or lacks tokens."""
+    p, assets = config.parallelism, config.model.hf_assets_path
     check_tensor_parallel(args, p.tensor_parallel_degree)
     check_ulysses(args.n_heads, p)
     if choose_backend(config.model.attention_backend, device_type()) == "varlen" and args.sliding_window is not None:
@@ -116,23 +141,12 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
     tokens = config.training.seq_len * config.training.local_batch_size // p.context_parallel_degree
     check_quantize(args, config.quantize, p.tensor_parallel_degree, tokens, config.training.mlp_tile_tokens)
     if tokenizer.vocab_size > args.vocab_size:
-        says = f"{assets}/config.json" if config.model.flavor == "auto" else f'model.flavor = "{config.model.flavor}"'
+        model = f"{assets}/config.json" if config.model.flavor == "auto" else f'model.flavor = "{config.model.flavor}"'
         raise UserError(
             f"The tokenizer in model.hf_assets_path = {assets} has {tokenizer.vocab_size} tokens, but the model of "
-            f"{says} has a vocabulary of {args.vocab_size}: they do not belong together. Name the assets of that "
+            f"{model} has a vocabulary of {args.vocab_size}: they do not belong together. Name the assets of that "
             "model, or another flavor."
         )
-    if config.checkpoint.initial_load_in_hf:
-        check_weights(assets, args, f"checkpoint.initial_load_in_hf = true, with model.hf_assets_path = {assets}")
-    plan = make_plan(config, world_size, tokenizer, args, open_source)
-    if own:
-        _check_resumable(config, own, args, tokenizer, plan)
-    if config.metrics.enable_wandb:
-        import_wandb()
-    make_writable("job.dump_folder", Path(config.job.dump_folder))
-    if config.checkpoint.enable:
-        make_writable("job.dump_folder / checkpoint.folder", Path(config.job.dump_folder) / config.checkpoint.folder)
-    return StageInputs(tokenizer, args, plan, start, stages_before, rope_before)
 
 
 def make_plan(
