@@ -45,11 +45,19 @@ def test_every_command_of_a_document_exists(document: Path):
     assert [command for command in sorted(run_by(document.read_text())) if not exists(command)] == []
 
 
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings: "## Look, `this`" -> look-this."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
 def test_every_relative_link_of_a_document_exists(document: Path):
-    links = re.findall(r"\]\(([^)#\s]+)", document.read_text())
-    local = [link for link in links if "://" not in link]
-    assert [link for link in local if not (document.parent / link).exists()] == []
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)\s]+)", document.read_text()) if "://" not in link]
+    assert [link for link, _, _ in links if not (document.parent / link).exists()] == []
+    for link, _, anchor in links:
+        page = document.parent / link if link else document
+        assert not anchor or anchor in anchors(page), f"{link}#{anchor}"
 
 
 def test_what_moved_exists_where_the_page_says():
