@@ -44,7 +44,7 @@ class Profiling:
     save_traces_folder: str = "profile_traces"
     """Folder under job.dump_folder for the traces, one file per rank."""
 
-    profile_freq: Annotated[int, Range(min=2)] = 10  # the step before a traced one is its warm-up
+    profile_freq: Annotated[int, Range(min=2)] = 10
     """Steps from one trace to the next. The step before each trace is its warm-up."""
 
     enable_memory_snapshot: bool = False
@@ -59,8 +59,7 @@ class Metrics:
     """What is logged, how often, and where."""
 
     log_freq: Annotated[int, Range(min=1)] = 10
-    """Steps from one log line, and line of metrics.jsonl, to the next. The first and the last step are always
-    logged."""
+    """Steps from one line of the log and of metrics.jsonl to the next. The first and the last step are always logged."""
 
     enable_tensorboard: bool = True
     """Write TensorBoard events to save_tb_folder."""
@@ -216,7 +215,7 @@ class Training:
     loss is a spike."""
 
     loss_spike_window: Annotated[int, Range(min=1), Decides("result")] = 50
-    """Number of losses in that median. Until there are so many, no loss is a spike."""
+    """Number of losses in that median. Until there are that many, no loss is a spike."""
 
     max_skipped_steps: Annotated[int, Range(min=0), Decides("result")] = 10
     """Bad steps that a stage skips; it stops at the next one."""
@@ -419,7 +418,7 @@ class Source:
     """Branch, tag or commit of a hub dataset. Only a commit can be relied on to stay the same."""
 
     max_documents: Annotated[int | None, Range(min=1), Decides("rows")] = None
-    """Use only the first documents, this many. Of a hub dataset no more are downloaded."""
+    """Use only the first max_documents documents. Of a hub dataset, no others are downloaded."""
 
     min_length: Annotated[int, Range(min=0), Decides("rows")] = 0
     """Leave out documents of fewer tokens."""
@@ -632,8 +631,8 @@ class Evaluation:
     """Also evaluate after the last step. multinode/submit.sh --evaluate turns this off: a job of its own does it."""
 
     texts: tuple[str, ...] = ()
-    """Held-out text for the loss by position, each a name in the results: .txt, .jsonl and .parquet files, folders of
-    these, and tokenized folders. Relative to data.folder."""
+    """Held-out texts for the loss by position, each with its own entry in the results: .txt, .jsonl and .parquet files,
+    folders of these, and tokenized folders. Relative to data.folder."""
 
     text_field: str = "text"
     """Field of a JSON object or column of a Parquet file that holds the text."""
@@ -690,7 +689,7 @@ class Gate:
     """A number of metrics.jsonl: loss, or a nested one such as loss_by_position.512 or loss_by_source.books."""
 
     over: Annotated[int, Range(min=1)] = 5
-    """Number of logged lines, the last ones, whose mean is taken."""
+    """The mean is taken over this many logged lines, the last ones."""
 
     at_most: Annotated[float | None, Range()] = None
     """The largest mean that passes."""
