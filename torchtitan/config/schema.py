@@ -59,7 +59,7 @@ class Metrics:
     """What is logged, how often, and where."""
 
     log_freq: Annotated[int, Range(min=1)] = 10
-    """Steps from one line of the log and of metrics.jsonl to the next. The first and the last step are always logged."""
+    """Steps from one line of the log and of metrics.jsonl to the next. The first and the last step always have one."""
 
     enable_tensorboard: bool = True
     """Write TensorBoard events to save_tb_folder."""
