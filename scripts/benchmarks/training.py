@@ -81,7 +81,7 @@ def measure(config: JobConfig, steps: int, warmup: int) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from torchtitan.extensions.wiring import build_trainer
+    from torchtitan.extensions.wiring import build_trainer, check
     from torchtitan.tools.device import peak_flops, peak_memory_gib
     from torchtitan.tools.logging import init_logger
 
@@ -89,6 +89,7 @@ def measure(config: JobConfig, steps: int, warmup: int) -> dict[str, Any]:
     init_logger(rank, ranks)
     with tempfile.TemporaryDirectory() as folder:
         config = only_steps(config, warmup + steps + 1, folder)
+        check(config, ranks)
         trainer = build_trainer(config, rank, local_rank, ranks)
         cuda = trainer.device.type == "cuda"
         done, seconds = trainer.throughput, []
