@@ -28,7 +28,7 @@ from torchtitan.distributed.context_parallel.layout import (
 )
 from torchtitan.tools.constants import BLOCK
 
-SCRIPT = Path(__file__).parents[3] / "scripts" / "benchmarks" / "context_parallel.py"
+SCRIPT = Path(__file__).parents[4] / "scripts" / "benchmarks" / "context_parallel.py"
 DEGREES = (2, 3, 4, 8, 64)
 
 
