@@ -73,8 +73,10 @@ def test_what_moved_exists_where_the_page_says():
 
 
 def test_the_classes_of_the_page_on_extending_are_what_it_says():
-    """docs/extending.md: its Python is executed as it stands there."""
-    hook, model = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.S)
+    """docs/extending.md: its Python is executed as it stands there, and its table names all points of a run."""
+    page = (ROOT / "docs/extending.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)\(trainer", page, re.M)) == {name for name in vars(Hook) if name[0] != "_"}
+    hook, model = re.findall(r"```python\n(.*?)```", page, re.S)
     names: dict[str, Any] = {}
     exec(hook, names)
     exec(model, names)
