@@ -88,50 +88,31 @@ def checkpointing_of(config: JobConfig, args: TransformerArgs) -> Checkpointing:
 
 
 def recomputed_by(config: JobConfig, args: TransformerArgs) -> Recomputed:
-    """What backward computes a second time under this configuration; over the whole model."""
-    kept = checkpointing_of(config, args)
-    return recomputed(
-        args,
-        kept.blocks,
-        kept.keeps_attention,
-        kept.kept_products,
-        tiled_mlp=config.training.mlp_tile_tokens is not None,
-        chunked_heads=config.parallelism.context_parallel_head_chunks > 1,
-    )
+    """What backward computes a second time under this configuration, over the whole model.
 
-
-def recomputed(
-    args: TransformerArgs,
-    blocks: float,
-    keeps_attention: bool = False,
-    kept_products: int = 0,
-    tiled_mlp: bool = False,
-    chunked_heads: bool = False,
-) -> Recomputed:
-    """What backward computes a second time, over the whole model.
-
-    blocks, keeps_attention, kept_products: see Checkpointing. tiled_mlp, chunked_heads: feed-forward and attention
-    recompute themselves, in every block.
+    Tiles of the feed-forward and chunks of heads recompute themselves, in every block.
 
     The last product of a block is not recomputed if nothing that backward reads comes after it: PyTorch ends the
     recomputation with the last tensor that is read, which is w2's input unless a norm follows.
     """
+    kept = checkpointing_of(config, args)
     work = work_of(args)
-    projections, width = work.projections * blocks, work.width * blocks
-    inner, outer = work.inner * blocks, work.outer * blocks * args.post_norm
-    if keeps_attention:
+    projections, width = work.projections * kept.blocks, work.width * kept.blocks
+    inner, outer = work.inner * kept.blocks, work.outer * kept.blocks * args.post_norm
+    if kept.keeps_attention:
         width = 0
-        if kept_products:
+        if kept.kept_products:
             heads, kv = args.n_heads * args.head_dim, args.n_kv_heads * args.head_dim
             products = [kv, kv, heads, heads, args.ffn_dim, args.ffn_dim]  # widths beside dim, in order of execution
             products += [args.ffn_dim] * args.post_norm
-            done = [0 if (i + 1) % kept_products == 0 else size for i, size in enumerate(products)]
-            layers = args.n_layers * blocks * args.dim
+            done = [0 if (i + 1) % kept.kept_products == 0 else size for i, size in enumerate(products)]
+            layers = args.n_layers * kept.blocks * args.dim
             projections, inner, outer = (layers * sum(done[part]) for part in (slice(4), slice(4, 6), slice(6, 7)))
-    if tiled_mlp:  # in backward; also in the recomputation of their block, if a norm follows them
-        times = 1 + blocks * args.post_norm
+    if config.training.mlp_tile_tokens is not None:
+        # in backward; also in the recomputation of their block, if a norm follows them
+        times = 1 + kept.blocks * args.post_norm
         inner, outer = work.inner * times, work.outer * times
-    if chunked_heads:
+    if config.parallelism.context_parallel_head_chunks > 1:
         width = work.width
     return Recomputed(projections + inner + outer, width)
 

@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from torchtitan.attention.backends import BACKENDS, Backend
 from torchtitan.attention.segments import Segments
-from torchtitan.config.schema import ActivationCheckpoint
+from torchtitan.config.schema import ActivationCheckpoint, JobConfig, Training
 from torchtitan.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan.distributed.options.tiled_mlp import apply_tiled_mlp
 from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
-from torchtitan.models.work import forward_flops, recomputed, training_flops, work_of
+from torchtitan.models.work import forward_flops, recomputed_by, training_flops, work_of
 
 ARGS = TransformerArgs(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=48, vocab_size=64)
 WINDOWS = replace(ARGS, layer_types=("sliding_attention", "full_attention", "sliding_attention"), sliding_window=5)
@@ -91,10 +91,10 @@ def test_masked_flops_equal_those_counted(exact: None, args: TransformerArgs):
 
 
 RECOMPUTATIONS = {
-    "full": (ActivationCheckpoint(mode="full"), None, {"blocks": 1}),
-    "every second": (ActivationCheckpoint(mode="selective", selective_ac_option="2"), None, {"blocks": 2 / 3}),
-    "full, tiles": (ActivationCheckpoint(mode="full"), 16, {"blocks": 1, "tiled_mlp": True}),
-    "tiles": (None, 16, {"blocks": 0, "tiled_mlp": True}),
+    "full": (ActivationCheckpoint(mode="full"), None),
+    "every second": (ActivationCheckpoint(mode="selective", selective_ac_option="2"), None),
+    "full, tiles": (ActivationCheckpoint(mode="full"), 16),
+    "tiles": (ActivationCheckpoint(mode="none"), 16),
 }
 
 
@@ -102,13 +102,14 @@ RECOMPUTATIONS = {
 @pytest.mark.parametrize("post_norm", [False, True])
 def test_recomputed_flops_equal_those_counted(exact: None, name: str, post_norm: bool):
     args = replace(ARGS, post_norm=post_norm)
-    config, tile, how = RECOMPUTATIONS[name]
+    checkpointing, tile = RECOMPUTATIONS[name]
     model = model_of(args, "exact")
     if tile:
         apply_tiled_mlp(model, tile, 1)
-    if config:
-        apply_activation_checkpoint(model, config)
-    work, again = work_of(args), recomputed(args, **how)
+    if checkpointing.mode != "none":
+        apply_activation_checkpoint(model, checkpointing)
+    config = JobConfig(activation_checkpoint=checkpointing, training=Training(mlp_tile_tokens=tile))
+    work, again = work_of(args), recomputed_by(config, args)
     expected = training_flops(work.parameters, ENDS[-1], work.width, pairs_of(args))
     expected += forward_flops(again.parameters, ENDS[-1], again.width, pairs_of(args))
     assert counted(model, Operators()) == pytest.approx(expected, rel=1e-12)
@@ -117,10 +118,10 @@ def test_recomputed_flops_equal_those_counted(exact: None, name: str, post_norm:
 @pytest.mark.parametrize("every", [0, 2, 3])
 def test_selective_recomputation_is_counted_but_for_what_is_kept(every: int):
     """sdpa's kernel, on documents whose masks are plain causal: the counter sees whole squares of each."""
-    config = ActivationCheckpoint(mode="selective", selective_ac_option="op", selective_ac_matmuls=every)
+    checkpointing = ActivationCheckpoint(mode="selective", selective_ac_option="op", selective_ac_matmuls=every)
     plain, model = model_of(ARGS, "sdpa"), model_of(ARGS, "sdpa")
-    apply_activation_checkpoint(model, config)
-    again = recomputed(ARGS, 1, keeps_attention=True, kept_products=every)
+    apply_activation_checkpoint(model, checkpointing)
+    again = recomputed_by(JobConfig(activation_checkpoint=checkpointing), ARGS)
     assert again.width == 0
     assert counted(model) - counted(plain) == forward_flops(again.parameters, ENDS[-1], 0, 0)
 
