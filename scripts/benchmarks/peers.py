@@ -30,7 +30,7 @@ from torchtitan.extensions.cluster.launch import launch
 
 SHARES = (1490, 1021, 640, 385, 260, 150, 101, 49)  # of 4,096 tokens: the documents of a row
 
-Step = Callable[[], float]
+Step = Callable[..., float]
 
 
 def main() -> int:
@@ -145,6 +145,7 @@ def rows_of(vocab_size: int, seq_len: int, rank: int, device: Any) -> Iterator[t
 
 
 def ours(args: Any, own: argparse.Namespace, device: Any, rows: Iterator[Any]) -> Step:
+    """This trainer's model and optimizer; a step can be given how many MiB of logits it makes at a time."""
     import torch
 
     from torchtitan.attention.segments import Segments
@@ -166,7 +167,9 @@ def ours(args: Any, own: argparse.Namespace, device: Any, rows: Iterator[Any]) -
     ends = torch.tensor([0, *documents(own.seq_len)]).cumsum(0)
     divisor = float(own.processes * (own.seq_len - len(SHARES)))
 
-    def step() -> float:
+    def step(loss_tile_mib: int | None = None) -> float:
+        if loss_tile_mib is not None:
+            model.output.tile_bytes = loss_tile_mib << 20
         tokens, labels, positions = next(rows)
         loss, _ = model(tokens, positions, Segments.whole(ends), labels=labels, divisor=divisor)
         loss.backward()
@@ -177,26 +180,13 @@ def ours(args: Any, own: argparse.Namespace, device: Any, rows: Iterator[Any]) -
     return step
 
 
-def transformers_fsdp2(
-    args: Any, own: argparse.Namespace, device: Any, rows: Iterator[Any], liger: bool = False
-) -> Step:
-    """Its loss is a mean over a rank's labels, of which all ranks have as many; FSDP2 averages over ranks."""
-    import torch
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+def transformers_llama(args: Any, seq_len: int, flash: bool = False) -> Any:
+    """transformers' LlamaForCausalLM in float32, with the weights that `ours` starts from."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from torchtitan.components.optimizer import build_optimizer
-    from torchtitan.config.schema import Optimizer
     from torchtitan.models.hf.weights import hf_name
     from torchtitan.models.transformer import Transformer, init_weights
 
-    cuda = device.type == "cuda"
-    if liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        # the fused loss alone: its other kernels are not compared here
-        apply_liger_kernel_to_llama(rope=False, swiglu=False, rms_norm=False, fused_linear_cross_entropy=True)
-    flash = cuda and importlib.util.find_spec("flash_attn") is not None
     config = LlamaConfig(
         vocab_size=args.vocab_size,
         hidden_size=args.dim,
@@ -207,7 +197,7 @@ def transformers_fsdp2(
         head_dim=args.head_dim,
         rms_norm_eps=args.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": args.rope.theta},
-        max_position_embeddings=own.seq_len,
+        max_position_embeddings=seq_len,
         tie_word_embeddings=args.tied_embeddings,
         attn_implementation="flash_attention_2" if flash else "sdpa",
         use_cache=False,
@@ -216,17 +206,21 @@ def transformers_fsdp2(
     start = Transformer(replace(args, rope=replace(args.rope, scaling=None)))
     init_weights(start, seed=0)
     model.load_state_dict({hf_name(n): p.detach() for n, p in start.named_parameters()}, strict=False)
-    del start
-    model.to(device)
-    if own.recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if cuda else None, reduce_dtype=torch.float32)
-    mesh = torch.distributed.init_device_mesh(device.type, (own.processes,))
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def transformers_step(model: Any, rows: Iterator[Any], seq_len: int, processes: int) -> Step:
+    """A training step; transformers makes the document mask from the positions.
+
+    Its loss is a mean over a rank's labels, of which all ranks have as many; FSDP2 averages over ranks.
+    """
+    import torch
+
+    from torchtitan.components.optimizer import build_optimizer
+    from torchtitan.config.schema import Optimizer
+
     optimizer = build_optimizer(model, Optimizer(lr=1e-4))
-    firsts = torch.tensor([0, *documents(own.seq_len)[:-1]]).cumsum(0)
+    firsts = torch.tensor([0, *documents(seq_len)[:-1]]).cumsum(0)
 
     def step() -> float:
         tokens, _, positions = next(rows)
@@ -236,9 +230,33 @@ def transformers_fsdp2(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item() / own.processes
+        return loss.item() / processes
 
     return step
+
+
+def transformers_fsdp2(
+    args: Any, own: argparse.Namespace, device: Any, rows: Iterator[Any], liger: bool = False
+) -> Step:
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    cuda = device.type == "cuda"
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        # the fused loss alone: its other kernels are not compared here
+        apply_liger_kernel_to_llama(rope=False, swiglu=False, rms_norm=False, fused_linear_cross_entropy=True)
+    flash = cuda and importlib.util.find_spec("flash_attn") is not None
+    model = transformers_llama(args, own.seq_len, flash).to(device)
+    if own.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if cuda else None, reduce_dtype=torch.float32)
+    mesh = torch.distributed.init_device_mesh(device.type, (own.processes,))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return transformers_step(model, rows, own.seq_len, own.processes)
 
 
 def transformers_liger(*args: Any) -> Step:
