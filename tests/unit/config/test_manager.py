@@ -377,7 +377,7 @@ def test_a_wrong_command_line(arguments: list[str], expected: str, capsys: pytes
 
 
 def docstrings() -> dict[str, dict[str, str]]:
-    """Class name -> field -> the string under it in job_config.py."""
+    """Class name -> field -> the string under it in schema.py."""
     result: dict[str, dict[str, str]] = {}
     for node in ast.parse(inspect.getsource(job_config)).body:
         if isinstance(node, ast.ClassDef) and node.name != "JobConfig":
