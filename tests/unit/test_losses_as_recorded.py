@@ -5,13 +5,14 @@ tests/before_the_move/losses.py, which says which runs there are. To record anew
 numbers: `OMP_NUM_THREADS=1 python -m tests.before_the_move.losses --record` in the root of the repository.
 
 Bits depend on the version of PyTorch, the CPU and the number of threads (which is one). Where version, capability and
-processor are those of the record every bit must be the recorded one; elsewhere 1e-5 of the number may be off, and runs
-in bfloat16, whose rounding is coarser, are skipped.
+processor are those of the record every bit must be the recorded one; elsewhere 1e-5 of the number may be off, and of
+runs in bfloat16, whose rounding is coarser, 1% of the loss.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -32,9 +33,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", RECORDED["runs"])
 def test_losses_are_the_recorded_ones(name: str, found: dict[str, Any]) -> None:
     bits = machine() == RECORDED["machine"]
-    if not bits and in_bfloat16(name):
-        pytest.skip("another machine than that of the record rounds bfloat16 elsewhere")
-    assert differences(RECORDED["runs"][name], found[name], bits) == []
+    if bits or not in_bfloat16(name):
+        assert differences(RECORDED["runs"][name], found[name], bits) == []
+        return
+    assert isinstance(found[name], list), found[name]  # the error that it ended with
+    for ours, theirs in zip(found[name], RECORDED["runs"][name], strict=True):
+        assert math.isclose(float.fromhex(ours["loss"]), float.fromhex(theirs["loss"]), rel_tol=0.01)
 
 
 def in_bfloat16(name: str) -> bool:
