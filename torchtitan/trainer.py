@@ -46,8 +46,8 @@ class Trainer:
 
     config, inputs (StageInputs), rank, world_size, dump_folder (Path), device, dims (ParallelDims), cpu_group (gloo,
     all ranks), hosts (the host name of each rank), model, optimizer, checkpointer (None without checkpoints), metrics
-    (MetricsLogger on rank 0, else None), throughput, timing, losses. step: finished steps. tokens_seen: tokens of the
-    global batches so far, without padding. stop_requested: if True on any rank, all stop before the next step.
+    (MetricsLogger on rank 0, else None), throughput, timing, bad_loss_policy. step: finished steps. tokens_seen: tokens
+    of the global batches so far, without padding. stop_requested: if True on any rank, all stop before the next step.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class Trainer:
         self.garbage_collection = GarbageCollection(config.training.gc_freq)
         self.accumulation, self.model = build_model(config, inputs.args, self.dims, self.device, self.cpu_group)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.losses = BadLossPolicy(config.training)
+        self.bad_loss_policy = BadLossPolicy(config.training)
         self.checkpointer = Checkpointer(config.checkpoint, self.dump_folder) if config.checkpoint.enable else None
         if manifest := load_state(config, inputs, self.model, self.state, self.checkpointer, self.cpu_group):
             self.step, self.tokens_seen = manifest["step"], manifest["tokens_seen"]
-            self.losses.load(manifest.get("watch", {}))
+            self.bad_loss_policy.load(manifest.get("watch", {}))
         self.batches = build_batches(config, inputs, self.dims, self.device, self.step)
         self.timing = StepTiming()
         self.throughput = Throughput(config, inputs, self.dims, self.device)
@@ -101,7 +101,8 @@ class Trainer:
         """
         assert self.checkpointer
         self.pause("saving")
-        manifest = self.inputs.manifest(self.config, self.step, self.tokens_seen) | {"watch": self.losses.state()}
+        manifest = self.inputs.manifest(self.config, self.step, self.tokens_seen)
+        manifest["watch"] = self.bad_loss_policy.state()
         self._call("saving", manifest)
         return self.checkpointer.save(self.state(), manifest, last)
 
@@ -117,7 +118,7 @@ class Trainer:
         if self.finished:
             logger.info(f"nothing to do: step {self.step} of {steps} is done")
         self._call("started")
-        recent, skipped = deque[float](maxlen=20), len(self.losses.skipped)
+        recent, skipped = deque[float](maxlen=20), len(self.bad_loss_policy.skipped)
         self.throughput.restart()
         while not self.finished:
             self._call("before_step")
@@ -203,7 +204,7 @@ class Trainer:
             "grad_norm": norm,
             "lr": lr,
             "tokens_seen": self.tokens_seen,
-            "skipped_steps": len(self.losses.skipped),
+            "skipped_steps": len(self.bad_loss_policy.skipped),
             "loss_by_source": by_source,
             "loss_by_position": by_position,
         }
@@ -212,7 +213,7 @@ class Trainer:
         """Whether this step's gradients are discarded; equal on all ranks, since loss and norm are."""
         plan = self.inputs.plan
         try:
-            why = self.losses.judge(self.step, loss, norm)
+            why = self.bad_loss_policy.judge(self.step, loss, norm)
         except BadLossError as e:
             raise BadLossError(f"{e}. Its rows:\n{plan.describe_step(self.step - 1)}") from None
         if why and self.rank == 0:
