@@ -79,7 +79,8 @@ def write_assets(folder: Path, model: str = "llama") -> Path:
 
 
 def flags(folder: Path, assets: Path, **overrides: Any) -> list[str]:
-    """Command line of the tiny stage; overrides as table__key=value."""
+    """Command line of the tiny stage; overrides as table__key=value. Without the self-check: it takes longer than the
+    steps."""
     config = folder / "stage.toml"
     if not config.exists():
         text = folder / "text.jsonl" if (folder / "text.jsonl").exists() else write_text(folder)
@@ -93,6 +94,8 @@ global_batch_size = 8
 local_batch_size = 2
 steps = 4
 mixed_precision_param = "float32"
+[parallelism]
+self_check = false
 [optimizer]
 lr = 1e-3
 [lr_scheduler]

@@ -22,7 +22,7 @@ from torchtitan.components import checkpoint as checkpoint_module
 from torchtitan.components.manifest import complete_steps, find_damage
 from torchtitan.tools.errors import STOPPED
 
-TWENTY = {"checkpoint__enable": True, "checkpoint__interval": 5, "training__steps": 20}
+TWENTY = {"checkpoint__enable": True, "checkpoint__interval": 5, "training__steps": 20, "training__local_batch_size": 4}
 
 
 @pytest.fixture(scope="module")

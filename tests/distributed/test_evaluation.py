@@ -90,7 +90,7 @@ def test_every_layout_gives_one_process_results(model: str, folder: Path):
             continue  # its QK norm is over all heads; the other two have been shown
         parallelism = {f"parallelism__{key}": value for key, value in layout.items()}
         out = folder / f"{model} {name}"
-        common = {"training__steps": 2, "job__dump_folder": out, "parallelism__self_check": "false"}
+        common = {"training__steps": 2, "job__dump_folder": out}
         cases[name] = flags(folder, assets, **common, **parallelism) + asked(folder)
     one = folder / f"{model} one"
     alone = flags(folder, assets, training__steps=2, job__dump_folder=one) + asked(folder)

@@ -37,7 +37,7 @@ SAVING = {
     "checkpoint__interval": 1,
     "checkpoint__retry_seconds": 0.01,
     "checkpoint__save_retries": 2,
-    "parallelism__self_check": False,
+    "training__local_batch_size": 4,
 }
 
 

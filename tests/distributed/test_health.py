@@ -146,10 +146,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(folder: Path) -> dict[str, dict[str, Any]]:
     """All cases, in one spawn."""
     assets = write_assets(folder, "tied")
-    saving = {"checkpoint__enable": True, "checkpoint__interval": 1, "parallelism__self_check": False}
+    saving = {"checkpoint__enable": True, "checkpoint__interval": 1}
     skip = saving | {"training__on_bad_loss": "skip", "training__max_skipped_steps": 1}
     spike = skip | {"training__loss_spike_factor": 2.0, "training__loss_spike_window": 2}
-    window = {"metrics__log_freq": 4, "parallelism__self_check": False}
+    window = {"metrics__log_freq": 4}
 
     def args(name: str, options: dict[str, Any]) -> list[str]:
         return flags(folder, assets, **options, job__dump_folder=folder / name)

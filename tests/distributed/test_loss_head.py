@@ -38,7 +38,7 @@ def count(args: list[str], rank: int, world_size: int) -> dict[str, int]:
 def test_the_head_is_gathered_and_reduced_once_whatever_the_tiles(tmp_path: Path):
     """1 MiB of float32 logits of 4,096 words are 64 tokens, of which a tile has at least 128."""
     assets = write_assets(tmp_path)
-    rows = {"training__local_batch_size": 4, "parallelism__self_check": False}
+    rows = {"training__local_batch_size": 4}
     cases = [flags(tmp_path, assets, **rows, training__loss_tile_mib=mib) for mib in (1024, 1)]
     one_tile, four_tiles = spawn(2, count, cases, tmp_path)
     assert one_tile.pop("tiles") == 1 and four_tiles.pop("tiles") == 4

@@ -110,7 +110,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Everything that is run, on one process and on dp_shard 2 x cp 2 x tp 2."""
     folder = tmp_path_factory.mktemp("memory")
     assets = write_assets(folder)
-    size = {"training__local_batch_size": 4, "training__global_batch_size": 16, "parallelism__self_check": False}
+    size = {"training__local_batch_size": 4, "training__global_batch_size": 16}
 
     def stage(out: str, **options: Any) -> tuple[str, list[str]]:
         saves = {"checkpoint__enable": True, "checkpoint__interval": 2, "job__dump_folder": folder / out}

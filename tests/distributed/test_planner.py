@@ -56,7 +56,6 @@ def test_planned_peak_is_what_is_allocated(tmp_path: Path):
         "model__flavor": "debugmodel",
         "training__seq_len": 256,
         "training__mixed_precision_param": "bfloat16",
-        "parallelism__self_check": "false",
     }
     cases = [(str(tmp_path), str(assets), {**common, **layout}) for layout in LAYOUTS.values()]
     for name, (counted, planned) in zip(LAYOUTS, spawn(2, peaks, cases, tmp_path), strict=True):

@@ -20,6 +20,8 @@ MIXED = {
 MIXED_LISTS = ["--rope.long_factor", *(str(1 + j / 2) for j in range(8))]  # head_dim 16
 HARPE = ["--rope.type", "harpe", "--rope.bases", "1000", "1000000"]
 WIDE = {"parallelism__context_parallel_degree": 2, "parallelism__tensor_parallel_degree": 2}
+SIZE = {"training__local_batch_size": 4, "training__steps": 2}
+CHECKED = {"parallelism__self_check": True}
 
 
 def losses(args: list[str], rank: int, world_size: int) -> list[float]:
@@ -28,20 +30,20 @@ def losses(args: list[str], rank: int, world_size: int) -> list[float]:
 
 
 def test_several_ranks_agree_with_one(tmp_path: Path):
-    """All with the self-check on, whose small model has the same RoPE."""
+    """Each kind with the self-check on, whose small model has the same RoPE."""
     assets = write_assets(tmp_path)
 
     def args(*more: str, **overrides: Any) -> list[str]:
-        return [*flags(tmp_path, assets, training__steps=3, **overrides), *more]
+        return [*flags(tmp_path, assets, **(SIZE | overrides)), *more]
 
     cases = {
-        "gene": (args(**GENE), args(**GENE, **WIDE)),
-        "gene, dp": (args(**GENE, training__local_batch_size=4), args(**GENE, training__local_batch_size=1)),
-        "mixed": (args(*MIXED_LISTS, **MIXED), args(*MIXED_LISTS, **MIXED, **WIDE)),
-        "harpe": (args(*HARPE), args(*HARPE, **WIDE)),
+        "gene": (args(**GENE), args(**GENE, **WIDE, **CHECKED)),
+        "gene, dp": (args(**GENE), args(**GENE, training__local_batch_size=1)),
+        "mixed": (args(*MIXED_LISTS, **MIXED), args(*MIXED_LISTS, **MIXED, **WIDE, **CHECKED)),
+        "harpe": (args(*HARPE), args(*HARPE, **WIDE, **CHECKED)),
         "recomputed": (args(**GENE), args(**GENE, **WIDE, activation_checkpoint__mode="full")),
         "plain": (args(), args(**WIDE)),
-        "ulysses": (args(*HARPE), args(*HARPE, **WIDE, parallelism__context_parallel_exchange="ulysses")),
+        "ulysses": (args(*HARPE), args(*HARPE, **WIDE, **CHECKED, parallelism__context_parallel_exchange="ulysses")),
     }
     one = dict(zip(cases, spawn(1, losses, [alone for alone, _ in cases.values()], tmp_path), strict=True))
     four = dict(zip(cases, spawn(4, losses, [wide for _, wide in cases.values()], tmp_path), strict=True))

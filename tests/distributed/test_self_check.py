@@ -198,7 +198,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_planted_faults_are_caught_and_named(folder: Path):
-    options = {"parallelism__context_parallel_degree": 2, "training__steps": 2, "training__local_batch_size": 4}
+    checked = {"parallelism__self_check": True, "parallelism__context_parallel_degree": 2}
+    options = checked | {"training__steps": 2, "training__local_batch_size": 4}
     args = flags(folder, write_assets(folder), **options)
     layout = ["--parallelism.context_parallel_layout"]
     cases: list[tuple[str | None, list[str]]] = [(None, args)]

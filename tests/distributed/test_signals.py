@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -35,12 +36,13 @@ def trainers(launcher: subprocess.Popen, count: int = 2) -> list[int]:
 def args(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("signals")
     endless = {"checkpoint__interval": 10**6, "lr_scheduler__decay_ratio": 0.0, "training__steps": 10**5}
-    options = {"checkpoint__enable": True, "data__num_workers": 1, "parallelism__self_check": False}
+    options = {"checkpoint__enable": True, "data__num_workers": 1}
     return flags(folder, write_assets(folder), **endless, **options, comm__train_timeout_seconds=TIMEOUT_SECONDS)
 
 
 def out_of(args: list[str]) -> Path:
-    return Path(args[args.index("--job.dump_folder") + 1])
+    """The last of them counts."""
+    return Path(args[len(args) - args[::-1].index("--job.dump_folder")])
 
 
 def test_usr1_and_term_to_every_process_saves_at_the_next_step_and_exits_cleanly(args: list[str]):
@@ -55,22 +57,38 @@ def test_usr1_and_term_to_every_process_saves_at_the_next_step_and_exits_cleanly
     assert saved == max(steps_of(out)) >= 3 and "asked to stop" in output
 
 
-@pytest.mark.parametrize("stopped", [1, 0])
-def test_a_rank_that_stops_answering_ends_the_job_in_time_and_is_named(args: list[str], stopped: int):
-    """Rank 0 keeps the store in which the others would look who is there."""
-    args = [*args, "--job.dump_folder", str(out_of(args)) + f"-{stopped}"]
+def train_until_a_rank_stops(args: list[str], stopped: int) -> tuple[int, str, float]:
+    """The launcher's exit code and output, and how many seconds after the stop it ended."""
     process = launch(args, 2)
-    wait_for_step(out_of(args[-2:]), 3, process)
+    wait_for_step(out_of(args), 3, process)
     os.kill(trainers(process)[stopped], signal.SIGSTOP)
     began = time.monotonic()
     output, _ = process.communicate(timeout=120)
-    elapsed = time.monotonic() - began
+    return process.returncode, output, time.monotonic() - began
+
+
+@pytest.fixture(scope="module")
+def stalled(args: list[str]) -> dict[int, tuple[Path, int, str, float]]:
+    """By the rank that stops: the dump folder, and how the job ended. Side by side, for they wait most of the time."""
+    outs = {stopped: Path(f"{out_of(args)}-{stopped}") for stopped in (0, 1)}
+    jobs = [[*args, "--job.dump_folder", str(out)] for out in outs.values()]
+    with ThreadPoolExecutor() as pool:
+        ended = list(pool.map(train_until_a_rank_stops, jobs, outs))
+    return {stopped: (out, *how) for (stopped, out), how in zip(outs.items(), ended, strict=True)}
+
+
+@pytest.mark.parametrize("stopped", [1, 0])
+def test_a_rank_that_stops_answering_ends_the_job_in_time_and_is_named(
+    stopped: int, stalled: dict[int, tuple[Path, int, str, float]]
+):
+    """Rank 0 keeps the store in which the others would look who is there."""
+    out, code, output, elapsed = stalled[stopped]
     told = ANSWER_SECONDS + GRACE_SECONDS + KILL_SECONDS + (RANK_0_SECONDS if stopped == 0 else 0)
-    assert process.returncode == LOST_A_RANK, output
+    assert code == LOST_A_RANK, output
     assert TIMEOUT_SECONDS <= elapsed < TIMEOUT_SECONDS + told + SLACK_SECONDS, output
     who = "no answer from rank 1 on " if stopped == 1 else "no answer from rank 0's machine"
     assert who in output and "torchtitan/trainer.py" not in output, output  # a sentence, no traceback
-    stack = (out_of(args[-2:]) / "comm_traces" / f"stack_rank_{1 - stopped}.txt").read_text()
+    stack = (out / "comm_traces" / f"stack_rank_{1 - stopped}.txt").read_text()
     assert "torchtitan/trainer.py" in stack and "torch/distributed/" in stack, "where the other one waits"
     print(f"rank {stopped} stopped: ended after {elapsed:.1f} s")
 

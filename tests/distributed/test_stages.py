@@ -363,8 +363,6 @@ def chain_command(folder: Path, out: Path, *more: str) -> list[str]:
         "true",
         "--checkpoint.interval",
         "1",
-        "--parallelism.self_check",
-        "false",
         *more,
     ]
 

@@ -116,8 +116,7 @@ def types_at_the_rotation(args: list[str], rank: int, world_size: int) -> set[tu
 def test_rope_tables_stay_in_float32_under_mixed_precision(folder: Path, assets: Path):
     """FSDP casts the inputs of what it wraps unless told not to: the tables would lose all but 8 bits."""
     half, full = torch.bfloat16, torch.float32
-    # the self-check would show its own float32 too
-    plain = {"training__mixed_precision_param": "bfloat16", "training__steps": 2, "parallelism__self_check": False}
+    plain = {"training__mixed_precision_param": "bfloat16", "training__steps": 2}
     cases = [flags(folder, assets, **plain), flags(folder, assets, **plain, activation_checkpoint__mode="full")]
     assert spawn(2, types_at_the_rotation, cases, folder) == [{(half, full, full, half)}] * 2
 
