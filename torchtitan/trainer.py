@@ -65,7 +65,16 @@ class Trainer:
         self.stop_requested = False
         self.device, self.dims, self.cpu_group, self.hosts = connect(config, rank, local_rank, world_size)
         check_agreed(inputs, self.cpu_group)
-        self._call("configured")
+        try:
+            self._call("configured")
+            self._build()
+        except BaseException:
+            self._call("closed")
+            raise
+
+    def _build(self) -> None:
+        """Collective. All that is allocated or loaded."""
+        config, inputs = self.config, self.inputs
         self.garbage_collection = GarbageCollection(config.training.gc_freq)
         self.accumulation, self.model = build_model(config, inputs.args, self.dims, self.device, self.cpu_group)
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -77,9 +86,9 @@ class Trainer:
         self.batches = build_batches(config, inputs, self.dims, self.device, self.step)
         self.timing = StepTiming()
         self.throughput = Throughput(config, inputs, self.dims, self.device)
-        if rank == 0:
+        if self.rank == 0:
             log_stage(config, inputs, self.dims, self.device)
-        self.metrics = open_metrics(config, self.step) if rank == 0 else None
+        self.metrics = open_metrics(config, self.step) if self.rank == 0 else None
 
     @property
     def finished(self) -> bool:

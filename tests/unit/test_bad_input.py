@@ -23,6 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import torchtitan.components.changes
 import torchtitan.components.setup
 import torchtitan.trainer
 from tests.distributed.harness import TINY, flags, write_assets, write_text
@@ -433,6 +434,16 @@ def test_checkpoints_of_another_run_are_refused_and_left_alone(
     for word in [*words, str(finished / "checkpoint"), "job.dump_folder"]:
         assert word in message
     assert contents() == before
+
+
+def test_a_new_key_that_decides_rows_or_the_model_is_compared_by_its_value(
+    folder: Path, assets: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As if model.hf_assets_path were such a key: the same assets at another place."""
+    monkeypatch.setattr(torchtitan.components.changes, "BY_CONTENT", ())
+    moved = shutil.copytree(assets, tmp_path / "moved")
+    message = ends_with(flags(folder, moved, checkpoint__enable=True, job__dump_folder=finished), monkeypatch)
+    assert f"model.hf_assets_path {assets} -> {moved}" in message
 
 
 def test_a_step_that_is_not_there_names_those_that_are(

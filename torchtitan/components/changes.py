@@ -1,8 +1,8 @@
 """What has changed between two times of a stage, or from one stage to the next: the one comparison of all who ask.
 
-A stage that is resumed asks changed_inputs(), which knows the files; a chain, which opens none, asks changed_since();
-a stage that starts from another prints differences(). What a key decides stands at its field (config/keys.py). Read
-without PyTorch.
+A stage that is resumed asks changed_inputs(), which knows the files, and changed_keys(); a chain, which opens no files,
+asks changed_since(); a stage that starts from another prints differences(). What a key decides stands at its field
+(config/keys.py). Read without PyTorch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.config.checks import rows_per_step
-from torchtitan.config.keys import Decision
+from torchtitan.config.keys import Decision, keys_of
 from torchtitan.config.manager import from_tables
 from torchtitan.config.schema import Data, JobConfig
 from torchtitan.config.toml_file import known_keys, values_of
@@ -21,6 +21,13 @@ from torchtitan.tools.errors import UserError
 
 ANOTHER_STAGE: tuple[Decision, ...] = ("documents", "rows", "model")
 """What cannot change in a stage."""
+
+BATCH = ("training.local_batch_size", "training.global_batch_size", "training.global_batch_tokens")
+"""Compared by the rows per step that they lead to."""
+
+BY_CONTENT = ("model.flavor", "model.hf_assets_path", "training.seq_len", "training.seed", *BATCH)
+"""Beside [data] and [rope], the keys that a resumed stage compares by what they lead to: the architecture, the
+tokenizer's fingerprint and Plan.inputs."""
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -48,8 +55,13 @@ def changes(was: dict[str, Any], now: dict[str, Any], show: Callable[[Any], str]
 
 
 def changed_inputs(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The differences of two Plan.inputs, such as 'seq_len 1024 -> 2048', 'source code: share 0.5 -> 0.6'."""
-    result = changes({**saved, "sources": 0}, {**now, "sources": 0})
+    """The differences of two Plan.inputs, such as 'training.seq_len 1024 -> 2048', 'source code: share 0.5 -> 0.6'."""
+    tables = {"seed": "training.", "seq_len": "training."} | dict.fromkeys(keys_of(Data), "data.")
+    was, is_now = (
+        {tables.get(key, "") + key: value for key, value in inputs.items() if key != "sources"}
+        for inputs in (saved, now)
+    )
+    result = changes(was, is_now)
     if saved.get("rows_per_step") != now.get("rows_per_step"):
         result.append(f"(training.global_batch_size = {saved.get('rows_per_step')} keeps the rows of a step)")
     before, after = saved.get("sources", []), now.get("sources", [])
@@ -62,6 +74,22 @@ def changed_inputs(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
             what = f"its documents (corpus {values})" if key == "corpus" else change
             result.append(f"source {new['name']}: {what}")
     return result
+
+
+def changed_keys(manifest: dict[str, Any], config: JobConfig) -> list[str]:
+    """The differences since a manifest of the stage in keys that make it another one, and that changed_inputs(), the
+    architecture and the tokenizer do not show."""
+    was, now = (
+        {
+            name: value
+            for name, value in values_of(c).items()
+            if known_keys()[name].decides in ANOTHER_STAGE
+            and not name.startswith(("data.", "rope."))
+            and name not in BY_CONTENT
+        }
+        for c in (from_tables(manifest.get("config", {})), config)
+    )
+    return changes(was, now) if manifest.get("config") else []
 
 
 def changed_since(manifest: dict[str, Any], config: JobConfig) -> list[str]:
@@ -82,12 +110,11 @@ def changed_since(manifest: dict[str, Any], config: JobConfig) -> list[str]:
 
 def _identity(config: JobConfig) -> dict[str, Any]:
     """Key -> value of all keys that make a stage what it is, except those of the batch: _rows_per_step has them."""
-    batch = ("training.local_batch_size", "training.global_batch_size", "training.global_batch_tokens")
     keys = known_keys()
     values = {
         name: value
         for name, value in values_of(config).items()
-        if keys[name].decides in ANOTHER_STAGE and not name.startswith("data.") and name not in batch
+        if keys[name].decides in ANOTHER_STAGE and not name.startswith("data.") and name not in BATCH
     }
     data = data_keys(config.data) | keys_that_decide(config.data, "documents")
     for i, (source, share) in enumerate(zip(config.data.sources, shares(config.data))):

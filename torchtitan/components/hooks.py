@@ -51,7 +51,8 @@ class Hook:
         last step of the stage; otherwise the run was asked to stop."""
 
     def closed(self, trainer: Any) -> None:
-        """Not collective. Always the last call, even after an error: release files, threads and processes."""
+        """Not collective. The last call of all, even after an error, also one in `configured` of a hook: release
+        files, threads and processes."""
 
 
 def load_hook(name: str) -> Hook:

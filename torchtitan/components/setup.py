@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from torchtitan.attention.backends import choose_backend
 from torchtitan.attention.varlen import check_window
-from torchtitan.components.changes import changed_inputs, changes, flat, shown
+from torchtitan.components.changes import changed_inputs, changed_keys, changes, flat, shown
 from torchtitan.components.lineage import check_previous, lineage
 from torchtitan.components.manifest import check_load_step, complete_steps, digest, newest_manifest
 from torchtitan.components.metrics import import_wandb
@@ -120,9 +120,8 @@ def _rope_before(
     resumed: dict[str, Any] | None, stages_before: list[dict[str, Any]], weights: Start | None
 ) -> RopeArgs | None:
     """RoPE of the weights that a run starts, or started, from; None if it is not known, or if they are random."""
-    if resumed and resumed.get(
-        "rope_before"
-    ):  # what it started from may be gone, or may have been a Hugging Face folder
+    if resumed and resumed.get("rope_before"):
+        # what it started from may be gone, or may have been a Hugging Face folder
         return rope_from_manifest(resumed["rope_before"])
     if stages_before:
         return rope_from_manifest(stages_before[-1]["rope"])
@@ -230,7 +229,7 @@ def _check_resumable(
     differences = changes(flat(complete(manifest["architecture"])), flat(as_json(args)))
     if manifest["tokenizer"] != tokenizer.fingerprint:
         differences.append("the tokenizer")
-    differences += changed_inputs(manifest["plan"], plan.inputs)
+    differences += changed_inputs(manifest["plan"], plan.inputs) + changed_keys(manifest, config)
     if differences:
         raise UserError(
             f"{folder} holds checkpoints of another run ({', '.join(f'step {s}' for s in steps[-3:])}), which this one "

@@ -35,7 +35,7 @@ def rope_from_manifest(rope: dict[str, Any]) -> RopeArgs:
     scaling = rope.get("scaling")
     if scaling is not None:
         kind = scaling["rope_type"]
-        methods = {method.rope_type: method for method in rope_scaling.METHODS}
+        methods = {method.rope_type: method for method in rope_scaling.methods()}
         if kind not in methods:
             raise UserError(
                 f'The manifest has rope.scaling.rope_type = "{kind}", which this version does not know; it knows '

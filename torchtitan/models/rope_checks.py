@@ -12,7 +12,7 @@ def check_rope(config: JobConfig) -> None:
     """UserError for keys of [rope] that are missing, that rope.type does not read, or that contradict one another."""
     rope, default = config.rope, Rope()
     keys_of = {"model": Keys(optional=("mixed_window",)), "none": Keys()}
-    for method in rope_scaling.METHODS:
+    for method in rope_scaling.methods():
         keys_of |= method.toml()
     needed, optional = keys_of[rope.type]
     for key in needed:

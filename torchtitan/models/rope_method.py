@@ -14,6 +14,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
 from torchtitan.config.schema import Rope
+from torchtitan.tools.errors import UserError
 
 ORIGINAL = "original_max_position_embeddings"
 
@@ -79,6 +80,12 @@ class Scaling:
     def hf(self, theta: float, head_dim: int) -> dict[str, Any]:
         """Hugging Face's rope_parameters; UserError if Hugging Face has no form for it."""
         if not self.in_hf:
+            methods = ("frequencies", "magnitude", "of_tokens", "at_length", "drawn")
+            if any(getattr(type(self), name) is not getattr(Scaling, name) for name in methods):
+                raise UserError(
+                    f'rope.type = "{self.rope_type}" has no form in config.json, so the model cannot be exported: set '
+                    f"in_hf in {type(self).__name__} if transformers has this method, or write its form in hf()."
+                )
             return {"rope_type": "default", "rope_theta": self.theta(theta, head_dim)}
         values = {name: value for name, value in vars(self).items() if value is not None}
         lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}

@@ -344,10 +344,14 @@ class HarpeScaling(Scaling):
         )
 
 
-METHODS = Scaling.__subclasses__()
-"""All methods above, in their order."""
+def methods() -> list[type[Scaling]]:
+    """All methods of this file, in their order."""
+    values = globals().values()
+    return [
+        value for value in values if isinstance(value, type) and issubclass(value, Scaling) and value is not Scaling
+    ]
 
 
 def method_of(rope_type: str) -> type[Scaling] | None:
     """The method that a value of rope.type names; None for "model" and "none"."""
-    return next((method for method in METHODS if rope_type in method.toml()), None)
+    return next((method for method in methods() if rope_type in method.toml()), None)

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,15 +133,18 @@ def new_folder(out: Path) -> Path:
 
 @contextlib.contextmanager
 def lock(cache: Path, name: str) -> Iterator[None]:
-    """Hold the file lock cache/.NAME.lock; logs that it waits. The system frees the lock when its owner dies."""
+    """Hold the file lock cache/.NAME.lock; logs every 30 s that it waits. The system frees it when its owner dies."""
     import filelock
 
     held = filelock.FileLock(cache / f".{name}.lock")
-    try:
-        held.acquire(timeout=2)
-    except filelock.Timeout:
-        logger.info("waiting for another process that works on %s", cache / name)
-        held.acquire()
+    started = time.monotonic()
+    while not held.is_locked:
+        waited = time.monotonic() - started
+        try:
+            held.acquire(timeout=2 if waited < 1 else 30)
+        except filelock.Timeout:
+            what = "a rank of this run, or another run, works on %s: waiting for it (%.0f s so far)"
+            logger.info(what, cache / name, time.monotonic() - started)
     try:
         yield
     finally:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+import torchtitan.components.changes as changes_module
 from tests.unit.config.test_manager import other_value
-from torchtitan.components.changes import changed_since, differences
+from torchtitan.components.changes import BY_CONTENT, changed_keys, changed_since, differences
 from torchtitan.config import JobConfig, as_tables
 from torchtitan.config.keys import keys_of
 from torchtitan.config.manager import from_tables
@@ -93,6 +94,18 @@ def test_so_is_one_of_another_source(key: str) -> None:
 )
 def test_it_is_the_meaning_that_counts(changes: dict[str, Any], same: bool) -> None:
     assert (changed_since(manifest(make()), make(**changes)) == []) == same
+
+
+@pytest.mark.parametrize("name", [name for name in KEYS if not name.startswith(("data.", "rope."))])
+def test_a_resumed_stage_compares_what_makes_it_another_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the key itself, unless what it leads to is compared: see test_bad_input and test_plan for these."""
+    was, now = changed(name)
+    assert changed_keys(manifest(was), was) == [] == changed_keys({}, now)
+    assert changed_keys(manifest(was), now) == [] or name not in BY_CONTENT
+    monkeypatch.setattr(changes_module, "BY_CONTENT", ())  # as if each were a new key
+    found = changed_keys(manifest(was), now)
+    assert bool(found) == (known_keys()[name].decides in IDENTITY)
+    assert all(line.startswith(f"{name} ") for line in found)
 
 
 def test_a_manifest_of_an_older_version() -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.distributed.harness import flags, write_assets, write_text
 from torchtitan.components.hooks import Hook, load_hook
@@ -67,6 +68,28 @@ def test_the_points_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lines = [json.loads(line) for line in (trainer.dump_folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["mine"] for line in lines] == [7.0, 14.0]
     assert read_manifest(trainer.dump_folder / "checkpoint" / "step-2")["mine"] == "kept"
+
+
+def test_all_hooks_are_closed_if_one_fails_before_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Files that a hook has opened in `configured` are closed, whichever hook or part of the set-up fails."""
+    code = (
+        MODULE
+        + """
+class Failing(Hook):
+    def configured(self, trainer): raise RuntimeError("no licence")
+"""
+    )
+    (tmp_path / "failing_hooks.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    write_text(tmp_path)
+    args = flags(tmp_path, write_assets(tmp_path), training__steps=3)
+    config = load_config([*args, "--job.hooks", "failing_hooks:Recorder", "failing_hooks:Failing"])
+    with pytest.raises(RuntimeError, match="no licence"):
+        build_trainer(config, 0, 0, 1)
+    torch.distributed.destroy_process_group()
+    import failing_hooks  # type: ignore[import-not-found]
+
+    assert failing_hooks.calls == [("configured", 0, False), ("closed",)]
 
 
 def test_a_name_that_is_no_hook_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

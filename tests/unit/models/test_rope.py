@@ -402,7 +402,7 @@ class HalvedScaling(Scaling):
 
 def test_a_method_is_its_class_and_its_keys(monkeypatch: pytest.MonkeyPatch):
     """Keys, checks, frequencies, manifest and config.json follow from the class; the schema names its type."""
-    monkeypatch.setattr(rope_scaling, "METHODS", [*rope_scaling.METHODS, HalvedScaling])
+    monkeypatch.setattr(rope_scaling, "HalvedScaling", HalvedScaling, raising=False)
     table = Rope(type="halved", factor=3.0, truncate=False)  # type: ignore[arg-type]
     check_rope(JobConfig(rope=table))
     with pytest.raises(UserError, match="needs rope.factor"):
@@ -422,9 +422,16 @@ def test_a_method_is_its_class_and_its_keys(monkeypatch: pytest.MonkeyPatch):
     assert longest_wavelength(rope, 64) == pytest.approx(6 * longest_wavelength(RopeArgs(1e4), 64))
 
 
+@pytest.mark.parametrize("changed", ["frequencies", "magnitude", "of_tokens", "at_length", "drawn"])
+def test_a_method_without_a_form_in_config_json_is_not_exported_as_another(changed: str):
+    scaling = type("Nameless", (Scaling,), {"rope_type": "halved", changed: lambda *_: None})()
+    with pytest.raises(UserError, match="no form in config.json.*in_hf in Nameless"):
+        scaling.hf(1e4, 64)
+
+
 def test_every_rope_type_of_the_schema_has_a_method():
     types = get_args(get_type_hints(Rope)["type"])
-    assert set(types) == {"model", "none"} | {kind for method in rope_scaling.METHODS for kind in method.toml()}
+    assert set(types) == {"model", "none"} | {kind for method in rope_scaling.methods() for kind in method.toml()}
 
 
 def test_rope_is_checked_without_pytorch():

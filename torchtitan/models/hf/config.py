@@ -260,7 +260,7 @@ def rope_from_hf(config: dict[str, Any], where: str) -> RopeArgs:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return RopeArgs(theta, None, layers, length)
-    methods = {method.rope_type: method for method in rope_scaling.METHODS if method.in_hf}
+    methods = {method.rope_type: method for method in rope_scaling.methods() if method.in_hf}
     if kind not in methods:
         *others, last = ["default", *methods]
         raise UserError(
