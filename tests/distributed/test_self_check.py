@@ -17,6 +17,7 @@ from tests.distributed.harness import flags, run_stage, spawn, write_assets
 from torchtitan.attention.backends import Mask
 from torchtitan.attention.segments import Segments
 from torchtitan.distributed import parallelize as parallelize_module
+from torchtitan.distributed import self_check as self_check_module
 from torchtitan.distributed.context_parallel import exchange as exchange_module
 from torchtitan.distributed.context_parallel import local_batch as local_batch_module
 from torchtitan.tools.errors import UserError
@@ -31,7 +32,7 @@ def positions_not_sharded() -> Any:
         local = real_local_batch(batch, *rest, **named)
         return replace(local, positions=batch.positions[: len(local.positions)].clone())
 
-    return patch.object(local_batch_module, "local_batch", local_batch)
+    return patch.object(self_check_module, "local_batch", local_batch)
 
 
 def documents_ignored() -> Any:
@@ -77,7 +78,7 @@ def labels_of_a_neighbour() -> Any:
         local = real_local_batch(batch, *rest, **named)
         return replace(local, labels=local.labels.roll(1))
 
-    return patch.object(local_batch_module, "local_batch", local_batch)
+    return patch.object(self_check_module, "local_batch", local_batch)
 
 
 def with_masks(change: Any) -> Any:
@@ -87,7 +88,7 @@ def with_masks(change: Any) -> Any:
         local = real_local_batch(batch, *rest, **named)
         return replace(local, masks={**local.masks, **change(local.masks)})
 
-    return patch.object(local_batch_module, "local_batch", local_batch)
+    return patch.object(self_check_module, "local_batch", local_batch)
 
 
 def one_token_wide(mask: Mask) -> Mask:
@@ -132,14 +133,14 @@ def anchor_of_the_other_row() -> Any:
     def local_batch(batch, *rest, **named):
         return real_local_batch(replace(batch, anchor=batch.anchor.clamp(max=0)), *rest, **named)
 
-    return patch.object(local_batch_module, "local_batch", local_batch)
+    return patch.object(self_check_module, "local_batch", local_batch)
 
 
 def anchors_ignored() -> Any:
     def local_batch(batch, *rest, **named):
         return real_local_batch(replace(batch, anchor=None), *rest, **named)
 
-    return patch.object(local_batch_module, "local_batch", local_batch)
+    return patch.object(self_check_module, "local_batch", local_batch)
 
 
 def fp8_scale_lost() -> Any:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torchtitan.attention.backends import choose_backend
@@ -26,7 +27,7 @@ from torchtitan.attention.segments import Segments
 from torchtitan.config.schema import JobConfig, Quantize
 from torchtitan.datasets.batch import PackedBatch
 from torchtitan.datasets.positions import reset_positions
-from torchtitan.distributed.context_parallel import local_batch as parts
+from torchtitan.distributed.context_parallel.local_batch import LocalBatch, local_batch
 from torchtitan.distributed.fully_shard import reduce_over_replicas
 from torchtitan.distributed.options.quantize import MULTIPLE, apply_quantize, fp8_layers
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -45,7 +46,7 @@ FP8_TOLERANCE = {"rowwise": 2e-2, "tensorwise": 8e-2}
 """Against FP8 emulated on one process, where a tensor has one scale; here each rank has its own for its part. Measured
 on 2 and 4 ranks, token losses then differ by up to 0.12 nats. An error by a factor of 2 is still seen."""
 
-TrainMicroBatch = Callable[[Transformer, parts.LocalBatch, float], torch.Tensor]
+TrainMicroBatch = Callable[[Transformer, LocalBatch, float], torch.Tensor]
 
 
 def run_self_check(
@@ -109,7 +110,8 @@ def _first_failure(job: SmallJob, accumulation: int) -> str | None:
     # which tokens of each stream are this rank's: they are numbered instead of drawn
     numbers = [job.local(replace(batch, tokens=torch.arange(total))).tokens for batch in batches]
     model = job.build(Quantize())
-    oracle = Oracle(job.args, job.device, "dense" if total <= LONGEST_FOR_DENSE else "sdpa")
+    oracle = Transformer(job.args, "dense" if total <= LONGEST_FOR_DENSE else "sdpa").to(job.device)
+    init_weights(oracle, seed=1)
     tolerance = 5e-2 if job.backend == "varlen" else 1e-3 if job.device.type == "cuda" else 1e-4
 
     failures = perturbation(job, model, batches, numbers[0])
@@ -122,7 +124,7 @@ def _first_failure(job: SmallJob, accumulation: int) -> str | None:
     quantize = replace(job.config.quantize, smallest_features=MULTIPLE, filter_fqns=())
     if quantize.recipe_name != "none" and any(fp8_layers(job.args, quantize, tp).values()):
         model = job.build(quantize)
-        oracle.quantize(replace(quantize, emulate=True))
+        apply_quantize(oracle, replace(quantize, emulate=True), tp=1)
         tolerance = FP8_TOLERANCE[quantize.recipe_name]
         failures.append(parity("FP8: the losses and gradients", job, model, oracle, batches, numbers, tolerance))
     return next((failure for failure in failures if failure), None)
@@ -146,10 +148,10 @@ class SmallJob:
         init_weights(model, seed=1)
         return model
 
-    def local(self, batch: PackedBatch) -> parts.LocalBatch:
+    def local(self, batch: PackedBatch) -> LocalBatch:
         """This context-parallel rank's part of a batch, on the host."""
         p, args = self.config.parallelism, self.args
-        return parts.local_batch(
+        return local_batch(
             batch,
             self.backend,
             p.context_parallel_layout,
@@ -193,7 +195,9 @@ def perturbation(
         tokens[list(changed)] = (tokens[list(changed)] + 1) % job.args.vocab_size
         return (job.run(model, [replace(batch, tokens=tokens), *batches[1:]])[0][0] != before).cpu()
 
-    start, token, end = _token_to_change(batch)
+    document = int(batch.cu_documents.diff().argmax())  # the longest
+    start, end = batch.cu_documents[document : document + 2].tolist()
+    token = start + (end - start) // 3
     # and the document's last one, which a mask that is one token too wide would show to the next document
     moved = moved_by(token, end - 1)
     reach = end
@@ -220,13 +224,6 @@ def perturbation(
     return failures
 
 
-def _token_to_change(batch: PackedBatch) -> tuple[int, int, int]:
-    """Start of the longest document, a token of it, and its end."""
-    document = int(batch.cu_documents.diff().argmax())
-    start, end = batch.cu_documents[document : document + 2].tolist()
-    return start, start + (end - start) // 3, end
-
-
 # ---- parity ---------------------------------------------------------------------------------------------------------
 
 
@@ -234,7 +231,7 @@ def parity(
     what: str,
     job: SmallJob,
     model: Transformer,
-    oracle: Oracle,
+    oracle: Transformer,
     batches: list[PackedBatch],
     numbers: list[torch.Tensor],
     tolerance: float,
@@ -245,7 +242,8 @@ def parity(
     """
     losses, valid = job.run(model, batches)
     failure = None
-    for ours, whole, tokens in zip(losses, oracle.run(batches, valid), numbers, strict=True):
+    whole_losses = run_oracle(oracle, batches, valid, job.device)
+    for ours, whole, tokens in zip(losses, whole_losses, numbers, strict=True):
         expected = whole.cpu()[tokens]
         error = (ours.cpu() - expected).abs()
         if not float(error.max()) <= tolerance * 5:  # losses are about 4 nats
@@ -255,8 +253,8 @@ def parity(
                 f"{float(ours[worst]):.5f} instead of {float(expected[worst]):.5f}"
             )
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None
-        error_norm, ratio, is_multiple = _gradient_error(job, parameter.grad, oracle.gradient(name), tolerance * 10)
+        reference = oracle.get_parameter(name).grad
+        error_norm, ratio, is_multiple = _gradient_error(job, parameter.grad, reference, tolerance * 10)
         if failure is None and not error_norm <= tolerance * 10:
             if is_multiple:
                 failure = f"loss scale: the gradient of {name} is {ratio:.4f} times that of one process"
@@ -266,10 +264,11 @@ def parity(
 
 
 def _gradient_error(
-    job: SmallJob, gradient: torch.Tensor, expected: torch.Tensor, tolerance: float
+    job: SmallJob, gradient: torch.Tensor | None, expected: torch.Tensor | None, tolerance: float
 ) -> tuple[float, float, bool]:
     """Collective. |gradient - expected| / |expected| over all ranks; the multiple of expected nearest to gradient, and
     whether gradient is that multiple within the tolerance."""
+    assert gradient is not None and expected is not None
     device, expected = gradient.device, expected.double().cpu()
     dist.all_reduce(expected, group=job.cpu_group)
     expected /= job.dims.size("cp") * job.dims.size("tp")  # ranks that computed the same batch in their oracle
@@ -286,40 +285,22 @@ def _gradient_error(
     return float(sums[0].sqrt()) / norm, ratio, rest <= (tolerance * norm) ** 2
 
 
-class Oracle:
-    """The same model on one process, in float32, without any parallelism."""
-
-    def __init__(self, args: TransformerArgs, device: torch.device, backend: str):
-        self.model = Transformer(args, backend).to(device)
-        init_weights(self.model, seed=1)
-        self.parameters = dict(self.model.named_parameters())
-        self.device = device
-
-    def quantize(self, quantize: Quantize) -> None:
-        """Compute in FP8 from now on."""
-        apply_quantize(self.model, quantize, tp=1)
-
-    def run(self, batches: list[PackedBatch], valid: float) -> list[torch.Tensor]:
-        """Token losses of whole micro-batches, float32 [T] each; gradients of their sum over valid."""
-        self.model.zero_grad()
-        losses = []
-        for batch in batches:
-            anchor = None if batch.anchor is None else batch.anchor.numpy().astype(np.int64)
-            segments = Segments.whole(batch.cu_seqlens, anchor=anchor)  # the model adds that of its sliding layers
-            on_device = batch.to(self.device)
-            logits = self.model(on_device.tokens, on_device.positions, segments, on_device.long)
-            loss = torch.nn.functional.cross_entropy(
-                logits, on_device.labels, ignore_index=IGNORED_LABEL, reduction="none"
-            )
-            (loss.sum() / valid).backward()
-            losses.append(loss.detach())
-        return losses
-
-    def gradient(self, name: str) -> torch.Tensor:
-        """The whole gradient of a parameter after run."""
-        gradient = self.parameters[name].grad
-        assert gradient is not None
-        return gradient
+def run_oracle(
+    oracle: Transformer, batches: list[PackedBatch], valid: float, device: torch.device
+) -> list[torch.Tensor]:
+    """Token losses of whole micro-batches, float32 [T] each, on one process in float32, without any parallelism. The
+    gradients of their sum over valid are left in the oracle."""
+    oracle.zero_grad()
+    losses = []
+    for batch in batches:
+        anchor = None if batch.anchor is None else batch.anchor.numpy().astype(np.int64)
+        segments = Segments.whole(batch.cu_seqlens, anchor=anchor)  # the model adds those of its sliding layers
+        batch = batch.to(device)
+        logits = oracle(batch.tokens, batch.positions, segments, batch.long)
+        loss = F.cross_entropy(logits, batch.labels, ignore_index=IGNORED_LABEL, reduction="none")
+        (loss.sum() / valid).backward()
+        losses.append(loss.detach())
+    return losses
 
 
 # ---- the small model and its batches --------------------------------------------------------------------------------
