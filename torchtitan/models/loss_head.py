@@ -39,18 +39,18 @@ class OutputHead(nn.Module):
         x: torch.Tensor,
         labels: torch.Tensor | None = None,
         divisor: float | torch.Tensor = 1.0,
-        rows: torch.Tensor | None = None,
+        only: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """x [T, dim] -> logits [T, vocab_size], or [R, vocab_size], those of the tokens rows int64 [R] alone.
+        """x [T, dim] -> logits [T, vocab_size], or [R, vocab_size] of the tokens `only`, int64 [R], and no others.
 
         With labels int64 [T] -> (the scalar to differentiate, the sum of the token losses over divisor; the token
         losses, float32 [T] in nats, 0 for ignored labels, not differentiable)."""
         weight: torch.Tensor = self.weight
         if labels is None:
-            if isinstance(x, DTensor) and rows is not None:
-                x = DTensor.from_local(x.to_local()[rows], x.device_mesh, x.placements)
-            elif rows is not None:
-                x = x[rows]
+            if isinstance(x, DTensor) and only is not None:
+                x = DTensor.from_local(x.to_local()[only], x.device_mesh, x.placements)
+            elif only is not None:
+                x = x[only]
             logits = F.linear(x, weight)
             return logits.redistribute(placements=[Replicate()]).to_local() if isinstance(logits, DTensor) else logits
         group, first = None, 0

@@ -162,12 +162,12 @@ class Transformer(nn.Module):
         rope: RopeArgs | None = None,
         labels: torch.Tensor | None = None,
         divisor: float = 1.0,
-        rows: torch.Tensor | None = None,
+        only: torch.Tensor | None = None,
     ) -> Any:
         """tokens int64 [T], positions int64 [T], masks -> logits [T, vocab_size].
 
-        labels, divisor: with them the result is that of OutputHead: the loss to differentiate, and the token losses.
-        rows: int64 [R], the only tokens whose logits are returned, [R, vocab_size]; those of a long row would not fit.
+        labels, divisor: if given, the result is (loss to differentiate, token losses), as from OutputHead.
+        only: int64 [R], the only tokens whose logits are returned, [R, vocab_size]; those of a long row would not fit.
 
         masks: of each kind of layer; or Segments without a window, to which the model adds that of its sliding layers.
         long: see rope_tables. rope: instead of the model's own (GeNE draws one per micro-batch; a search tries many).
@@ -190,7 +190,7 @@ class Transformer(nn.Module):
         x = self.norm(x)
         if labels is not None:
             return self.output(x, labels, divisor)
-        return self.output(x) if rows is None else self.output(x, rows=rows)
+        return self.output(x) if only is None else self.output(x, only=only)
 
     def _masks_of(self, segments: Segments, device: torch.device) -> Masks:
         """Of all layers if every key is on this rank."""

@@ -56,19 +56,19 @@ class ExchangedMask(Mask):
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """The stream cut where documents and other ranks' blocks begin: a piece has one owner and is of one document."""
+class Runs:
+    """The stream cut where documents and other ranks' blocks begin: a run has one owner and is of one document."""
 
     start: np.ndarray
     end: np.ndarray
     owner: np.ndarray
     first_key: np.ndarray
-    """The first token of the stream that the piece's queries may see, its anchor aside."""
+    """The first token of the stream that the run's queries may see, its anchor aside."""
     anchor: np.ndarray | None
 
 
-def cut(segments: Segments, owner: np.ndarray) -> Pieces:
-    """Pieces of a stream whose queries are its keys; owner int[T / 128] is the rank of each block."""
+def cut(segments: Segments, owner: np.ndarray) -> Runs:
+    """Runs of a stream whose queries are its keys; owner int[T / 128] is the rank of each block."""
     cu = segments.cu_seqlens
     changes = (np.flatnonzero(np.diff(owner)) + 1) * BLOCK
     start = np.union1d(cu[:-1], changes)
@@ -78,18 +78,18 @@ def cut(segments: Segments, owner: np.ndarray) -> Pieces:
     if segments.window is not None:
         first_key = np.maximum(first_key, start - segments.window + 1)
     anchor = None if segments.anchor is None else segments.anchor[document]
-    return Pieces(start, end, owner[start // BLOCK].astype(np.int64), first_key, anchor)
+    return Runs(start, end, owner[start // BLOCK].astype(np.int64), first_key, anchor)
 
 
-def needed_blocks(pieces: Pieces, num_blocks: int, cp: int) -> np.ndarray:
+def needed_blocks(runs: Runs, num_blocks: int, cp: int) -> np.ndarray:
     """bool[cp, num_blocks]: the blocks with a key that some query of the rank may see, its own blocks among them."""
     changes = np.zeros((cp, num_blocks + 1), np.int32)
-    np.add.at(changes, (pieces.owner, pieces.first_key // BLOCK), 1)
-    np.add.at(changes, (pieces.owner, (pieces.end - 1) // BLOCK + 1), -1)
+    np.add.at(changes, (runs.owner, runs.first_key // BLOCK), 1)
+    np.add.at(changes, (runs.owner, (runs.end - 1) // BLOCK + 1), -1)
     needed = np.cumsum(changes[:, :-1], axis=1) > 0
-    if pieces.anchor is not None:
-        has = pieces.anchor >= 0
-        needed[pieces.owner[has], pieces.anchor[has] // BLOCK] = True
+    if runs.anchor is not None:
+        has = runs.anchor >= 0
+        needed[runs.owner[has], runs.anchor[has] // BLOCK] = True
     return needed
 
 
@@ -112,8 +112,8 @@ def plan_exchange(name: str, segments: Segments, owner: np.ndarray, cp: int, ran
         if name == "ulysses":
             return segments, exchange
         return _local_segments(segments, cut(segments, owner), rank, np.arange(num_blocks)), exchange
-    pieces = cut(segments, owner)
-    needed = needed_blocks(pieces, num_blocks, cp)
+    runs = cut(segments, owner)
+    needed = needed_blocks(runs, num_blocks, cp)
     held = np.flatnonzero(owner == rank)
     sent = [np.flatnonzero(needed[other, held]) if other != rank else held[:0] for other in range(cp)]
     buffer = np.flatnonzero(needed[rank])
@@ -131,20 +131,20 @@ def plan_exchange(name: str, segments: Segments, owner: np.ndarray, cp: int, ran
         torch.from_numpy(place),
         torch.from_numpy(np.argsort(place)),
     )
-    return replace(_local_segments(segments, pieces, rank, slot), keys_vary=True), exchange
+    return replace(_local_segments(segments, runs, rank, slot), keys_vary=True), exchange
 
 
-def _local_segments(segments: Segments, pieces: Pieces, rank: int, slot: np.ndarray) -> Segments:
-    """The segments of the rank's pieces. slot: int[B], where block b of the stream lies in the rank's buffer."""
-    mine = pieces.owner == rank
-    start, end, first = pieces.start[mine], pieces.end[mine], pieces.first_key[mine]
+def _local_segments(segments: Segments, runs: Runs, rank: int, slot: np.ndarray) -> Segments:
+    """The segments of the rank's runs. slot: int[B], where block b of the stream lies in the rank's buffer."""
+    mine = runs.owner == rank
+    start, end, first = runs.start[mine], runs.end[mine], runs.first_key[mine]
 
     def at(token: np.ndarray) -> np.ndarray:
         return slot[token // BLOCK] * BLOCK + token % BLOCK
 
     anchor = None
-    if pieces.anchor is not None:
-        anchor = pieces.anchor[mine]
+    if runs.anchor is not None:
+        anchor = runs.anchor[mine]
         anchor = np.where(anchor >= 0, at(np.maximum(anchor, 0)), -1)
     num_keys = (int(slot.max()) + 1) * BLOCK
     cu = np.concatenate([[0], np.cumsum(end - start)])

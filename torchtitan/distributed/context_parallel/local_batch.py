@@ -76,8 +76,8 @@ def local_batch(
 ) -> LocalBatch:
     """The part of context-parallel rank `rank` of `cp`; T is a multiple of 128 cp if cp > 1.
 
-    sliding_window, sliding_share: of the model's layers. All layers have the same owners of tokens, laid out for those
-    without a window if there are any; each kind of layer has its own mask and exchange.
+    sliding_window, sliding_share: of the model's layers. A token has the same rank in all layers. The layout balances
+    the full-attention layers, if the model has any. Each kind of layer has its own mask and exchange.
     """
     anchor = None if batch.anchor is None else batch.anchor.numpy().astype(np.int64)
     full = Segments.whole(batch.cu_seqlens, anchor=anchor)
@@ -119,8 +119,8 @@ def _layer(
     prepare, pairs = BACKENDS[backend].prepare, segments.attended_pairs
     if owner is None:
         return Mask(segments, prepare(segments)), pairs, pairs, 0
-    local, plan = plan_exchange(exchange, segments, owner, cp, rank)
+    local, transfer = plan_exchange(exchange, segments, owner, cp, rank)
     even = exchange == "ulysses"  # heads are divided, not the pairs
     busiest = -(-pairs // cp) if even else int(work_per_rank(segments, owner, cp).max())
-    received = sum(plan.receive_counts) - plan.receive_counts[rank]
-    return ExchangedMask(local, prepare(local), plan), pairs, busiest, received * BLOCK
+    received = sum(transfer.receive_counts) - transfer.receive_counts[rank]
+    return ExchangedMask(local, prepare(local), transfer), pairs, busiest, received * BLOCK

@@ -215,7 +215,7 @@ def answer_scores(
     """Teacher forcing: prompts int64 [P], targets int64 [A] -> per prompt the log-probabilities of the target's tokens,
     float32 [A], and whether each token is the likeliest, bool [A]; on the CPU. Collective over the ranks of a row."""
     answers = lay_out_answers(model, ranks, prompts, targets)
-    return answers.scores(ranks, logits_of(model, ranks, answers.local, answers.rows, rope))
+    return answers.scores(ranks, logits_of(model, ranks, answers.local, answers.predicting, rope))
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class Answers:
     """Prompts followed by their answers, laid out, and which tokens of the stream predict an answer's tokens."""
 
     local: LocalBatch
-    rows: torch.Tensor
+    predicting: torch.Tensor
     """int64 [R]: this rank's tokens that are followed by a token of an answer."""
     place: torch.Tensor
     """int64 [R]: index of that token among the tokens of all answers, laid end to end."""
@@ -231,16 +231,17 @@ class Answers:
 
     @property
     def source(self) -> torch.Tensor:
-        """int64 [R]: the index of each row's prompt."""
-        return self.local.source[self.rows]
+        """int64 [R]: the index of the prompt of each predicting token."""
+        return self.local.source[self.predicting]
 
     @property
     def first(self) -> torch.Tensor:
-        """bool [R]: whether a row is the last token of its prompt."""
+        """bool [R]: whether a predicting token is the last of its prompt."""
         return self.place == _starts(self.targets)[self.source]
 
     def scores(self, ranks: Ranks, logits: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """logits [R, vocab_size] of the rows -> what answer_scores() returns. Collective over the ranks of a row."""
+        """logits [R, vocab_size] of the predicting tokens -> what answer_scores() returns. Collective over the ranks
+        of a row."""
         targets = torch.cat([t.cpu() for t in self.targets])[self.place].to(logits.device)
         result = torch.zeros(2, sum(map(len, self.targets)), device=logits.device)
         result[0, self.place] = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
@@ -256,8 +257,9 @@ def lay_out_answers(
     local = lay_out(model, ranks, [torch.cat((p, t[:-1])) for p, t in zip(prompts, targets, strict=True)])
     ends = torch.tensor([len(p) - 1 for p in prompts])
     past_prompt = local.index - ends[local.source]  # meaningless for padding
-    rows = torch.nonzero((local.source != PADDING_SOURCE) & (past_prompt >= 0))[:, 0]
-    return Answers(local, rows, (_starts(targets)[local.source] + past_prompt)[rows], targets)
+    predicting = torch.nonzero((local.source != PADDING_SOURCE) & (past_prompt >= 0))[:, 0]
+    place = (_starts(targets)[local.source] + past_prompt)[predicting]
+    return Answers(local, predicting, place, targets)
 
 
 def _starts(targets: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -266,10 +268,10 @@ def _starts(targets: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def logits_of(
-    model: Transformer, ranks: Ranks, local: LocalBatch, rows: torch.Tensor, rope: RopeArgs | None = None
+    model: Transformer, ranks: Ranks, local: LocalBatch, only: torch.Tensor, rope: RopeArgs | None = None
 ) -> torch.Tensor:
-    """float32 [R, vocab_size] for this rank's tokens rows int64 [R]; R may be 0."""
+    """float32 [R, vocab_size] of this rank's tokens `only`, int64 [R]; R may be 0."""
     on = local.to(ranks.device)
-    some = rows if len(rows) else torch.zeros(1, dtype=torch.int64)  # all ranks compute something
-    logits = model(on.tokens, on.positions, on.masks, rope=rope, rows=some.to(on.tokens.device))
-    return logits[: len(rows)].float()
+    some = only if len(only) else torch.zeros(1, dtype=torch.int64)  # all ranks compute something
+    logits = model(on.tokens, on.positions, on.masks, rope=rope, only=some.to(on.tokens.device))
+    return logits[: len(only)].float()

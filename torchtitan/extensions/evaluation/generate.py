@@ -40,16 +40,17 @@ class KVCacheSlots:
     def __init__(self, local: LocalBatch, lengths: list[int], new_tokens: int, ranks: Ranks):
         self.ranks = ranks
         kept = [(local.source == b) & (local.index < length) for b, length in enumerate(lengths)]
-        self.rows = [torch.nonzero(rows)[:, 0].to(ranks.device) for rows in kept]
-        here = [len(rows) for rows in self.rows]
+        self.tokens = [torch.nonzero(mask)[:, 0].to(ranks.device) for mask in kept]
+        """Of each prompt, int64: which of this rank's tokens fill its first slots."""
+        here = [len(tokens) for tokens in self.tokens]
         self.capacity = max(here) + -(-new_tokens // ranks.cp)
         self.batch = torch.arange(len(lengths), device=ranks.device)
         self.filled = torch.tensor(here, device=ranks.device)
         """int64 [B]: slots in use."""
         self.index = torch.zeros(len(lengths), self.capacity, dtype=torch.int64, device=ranks.device)
         """int64 [B, capacity]: how many tokens of the text come before the slot's token."""
-        for index, rows in zip(self.index, self.rows, strict=True):
-            index[: len(rows)] = local.index.to(ranks.device)[rows]
+        for index, tokens in zip(self.index, self.tokens, strict=True):
+            index[: len(tokens)] = local.index.to(ranks.device)[tokens]
         self.position = torch.tensor(lengths, device=ranks.device)
         """int64 [B]: how many tokens there are so far, which is the index of the next token."""
         self.step = 0
@@ -100,8 +101,8 @@ class CachedAttention:
             size = (len(slots.batch), k.shape[1], slots.capacity, k.shape[2])
             self.cache = k.new_zeros(size), v.new_zeros(size)
             for cached, x in zip(self.cache, (k, v), strict=True):
-                for b, rows in enumerate(slots.rows):
-                    cached[b, :, : len(rows)] = x[rows].transpose(0, 1)
+                for b, tokens in enumerate(slots.tokens):
+                    cached[b, :, : len(tokens)] = x[tokens].transpose(0, 1)
             return self.core.start(k, v, mask)
         if slots.caches_next:
             for cached, x in zip(self.cache, (k, v), strict=True):
@@ -274,7 +275,7 @@ def write_and_score(
     tokens: list[list[int]] = [[] for _ in prompts]
     unfinished = [needed] * len(prompts)
     with caching(model, slots):
-        of_answers = logits_of(model, ranks, answers.local, answers.rows, rope)
+        of_answers = logits_of(model, ranks, answers.local, answers.predicting, rope)
         scores = answers.scores(ranks, of_answers)
         logits = of_answers.new_zeros(len(prompts), model.args.vocab_size)
         first = answers.first.to(logits.device)
@@ -307,5 +308,5 @@ def _next_logits(
     windowed = Segments.whole(segments.cu_seqlens, args.sliding_window)
     masks = {"full_attention": Mask(segments, segments), "sliding_attention": Mask(windowed, windowed)}
     new_tokens, new_positions = (torch.tensor([*x, *[0] * padding], device=device) for x in (tokens, positions))
-    rows = torch.arange(len(tokens), device=device)
-    return model(new_tokens, new_positions, masks, rope=rope, rows=rows).float()
+    not_padding = torch.arange(len(tokens), device=device)
+    return model(new_tokens, new_positions, masks, rope=rope, only=not_padding).float()

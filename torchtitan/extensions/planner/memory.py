@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from torchtitan.distributed.options.offload import IN_FLIGHT
 from torchtitan.extensions.planner.stage_numbers import StageNumbers
 from torchtitan.models.transformer import TransformerArgs, parameter_shapes
 
@@ -26,8 +27,9 @@ CONTEXT_GIB = 2.0
 FRAGMENTATION = 0.05
 """Bytes that the allocator holds beyond the tensors', as a share of them, with expandable segments. Assumed too."""
 
-IN_FLIGHT = 3
-"""How many offloaded checkpoints the device holds while they travel to the host or back."""
+ON_DEVICE = IN_FLIGHT + 1
+"""Offloaded checkpoints that the device holds at most: in forward those on their way to the host and the next block's
+input; backward holds fewer, the one in use and the one on its way back."""
 
 Kinds = Mapping[str, float]
 """Bytes by kind."""
@@ -259,7 +261,7 @@ def add(*parts: Kinds) -> Kinds:
 def kept_by(stage: StageNumbers, layers: int) -> Kinds:
     """What `layers` blocks, some of them recomputed, keep from forward to backward."""
     again = layers * stage.checkpointing.blocks
-    on_device = min(again, IN_FLIGHT) if stage.offload_checkpoints and stage.device == "cuda" else again
+    on_device = min(again, ON_DEVICE) if stage.offload_checkpoints and stage.device == "cuda" else again
     recomputed = {"checkpoints of blocks": stream(stage, on_device), "attention": again * kept_anyway(stage)}
     whole = layers - again
     # on the CPU the norms have copies of the blocks' inputs
