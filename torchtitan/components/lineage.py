@@ -46,13 +46,13 @@ def check_previous(config: JobConfig, manifest: dict[str, Any] | None) -> None:
             f"{before}, and would be taken for one another: give this stage another."
         )
     lineage = (manifest or {}).get("stages_before") or [{}]
-    step, known = lineage[-1].get("step"), lineage[-1].get("digest")
-    if not known:
+    step, recorded_digest = lineage[-1].get("step"), lineage[-1].get("digest")
+    if not recorded_digest:
         return
     try:
         folder = before / previous_stage(config).checkpoint.folder
         newest = complete_steps(folder)[-1]
-        same = newest == step and digest(read_manifest(folder / f"step-{newest}")) == known
+        same = newest == step and digest(read_manifest(folder / f"step-{newest}")) == recorded_digest
     except (IndexError, UserError):
         return  # it is gone or damaged: nothing of it is needed
     if not same:

@@ -1,7 +1,7 @@
 """What a checkpoint says about itself, read without PyTorch: launchers and chains ask before they start a process.
 
 A checkpoint is step-N/ with manifest.json: step, tokens, configuration, architecture, and size and CRC-32 of every
-file. components/checkpoint.py writes it.
+file. components/checkpoint.py writes it. Also here: where the export and the evaluation results of a step are.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError(f"its format is {manifest['format']}, but this version reads format {FORMAT}")
         return manifest
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path / MANIFEST} cannot be read: {type(e).__name__} {e}.") from None
+        raise UserError(
+            f"{path / MANIFEST} cannot be read: {type(e).__name__} {e}. Restore it, or delete that step's folder."
+        ) from None
 
 
 def digest(manifest: dict[str, Any]) -> str:

@@ -42,13 +42,13 @@ class Start:
 def find_start(config: JobConfig) -> Start | None:
     """Where [stage] and [checkpoint] say that a fresh run starts from; None: from scratch, or initial_load_in_hf."""
     if config.stage.after:
-        return _stage_before(config)
+        return _from_previous_stage(config)
     if config.checkpoint.initial_load_path:
         return _elsewhere(config)
     return None
 
 
-def _stage_before(config: JobConfig) -> Start:
+def _from_previous_stage(config: JobConfig) -> Start:
     after = Path(config.stage.after or "")
     if not after.is_file():
         what = "is a folder" if after.is_dir() else "does not exist"
@@ -69,11 +69,11 @@ def _stage_before(config: JobConfig) -> Start:
             f"{folder} {'holds none' if left else state}{unfinished}. {how}"
         )
     manifest = _sound_manifest(folder / f"step-{steps[-1]}")
-    wanted = manifest.get("config", {}).get("training", {}).get("steps", before.training.steps)
-    if manifest["step"] < wanted:
+    last_step = manifest.get("config", {}).get("training", {}).get("steps", before.training.steps)
+    if manifest["step"] < last_step:
         raise UserError(
             f"stage.after = {after}: that stage has not ended. Its newest complete checkpoint, "
-            f"{folder}/step-{steps[-1]}, is of step {manifest['step']} of {wanted}. {how}"
+            f"{folder}/step-{steps[-1]}, is of step {manifest['step']} of {last_step}. {how}"
         )
     return _start(folder / f"step-{steps[-1]}", config.stage.carry, manifest)
 
@@ -97,7 +97,9 @@ def _elsewhere(config: JobConfig) -> Start:
             "checkpoint.exclude_from_loading."
         )
     if not path.is_dir():
-        raise UserError(f"{key} is not a folder.")
+        raise UserError(
+            f"{key} is not a folder: it must be a step-N folder, a folder of these, or a Hugging Face folder."
+        )
     if (path / "manifest.json").is_file():
         return _start(path, parts, _sound_manifest(path))
     if next(path.glob("*.safetensors"), None):
@@ -121,7 +123,10 @@ def _sound_manifest(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     missing = [name for name in manifest.get("files", {}) if not (path / name).is_file()]
     if missing:
-        raise UserError(f"{path} is damaged: {missing[0]} is missing.")
+        raise UserError(
+            f"{path} is damaged: {missing[0]} is missing. Restore that file, or delete the folder and start from an "
+            "earlier checkpoint (a previous stage must first be trained to its end again)."
+        )
     return manifest
 
 
@@ -134,7 +139,10 @@ def check_start(start: Start, args: TransformerArgs, tokenizer: str, rope_type: 
         return
     old, new = (flat({**as_json(a), "rope": {}}) for a in (start.args, args))
     if differences := changes(old, new):
-        raise UserError(f"{start.path} has another architecture: {'; '.join(differences)}.")
+        raise UserError(
+            f"{start.path} has another architecture: {'; '.join(differences)}. Name the model that it was trained with "
+            "(model.flavor, model.hf_assets_path), or start from another checkpoint."
+        )
     if start.manifest and start.manifest["tokenizer"] != tokenizer:
         raise UserError(
             f"{start.path} was trained with another tokenizer than the one in model.hf_assets_path: its embeddings "

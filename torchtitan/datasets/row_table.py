@@ -173,7 +173,10 @@ def save_table(table: RowTable, folder: Path) -> None:
                 np.save(aside / f"{column.name}.npy", getattr(table, column.name))
                 sync(aside / f"{column.name}.npy")
     except OSError as error:
-        raise UserError(f"The data plan cannot be written to {folder}: {error}. Make room, or move it.") from error
+        raise UserError(
+            f"data.cache_folder: the data plan cannot be written to {folder}: {error}. Make room there, or name "
+            "another data.cache_folder."
+        ) from error
 
 
 def load_table(folder: Path) -> RowTable:
