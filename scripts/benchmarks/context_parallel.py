@@ -1,4 +1,4 @@
-"""How evenly context-parallel layouts spread attention, and how many foreign keys they need: from the masks alone.
+"""How evenly context-parallel layouts spread attention, and how many remote keys they need: from the masks alone.
 
     python scripts/benchmarks/context_parallel.py [--rows 65536 524288] [--json layouts.json]
 

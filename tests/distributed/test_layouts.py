@@ -201,7 +201,7 @@ def run_and_count(args: list[str], rank: int, world_size: int) -> tuple[list[dic
 
 
 def test_no_block_is_compiled_anew_for_other_documents(folder, assets):
-    """Compiled, recomputed, in FP8, on two ranks: the number of foreign keys is another one in every step."""
+    """Compiled, recomputed, in FP8, on two ranks: the number of remote keys is another one in every step."""
     size = {"training__seq_len": 512, "training__steps": 5, CONTEXT: 2}
     compiled = {CHECKPOINTING: "full", **COMPILED}
     out = folder / "compiled"

@@ -1,8 +1,8 @@
 """Checkpoints: complete or absent, never half.
 
 A checkpoint is step-N/: DCP files with the tensors (model, optimizer, random state) and manifest.json with everything
-else. It is written as step-N.partial/, and the coordinator renames that folder once every rank's files are on disk, be
-it in the foreground or in DCP's background thread; a kill at any moment leaves the last complete checkpoint. The
+else. It is written as step-N.partial/. The coordinator renames it once the files of all ranks are on disk, whether the
+save runs in the foreground or in DCP's background thread. A kill at any moment leaves the last complete checkpoint. The
 manifest holds size and CRC-32 of every file, so that a resume finds damage and takes the previous checkpoint.
 (tools/folders.written does the same for a file that one process writes; this folder is written by all ranks.)
 

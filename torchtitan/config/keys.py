@@ -52,7 +52,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Decides:
-    """What a key decides; at a table or an array of tables: those of its keys that do not say."""
+    """What a key decides. At a table: what its keys decide that have no Decides of their own."""
 
     what: Decision
 

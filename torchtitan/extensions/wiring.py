@@ -15,7 +15,7 @@ check = check_tables
 
 
 def prepare_inputs(config: JobConfig, world_size: int) -> Any:
-    """The StageInputs (components/setup.py) of a stage that check() has let pass; text is tokenized first.
+    """The StageInputs (components/setup.py) of a stage that has passed check(); text is tokenized first.
 
     UserError if a stage cannot start.
     """
@@ -59,7 +59,7 @@ def hooks_of(config: JobConfig) -> list[Any]:
 
 
 def build_trainer(config: JobConfig, rank: int, local_rank: int, world_size: int) -> Any:
-    """Collective. The Trainer (trainer.py) of a stage that check() has let pass, with all hooks, ready for train()."""
+    """Collective. The Trainer (trainer.py) of a stage that has passed check(), with all hooks, ready for train()."""
     from torchtitan.extensions.cluster.requeue import with_load_step
     from torchtitan.trainer import Trainer
 

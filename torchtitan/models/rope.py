@@ -47,8 +47,8 @@ def inverse_frequencies(rope: RopeArgs, head_dim: int, dtype: torch.dtype = torc
 
 
 def longest_wavelength(rope: RopeArgs, head_dim: int) -> float:
-    """Tokens after which the slowest pair has turned once; for HARPE that of the head with the shortest, for LongRoPE
-    that of the long list."""
+    """Tokens in which the slowest pair turns once. HARPE: in the head where that is shortest. LongRoPE: under the long
+    list."""
     freqs = inverse_frequencies(rope, head_dim)
     if rope.scaling:
         freqs = rope.scaling.of_tokens(freqs, None, slice(None))

@@ -120,9 +120,9 @@ def recomputed_by(config: JobConfig, args: TransformerArgs) -> Recomputed:
 def training_flops(matmul_parameters: float, tokens: float, attention_width: float, attended_pairs: float) -> float:
     """FLOPs of forward and backward without recomputation.
 
-    Each parameter that multiplies activations costs 6 a token (PaLM, appendix B). Each allowed (query, key) pair costs,
-    for each unit of attention_width = layers * heads * head_dim, 2 for the logit and 2 for the value, three times over
-    for forward and backward.
+    Each parameter that multiplies activations costs 6 FLOPs per token (PaLM, appendix B). Each allowed (query, key)
+    pair costs, for each unit of attention_width = layers * heads * head_dim, 2 for the logit and 2 for the value, three
+    times over for forward and backward.
     """
     return 3 * forward_flops(matmul_parameters, tokens, attention_width, attended_pairs)
 

@@ -1,4 +1,4 @@
-"""The layout `balanced`: attention's work even over the ranks, and few foreign keys, whatever the documents are.
+"""The layout `balanced`: attention's work even over the ranks, and few remote keys, whatever the documents are.
 
 layout.py calls it and says what it promises. It sees a stream as the work of its blocks and the runs of blocks that are
 documents, and knows nothing of masks.
@@ -12,7 +12,7 @@ that. Ranks are filled one after another, each with its share of the work that r
 3. for the rest the tokens with the least work: whole short documents, then the head of the next, or of the sliced
    document itself if that is the last.
 
-A single document so comes out head-tail. Where ranks hold few blocks, some blocks are exchanged at the end.
+So a single document comes out head-tail. Where ranks hold few blocks, some blocks are exchanged at the end.
 """
 
 from __future__ import annotations

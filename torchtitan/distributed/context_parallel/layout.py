@@ -2,7 +2,7 @@
 
 A layout is a function (segments, cp) -> owner int16[T / 128]. A stream of T tokens is cut into blocks of 128, and each
 of cp ranks holds exactly T / 128 / cp of them, so that activations and all work per token are equal everywhere. What a
-layout decides is how evenly attention's work falls, and how many foreign keys each rank must receive. It follows from
+layout decides is how evenly attention's work falls, and how many remote keys each rank must receive. It follows from
 the stream's mask (`Segments.whole`) alone, in numpy on the host: a pure function, which every rank evaluates for itself
 with the same result. ValueError if T is not a multiple of 128 cp.
 """
@@ -49,7 +49,7 @@ def work_per_rank(segments: Segments, owner: np.ndarray, cp: int) -> np.ndarray:
 
 
 def contiguous(segments: Segments, cp: int) -> np.ndarray:
-    """Equal runs in stream order. Few foreign keys, and the last rank has most work."""
+    """Equal runs in stream order. Few remote keys, and the last rank has most work."""
     return np.repeat(np.arange(cp, dtype=np.int16), _blocks_per_rank(segments, cp))
 
 
@@ -65,7 +65,7 @@ def headtail(segments: Segments, cp: int) -> np.ndarray:
 
 def balanced(segments: Segments, cp: int) -> np.ndarray:
     """Attention's work within 5% of equal for any documents, wherever blocks of 128 allow it, and among such layouts
-    few foreign keys: short documents stay whole on one rank. How is in balance.py."""
+    few remote keys: short documents stay whole on one rank. How is in balance.py."""
     _blocks_per_rank(segments, cp)
     # A block belongs to the document of its first token: only that document's keys are needed from further back.
     # Cut there, a document costs its neighbour at most the one block that both share.

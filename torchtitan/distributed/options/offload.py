@@ -1,8 +1,8 @@
 """Tensors that wait in host memory: the inputs of recomputed blocks between forward and backward.
 
-The copy to the host runs on a stream of its own while the next block computes. The copy back runs while the block
-behind runs backward (as in ALST, arXiv 2506.13996). On the CPU the same copies are made, without a stream and without
-gain.
+The copy to the host runs on a stream of its own while the next block computes. The copy back runs while
+backward computes the following block (as in ALST, arXiv 2506.13996). On the CPU the same copies are made, without a
+stream and without gain.
 """
 
 from __future__ import annotations

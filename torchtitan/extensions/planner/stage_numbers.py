@@ -21,7 +21,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class StageNumbers:
-    """A stage on a number of ranks. A number is that of one rank unless it says otherwise."""
+    """A stage on a number of ranks. Numbers are per rank unless a field says otherwise."""
 
     args: TransformerArgs
     device: Literal["cuda", "cpu"]
