@@ -4,7 +4,7 @@
 #   ./run_train.sh                                        the demo: builds its corpus, trains both stages
 #   ./run_train.sh --training.steps 50                    the demo with an override
 #   ./run_train.sh --job.config_file my.toml [--x.y z]    another stage; paths are relative to where you stand
-#   ./run_train.sh --job.config_file 512k.toml --stage.run_chain   the stages before it that have not ended, and then it
+#   ./run_train.sh --job.config_file 512k.toml --stage.run_chain   the previous stages that have not ended, then this one
 #   ./run_train.sh --help                                 every option; --job.print_config: what would be run
 #
 # NGPU=4 sets the number of processes (default: one for each GPU, 2 without). CONFIG_FILE=my.toml does as the flag.

@@ -92,8 +92,8 @@ def read(path: Path) -> Result:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     try:
         str(result["label"])
-        for one in result["perplexity"].values():
-            if not len(one["edges"]) - 1 == len(one["nll"]) == len(one["count"]):
+        for text in result["perplexity"].values():
+            if not len(text["edges"]) - 1 == len(text["nll"]) == len(text["count"]):
                 raise ValueError
         for grid in result["tasks"].values():
             for key in (*WAYS, "count"):
@@ -153,7 +153,7 @@ def compare(results: Sequence[Result], labels: Sequence[str], short: int | None 
 
 def has(result: Result) -> str:
     """A description of what a result holds."""
-    parts = [f"the loss on {name} by {len(one['nll'])} ranges" for name, one in result["perplexity"].items()]
+    parts = [f"the loss on {name} by {len(text['nll'])} ranges" for name, text in result["perplexity"].items()]
     parts += [f"{name} at {', '.join(f'{n:,}' for n in grid['lengths'])}" for name, grid in result["tasks"].items()]
     return ", ".join(parts) or "nothing"
 
@@ -167,8 +167,8 @@ def only_in(what: str, labels: Sequence[str], have: Sequence[bool]) -> Notes:
 
 def losses(name: str, results: Sequence[Result], labels: Sequence[str], short: int | None) -> tuple[list[str], Notes]:
     """Lines about a text, loss (perplexity) by position and then at short and long context; and how results differ."""
-    parts = [result["perplexity"].get(name) for result in results]
-    tables, counts = [by_range(one, "nll") for one in parts], [by_range(one, "count") for one in parts]
+    texts = [result["perplexity"].get(name) for result in results]
+    tables, counts = [by_range(text, "nll") for text in texts], [by_range(text, "count") for text in texts]
     first, *others = tables
     ranges = [part for part in first if any(part in other for other in others)]
     notes: Notes = []
@@ -200,9 +200,9 @@ def losses(name: str, results: Sequence[Result], labels: Sequence[str], short: i
     return [*lines, "", *text_table(rows)], notes
 
 
-def by_range(one: Result | None, key: str) -> dict[Range, Any]:
-    """Losses ("nll") or numbers of tokens ("count") by range of positions; one: a text's part of a result."""
-    return dict(zip(pairwise(one["edges"]), one[key], strict=True)) if one else {}
+def by_range(text: Result | None, key: str) -> dict[Range, Any]:
+    """Losses ("nll") or numbers of tokens ("count") by range of positions; text: a text's part of a result."""
+    return dict(zip(pairwise(text["edges"]), text[key], strict=True)) if text else {}
 
 
 def span(part: Range) -> str:

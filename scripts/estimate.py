@@ -82,7 +82,7 @@ def estimate(own: argparse.Namespace, overrides: list[str]) -> int:
     # PyTorch takes seconds to import: a mistake in the TOML should not
     from torchtitan.distributed.options.ulysses import check_ulysses
     from torchtitan.distributed.tensor_parallel import check_tensor_parallel
-    from torchtitan.extensions.planner.advice import changes, cheapest, single_tricks
+    from torchtitan.extensions.planner.advice import cheapest, possible_changes, single_tricks
     from torchtitan.extensions.planner.estimate_report import fit_toml, format_advice, format_estimate, make_estimate
     from torchtitan.extensions.planner.stage_numbers import numbers_of
     from torchtitan.models.flavor import architecture
@@ -104,7 +104,7 @@ def estimate(own: argparse.Namespace, overrides: list[str]) -> int:
         say(f"WARNING: {result['host_gib']:.0f} GiB of host memory are needed, of {own.host_memory_gib:g}")
     best, code = None, 0
     if gpu and (lacks_host or not result["fits"]):
-        candidates = list(changes(config, args, own.world_size, gpu, own.document_length))
+        candidates = list(possible_changes(config, args, own.world_size, gpu, own.document_length))
         best = cheapest(candidates, gpu, ranks_per_host, own.host_memory_gib)
         single = single_tricks(candidates, config, own.world_size)
         each = [{"keys": c.keys, "peak_gib": c.gib, "slower": c.slower} for c in [*single, best] if c]

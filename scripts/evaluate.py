@@ -131,13 +131,13 @@ def progress(rank: int) -> Iterator[Callable[[str, int, int], None]]:
 def as_table(result: dict[str, Any]) -> str:
     """The result as text."""
     lines = [f"{result['label']}: {result['seconds']} s, {result['peak_gib']} GiB at most in the first process"]
-    for name, one in result["perplexity"].items():
-        gains = one["gains_of_context"]
+    for name, text in result["perplexity"].items():
+        gains = text["gains_of_context"]
         rows = [["positions", "tokens", "loss", *(f"w {gain['window']:,}" for gain in gains)]]
-        for i, (begin, end) in enumerate(pairwise(one["edges"])):
-            losses = [one["nll"][i], *(gain["nll_cut"][i] for gain in gains)]
+        for i, (begin, end) in enumerate(pairwise(text["edges"])):
+            losses = [text["nll"][i], *(gain["nll_cut"][i] for gain in gains)]
             shown = ["-" if loss is None else f"{loss:.4f}" for loss in losses]
-            rows.append([f"{begin:,} - {end:,}", f"{one['count'][i]:,}", *shown])
+            rows.append([f"{begin:,} - {end:,}", f"{text['count'][i]:,}", *shown])
         lines += ["", f"loss by position, {name}", *text_table(rows)]
     for task, grid in result["tasks"].items():
         if grid["depths"]:

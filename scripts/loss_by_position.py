@@ -22,10 +22,10 @@ from pathlib import Path
 
 from torchtitan.extensions.evaluation.position_curves import (
     add_curve_arguments,
+    curves_table,
     measure,
     read_result,
     rope_table,
-    table,
 )
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import check_can_be_written, write_text
@@ -52,7 +52,7 @@ def main(args: list[str]) -> int:
                 raise UserError("--draw needs --plot FILE.png, the picture to write.")
         else:
             results = [measure(options, rope_table(others))]
-            print(table(results[0]))
+            print(curves_table(results[0]))
             if options.out:
                 write_text(options.out, json.dumps(results[0], indent=1) + "\n")
         if options.plot:

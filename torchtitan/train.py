@@ -13,10 +13,9 @@ import traceback
 
 from torchtitan.config import dump_toml, load_config
 from torchtitan.extensions import wiring
+from torchtitan.tools.constants import RANK_VARIABLES, STOP_SIGNALS
 from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, LOST_A_RANK, STOPPED, GateError, UserError
 from torchtitan.tools.logging import init_logger, logger
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def main(args: list[str]) -> int:
@@ -111,7 +110,6 @@ LOST_CONNECTION = (  # parts of gloo's messages
     "Timed out waiting",
     "timeout caused pair closure",
 )
-RANK_VARIABLES = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 
 if __name__ == "__main__":

@@ -225,7 +225,7 @@ def transformers_step(model: Any, rows: Iterator[Any], seq_len: int, processes: 
     def step() -> float:
         tokens, _, positions = next(rows)
         labels = tokens.clone()
-        labels[firsts] = -100  # transformers shifts the labels itself: a document's first token is no target
+        labels[firsts] = -100  # transformers shifts the labels itself: a document's first token is not a target
         loss = model(input_ids=tokens[None], position_ids=positions[None], labels=labels[None]).loss
         loss.backward()
         optimizer.step()

@@ -27,10 +27,10 @@ from typing import Any
 from torchtitan.extensions.evaluation.plots import draw_positions
 from torchtitan.extensions.evaluation.position_curves import (
     add_curve_arguments,
+    curves_table,
     measure,
     read_result,
     rope_table,
-    table,
 )
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import write_text
@@ -91,7 +91,7 @@ def measured(name: str, model: Path, text: Path, own: argparse.Namespace) -> dic
     edges = [str(e) for e in EDGES if e < own.length]
     curves, others = parser.parse_known_args([*what, "--label", label, "--edges", *edges, *flags])
     result = measure(curves, rope_table(others))
-    print(table(result))
+    print(curves_table(result))
     write_text(out, json.dumps(result, indent=1) + "\n")
     return result
 

@@ -31,8 +31,8 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.components.manifest import (
-    FORMAT,
     MANIFEST,
+    MANIFEST_FORMAT,
     check_load_step,
     complete_steps,
     find_damage,
@@ -158,7 +158,7 @@ class Checkpointer:
         size = sum(t.numel() * t.element_size() for part in state.values() for t in part.values())
         writer = WholeWriter(
             self.folder / f"step-{manifest['step']}",
-            {"format": FORMAT} | manifest,
+            {"format": MANIFEST_FORMAT} | manifest,
             needed=int(size * OVERHEAD),
             retries=self.config.save_retries,
             retry_seconds=self.config.retry_seconds,

@@ -15,9 +15,10 @@ from typing import Any
 
 from torchtitan.config.schema import JobConfig
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import read_json
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+MANIFEST_FORMAT = 1
 
 
 def has_ended(config: JobConfig) -> bool:
@@ -60,15 +61,14 @@ def check_load_step(folder: Path, load_step: int, steps: list[int]) -> None:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of step-N/; UserError if it is missing, not JSON, or not one of this format."""
+    file, mend = path / MANIFEST, "Restore it, or delete that step's folder."
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"its format is {manifest['format']}, but this version reads format {FORMAT}")
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(
-            f"{path / MANIFEST} cannot be read: {type(e).__name__} {e}. Restore it, or delete that step's folder."
-        ) from None
+        manifest = read_json(file, mend)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}. {mend}") from None
+    if manifest.get("format") != MANIFEST_FORMAT:
+        raise UserError(f"{file} has format {manifest.get('format')}, but this version reads {MANIFEST_FORMAT}. {mend}")
+    return manifest
 
 
 def digest(manifest: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from torchtitan.tools.folders import hash_file, read_json
 CORPUS_FILE = "corpus.json"
 STATE_FILE = "state.json"  # of datasets' save_to_disk; names the Arrow files in order
 
-FORMAT = 1
+CORPUS_FORMAT = 1
 """Version of corpus.json and of the way text becomes tokens; part of every key."""
 
 ROLES = ("other", "system", "user", "tool", "assistant")
@@ -143,9 +143,9 @@ def open_corpus(
 
 def _check(path: Path, metadata: dict[str, Any], tokenizer_fingerprint: str | None, check_text: bool) -> None:
     again = "Delete the folder and tokenize the text again."
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != CORPUS_FORMAT:
         raise UserError(
-            f"{path / CORPUS_FILE} has format {metadata.get('format')}, this version reads {FORMAT}. {again}"
+            f"{path / CORPUS_FILE} has format {metadata.get('format')}, this version reads {CORPUS_FORMAT}. {again}"
         )
     if tokenizer_fingerprint is not None and metadata["tokenizer"] != tokenizer_fingerprint:
         raise UserError(

@@ -79,7 +79,7 @@ def _check_strategy(config: JobConfig) -> None:
     unknown = [name for name in data.upsampled_sources if name not in names]
     if unknown:
         raise UserError(
-            f'data.upsampled_sources names "{unknown[0]}", which is no source; the sources are {", ".join(names)}.'
+            f'data.upsampled_sources names "{unknown[0]}", which is not a source; the sources are {", ".join(names)}.'
         )
     if data.strategy == "domain_upsampling" and not data.upsampled_sources:
         raise UserError(

@@ -20,7 +20,7 @@ from torchtitan.datasets.dealing import deal
 from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.positions import reset_positions, row_positions, sentence_ends
 from torchtitan.datasets.row_table import cut_padding, is_short
-from torchtitan.tools.constants import IGNORED_LABEL
+from torchtitan.tools.constants import IGNORED_LABEL, STOP_SIGNALS
 
 
 class MicroBatches(Dataset[Any]):
@@ -110,7 +110,7 @@ def _positions(
 
 def leave_signals(worker: int) -> None:
     """In a loader process: Slurm signals every process of a job step, but only the trainer decides to stop."""
-    for stop_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, signal.SIG_IGN)
 
 

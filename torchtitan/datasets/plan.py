@@ -38,7 +38,7 @@ from torchtitan.tools.folders import lock
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+PLAN_FORMAT = 2
 """Version of the function (seed, step, slot) -> row; raised whenever the same inputs give other rows."""
 
 
@@ -119,7 +119,7 @@ class Plan:
             canary += [random.integers(10**6, size=100), random.choice(10**6, 100, replace=False, shuffle=False)]
             canary += [np.rint(1e6 * random.normal(size=100))]
         return {
-            "format": FORMAT,
+            "format": PLAN_FORMAT,
             "random_numbers": hashlib.sha256(np.concatenate(canary).astype(np.int64).tobytes()).hexdigest()[:8],
             "seed": self.seed,
             "seq_len": self.seq_len,

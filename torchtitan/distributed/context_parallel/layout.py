@@ -81,7 +81,9 @@ def _blocks_per_rank(segments: Segments, cp: int) -> int:
     if not (np.array_equal(segments.k_start, cu[:-1]) and np.array_equal(segments.k_end, cu[1:])):
         raise ValueError("a layout is made from a whole stream's segments, whose keys are their queries")
     if segments.total % (BLOCK * cp):
-        raise ValueError(f"{segments.total} tokens are no multiple of {BLOCK} x {cp}: every rank holds as many blocks")
+        raise ValueError(
+            f"{segments.total} tokens are not a multiple of {BLOCK} x {cp}: every rank holds as many blocks"
+        )
     return segments.total // (BLOCK * cp)
 
 

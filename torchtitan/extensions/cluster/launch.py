@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from torchtitan.tools.constants import STOP_SIGNALS
 from torchtitan.tools.errors import FAILED, STOPPED
 
 GRACE_SECONDS = 2.0
@@ -88,9 +89,8 @@ def launch(
     def note(signum: int, frame: FrameType | None) -> None:
         signals.append(signum)
 
-    stops = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # a closed terminal, a lost ssh; nohup ignores it
-        stops.append(signal.SIGHUP)
+    # SIGHUP: a closed terminal, a lost ssh; nohup ignores it
+    stops = [s for s in STOP_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
     old_handlers = {signum: signal.signal(signum, note) for signum in stops}
     host, port = nodes.master or ("127.0.0.1", _free_port())
     before_program = _before_program()

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torchtitan.components.hooks import Hook
 from torchtitan.extensions.cluster.node_report import judge, sentences, table
 from torchtitan.extensions.cluster.shared_folder import blind_hosts, not_shared
+from torchtitan.tools.constants import RANK_VARIABLES
 from torchtitan.tools.device import host_names, init_process_group, pick_device
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import write_text
@@ -178,7 +179,7 @@ def _exchange(
 
 
 def _in_store(store: dist.Store, keys: list[str], seconds: float) -> bool:
-    """Wait until the keys are in the store; False if they are not after so many seconds."""
+    """Wait until the keys are in the store; False if they are not within `seconds`."""
     with contextlib.suppress(RuntimeError):
         store.wait(keys, timedelta(seconds=max(seconds, 0.01)))
         return True
@@ -216,8 +217,7 @@ def main(argv: list[str], rank: int, local_rank: int, world_size: int) -> int:
 
 
 if __name__ == "__main__":
-    variables = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
-    code = main(sys.argv[1:], *(int(os.environ.get(name, default)) for name, default in variables))
+    code = main(sys.argv[1:], *(int(os.environ.get(name, default)) for name, default in RANK_VARIABLES))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # as train.py ends

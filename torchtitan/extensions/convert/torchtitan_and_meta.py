@@ -22,7 +22,7 @@ from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_scaling import Llama3Scaling
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import new_folder, sync, written
+from torchtitan.tools.folders import new_folder, read_json, sync, written
 
 _BY_COLUMN = ("attention.wo.weight", "feed_forward.w2.weight")  # cut by inputs over Meta's model-parallel files
 _NOT_PARAMETERS = ("freqs_cis", "rope.freqs")  # tables that older versions saved
@@ -93,7 +93,9 @@ def open_meta(folder: Path, args: TransformerArgs | None = None) -> Weights:
     """
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files:
-        raise UserError(f"{folder} has no consolidated.*.pth.")
+        raise UserError(
+            f"{folder} has no consolidated.*.pth. Name Meta's folder, with params.json beside the .pth files."
+        )
     try:
         shards = [torch.load(file, map_location="cpu", mmap=True, weights_only=True) for file in files]
     except Exception as e:  # a zip of pickles: anything can happen
@@ -173,9 +175,9 @@ def params_json(args: TransformerArgs) -> dict[str, Any]:
 
 def _params(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "params.json").read_text())
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder / 'params.json'} cannot be read: {e}.") from None
+        return read_json(folder / "params.json")
+    except OSError as e:
+        raise UserError(f"{folder / 'params.json'} cannot be read: {e.strerror}.") from None
 
 
 def args_from_params(params: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> TransformerArgs:

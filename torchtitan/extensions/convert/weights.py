@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from torchtitan.components.checkpoint import WholeWriter, explain_failure
-from torchtitan.components.manifest import FORMAT, MANIFEST, complete_steps, read_manifest
+from torchtitan.components.manifest import MANIFEST, MANIFEST_FORMAT, complete_steps, read_manifest
 from torchtitan.models.architecture import args_from_manifest, as_json
 from torchtitan.models.hf.config import read_config
 from torchtitan.models.hf.weights import check_weights, hf_name
@@ -187,7 +187,14 @@ def write_checkpoint(weights: Weights, out: Path, manifest: dict[str, Any]) -> P
     manifest: entries that replace the defaults below.
     """
     target = new_folder(out / "step-0")
-    entries = {"format": FORMAT, "step": 0, "tokens_seen": 0, "stage": "converted", "tokenizer": None, "seq_len": None}
+    entries = {
+        "format": MANIFEST_FORMAT,
+        "step": 0,
+        "tokens_seen": 0,
+        "stage": "converted",
+        "tokenizer": None,
+        "seq_len": None,
+    }
     entries |= {"plan": {}, "world_size": 1, **manifest, "architecture": as_json(weights.args)}
     tensors = {f"model.{n}": torch.empty(s, dtype=weights.dtypes[n], device="meta") for n, s in weights.shapes.items()}
     with explain_failure(out):

@@ -74,12 +74,14 @@ def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> P
     for text in e.texts:
         path = folder / text
         if not path.exists():
-            raise UserError(f"evaluation.texts names {path}, which does not exist.")
+            raise UserError(
+                f"evaluation.texts names {path}, which does not exist (relative to data.folder = {folder})."
+            )
         name = path.stem if path.stem not in texts else text
         texts[name] = long_documents(
             [path], tokenizer, length + 1, e.max_documents, e.text_field, bos, option=f"evaluation.texts ({text})"
         )
-    documents = [document for several in texts.values() for document in several]
+    documents = [document for documents in texts.values() for document in documents]
     # a haystack is one text, without the special tokens that begin and end documents
     held_out = without_special(tokenizer, torch.cat(documents))[:ENOUGH_TEXT] if documents else None
     prose = default_text() if held_out is None else tokenizer.decode(held_out.tolist())
@@ -92,19 +94,19 @@ def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> P
     for task in tasks_of(e.tasks, [folder / file for file in e.qa_files]):
         asked.append((task, prose, e.task_lengths, e.task_items))
     questions = {
-        task.name: [one for n in sorted(set(lengths)) for one in task.make(tokenizer, hay, n, count, e.seed, bos_id)]
+        task.name: [q for n in sorted(set(lengths)) for q in task.make(tokenizer, hay, n, count, e.seed, bos_id)]
         for task, hay, lengths, count in asked
     }
     scores = {task.name: task.score for task, _, _, _ in asked}
-    prompts = [question.prompt for several in questions.values() for question in several]
+    prompts = [question.prompt for of_task in questions.values() for question in of_task]
     check_vocabulary(max(int(tokens.max()) for tokens in [*documents, *prompts]), args.vocab_size, tokenizer)
     warn_beyond_trained_length(args, longest)
     digest = hashlib.sha256()
-    for name, several in texts.items():
-        for document in several:
+    for name, of_text in texts.items():
+        for document in of_text:
             digest.update(name.encode() + document.numpy().tobytes())
-    for task_name, several_questions in questions.items():
-        for question in several_questions:
+    for task_name, of_task in questions.items():
+        for question in of_task:
             digest.update(task_name.encode() + question.prompt.numpy().tobytes() + question.target.numpy().tobytes())
     settings = {
         "texts": list(e.texts),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -127,12 +127,11 @@ def lay_out(
         positions=torch.cat([torch.arange(n) for n in np.diff(ends).tolist()]),
         cu_seqlens=cu,
         cu_documents=cu,
-        source=torch.tensor(sources, dtype=torch.int32),
+        source=torch.tensor(sources, dtype=torch.int32),  # a document each: there may be more than int16 counts
     )
     args = model.args
     window = (args.sliding_window, args.sliding_share)
-    local = local_batch(batch, ranks.backend, ranks.layout, ranks.exchange, ranks.cp, ranks.cp_rank, *window)
-    return replace(local, source=local.source.long())
+    return local_batch(batch, ranks.backend, ranks.layout, ranks.exchange, ranks.cp, ranks.cp_rank, *window)
 
 
 @torch.no_grad()
@@ -272,6 +271,6 @@ def logits_of(
 ) -> torch.Tensor:
     """float32 [R, vocab_size] of this rank's tokens `only`, int64 [R]; R may be 0."""
     on = local.to(ranks.device)
-    some = only if len(only) else torch.zeros(1, dtype=torch.int64)  # all ranks compute something
-    logits = model(on.tokens, on.positions, on.masks, rope=rope, only=some.to(on.tokens.device))
+    asked = only if len(only) else torch.zeros(1, dtype=torch.int64)  # all ranks compute something
+    logits = model(on.tokens, on.positions, on.masks, rope=rope, only=asked.to(on.tokens.device))
     return logits[: len(only)].float()

@@ -238,12 +238,12 @@ def generate(
     rope = rope or model.args.rope
     numbers = range(len(prompts)) if numbers is None else numbers
     for used, batch in groups_of(ranks, prompts, [max_new_tokens] * len(prompts), rope):
-        some = [prompts[i] for i in batch] or [DUMMY_PROMPT]
+        read = [prompts[i] for i in batch] or [DUMMY_PROMPT]
         draws = [(seed, numbers[i]) for i in batch] or [(seed, 0)]
         pick = partial(choose, temperature=temperature, top_p=top_p, draws=draws)
-        limits = [max_new_tokens] * len(some)
-        targets = [DUMMY_TARGET] * len(some)
-        texts, _ = write_and_score(model, ranks, some, targets, limits, stop_ids, used, bool(batch), pick, stop)
+        limits = [max_new_tokens] * len(read)
+        targets = [DUMMY_TARGET] * len(read)
+        texts, _ = write_and_score(model, ranks, read, targets, limits, stop_ids, used, bool(batch), pick, stop)
         for i, tokens in zip(batch, texts):
             written[i] = tokens
     return written

@@ -234,19 +234,19 @@ class TorchtitanLM(TemplateLM):
             mine = [members[j] for j in self._deal([len(prompts[i]) for i in members])]
             rounds = self.ranks.largest(-(-len(mine) // BATCH_PROMPTS))
             for g in tqdm(range(rounds), desc="texts", disable=self.silent):
-                some = mine[g * BATCH_PROMPTS : (g + 1) * BATCH_PROMPTS]
+                batch = mine[g * BATCH_PROMPTS : (g + 1) * BATCH_PROMPTS]
                 written = generate(
                     self.model,
                     self.ranks,
-                    [prompts[i] for i in some],
+                    [prompts[i] for i in batch],
                     writing.new_tokens,
                     stop_ids(self._tokens),
                     writing.temperature,
                     writing.top_p,
-                    numbers=some,
+                    numbers=batch,
                     stop=partial(self._ends, writing.until),
                 )
-                answers |= {i: self._text(tokens, writing.until) for i, tokens in zip(some, written, strict=True)}
+                answers |= {i: self._text(tokens, writing.until) for i, tokens in zip(batch, written, strict=True)}
         return self.ranks.collect(answers)
 
     def _ends(self, until: Sequence[str], tokens: list[int]) -> bool:
@@ -317,6 +317,6 @@ class TorchtitanLM(TemplateLM):
         texts, more_of_mine = [read[i] for i in mine], [more[i] for i in mine]
         groups = groups_of(self.ranks, texts, more_of_mine, self.model.args.rope, SCORED_TOGETHER)
         for rope, members in tqdm(groups, desc=what, disable=self.silent):
-            some = [mine[j] for j in members]
-            answers |= zip(some, score(some, rope))
+            group = [mine[j] for j in members]
+            answers |= zip(group, score(group, rope))
         return self.ranks.collect(answers)

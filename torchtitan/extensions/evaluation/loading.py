@@ -35,6 +35,7 @@ from torchtitan.models.hf.config import read_config
 from torchtitan.models.hf.weights import check_weights, load_weights
 from torchtitan.models.rope_config import build_rope, describe_rope
 from torchtitan.models.transformer import Transformer, TransformerArgs
+from torchtitan.tools.constants import RANK_VARIABLES
 from torchtitan.tools.device import init_process_group, pick_device
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
@@ -156,7 +157,7 @@ def check_own_results(options: argparse.Namespace, on_disk: ModelOnDisk) -> None
 
 def rank_and_world_size() -> tuple[int, int, int]:
     """(rank, rank on this machine, number of ranks) as the launcher says; (0, 0, 1) without a launcher."""
-    rank, local, size = (int(os.environ.get(*v)) for v in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, local, size = (int(os.environ.get(name, default)) for name, default in RANK_VARIABLES)
     return rank, local, size
 
 

@@ -35,9 +35,9 @@ def position_figure(result: dict[str, Any]) -> Any:
     """Perplexity by position, a colour per text; result: of evaluate(). In old results a gain of context has no
     "stride": its context began anew."""
     curves: list[tuple[str, list[Curve]]] = []
-    for name, one in result["perplexity"].items():
-        of_text: list[Curve] = [(one["edges"], one["nll"], None, None)]
-        for gain in one["gains_of_context"]:
+    for name, text in result["perplexity"].items():
+        of_text: list[Curve] = [(text["edges"], text["nll"], None, None)]
+        for gain in text["gains_of_context"]:
             cut = (gain["window"], None) if "stride" in gain else (None, gain["window"])
             of_text.append((gain["edges"], gain["nll_cut"], *cut))
         curves.append((name, of_text))
@@ -171,10 +171,12 @@ def _draw_losses(axes: Any, results: list[dict[str, Any]], labels: list[str], te
     """A colour per result, a line style per text."""
     for i, (result, label) in enumerate(zip(results, labels, strict=True)):
         for j, text in enumerate(texts):
-            if one := result["perplexity"].get(text):
+            if losses := result["perplexity"].get(text):
                 style: dict[str, Any] = {"color": f"C{i % 10}", "linestyle": ("-", "--", "-.", ":")[j % 4]}
                 name = f"{label}, {text}" if len(texts) > 1 else label
-                axes.plot(_middles(one["edges"]), np.array(one["nll"], dtype=float), marker=".", label=name, **style)
+                axes.plot(
+                    _middles(losses["edges"]), np.array(losses["nll"], dtype=float), marker=".", label=name, **style
+                )
     axes.set(xlabel="position in the document (tokens)", ylabel="loss (nats per token)")
 
 

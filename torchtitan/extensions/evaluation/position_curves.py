@@ -97,7 +97,7 @@ def measure(options: argparse.Namespace, rope: Rope) -> dict[str, Any]:
             del losses["edges"]
             curves.append({**cut, **losses, "seconds": round(time.perf_counter() - start, 1)})
     return {
-        "label": options.label or summary(rope),
+        "label": options.label or rope_label(rope),
         "model": str(options.model),
         "text": [str(path) for path in options.text],
         "documents": len(documents),
@@ -143,14 +143,14 @@ def model_progress(model: Any, passes: int) -> Iterator[Callable[[str], None]]:
                 hook.remove()
 
 
-def summary(rope: Rope) -> str:
+def rope_label(rope: Rope) -> str:
     """The keys of [rope] that differ from the default: `type yarn, factor 4`."""
     changed = [(k, v) for k, v in vars(rope).items() if v != getattr(Rope(), k)]
     short = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in changed if not isinstance(v, tuple)]
     return ", ".join(short) or "as trained"
 
 
-def table(result: dict[str, Any]) -> str:
+def curves_table(result: dict[str, Any]) -> str:
     """Per range of positions and over all: the count, then nats and perplexity of each curve, as plain text."""
     curves, counts = result["curves"], result["curves"][0]["count"]
     rows = [["positions", "tokens", *(head for curve in curves for head in (f"{curve_name(curve)} nats", "ppl"))]]

@@ -32,8 +32,8 @@ def _json_kv(length: int, text: str, seed: int, n: int) -> tuple[Render, int]:
         second = (first + 1 + int(shown[1] * (len(others) - 1))) % len(others)  # any other
         examples = "".join(f"Key: {k}\nCorresponding value: {v}\n\n" for k, v in (others[first], others[second]))
         place = round(depth * len(others))
-        every = [*others[:place], (key, value), *others[place:]]
-        lines = ",\n ".join(f'"{k}": "{v}"' for k, v in every)
+        pairs_shown = [*others[:place], (key, value), *others[place:]]
+        lines = ",\n ".join(f'"{k}": "{v}"' for k, v in pairs_shown)
         prompt = (
             f"JSON data:\n{{{lines}}}\n\nExtract the value corresponding to the specified key in the JSON object below."
             f"\n\n{examples}Key: {key}\nCorresponding value:"

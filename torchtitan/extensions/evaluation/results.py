@@ -9,14 +9,15 @@ from typing import Any
 
 from torchtitan.extensions.evaluation import needle
 from torchtitan.extensions.evaluation.tasks import GROUPS, group_name, mean_at_length
-from torchtitan.tools.folders import write_text
+from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import read_json, write_text
 
 
 def settings_in(file: Path) -> dict[str, Any] | None:
     """The settings ("asked") of the results in a file; None if there are no results, or they do not say."""
     try:
-        settings = json.loads(file.read_text()).get("asked")
-    except (OSError, ValueError, AttributeError):
+        settings = read_json(file).get("asked")
+    except (OSError, UserError):
         return None
     return settings if isinstance(settings, dict) else None
 

@@ -81,8 +81,8 @@ def distinct(count: int, draw: Callable[[], str], but: Sequence[str] = ()) -> li
     """`count` different draws in the order in which they came, none of them in `but`."""
     draws: dict[str, None] = {}
     while len(draws) < count:
-        if (one := draw()) not in but:
-            draws[one] = None
+        if (value := draw()) not in but:
+            draws[value] = None
     return list(draws)
 
 
@@ -130,9 +130,9 @@ def niah_wording(task: Niah, text: str, rng: np.random.Generator, hay: np.random
         repeated = (prose[begin:] + prose * (-(-size // len(prose))))[:size]
         return re.split(r"(?<=[.!?]) ", " ".join(repeated))
 
-    one = task.queries * task.values == 1
-    kind = task.value[:-1] if one else task.value
-    some, are, are_all, hidden = ("A", "is", "is", "is") if one else ("Some", "are", "are all", "are")
+    single = task.queries * task.values == 1
+    kind = task.value[:-1] if single else task.value
+    some, are, are_all, hidden = ("A", "is", "is", "is") if single else ("Some", "are", "are all", "are")
     query = listed(asked)
 
     def render(size: int) -> Wording:
@@ -190,23 +190,23 @@ def _vt(length: int, text: str, seed: int, n: int) -> tuple[Render, int]:
     return render, HOPS + 2
 
 
-def _numbered(some: Sequence[str]) -> str:
-    return " ".join(f"{i}. {word}" for i, word in enumerate(some, 1))
+def _numbered(words: Sequence[str]) -> str:
+    return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
 
 
 def _cwe_text(count: int, common: int, others: int, rng: np.random.Generator) -> tuple[str, list[str]]:
     """The question with `count` different words, ten of them repeated `common` times and the rest `others` times; and
     these ten."""
     vocabulary = max(count, singles())
-    some = [words()[i] for i in rng.choice(vocabulary, size=count, replace=False)]
-    every = some[:COMMON] * common + some[COMMON:] * others
-    every = [every[i] for i in rng.permutation(len(every))]
+    chosen = [words()[i] for i in rng.choice(vocabulary, size=count, replace=False)]
+    all_words = chosen[:COMMON] * common + chosen[COMMON:] * others
+    all_words = [all_words[i] for i in rng.permutation(len(all_words))]
     text = (
         "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
-        f"appear most often.\n{_numbered(every)}\nQuestion: What are the 10 most common words in the above list? "
+        f"appear most often.\n{_numbered(all_words)}\nQuestion: What are the 10 most common words in the above list? "
         "Answer: The top 10 words that appear most often in the list are:"
     )
-    return text, some[:COMMON]
+    return text, chosen[:COMMON]
 
 
 def _cwe(length: int, text: str, seed: int, n: int) -> tuple[Render, int]:
@@ -231,8 +231,8 @@ def _fwe(length: int, text: str, seed: int, n: int) -> tuple[Render, int]:
     shares = np.arange(1, size + 1) ** -2.0 / (pi**2 / 6)  # a zeta distribution with alpha 2
 
     def render(count: int) -> Wording:
-        every = np.repeat(np.arange(size), (count * shares).astype(int))
-        context = " ".join(codes[i] for i in generator(seed, "fwe", length, n, 1).permutation(every))
+        all_codes = np.repeat(np.arange(size), (count * shares).astype(int))
+        context = " ".join(codes[i] for i in generator(seed, "fwe", length, n, 1).permutation(all_codes))
         prompt = (
             "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
             f"appeared coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots "

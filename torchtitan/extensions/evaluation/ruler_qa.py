@@ -67,10 +67,10 @@ def _squad(articles: list[dict]) -> Documents:
         for p in article["paragraphs"]:
             here = index[p["context"]]
             near = tuple(i for i in same if i != here)
-            for one in p["qas"]:
-                answers = tuple(dict.fromkeys(a["text"] for a in one["answers"]))
-                if not one.get("is_impossible") and answers:
-                    asked.append(QAEntry(one["question"], answers, (here,), near))
+            for entry in p["qas"]:
+                answers = tuple(dict.fromkeys(a["text"] for a in entry["answers"]))
+                if not entry.get("is_impossible") and answers:
+                    asked.append(QAEntry(entry["question"], answers, (here,), near))
     return Documents("qa_1", tuple(texts), tuple(asked))
 
 
@@ -80,9 +80,9 @@ def _hotpot(entries: list[dict]) -> Documents:
 
     index: dict[str, int] = {}
     asked = []
-    for one in entries:
-        needed = tuple(index.setdefault(text(*pair), len(index)) for pair in one["context"])
-        asked.append(QAEntry(one["question"], (one["answer"],), needed))
+    for entry in entries:
+        needed = tuple(index.setdefault(text(*pair), len(index)) for pair in entry["context"])
+        asked.append(QAEntry(entry["question"], (entry["answer"],), needed))
     return Documents("qa_2", tuple(index), tuple(asked))
 
 
@@ -95,26 +95,26 @@ def qa_task(file: Path) -> Task:
     def build(length: int, text: str, seed: int, n: int) -> tuple[Render, int]:
         # the same questions at all lengths
         order = generator(seed, name, 0, 0).permutation(len(asked))
-        one = asked[order[n % len(order)]]
+        entry = asked[order[n % len(order)]]
         rng = generator(seed, name, length, n)
-        near = [one.near[i] for i in rng.permutation(len(one.near))]
-        first = {*one.needed, *near}
+        near = [entry.near[i] for i in rng.permutation(len(entry.near))]
+        first = {*entry.needed, *near}
         far = [int(i) for i in rng.permutation(len(texts)) if int(i) not in first]
-        ranked = [*one.needed, *near, *far]
+        ranked = [*entry.needed, *near, *far]
 
         def render(size: int) -> Wording:
-            some = generator(seed, name, length, n, 1).permutation(ranked[:size])
-            context = "\n\n".join(f"Document {i}:\n{texts[k]}" for i, k in enumerate(some, 1))
+            shown = generator(seed, name, length, n, 1).permutation(ranked[:size])
+            context = "\n\n".join(f"Document {i}:\n{texts[k]}" for i, k in enumerate(shown, 1))
             task = (
                 "Answer the question based on the given documents. Only give me the answer and do not output any other "
                 "words."
             )
             prompt = (
                 f"{task}\n\nThe following are given documents.\n\n{context}\n\n{task}\n\n"
-                f"Question: {one.question} Answer:"
+                f"Question: {entry.question} Answer:"
             )
-            return Wording(prompt, f" {one.answers[0]}", one.answers)
+            return Wording(prompt, f" {entry.answers[0]}", entry.answers)
 
-        return render, len(one.needed)
+        return render, len(entry.needed)
 
     return Task(name, build, string_match_part, BUDGET, most=len(texts), haystack="documents")

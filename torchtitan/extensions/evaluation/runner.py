@@ -65,18 +65,19 @@ def score_questions(
     spare = [max(questions[i].max_new_tokens, len(questions[i].target)) for i in mine]
     groups = groups_of(ranks, [questions[i].prompt for i in mine], spare, model.args.rope)
     for g, (used, members) in enumerate(groups, 1):
-        some = [questions[mine[j]] for j in members]
-        read = [one.prompt for one in some] or [DUMMY_PROMPT], [one.target for one in some] or [DUMMY_PROMPT]
+        group = [questions[mine[j]] for j in members]
+        prompts, targets = [q.prompt for q in group], [q.target for q in group]
+        read = prompts or [DUMMY_PROMPT], targets or [DUMMY_PROMPT]
         if writes:
-            limits = [one.max_new_tokens for one in some] or [1]
-            written, forced = write_and_score(model, ranks, *read, limits, stops, used, needed=bool(some))
+            limits = [question.max_new_tokens for question in group] or [1]
+            written, forced = write_and_score(model, ranks, *read, limits, stops, used, needed=bool(group))
         else:
             written, forced = [], answer_scores(model, ranks, *read, used)
-        for k, (one, (logprobs, likeliest)) in enumerate(zip(some, forced)):
+        for k, (question, (logprobs, likeliest)) in enumerate(zip(group, forced)):
             outcome = Outcome(bool(likeliest.all()), float(logprobs.mean()))
             if writes:
                 text = tokenizer.decode(written[k])
-                points, cut = score(text, one.answers), len(written[k]) == one.max_new_tokens
+                points, cut = score(text, question.answers), len(written[k]) == question.max_new_tokens
                 outcome = replace(outcome, score=points, text=text, cut=cut)
             outcomes[mine[members[k]]] = outcome
         on_part(g, len(groups))
@@ -95,8 +96,8 @@ def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 def mean_by_length_and_depth(questions: Sequence[Question], outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """A task's means by length and depth: the grids in which results are kept (docs/evaluation.md)."""
-    lengths = sorted({one.length for one in questions})
-    depths = sorted({one.depth for one in questions if one.depth is not None})
+    lengths = sorted({question.length for question in questions})
+    depths = sorted({question.depth for question in questions if question.depth is not None})
     cells: dict[tuple[int, float | None], list[Outcome]] = {}
     for question, outcome in zip(questions, outcomes, strict=True):
         cells.setdefault((question.length, question.depth if depths else None), []).append(outcome)
@@ -106,17 +107,17 @@ def mean_by_length_and_depth(questions: Sequence[Question], outcomes: Sequence[O
         return [[number(cells[n, d]) if (n, d) in cells else None for d in columns] for n in lengths]
 
     def written(cell: list[Outcome]) -> float | None:
-        scores = [one.score for one in cell if one.score is not None]
+        scores = [outcome.score for outcome in cell if outcome.score is not None]
         return sum(scores) / len(scores) if scores else None
 
     return {
         "lengths": lengths,
         "depths": depths or None,
         "score": grid(written),
-        "exact": grid(lambda cell: sum(one.exact for one in cell) / len(cell)),
-        "logprob": grid(lambda cell: sum(one.logprob for one in cell) / len(cell)),
+        "exact": grid(lambda cell: sum(outcome.exact for outcome in cell) / len(cell)),
+        "logprob": grid(lambda cell: sum(outcome.logprob for outcome in cell) / len(cell)),
         "count": grid(len),
-        "cut": grid(lambda cell: sum(one.cut for one in cell)),
+        "cut": grid(lambda cell: sum(outcome.cut for outcome in cell)),
         "written": grid(lambda cell: cell[0].text),
     }
 

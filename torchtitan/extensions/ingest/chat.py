@@ -27,14 +27,13 @@ from typing import Any
 
 import numpy as np
 
-from torchtitan.datasets.corpus import ASSISTANT
-from torchtitan.datasets.corpus import FORMAT as CORPUS_FORMAT
+from torchtitan.datasets.corpus import ASSISTANT, CORPUS_FORMAT
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.chat_template import MARKS, ChatTemplate
 from torchtitan.extensions.ingest.encoder import tokenizer_metadata
 from torchtitan.extensions.ingest.text import Fields
 
-FORMAT = 3
+CHAT_FORMAT = 3
 """Version of the way conversations become tokens and labels; part of the key of their corpora."""
 
 _ROLES = ("system", "developer", "user", "tool", "assistant")
@@ -55,7 +54,7 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, messages_field: str) -> None:
         self.fields = Fields("messages_field", messages_field, ("tools",))
-        self.key = [CORPUS_FORMAT, tokenizer.fingerprint, "chat", FORMAT, template.fingerprint, messages_field]
+        self.key = [CORPUS_FORMAT, tokenizer.fingerprint, "chat", CHAT_FORMAT, template.fingerprint, messages_field]
         source = {"messages_field": messages_field, "chat_template": template.fingerprint}
         self.metadata = tokenizer_metadata(tokenizer) | source
         self._tokenizer = tokenizer

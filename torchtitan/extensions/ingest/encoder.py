@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan.config.schema import Data, Source
-from torchtitan.datasets.corpus import FORMAT
+from torchtitan.datasets.corpus import CORPUS_FORMAT
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.text import Fields, as_text
 from torchtitan.tools.errors import UserError
@@ -32,7 +32,7 @@ class Encoder:
     @property
     def key(self) -> list[Any]:
         """What the tokens depend on beside the content, as JSON."""
-        return [FORMAT, self.tokenizer.fingerprint, bool(self.bos), bool(self.eos)]
+        return [CORPUS_FORMAT, self.tokenizer.fingerprint, bool(self.bos), bool(self.eos)]
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def make_encoder(source: Source, tokenizer: Tokenizer, data: Data) -> Any:
 def tokenizer_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
     """What corpus.json says of the tokenizer."""
     return {
-        "format": FORMAT,
+        "format": CORPUS_FORMAT,
         "tokenizer": tokenizer.fingerprint,
         "tokenizer_folder": tokenizer.folder,
         "vocab_size": tokenizer.vocab_size,

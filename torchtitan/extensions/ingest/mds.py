@@ -10,7 +10,6 @@ The library itself is not used: it pins old versions of what we need and cannot 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 from torchtitan.datasets.corpus import ASSISTANT
 from torchtitan.extensions.ingest.encoder import Encoder
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import read_json
 
 INDEX_FILE = "index.json"
 COMPRESSIONS = {"bz2": "bz2", "gz": "gzip", "zstd": "zstd"}  # the names here -> pyarrow's
@@ -64,15 +64,15 @@ def find_mds(path: Path) -> list[Path]:
 
 def _is_index(path: Path, beside: list[str]) -> bool:
     try:
-        return "shards" in json.loads(path.read_bytes())
-    except (ValueError, TypeError):  # damaged, if it was one
+        return "shards" in read_json(path)
+    except UserError:  # damaged, if it was one
         return any(".mds" in name for name in beside)
 
 
 def read_index(path: Path) -> list[MdsShard]:
     """The shards that an index.json lists; UserError if one is missing, of another size, or unreadable for us."""
+    index = read_json(path, "The index is damaged: download it again.")
     try:
-        index = json.loads(path.read_bytes())
         if index["version"] != 2:
             raise UserError(f"{path} is of MDS version {index['version']}; version 2 is known.")
         return [_shard(path, shard) for shard in index["shards"]]

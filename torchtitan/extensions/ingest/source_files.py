@@ -88,7 +88,7 @@ def matching_files(source: Source, data: Data) -> list[Path]:
         return [path]
     if os.path.isabs(os.path.expanduser(source.path)):
         pattern = str(path)
-    else:  # the name of data.folder is no pattern
+    else:  # the name of data.folder is not a pattern
         pattern = os.path.join(glob.escape(os.path.expanduser(data.folder)), source.path)
     return [Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
 

@@ -90,7 +90,7 @@ def tokenize_shard(
 
 
 def _material(source: Source, tokenizer: Tokenizer, data: Data, cache: Path) -> Material | Path:
-    """What is to be tokenized; or, if the hub cannot be reached, the finished corpus of an earlier run."""
+    """What must be tokenized; or, if the hub cannot be reached, the finished corpus of an earlier run."""
     encoder = make_encoder(source, tokenizer, data)
     if is_hub(source):
         from torchtitan.extensions.ingest.hub import hub_material

@@ -31,7 +31,7 @@ PRICE_OF_ROUNDED_STATE = 0.02
 MARGIN = 0.95
 """A change is advised if the peak is at most this share of the GPU's memory."""
 
-Keys = dict[str, Any]
+NewKeys = dict[str, Any]
 """New values by "table.key"."""
 
 
@@ -39,7 +39,7 @@ Keys = dict[str, Any]
 class Change:
     """Keys and their new values; what becomes of the stage with them."""
 
-    keys: Keys
+    keys: NewKeys
     config: JobConfig
     stage: StageNumbers
     gib: float
@@ -52,7 +52,7 @@ class Change:
         return self.gib <= MARGIN * gpu.memory_gib
 
 
-def with_keys(config: JobConfig, keys: Keys) -> JobConfig:
+def with_keys(config: JobConfig, keys: NewKeys) -> JobConfig:
     """`config` with {"table.key": value} replaced."""
     for name, value in keys.items():
         table, _, key = name.partition(".")
@@ -60,11 +60,11 @@ def with_keys(config: JobConfig, keys: Keys) -> JobConfig:
     return config
 
 
-def options(config: JobConfig, world_size: int) -> list[list[Keys]]:
+def options(config: JobConfig, world_size: int) -> list[list[NewKeys]]:
     """For each trick the ways to set its keys, first the one that changes nothing. Only keys that change are named."""
     p, t = config.parallelism, config.training
 
-    def ways(*proposed: Keys) -> list[Keys]:
+    def ways(*proposed: NewKeys) -> list[NewKeys]:
         changes = [
             {name: value for name, value in keys.items() if with_keys(config, {name: value}) != config}
             for keys in proposed
@@ -75,12 +75,12 @@ def options(config: JobConfig, world_size: int) -> list[list[Keys]]:
     degrees = [
         cp for i in range(1, 20) if (cp := p.context_parallel_degree << i) <= world_size and tokens % (BLOCK * cp) == 0
     ]
-    rows: Keys = {}  # what keeps the rows of a step as many as they are
+    rows: NewKeys = {}  # what keeps the rows of a step as many as they are
     if t.global_batch_size is None and t.global_batch_tokens is None:
         rows = {"training.global_batch_tokens": rows_per_step(config, world_size) * t.seq_len}
-    full: Keys = {"activation_checkpoint.mode": "full"}
-    selective: Keys = {"activation_checkpoint.mode": "selective", "activation_checkpoint.selective_ac_option": "op"}
-    offload: Keys = {"activation_checkpoint.offload": True}
+    full: NewKeys = {"activation_checkpoint.mode": "full"}
+    selective: NewKeys = {"activation_checkpoint.mode": "selective", "activation_checkpoint.selective_ac_option": "op"}
+    offload: NewKeys = {"activation_checkpoint.offload": True}
     recomputing = [selective] if config.activation_checkpoint.mode == "none" else []
     recomputing += [full, full | offload, selective | offload]
     result = [
@@ -97,7 +97,7 @@ def options(config: JobConfig, world_size: int) -> list[list[Keys]]:
     return result
 
 
-def changes(
+def possible_changes(
     config: JobConfig, args: TransformerArgs, world_size: int, gpu: Gpu, document: int | None = None
 ) -> Iterator[Change]:
     """Every combination that the configuration's own checks let pass, the stage as it is first.
@@ -124,7 +124,7 @@ def cheapest(candidates: list[Change], gpu: Gpu, ranks_per_host: int, host_memor
     """The cheapest change that fits the GPU and the host; None if none does.
 
     Of those that cost about the same (to less than the price of a key) the one with the lowest peak: the model of the
-    time is no finer than that.
+    time is not more precise than that.
     """
     fitting = [c for c in candidates if c.fits(gpu) and host_gib(c.stage, ranks_per_host) <= host_memory_gib]
     least = min((c.cost for c in fitting), default=0.0)

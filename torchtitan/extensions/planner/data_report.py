@@ -111,7 +111,8 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
 
 
 def _roles_report(corpus: Corpus, document: np.ndarray, start: np.ndarray, length: np.ndarray) -> dict[str, Any]:
-    """Tokens that the loss is on, and, if the source has roles, tokens read by role. A part's first token is no label.
+    """Tokens that the loss is on, and, if the source has roles, tokens read by role. The first token of a part is not a
+    label.
 
     document, start, length: int32[P], of the parts that are read.
     """

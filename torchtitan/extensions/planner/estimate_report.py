@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torchtitan.config import JobConfig, as_tables
-from torchtitan.extensions.planner.advice import MARGIN, Change, Keys
+from torchtitan.extensions.planner.advice import MARGIN, Change, NewKeys
 from torchtitan.extensions.planner.host_memory import host_gib, host_kinds
 from torchtitan.extensions.planner.memory import CONTEXT_GIB, FRAGMENTATION, moments, peak, peak_gib, shard_numel
 from torchtitan.extensions.planner.speed import step_of
@@ -96,7 +96,7 @@ def format_estimate(estimate: dict[str, Any], stage: StageNumbers, gpu: Gpu | No
     return "\n".join(lines)
 
 
-def format_keys(keys: Keys) -> str:
+def format_keys(keys: NewKeys) -> str:
     """{"a.b": 1} -> a.b = 1."""
     return ", ".join(f"{name} = {_toml(value)}" for name, value in keys.items()) or "nothing"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from torchtitan import train
-from torchtitan.components.manifest import FORMAT
+from torchtitan.components.manifest import MANIFEST_FORMAT
 from torchtitan.extensions.cluster.slurm import ENDED, main, replicas, verdict
 from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, LOST_A_RANK, STOPPED, GateError, UserError
 
@@ -34,7 +34,7 @@ def end(folder: Path, loss: float = 2.0) -> None:
     """Write what a finished stage of 7 steps leaves."""
     checkpoint = folder / "checkpoint" / "step-7"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": 7}))
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": MANIFEST_FORMAT, "step": 7}))
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 7, "loss": loss}) + "\n")
 
 
