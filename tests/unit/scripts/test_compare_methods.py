@@ -73,8 +73,8 @@ def test_recalled_are_all_the_values_of_a_fact() -> None:
     class Next(torch.nn.Module):
         args = TransformerArgs(16, 1, 2, 1, 8, 16, 32)
 
-        def forward(self, tokens: torch.Tensor, *_: Any, rows: torch.Tensor, **__: Any) -> torch.Tensor:
-            return torch.eye(self.args.vocab_size)[tokens + 1][rows]
+        def forward(self, tokens: torch.Tensor, *_: Any, only: torch.Tensor, **__: Any) -> torch.Tensor:
+            return torch.eye(self.args.vocab_size)[tokens + 1][only]
 
     loaded: Any = SimpleNamespace(model=Next(), ranks=Ranks())
     assert compare.recalled(loaded, [3, 9, 10, 11, 12], 3)

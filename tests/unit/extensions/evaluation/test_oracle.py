@@ -31,7 +31,7 @@ class Uniform(Transformer):
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, mask: Any, **options: Any) -> Any:
         if options.get("labels") is not None:
             return None, torch.zeros(len(tokens))
-        return torch.zeros(len(options["rows"]), self.args.vocab_size)
+        return torch.zeros(len(options["only"]), self.args.vocab_size)
 
 
 class Oracle(Uniform):
@@ -51,7 +51,7 @@ class Oracle(Uniform):
             begins = torch.nonzero(positions == 0)[:, 0].tolist()
             documents = [part.tolist() for part in tokens.tensor_split(begins[1:])]
             asked = [
-                [d[: at + 1] for at in range(len(d)) if b + at in options["rows"]] for d, b in zip(documents, begins)
+                [d[: at + 1] for at in range(len(d)) if b + at in options["only"]] for d, b in zip(documents, begins)
             ]
             seen = [text for several in asked for text in several]
             self.read = [several[0] for several in asked]  # a prompt, and not the answer behind it
