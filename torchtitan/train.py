@@ -22,7 +22,8 @@ def main(args: list[str]) -> int:
     """Train the stage that args describe; the exit code. RANK, LOCAL_RANK and WORLD_SIZE are torchrun's variables.
 
     0: the stage has ended. STOPPED: asked to stop, and saved. GATE_NOT_HELD: the stage has ended, but a gate does not
-    hold. LOST_A_RANK: another rank has ended or hangs. FAILED: anything else.
+    hold. LOST_A_RANK: another rank has ended or hangs. 130: interrupted before the first step. FAILED: anything else. 0
+    also after --job.print_config.
     """
     rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in RANK_VARIABLES)
     init_logger(rank, world_size)

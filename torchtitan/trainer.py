@@ -42,12 +42,13 @@ from torchtitan.tools.logging import logger
 
 
 class Trainer:
-    """The running stage. Hooks may read all public attributes.
+    """The running stage. Hooks may read these attributes, set stop_requested, and call pause():
 
     config, inputs (StageInputs), rank, world_size, dump_folder (Path), device, dims (ParallelDims), cpu_group (gloo,
     all ranks), hosts (the host name of each rank), model, optimizer, checkpointer (None without checkpoints), metrics
-    (MetricsLogger on rank 0, else None), throughput, timing, bad_loss_policy. step: finished steps. tokens_seen: tokens
-    of the global batches so far, without padding. stop_requested: if True on any rank, all stop before the next step.
+    (MetricsLogger on rank 0, else None), throughput, timing, bad_loss_policy. step: finished steps; finished: whether
+    these are all. tokens_seen: tokens of the global batches so far, without padding. stop_requested: if True on any
+    rank, all stop before the next step.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Trainer:
             self._call("configured")
             self._build()
         except BaseException:
-            self._call("closed")
+            self._close_hooks()
             raise
 
     def _build(self) -> None:
@@ -82,7 +83,7 @@ class Trainer:
         self.checkpointer = Checkpointer(config.checkpoint, self.dump_folder) if config.checkpoint.enable else None
         if manifest := load_state(config, inputs, self.model, self.state, self.checkpointer, self.cpu_group):
             self.step, self.tokens_seen = manifest["step"], manifest["tokens_seen"]
-            self.bad_loss_policy.load(manifest.get("watch", {}))
+            self.bad_loss_policy.load(manifest.get("bad_loss", manifest.get("watch", {})))  # watch: in older ones
         self.batches = build_batches(config, inputs, self.dims, self.device, self.step)
         self.timing = StepTiming()
         self.throughput = Throughput(config, inputs, self.dims, self.device)
@@ -111,7 +112,7 @@ class Trainer:
         assert self.checkpointer
         self.pause("saving")
         manifest = self.inputs.manifest(self.config, self.step, self.tokens_seen)
-        manifest["watch"] = self.bad_loss_policy.state()
+        manifest["bad_loss"] = self.bad_loss_policy.state()
         self._call("saving", manifest)
         return self.checkpointer.save(self.state(), manifest, last)
 
@@ -168,7 +169,7 @@ class Trainer:
         """One optimizer step over the global batch; None, with nothing changed, if a rank has been asked to stop.
 
         The loss is the sum of token losses divided by the number of valid labels of the global batch, so it does not
-        depend on how the rows are split over ranks and accumulation. BadLossError before anything has changed.
+        depend on how the rows are split over ranks and accumulation. BadLossError before a parameter has changed.
         """
         asked = time.perf_counter()
         batches = list(islice(self.batches, self.accumulation))
@@ -197,7 +198,7 @@ class Trainer:
         dist.all_reduce(sums, group=self.cpu_group)
         self.timing.release()
         loss, by_source, by_position = mean_losses(sums, valid, names)
-        skipped = self._is_skipped(loss, norm)
+        skipped = self._judge(loss, norm)
         lr = learning_rate(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -218,8 +219,9 @@ class Trainer:
             "loss_by_position": by_position,
         }
 
-    def _is_skipped(self, loss: float, norm: float) -> bool:
-        """Whether this step's gradients are discarded; equal on all ranks, since loss and norm are."""
+    def _judge(self, loss: float, norm: float) -> bool:
+        """Whether this step's gradients are discarded, equal on all ranks; BadLossError, with the step's rows, if the
+        run must end."""
         plan = self.inputs.plan
         try:
             why = self.bad_loss_policy.judge(self.step, loss, norm)
@@ -242,9 +244,17 @@ class Trainer:
         for hook in self.hooks:
             getattr(hook, method)(self, *arguments)
 
+    def _close_hooks(self) -> None:
+        """All of them, even if one fails: what ends the run may be another error."""
+        for hook in self.hooks:
+            try:
+                hook.closed(self)
+            except Exception:
+                logger.exception(f"{type(hook).__name__}.closed failed")
+
     def close(self) -> None:
         """Release files, loader processes and process groups."""
-        self._call("closed")
+        self._close_hooks()
         self.batches = iter(())
         if self.metrics:
             self.metrics.close()

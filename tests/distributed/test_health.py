@@ -180,7 +180,7 @@ def test_a_skipped_step_changes_nothing_and_uses_its_rows(runs: dict[str, dict[s
     assert [n["skipped_steps"] for n in one["numbers"]] == [0, 1, 1, 1]
     (warning,) = [line for line in one["log"] if line.startswith("step 2 is skipped: loss nan")]
     assert warning.count("documents text ") == 8
-    (skipped,) = read_manifest(folder / "one" / "checkpoint" / "step-4")["watch"]["skipped"]
+    (skipped,) = read_manifest(folder / "one" / "checkpoint" / "step-4")["bad_loss"]["skipped"]
     assert skipped["step"] == 2 and skipped["loss"] == "nan"
     lines = [json.loads(line) for line in (folder / "one" / "metrics.jsonl").read_text().splitlines()]
     assert lines[1]["loss"] is None and lines[2]["loss"] == one["numbers"][2]["loss"]
@@ -192,7 +192,7 @@ def test_no_more_steps_are_skipped_than_allowed_also_over_a_restart(runs: dict[s
     again = runs["two again"]
     assert again["error"] == "" and [n["step"] for n in again["numbers"]] == [3, 4]
     assert again["numbers"][-1]["skipped_steps"] == 1
-    assert read_manifest(folder / "two" / "checkpoint" / "step-4")["watch"]["skipped"][0]["step"] == 2
+    assert read_manifest(folder / "two" / "checkpoint" / "step-4")["bad_loss"]["skipped"][0]["step"] == 2
     assert again["numbers"][0]["loss"] == runs["one"]["numbers"][2]["loss"], "as the run that did not stop"
 
 

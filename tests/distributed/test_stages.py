@@ -427,6 +427,21 @@ def test_the_stage_before_is_looked_for_only_where_a_gate_asks(tmp_path: Path):
         failure(above_previous=0.1)
 
 
+def test_a_gate_against_a_previous_stage_without_a_percentage(tmp_path: Path):
+    """From 0, and from a line that is no object."""
+    previous = tmp_path / "previous"
+    previous.mkdir()
+    for folder, skipped in ((tmp_path, 1), (previous, 0)):
+        (folder / "metrics.jsonl").write_text(f'{{"step": 1, "skipped_steps": {skipped}}}\n')
+    (previous / "config.toml").touch()
+    gates = (Gate(metric="skipped_steps", above_previous=0.1),)
+    config = JobConfig(stage=Stage(after="previous.toml", after_dump_folder=str(previous), gates=gates))
+    assert "1.0000, and 0.0000 in the previous stage: more than" in (gate_failure(config, tmp_path) or "")
+    (previous / "metrics.jsonl").write_text("[1]\n")
+    with pytest.raises(UserError, match="lines that are not JSON objects"):
+        gate_failure(config, tmp_path)
+
+
 def test_a_gate_that_does_not_hold_stops_the_chain(folder: Path, runs: dict[str, dict[str, Any]]):
     """Stage 1 of the run above has ended: the chain is stopped by its gate before anything of stage 2 is started."""
     gated = folder / "gated"

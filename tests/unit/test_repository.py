@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,10 +79,13 @@ def test_the_classes_of_the_page_on_extending_are_what_it_says():
     names: dict[str, Any] = {}
     exec(hook, names)
     exec(model, names)
-    assert issubclass(names["LossFloor"], Hook) and isinstance(names["TINY"], TransformerArgs)
-    trainer = SimpleNamespace(stop_requested=False)
-    names["LossFloor"]().after_step(trainer, {"loss": 1.9})
-    assert trainer.stop_requested
+    assert issubclass(names["Perplexity"], Hook) and isinstance(names["TINY"], TransformerArgs)
+    numbers: dict[str, float] = {"loss": 2.0}
+    manifest: dict[str, float] = {}
+    perplexity = names["Perplexity"]()
+    perplexity.logging(None, numbers)
+    perplexity.saving(None, manifest)
+    assert numbers["my/perplexity"] == manifest["my/lowest_perplexity"] == pytest.approx(7.389056)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -33,6 +33,7 @@ from torchtitan.models.rope_config import describe_rope, rope_warnings
 from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights, parameter_counts
 from torchtitan.tools.device import host_names, init_process_group, make_deterministic, pick_device, record_collectives
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import write_text
 from torchtitan.tools.logging import logger
 from torchtitan.tools.torch_compat import set_timeout
 
@@ -177,7 +178,7 @@ def log_stage(config: JobConfig, inputs: StageInputs, dims: ParallelDims, device
     """For rank 0: write config.toml, and log the stage, its RoPE, the model and the degrees."""
     folder, args = Path(config.job.dump_folder), inputs.args
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.toml").write_text(dump_toml(config))
+    write_text(folder / "config.toml", dump_toml(config))
     logger.info(f"stage {config.stage.name}: {config.job.description}".rstrip(": "))
     logger.info(f"RoPE: {describe_rope(args.rope)}")
     for warning in rope_warnings(args.rope, args.head_dim, config.data.target_seq_len or config.training.seq_len):

@@ -1,4 +1,4 @@
-"""What has changed between two times of a stage, or from one stage to the next: the one comparison of all who ask.
+"""What has changed in a stage since its last checkpoint, or from one stage to the next.
 
 A stage that is resumed asks changed_inputs(), which knows the files, and changed_keys(); a chain, which opens no files,
 asks changed_since(); a stage that starts from another prints differences(). What a key decides stands at its field
@@ -14,7 +14,7 @@ from typing import Any
 from torchtitan.config.checks import rows_per_step
 from torchtitan.config.keys import Decision, keys_of
 from torchtitan.config.manager import from_tables
-from torchtitan.config.schema import Data, JobConfig
+from torchtitan.config.schema import Data, JobConfig, Source
 from torchtitan.config.toml_file import known_keys, values_of
 from torchtitan.datasets.same_data import data_keys, keys_that_decide, shares, source_options
 from torchtitan.tools.errors import UserError
@@ -56,6 +56,7 @@ def changes(was: dict[str, Any], now: dict[str, Any], show: Callable[[Any], str]
 
 def changed_inputs(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The differences of two Plan.inputs, such as 'training.seq_len 1024 -> 2048', 'source code: share 0.5 -> 0.6'."""
+    saved = data_keys(Data()) | saved  # keys that an older version did not have
     tables = {"seed": "training.", "seq_len": "training."} | dict.fromkeys(keys_of(Data), "data.")
     was, is_now = (
         {tables.get(key, "") + key: value for key, value in inputs.items() if key != "sources"}
@@ -103,8 +104,8 @@ def changed_since(manifest: dict[str, Any], config: JobConfig) -> list[str]:
             now[key] = was[key]
     result = changes(was, now)
     rows = [_rows_per_step(c, manifest.get("world_size", 1)) for c in (saved, config)]
-    if None not in rows and rows[0] != rows[1]:
-        result.append(f"rows per step {rows[0]} -> {rows[1]}")
+    if rows[0] != rows[1]:
+        result.append(f"rows per step {rows[0]} -> {rows[1] or 'unknown: not so many ranks can be divided like this'}")
     return result
 
 
@@ -118,9 +119,21 @@ def _identity(config: JobConfig) -> dict[str, Any]:
     }
     data = data_keys(config.data) | keys_that_decide(config.data, "documents")
     for i, (source, share) in enumerate(zip(config.data.sources, shares(config.data))):
-        options = {"name": source.name, "share": share} | source_options(source, *ANOTHER_STAGE)
+        options = {"name": source.name, "share": share} | _options(config.data, source, *ANOTHER_STAGE)
         data |= {f"sources.{i}.{key}": value for key, value in options.items()}
     return values | {f"data.{key}": value for key, value in data.items()}
+
+
+def _options(data: Data, source: Source, *decisions: Decision) -> dict[str, Any]:
+    """source_options(), with the path as it is opened: below data.folder, unless it names a dataset of the hub."""
+    options = source_options(source, *decisions)
+    name = source.path.removeprefix("hub:")
+    path = Path(data.folder).expanduser() / Path(name).expanduser()
+    if "path" in options and name == source.path:
+        options["path"] = str(path)
+    elif name.startswith((".", "/", "~")):
+        options["path"] = f"hub:{path.absolute()}"
+    return options
 
 
 def _place(path: str) -> Path:
@@ -148,7 +161,7 @@ def differences(manifest: dict[str, Any], config: JobConfig, architecture: dict[
     lines += changes(was, now, show=shown)
     old, new = _mixture(saved.data), _mixture(config.data)
     for name in {**old, **new}:
-        before, after = _told(old.get(name), new.get(name)), _told(new.get(name), old.get(name))
+        before, after = _described(old.get(name), new.get(name)), _described(new.get(name), old.get(name))
         if before != after:
             lines.append(f"data source {name}: {before} -> {after}")
     return lines
@@ -157,12 +170,12 @@ def differences(manifest: dict[str, Any], config: JobConfig, architecture: dict[
 def _mixture(data: Data) -> dict[str, dict[str, Any]]:
     """Source -> its options that decide its documents or rows, and its share of the tokens."""
     return {
-        source.name: {"share": f"{share:.1%}"} | source_options(source, "documents", "rows")
+        source.name: {"share": f"{share:.1%}"} | _options(data, source, "documents", "rows")
         for source, share in zip(data.sources, shares(data))
     }
 
 
-def _told(source: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
+def _described(source: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
     """A source's share, and those of its options that are not the same in the other stage."""
     if source is None:
         return "none"

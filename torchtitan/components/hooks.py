@@ -15,7 +15,7 @@ from torchtitan.tools.errors import UserError
 class Hook:
     """A base class with empty methods: override what is needed.
 
-    `trainer` is the Trainer (torchtitan/trainer.py); a hook may read all of its public attributes. "Collective" means
+    `trainer` is the Trainer (torchtitan/trainer.py), whose docstring lists what a hook may use. "Collective" means
     that all ranks call the method at the same point of the run, so a hook may use collectives, on all ranks or on none.
     An exception in a hook ends the run; raise UserError for a mistake that the user can mend: it prints only its
     message.
@@ -47,12 +47,15 @@ class Hook:
         """Collective. A checkpoint is about to be written: a hook may add its own key to the manifest."""
 
     def ended(self, trainer: Any) -> None:
-        """Collective. The last step of this run has ended and everything is saved. If trainer.finished, it was the
-        last step of the stage; otherwise the run was asked to stop."""
+        """Collective. The last step of this run has ended and, if checkpoints are on, is saved.
+
+        If trainer.finished, it was the last step of the stage; otherwise the run was asked to stop. Not called after an
+        error, nor if a gate does not hold: `closed` is.
+        """
 
     def closed(self, trainer: Any) -> None:
-        """Not collective. The last call of all, even after an error, also one in `configured` of a hook: release
-        files, threads and processes."""
+        """Not collective. Called last, also if the run or another hook's `configured` has failed: release files,
+        threads and processes."""
 
 
 def load_hook(name: str) -> Hook:
@@ -69,7 +72,7 @@ def load_hook(name: str) -> Hook:
         raise UserError(f"{key}, but {module} has no such class.")
     hook = getattr(content, attribute)
     if not (isinstance(hook, type) and issubclass(hook, Hook)):
-        raise UserError(f"{key}, but {module}.{attribute} is no subclass of torchtitan.components.hooks.Hook.")
+        raise UserError(f"{key}, but {module}.{attribute} is not a subclass of torchtitan.components.hooks.Hook.")
     points = [point for point in vars(Hook) if not point.startswith("_")]
     if all(getattr(hook, point) is getattr(Hook, point) for point in points):
         raise UserError(f"{key}, but {module}.{attribute} overrides no method of Hook: {', '.join(points)}.")

@@ -37,6 +37,10 @@ class Throughput:
         self.flops = self.recomputed_flops = self.waited = 0.0
         self.pairs = self.pairs_of_busiest = self.kv_received = self.kv_of_all_gather = 0.0
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count these seconds as training."""
+        self.start += seconds
+
     def first_step_ended(self) -> None:
         """Compilations from now on are recompilations."""
         self.compiled_in_first_step = compilations()

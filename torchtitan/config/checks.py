@@ -161,6 +161,8 @@ def check_ranges(config: JobConfig) -> None:
 def _check_range(name: str, value: Any, key: Key) -> None:
     if key.range is None or not isinstance(value, (int, float)):
         return
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{name} has {len(str(abs(value)))} digits: it must be less than 2^63.")
     if not math.isfinite(value):
         raise UserError(f"{name} = {value} is not a finite number.")
     if value not in key.range:

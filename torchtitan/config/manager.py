@@ -45,7 +45,17 @@ def load_config(args: list[str], later: tuple[str, ...] = ()) -> JobConfig:
     if not config.stage.name:
         name = Path(path).stem if path is not None else _NAME_WITHOUT_FILE
         config = dataclasses.replace(config, stage=dataclasses.replace(config.stage, name=name))
-    return config
+    return _expand_home(config)
+
+
+def _expand_home(config: JobConfig) -> JobConfig:
+    """~ expanded in the paths that several readers open."""
+    stage, job, model = config.stage, config.job, config.model
+    if stage.after_dump_folder:
+        stage = dataclasses.replace(stage, after_dump_folder=os.path.expanduser(stage.after_dump_folder))
+    job = dataclasses.replace(job, dump_folder=os.path.expanduser(job.dump_folder))
+    model = dataclasses.replace(model, hf_assets_path=os.path.expanduser(model.hf_assets_path))
+    return dataclasses.replace(config, stage=stage, job=job, model=model)
 
 
 def check_circle(after: str, files: tuple[str, ...]) -> None:

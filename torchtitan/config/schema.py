@@ -455,7 +455,7 @@ class Data:
     """The sources, each a [[data.sources]] table."""
 
     folder: Annotated[str, Decides("nothing")] = "."
-    """Folder to which the paths of sources are relative."""
+    """Folder to which the paths of sources are relative: a part of each path, when paths are compared."""
 
     add_bos: Annotated[bool, Decides("documents")] = True
     """Begin every document with the tokenizer's BOS token."""

@@ -179,7 +179,7 @@ def convert(value: Any, hint: Any, name: str, where: str) -> Any:
             return _convert_tables(value, element, name, where)
         if isinstance(value, list):
             return tuple(convert(item, arguments[0], f"{name}[{i}]", where) for i, item in enumerate(value))
-    elif hint is float and type(value) in (int, float):
+    elif hint is float and (type(value) is float or (type(value) is int and abs(value) < 2**1000)):
         return float(value)
     elif type(value) is hint:  # not isinstance: True is an int to Python, not to a user
         return value

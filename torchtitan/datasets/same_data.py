@@ -23,6 +23,8 @@ def keys_that_decide(table: Any, *decisions: Decision) -> dict[str, Any]:
 def data_keys(data: Data) -> dict[str, Any]:
     """The keys of [data] that decide the rows, except its sources and what nothing reads under the other keys."""
     values = keys_that_decide(data, "rows")
+    total = math.fsum(source.weight for source in data.sources) or 1.0  # the raised weight stands beside the others
+    values["upsampled_weight"] = round(data.upsampled_weight / total, 12)
     raised = any(source.upsample is not None or source.upsample_to is not None for source in data.sources)
     by_length = data.strategy in ("per_source_upsampling", "global_upsampling")
     by_domain = data.strategy == "domain_upsampling"

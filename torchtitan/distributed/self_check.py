@@ -66,7 +66,7 @@ def run_self_check(
     backend = choose_backend(config.model.attention_backend, device.type)
     # float32 shows more; the varlen kernel does not know it
     dtype: Literal["float32", "bfloat16"] = "bfloat16" if backend == "varlen" else "float32"
-    training = replace(config.training, mixed_precision_param=dtype, dtype="float32")
+    training = replace(config.training, mixed_precision_param=dtype, dtype="float32", z_loss=0.0)
     small = _small(args, dims.size("tp"))
     job = SmallJob(small, replace(config, training=training), dims, device, cpu_group, train_micro_batch, backend)
     failures: list[str | None] = [None] * dist.get_world_size()

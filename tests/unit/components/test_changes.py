@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +37,10 @@ def make(**changes: Any) -> JobConfig:
     return config
 
 
+def moved(sources: tuple[Source, ...], prefix: str) -> tuple[Source, ...]:
+    return tuple(dataclasses.replace(source, path=prefix + source.path) for source in sources)
+
+
 def manifest(config: JobConfig, world_size: int = 2) -> dict[str, Any]:
     return {"config": as_tables(config), "world_size": world_size, "architecture": {"rope": {"theta": 1e4}}}
 
@@ -65,6 +70,8 @@ def test_an_ended_stage_is_another_if_documents_rows_or_model_are(name: str) -> 
     decides = known_keys()[name].decides
     if name == "training.local_batch_size":  # the batch is given
         decides = "speed"
+    if name == "data.folder":  # a part of the sources' paths
+        decides = "documents"
     assert changed_since(manifest(was), was) == []
     assert bool(changed_since(manifest(was), now)) == (decides in IDENTITY), changed_since(manifest(was), now)
 
@@ -85,11 +92,18 @@ def test_so_is_one_of_another_source(key: str) -> None:
         ({"training.global_batch_size": None, "training.local_batch_size": 3}, True),  # 2 ranks
         ({"training.global_batch_size": None, "training.local_batch_size": 2}, False),
         ({"parallelism.tensor_parallel_degree": 2}, True),
+        ({"training.global_batch_size": None, "parallelism.data_parallel_replicate_degree": 3}, False),
         ({"parallelism.context_parallel_degree": 64}, True),  # it could not run on 2 processes
         ({"data.sources": tuple(dataclasses.replace(s, weight=4 * s.weight) for s in SOURCES)}, True),
         ({"data.sources": SOURCES[::-1]}, False),
         ({"data.long_threshold": 7, "data.long_share": 0.1}, True),  # nothing reads them
         ({"model.hf_assets_path": "assets/../assets/tokenizer"}, True),
+        ({"data.folder": "./elsewhere"}, False),
+        ({"data.folder": "a/.."}, True),
+        ({"data.folder": "corpora", "data.sources": moved(SOURCES, "../")}, True),
+        ({"data.folder": "a", "data.sources": moved(SOURCES, str(Path.cwd()) + "/")}, True),
+        ({"data.sources": moved(SOURCES, "hub:")}, False),
+        ({"data.sources": moved(SOURCES, "hub:./")}, False),
     ],
 )
 def test_it_is_the_meaning_that_counts(changes: dict[str, Any], same: bool) -> None:
@@ -120,7 +134,7 @@ def test_a_manifest_of_an_older_version() -> None:
     assert changed_since({}, make(**{"training.seed": 1})) == []
 
 
-@pytest.mark.parametrize("name", [name for name in KEYS if not name.startswith("rope.") and name != "data.sources"])
+@pytest.mark.parametrize("name", PRINTED)
 def test_the_printed_difference_has_what_matters_to_training(name: str) -> None:
     was, now = changed(name)
     lines = differences(manifest(was), now, {"rope": {"theta": 1e4}})

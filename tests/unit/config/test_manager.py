@@ -15,6 +15,7 @@ import pytest
 
 from torchtitan.config import JobConfig, dump_toml, load_config
 from torchtitan.config import schema as job_config
+from torchtitan.config.checks import check_ranges
 from torchtitan.config.keys import Decision, element_table, keys_of
 from torchtitan.config.toml_file import explain, known_keys, tomllib, torchtitan_keys
 from torchtitan.tools.errors import UserError
@@ -114,6 +115,24 @@ def test_the_dump_leaves_out_how_the_run_was_started_and_what_is_unset(tmp_path:
     text = dump_toml(load(write(tmp_path, a=""), "--job.print_config"))
     for absent in ("config_file", "print_config", "peak_tflops", "global_batch_size", "None"):
         assert absent not in text
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = write(tmp_path, stage='[job]\ndump_folder = "~/out"\n[stage]\nafter_dump_folder = "~/before"\n')
+    config = load_config(["--job.config_file", str(file), "--model.hf_assets_path", "~/assets"])
+    assert config.model.hf_assets_path == f"{tmp_path}/assets"
+    assert (config.job.dump_folder, config.stage.after_dump_folder) == (f"{tmp_path}/out", f"{tmp_path}/before")
+
+
+@pytest.mark.parametrize("digits", [19, 400])
+def test_numbers_that_no_machine_holds(digits: int, tmp_path: Path) -> None:
+    for key in ("training.seq_len", "training.seed", "rope.theta", "optimizer.lr", "training.global_batch_tokens"):
+        table, name = key.split(".")
+        file = write(tmp_path, stage=f"[{table}]\n{name} = {'9' * digits}\n")
+        if digits == 400 or name not in ("theta", "lr"):
+            with pytest.raises(UserError, match=f"{key} "):
+                check_ranges(load_config(["--job.config_file", str(file)]))
 
 
 def test_an_integer_will_do_for_a_number(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.unit.conftest import DOMAINS, domain_data, expected_tokens
 from torchtitan.components.changes import changed_inputs
+from torchtitan.config.keys import keys_of
 from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.plan import Plan
@@ -291,6 +292,17 @@ def test_resume_names_what_changed(domains: Domains, name: str) -> None:
     changed = make_plan(domains, domain_data(**options), **arguments)
     assert changed.fingerprint != make_plan(domains).fingerprint
     assert words in changed_inputs(saved, changed.inputs)
+
+
+def test_a_checkpoint_from_before_a_key_is_resumed(domains: Domains) -> None:
+    """A key of [data] that an older version did not have stood at its default."""
+    inputs = make_plan(domains).inputs
+    keys = [key for key in inputs if key in keys_of(Data)]
+    assert len(keys) > 3
+    for key in keys:
+        older = {name: value for name, value in inputs.items() if name != key}
+        default = getattr(Data(), key)
+        assert (changed_inputs(older, inputs) == []) == (inputs[key] == default), key
 
 
 def test_resume_names_changed_documents_and_sources(domains: Domains) -> None:

@@ -110,6 +110,28 @@ def test_every_key_is_among_them() -> None:
     assert set(ANOTHER_SOURCE) | {"name"} == set(keys_of(Source))  # a name is what the rows are reported by
 
 
+STRATEGIES: tuple[dict[str, Any], ...] = (
+    {},
+    {"strategy": "global_upsampling", "long_share": 0.99},
+    {"strategy": "per_source_upsampling", "long_share": 0.99},
+    {"strategy": "domain_upsampling", "upsampled_sources": ("long",), "upsampled_weight": 0.7},
+    {"strategy": "cut_4k"},
+)
+
+
+@pytest.mark.parametrize("options", STRATEGIES, ids=str)
+def test_the_same_data_are_the_same_rows_whatever_the_weights_are_in(options: dict[str, Any]) -> None:
+    """Weights in percent are the same data, unless a key stands beside them as it is (upsampled_weight)."""
+    was = stage(options, {})
+    times_10 = tuple(replace(source, weight=10 * source.weight) for source in was.sources)
+    plan, other = make_plan(was), make_plan(replace(was, sources=times_10))
+    same = batches(plan) == batches(other)
+    assert same == (options.get("strategy") != "domain_upsampling")
+    assert (plan.fingerprint == other.fingerprint) == same
+    raised = replace(was, sources=times_10, upsampled_weight=10 * was.upsampled_weight)
+    assert batches(make_plan(raised)) == batches(plan) and make_plan(raised).fingerprint == plan.fingerprint
+
+
 def test_weights_count_by_their_ratio() -> None:
     assert shares(stage({}, {"weight": 0.6})) == [0.6, 0.4]
     assert shares(stage({}, {"weight": 0.2})) == [round(1 / 3, 12), round(2 / 3, 12)]

@@ -3,7 +3,7 @@
     python -m torchtitan.extensions.cluster.chain NPROC <arguments of torchtitan.train>
 
 run_train.sh does so for --stage.run_chain. Stages that have ended are skipped: the same command, started again, goes on
-in the stage and at the step where it stopped.
+in the stage where it stopped, from its last checkpoint.
 
     python -m torchtitan.extensions.cluster.chain --has-ended <arguments of torchtitan.train>
 
@@ -55,8 +55,8 @@ def run_chain(args: list[str], nproc: int) -> int:
 
 
 def _check_unchanged(config: JobConfig) -> None:
-    """UserError if a stage that has ended would give another model now: its configuration has changed, or the previous
-    stage has been trained again."""
+    """UserError if a stage that has ended has other data, another architecture or another RoPE now, or if the previous
+    stage has been trained again. Other keys (learning rate, where it started from) are not looked at."""
     _, manifest = newest_manifest(config)
     assert manifest  # it has ended
     check_previous(config, manifest)
@@ -94,6 +94,9 @@ def _check_gates(config: JobConfig) -> None:
 
 
 def main(args: list[str]) -> int:
+    if not args or not (args[0] == "--has-ended" or args[0].isdigit()):
+        print(__doc__)
+        return FAILED
     try:
         if args[:1] == ["--has-ended"]:
             return ended(args[1:])

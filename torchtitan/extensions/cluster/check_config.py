@@ -41,6 +41,9 @@ def check_stage(config: JobConfig) -> None:
 
 def main(args: list[str]) -> int:
     """The exit code: 0, or 1 after printing a mistake as one paragraph."""
+    if not args or not args[0].isdigit():
+        print(__doc__)
+        return 1
     try:
         config = load_config(args[1:])
         # a mistake in the last stage is reported before the first stage is trained

@@ -92,9 +92,10 @@ def failed_gate(gates: tuple[Gate, ...], metrics: Path, previous_metrics: Path |
                 raise UserError(f"stage.gates: above_previous of {gate.metric} needs the metrics of a previous stage.")
             before = _mean(previous_metrics, gate)
             if not value <= before * (1 + gate.above_previous):
+                change = f"{value / before - 1:+.2%}, " if before else ""
                 return (
-                    f"{gate.metric} is {value:.4f}, and {before:.4f} in the previous stage: {value / before - 1:+.2%}, "
-                    f"more than above_previous = {gate.above_previous:+.2%}"
+                    f"{gate.metric} is {value:.4f}, and {before:.4f} in the previous stage: {change}more than "
+                    f"above_previous = {gate.above_previous:+.2%}"
                 )
     return None
 
@@ -104,8 +105,10 @@ def _mean(path: Path, gate: Gate) -> float:
     values: list[float] = []
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, json.JSONDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise UserError(f"stage.gates: {path} cannot be read: {e}.") from None
+    if not all(isinstance(line, dict) for line in lines):
+        raise UserError(f"stage.gates: {path} has lines that are not JSON objects.")
     metrics: set[str] = set()
     for line in lines:
         numbers = {key: value for key, value in flat(line).items() if isinstance(value, (int, float))}

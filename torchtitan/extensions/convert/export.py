@@ -41,8 +41,8 @@ class Export(Hook):
     """Writes the last checkpoint of a stage as a Hugging Face folder, if checkpoint.last_save_in_hf is true."""
 
     def started(self, trainer: Any) -> None:
-        """Rank 0 moves aside what an earlier run exported for later steps: it would be taken for this run's."""
-        if trainer.rank == 0 and (trainer.step == 0 or trainer.config.checkpoint.load_step >= 0):
+        """Rank 0 moves aside what was exported of steps that this run trains anew: it would pass for this run's."""
+        if trainer.rank == 0:
             folder = export_folder(trainer.config, 0).parent
             if aside := put_aside(folder, trainer.step or -1):
                 logger.info(f"what an earlier run left in {folder} is now in {aside}")

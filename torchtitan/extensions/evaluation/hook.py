@@ -40,9 +40,9 @@ class EvaluationHook(Hook):
             self.prepared = prepare(trainer.config, trainer.inputs.tokenizer, trainer.inputs.args)
 
     def started(self, trainer: Any) -> None:
-        """Moves aside results of an earlier run, which would pass for this run's; then the evaluation before the first
-        step, if it is due."""
-        if trainer.rank == 0 and (trainer.step == 0 or trainer.config.checkpoint.load_step >= 0):
+        """Moves aside results of steps that this run trains anew, which would pass for its own; then the evaluation
+        before the first step, if it is due."""
+        if trainer.rank == 0:
             folder = results_file(trainer.config, 0).parent
             if aside := put_aside(folder, trainer.step or -1):
                 logger.info(f"what an earlier run left in {folder} is in {aside} now")
@@ -59,7 +59,7 @@ class EvaluationHook(Hook):
             return False
         trainer.pause("evaluating")
         self.run(trainer, self.prepared)
-        trainer.throughput.start += time.perf_counter() - start
+        trainer.throughput.leave_out(time.perf_counter() - start)
         return True
 
     def is_due(self, trainer: Any) -> bool:

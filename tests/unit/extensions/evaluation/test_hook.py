@@ -21,6 +21,7 @@ def trainer_of(folder: Path, step: int = 0, load_step: int = -1, rank: int = 0, 
         checkpoint=Checkpoint(load_step=load_step),
     )
     paused: list[str] = []
+    left_out: list[float] = []
     metrics = SimpleNamespace(tensorboard="writer") if rank == 0 else None
     return SimpleNamespace(
         config=config,
@@ -29,7 +30,7 @@ def trainer_of(folder: Path, step: int = 0, load_step: int = -1, rank: int = 0, 
         tokens_seen=70,
         model="model",
         metrics=metrics,
-        throughput=SimpleNamespace(start=100.0),
+        throughput=SimpleNamespace(leave_out=left_out.append, left_out=left_out),
         paused=paused,
         pause=paused.append,
     )
@@ -57,7 +58,7 @@ def test_what_is_due_runs_and_is_no_training_time(rank: int, tmp_path: Path, mon
     for trainer.step in (1, 2, 3):
         one.after_step(trainer, {})
     assert ran == [0, 2]
-    assert trainer.paused == ["evaluating"] * 2 and trainer.throughput.start == 110.0 and len(resets) == 1
+    assert trainer.paused == ["evaluating"] * 2 and trainer.throughput.left_out == [5.0, 5.0] and len(resets) == 1
 
 
 def test_nothing_is_prepared_if_nothing_is_asked(tmp_path: Path):
@@ -65,7 +66,7 @@ def test_nothing_is_prepared_if_nothing_is_asked(tmp_path: Path):
     one.configured(trainer)
     one.started(trainer)
     one.after_step(trainer, {})
-    assert one.prepared is None and not trainer.paused and trainer.throughput.start == 100.0
+    assert one.prepared is None and not trainer.paused and not trainer.throughput.left_out
 
 
 @pytest.mark.parametrize(
@@ -73,13 +74,11 @@ def test_nothing_is_prepared_if_nothing_is_asked(tmp_path: Path):
     [
         (0, -1, 0, set()),  # a new run: all results are of another run
         (0, -1, 1, {0, 4, 8}),  # rank 0 does it for all
-        (4, -1, 0, {0, 4, 8}),  # resumed: a later result may be this run's
+        (4, -1, 0, {0, 4}),  # resumed: step 8 is trained anew, perhaps with another learning rate
         (4, 4, 0, {0, 4}),  # sent back to step 4
     ],
 )
-def test_results_of_an_earlier_run_are_moved_aside(
-    step: int, load_step: int, rank: int, kept: set[int], tmp_path: Path
-):
+def test_results_of_steps_to_come_are_moved_aside(step: int, load_step: int, rank: int, kept: set[int], tmp_path: Path):
     folder = tmp_path / "evaluation"
     folder.mkdir()
     for number in (0, 4, 8):
