@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import tyro
 
-from torchtitan.config import load_config
+from torchtitan.config import JobConfig, load_config
+from torchtitan.config.checks import check_ranges
 from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import is_tokenized, open_corpus
+from torchtitan.datasets.data_checks import check_names
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.ingest.source_files import is_hub, source_path
 from torchtitan.extensions.ingest.tokenize import tokenize_shard
@@ -127,6 +129,8 @@ def main() -> None:
     logging.getLogger("torchtitan").setLevel(logging.INFO)
     try:
         sources, data, assets = sources_of(arguments)
+        check_ranges(JobConfig(data=replace(data, sources=tuple(sources))))
+        check_names(sources)
         tokenizer = load_tokenizer(assets)
         for source in sources:
             if not is_hub(source) and is_tokenized(source_path(source, data)):

@@ -1,4 +1,4 @@
-"""The previous stages of a stage: where they are, how they were run, whether they are still what it went on from.
+"""The previous stages of a stage: whether they are still what it went on from, and what its manifest says of them.
 
 Read without PyTorch.
 """
@@ -9,23 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.components.manifest import complete_steps, digest, read_manifest
-from torchtitan.config import load_config
+from torchtitan.config.manager import previous_folder, previous_stage
 from torchtitan.config.schema import JobConfig
 from torchtitan.tools.errors import UserError
-
-
-def previous_folder(config: JobConfig) -> Path:
-    """The dump folder of the previous stage, which config.stage.after must name."""
-    if config.stage.after_dump_folder:
-        return Path(config.stage.after_dump_folder)
-    return Path(load_config(["--job.config_file", config.stage.after or ""]).job.dump_folder)
-
-
-def previous_stage(config: JobConfig) -> JobConfig:
-    """The configuration of the previous stage: as it was run (config.toml in its dump folder, which holds the
-    overrides), or else as its file says."""
-    as_run = previous_folder(config) / "config.toml"
-    return load_config(["--job.config_file", str(as_run) if as_run.is_file() else config.stage.after or ""])
 
 
 def check_previous(config: JobConfig, manifest: dict[str, Any] | None) -> None:

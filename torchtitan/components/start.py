@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.components.changes import changes, flat
-from torchtitan.components.lineage import previous_folder, previous_stage
 from torchtitan.components.manifest import complete_steps, read_manifest
+from torchtitan.config.manager import previous_folder, previous_stage
 from torchtitan.config.schema import JobConfig
 from torchtitan.models.architecture import args_from_manifest, as_json
 from torchtitan.models.hf.config import read_config

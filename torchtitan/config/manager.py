@@ -66,7 +66,7 @@ def check_circle(after: str, files: tuple[str, ...]) -> None:
 
 
 def _keep_batch(config: JobConfig, own: set[str], args: list[str], files: tuple[str, ...]) -> JobConfig:
-    """`config` with as many tokens per batch as the previous stage, unless its own file or the command line set them.
+    """`config` with the tokens per batch of the previous stage, unless its own file or the command line sets the batch.
 
     own: keys of its own file. A number of rows from an extended file does not count: longer rows would make it a
     larger batch. files: of this stage and of those after it.
@@ -82,12 +82,27 @@ def _keep_batch(config: JobConfig, own: set[str], args: list[str], files: tuple[
         return config
     if not Path(after).is_file():
         return config  # components/start.py looks for that stage, and refuses
-    before = load_config(["--job.config_file", after], files).training
+    before = previous_stage(config, files).training
     tokens = before.global_batch_tokens or (before.global_batch_size or 0) * before.seq_len
     if not tokens:
         return config
     t = dataclasses.replace(t, global_batch_size=None, global_batch_tokens=tokens)
     return dataclasses.replace(config, training=t)
+
+
+def previous_folder(config: JobConfig, later: tuple[str, ...] = ()) -> Path:
+    """The dump folder of the previous stage, which config.stage.after must name. later: see load_config."""
+    if config.stage.after_dump_folder:
+        return Path(config.stage.after_dump_folder)
+    return Path(load_config(["--job.config_file", config.stage.after or ""], later).job.dump_folder)
+
+
+def previous_stage(config: JobConfig, later: tuple[str, ...] = ()) -> JobConfig:
+    """The configuration of the previous stage: as it was run (config.toml in its dump folder, which holds the
+    overrides), or else as its file says. later: see load_config."""
+    as_run = previous_folder(config, later) / "config.toml"
+    use = as_run.is_file() and str(as_run.resolve()) not in later  # it is, if two stages have one dump folder
+    return load_config(["--job.config_file", str(as_run) if use else config.stage.after or ""], later)
 
 
 def dump_toml(config: JobConfig) -> str:

@@ -5,8 +5,14 @@ Ranges of single numbers are checked with those of all tables (config/checks.py)
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 from torchtitan.config.schema import JobConfig, Source
 from torchtitan.tools.errors import UserError
+
+HUB_PATH = re.compile(r"hub:([\w.-]+(/[\w.-]+)?|[./~].*)")
+"""A dataset of the Hugging Face hub, or the folder of a local copy."""
 
 
 def check_data(config: JobConfig) -> None:
@@ -17,14 +23,8 @@ def check_data(config: JobConfig) -> None:
             "There is nothing to train on: the configuration has no [[data.sources]]. Write one table per source into "
             'the TOML file: [[data.sources]], name = "books", path = "books/*.jsonl".'
         )
+    check_names(sources)
     for i, source in enumerate(sources):
-        for key in ("name", "path"):
-            if not getattr(source, key).strip():
-                other = source.path if key == "name" else source.name
-                which = f" ({other})" if other.strip() else ""
-                raise UserError(
-                    f'data.sources[{i}]{which} has no {key}: write {key} = "..." into that [[data.sources]].'
-                )
         _check_source(source, f'data.sources[{i}] ("{source.name}")', config)
         first = next(j for j, earlier in enumerate(sources) if earlier.name == source.name)
         if first != i:
@@ -37,6 +37,24 @@ def check_data(config: JobConfig) -> None:
         raise UserError(f"Every source has weight = 0 ({names}): at least one must be above 0.")
     _check_strategy(config)
     _check_positions(config)
+
+
+def check_names(sources: Sequence[Source]) -> None:
+    """UserError for the first source without a name or path, or whose path cannot be that of a dataset of the hub."""
+    for i, source in enumerate(sources):
+        for key in ("name", "path"):
+            if not getattr(source, key).strip():
+                other = source.path if key == "name" else source.name
+                which = f" ({other})" if other.strip() else ""
+                raise UserError(
+                    f'data.sources[{i}]{which} has no {key}: write {key} = "..." into that [[data.sources]].'
+                )
+        if source.path.startswith("hub:") and not HUB_PATH.fullmatch(source.path):
+            raise UserError(
+                f"The path {source.path!r} of data source {source.name!r} names no dataset: write hub:OWNER/NAME, or "
+                "hub:./folder for a local copy. Subset, split and revision are the keys hub_subset, hub_split and "
+                "hub_revision."
+            )
 
 
 def _check_source(source: Source, where: str, config: JobConfig) -> None:
@@ -69,8 +87,6 @@ def _check_source(source: Source, where: str, config: JobConfig) -> None:
             f'{where}: data.packing = "concat" cuts conversations (messages_field = "{source.messages_field}") '
             'wherever a row ends: use "best_fit", which leaves them whole.'
         )
-    if source.path.startswith("hub:") and not source.path[4:].strip("/ "):
-        raise UserError(f'{where}: path = "{source.path}" names no dataset; write hub:OWNER/NAME.')
 
 
 def _check_strategy(config: JobConfig) -> None:

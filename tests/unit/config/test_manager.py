@@ -474,3 +474,25 @@ def test_a_configuration_can_be_checked_without_being_run(tmp_path: Path) -> Non
 def test_the_package_does_not_import_torch() -> None:
     code = "import sys, torchtitan.config, torchtitan.config.checks; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_batch_is_that_of_the_previous_stage_as_it_was_run(tmp_path: Path) -> None:
+    first = f'[job]\ndump_folder = "{tmp_path}/out"\n[training]\nseq_len = 64\nglobal_batch_size = 8\n'
+    write(tmp_path, first=first)
+    second = write(tmp_path, second='extends = "first.toml"\n[job]\ndump_folder = "x"\n[stage]\nafter = "first.toml"\n')
+    third = write(tmp_path, third='extends = "second.toml"\n[job]\ndump_folder = "y"\n[stage]\nafter = "second.toml"\n')
+    assert load(second).training.global_batch_tokens == load(third).training.global_batch_tokens == 512
+    for folder, rows in (("out", 16), ("elsewhere", 32)):
+        as_run = dump_toml(load(tmp_path / "first.toml", "--training.global_batch_size", str(rows)))
+        write(tmp_path / folder, config=as_run)
+    assert load(second).training.global_batch_tokens == load(third).training.global_batch_tokens == 1024
+    assert load(second, "--stage.after_dump_folder", f"{tmp_path}/elsewhere").training.global_batch_tokens == 2048
+    assert load(second, "--training.global_batch_tokens", "64").training.global_batch_tokens == 64
+
+
+def test_two_stages_in_one_folder_are_no_circle(tmp_path: Path) -> None:
+    """lineage.check_previous refuses them; it must get that far."""
+    write(tmp_path, first=f'[job]\ndump_folder = "{tmp_path}"\n')
+    second = write(tmp_path, second='extends = "first.toml"\n[stage]\nafter = "first.toml"\n')
+    write(tmp_path, config=dump_toml(load(second)))
+    assert load(second).job.dump_folder == str(tmp_path)

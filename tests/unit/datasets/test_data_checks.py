@@ -27,7 +27,6 @@ DATA: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "chunk over row": ({}, {"chunk_length": 10**7}, ["chunk_length = 10000000", "training.seq_len"]),
     "raised twice": ({}, {"upsample": 2.0, "upsample_to": 0.5}, ["upsample", "upsample_to", "one of them"]),
     "raised by both": ({"strategy": "per_source_upsampling"}, {"upsample": 2.0}, ["per_source_upsampling"]),
-    "hub of nothing": ({}, {"path": "hub:"}, ["hub:OWNER/NAME"]),
     "anchors and all": (
         {"anchor_attention": True, "cross_document_attention": True},
         {},
@@ -71,6 +70,17 @@ def test_what_the_data_table_can_be_wrong_about(name: str) -> None:
 )
 def test_sources_that_cannot_be_read(sources: tuple[Source, ...], expected: str) -> None:
     assert expected in error_of(sources=sources)
+
+
+@pytest.mark.parametrize("path", ["hub:", "hub:a/b/c", "hub:own/name@main", "hub: x", "hub:https://huggingface.co/x"])
+def test_a_path_that_names_no_dataset(path: str) -> None:
+    message = error_of(sources=(Source(name="web", path=path),))
+    assert repr(path) in message and "hub:OWNER/NAME" in message
+
+
+@pytest.mark.parametrize("path", ["hub:name", "hub:own/na-me.1", "hub:./folder", "hub:../a b", "hub:/x/y", "hub:~/x"])
+def test_a_path_that_names_a_dataset(path: str) -> None:
+    check_data(JobConfig(data=Data(sources=(Source(name="web", path=path),))))
 
 
 def test_one_source_may_be_left_out_by_its_weight() -> None:

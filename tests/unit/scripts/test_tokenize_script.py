@@ -114,6 +114,9 @@ def test_one_source(run: Callable[..., str], stage: Path) -> None:
         (["--config-file", "nothing.toml"], ["nothing.toml"]),
         (["--config-file", "STAGE", "--shard-index", "2", "--num-shards", "2"], ["--shard-index 2", "0 to 1"]),
         (["--path", "nothing", "--cache-folder", "CACHE"], ["'nothing'"]),
+        (["--path", ""], ["no path"]),
+        (["--path", "hub:a/b/c"], ["'hub:a/b/c'", "hub:OWNER/NAME"]),
+        (["--path", "hub:own/name", "--max-documents", "0"], ["max_documents = 0", "at least 1"]),
     ],
 )
 def test_what_can_be_asked_wrongly(run: Callable[..., str], stage: Path, words: list[str], parts: list[str]) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from torchtitan.components.changes import flat
 from torchtitan.components.hooks import Hook
-from torchtitan.components.lineage import previous_folder, previous_stage
 from torchtitan.components.manifest import complete_steps, newest_manifest
+from torchtitan.config.manager import previous_folder, previous_stage
 from torchtitan.config.schema import Gate, JobConfig
 from torchtitan.tools.errors import GateError, UserError
 

@@ -58,8 +58,6 @@ def hub_material(source: Source, data: Data, cache: Path, encoder: Any) -> Mater
     holds no corpus. What is wrong with subset, split or field is found when the units are asked for.
     """
     most = source.max_documents
-    if most is not None and most < 1:
-        raise UserError(f"data.sources.max_documents = {most} of {source.name!r} must be 1 or more.")
     request, files = _parse(source, data, cache)
     metadata: dict[str, Any] = encoder.metadata | {"max_documents": most, "path": source.path}
     finished = [] if files else _finished(source, cache, request, metadata)
@@ -109,7 +107,7 @@ def hub_material(source: Source, data: Data, cache: Path, encoder: Any) -> Mater
 
 
 def _parse(source: Source, data: Data, cache: Path) -> tuple[Request, list[SourceFile]]:
-    """What is asked for, and the files of a local copy; UserError if the path names neither."""
+    """What is asked for, and the files of a local copy; UserError if there are none."""
     name, files = source.path.removeprefix(HUB), []
     if name.startswith((".", "/", "~")):
         folder = (Path(data.folder).expanduser() / Path(name).expanduser()).absolute()
@@ -117,12 +115,6 @@ def _parse(source: Source, data: Data, cache: Path) -> tuple[Request, list[Sourc
         if not paths:
             raise UserError(f"Data source {source.name!r}: path {source.path!r} is not a folder of files ({folder}).")
         name, files = str(folder), hash_files(paths, cache)
-    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(
-            f"The path {source.path!r} of data source {source.name!r} names no dataset: write hub:OWNER/NAME, or "
-            "hub:./folder for a local copy. Subset, split and revision are the keys hub_subset, hub_split and "
-            "hub_revision."
-        )
     rest = {"subset": source.hub_subset, "split": source.hub_split, "revision": source.hub_revision}
     return {"name": name} | rest, files
 

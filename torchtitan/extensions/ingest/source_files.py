@@ -73,11 +73,6 @@ def is_hub(source: Source) -> bool:
 
 def source_path(source: Source, data: Data) -> Path:
     """source.path, below data.folder if it is relative; ~ is expanded in both. It may be a glob."""
-    if not source.path:
-        raise UserError(
-            f"Data source {source.name!r} has no path: give a tokenized folder, text files, a folder of MDS shards or "
-            "hub:OWNER/NAME."
-        )
     return Path(data.folder).expanduser() / Path(source.path).expanduser()
 
 

@@ -6,7 +6,6 @@ import json
 import logging
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -409,12 +408,6 @@ def test_no_network_and_nothing_made(tokenizer: Tokenizer, data: Data, no_networ
 # ---- what a user can have wrong --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["hub:", "hub:a/b/c", "hub:own/name@main", "hub: x", "hub:https://huggingface.co/x"])
-def test_a_path_that_names_no_dataset(tokenizer: Tokenizer, data: Data, path: str) -> None:
-    with pytest.raises(UserError, match=re.escape(repr(path)) + ".*hub:OWNER/NAME"):
-        tokenize_source(Source(name="web", path=path), tokenizer, data)
-
-
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -423,7 +416,6 @@ def test_a_path_that_names_no_dataset(tokenizer: Tokenizer, data: Data, path: st
         ({"hub_subset": "en"}, ["hub_subset = 'en'", "default"]),
         ({"text_field": "body"}, ["'body'", "text_field", "'text', 'n'"]),
         ({"text_field": "n"}, ["record 1", "'n' is a int"]),
-        ({"max_documents": 0}, ["max_documents = 0"]),
     ],
 )
 def test_what_is_not_there(
