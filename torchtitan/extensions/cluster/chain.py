@@ -38,7 +38,7 @@ def run_chain(args: list[str], nproc: int) -> int:
     _say(names)
     for stage in stages:
         config = stage.config
-        if not has_ended(config):
+        if config.checkpoint.load_step >= 0 or not has_ended(config):  # training goes back to load_step
             _say(f"stage {config.stage.name}, into {config.job.dump_folder}")
             code = launch([sys.executable, "-m", "torchtitan.train", *stage.arguments], nproc)
             if code == STOPPED:  # the trainers have saved, and have said so
@@ -99,7 +99,8 @@ def main(args: list[str]) -> int:
         return FAILED
     try:
         if args[:1] == ["--has-ended"]:
-            return ended(args[1:])
+            goes_back = load_config(args[1:]).checkpoint.load_step >= 0
+            return NOT_ENDED if goes_back else ended(args[1:])
         return run_chain(args[1:], int(args[0]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

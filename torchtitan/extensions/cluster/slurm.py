@@ -63,7 +63,7 @@ def stages(args: list[str], evaluates: bool = False) -> int:
         if not config.checkpoint.enable:
             raise UserError(f"stage {config.stage.name}: Slurm's jobs need checkpoints (checkpoint.enable = true).")
         try:
-            has_ended = ended(stage.arguments) == 0
+            has_ended = config.checkpoint.load_step < 0 and ended(stage.arguments) == 0  # it goes back to load_step
         except GateError:
             has_ended = False  # its job reports the gate, and stops the jobs after it
         # after a stage that has not ended: the job itself asks again, since what the stage starts from may change

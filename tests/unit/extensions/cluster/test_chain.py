@@ -40,6 +40,7 @@ def test_has_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     checkpoint(tmp_path, 4)
     assert ask(tmp_path) == 0
     assert ask(tmp_path, "--training.steps", "5") == NOT_ENDED
+    assert ask(tmp_path, "--checkpoint.load_step", "2") == NOT_ENDED  # it goes back
     # the export is part of the stage
     assert ask(tmp_path, "--checkpoint.last_save_in_hf", "true") == NOT_ENDED
     (tmp_path / "export" / "step-4").mkdir(parents=True)

@@ -135,6 +135,13 @@ def test_submit_chains_what_has_not_ended(recipe: Path) -> None:
     end(recipe.parent / "out" / "a")
     (last,) = dry_run(*arguments).stdout.splitlines()
     assert "--job-name=b" in last and "--dependency" not in last
+    back = [
+        *arguments[:4],
+        "--checkpoint.load_step",
+        "2",
+        *arguments[4:],
+    ]  # a job goes back, although both stages ended
+    assert len(dry_run(*back).stdout.splitlines()) == 2
     first = recipe.parent / "a.toml"  # a gate that does not hold: its job must say so, and stop the next job
     first.write_text(first.read_text() + '[[stage.gates]]\nmetric = "loss"\nat_most = 1.0\n')
     assert len(dry_run(*arguments).stdout.splitlines()) == 2
