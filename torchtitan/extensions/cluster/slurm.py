@@ -36,8 +36,9 @@ from torchtitan.extensions.cluster.chain import ended
 from torchtitan.extensions.cluster.check_config import check_stage, check_tables
 from torchtitan.extensions.cluster.requeue import with_load_step
 from torchtitan.extensions.cluster.stages import chain, without_flags
-from torchtitan.extensions.evaluation.checks import check_asked, check_evaluation
+from torchtitan.extensions.evaluation.checks import check_asked, check_evaluation, is_answered
 from torchtitan.tools.errors import FAILED, GATE_NOT_HELD, LOST_A_RANK, STOPPED, GateError, UserError
+from torchtitan.tools.folders import read_json
 
 ENDED = 10
 """Exit code of `start`: the stage has ended, and well."""
@@ -79,17 +80,24 @@ def stages(args: list[str], evaluates: bool = False) -> int:
         try:
             check_asked(config)
             check_evaluation(config)
+            evaluated = all_ended and is_evaluated(config)
         except UserError as error:
             raise UserError(f"--evaluate, stage {config.stage.name}: {error}") from None
         print(line("stage", all_ended, stage.arguments + at_end))
-        print(line("evaluation", all_ended and is_evaluated(config), stage.arguments))
+        print(line("evaluation", evaluated, stage.arguments))
     return 0
 
 
 def is_evaluated(config: JobConfig) -> bool:
-    """Whether the results of the newest checkpoint are where scripts/evaluate.py writes them."""
+    """Whether the newest checkpoint has results; UserError if they do not answer what [evaluation] asks now, since
+    scripts/evaluate.py does not overwrite such results."""
     steps = complete_steps(Path(config.job.dump_folder) / config.checkpoint.folder)
-    return bool(steps) and results_file(config, steps[-1]).is_file()
+    if not steps or not (file := results_file(config, steps[-1])).is_file():
+        return False
+    result = read_json(file, "Delete it, and the stage is evaluated again.")
+    if "asked" in result and not is_answered(config, result):
+        raise UserError(f"{file} answers other questions than [evaluation] asks now: delete it, and these are asked.")
+    return "asked" in result  # results of older versions do not say, and are overwritten
 
 
 def start(nodes: int, per_node: int, args: list[str], unchanged: bool = True) -> int:

@@ -15,10 +15,10 @@ import torch
 
 from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.datasets.tokenizer import Tokenizer
+from torchtitan.extensions.evaluation.checks import NEEDLE_TASK
 from torchtitan.extensions.evaluation.questions import Question, Score, string_match_all
 from torchtitan.tools.errors import UserError
 
-TASK = "needle"
 NEEDLE = "Remember this: the number of the {name} is {number}.\n\n"
 QUESTION = "\n\nWhat is the number of the {name}? The number of the {name} is"
 ANSWER = " {number}."
@@ -34,7 +34,7 @@ class NeedleTask:
     """Needles at a grid of depths; questions are made and scored as those of every other task (fitting.Task)."""
 
     depths: Sequence[float]
-    name: str = TASK
+    name: str = NEEDLE_TASK
     score: Score = string_match_all
 
     def make(
@@ -97,7 +97,7 @@ def needle_question(
     place = int(ends[-1]) + 1 if len(ends) else place
     parts = [torch.tensor(bos, dtype=torch.int64), hay[:place], torch.tensor(needle), hay[place:]]
     return Question(
-        task=TASK,
+        task=NEEDLE_TASK,
         length=length,
         prompt=torch.cat([*parts, torch.tensor(question)]),
         target=torch.tensor(answer),

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from torchtitan.extensions.evaluation import needle
-from torchtitan.extensions.evaluation.tasks import GROUPS, group_name, mean_at_length
+from torchtitan.extensions.evaluation.checks import GROUPS, NEEDLE_TASK
+from torchtitan.extensions.evaluation.tasks import group_name, mean_at_length
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import read_json, write_text
 
@@ -31,7 +31,7 @@ def write_result(result: dict[str, Any], file: Path) -> None:
     figures = plots.task_figures(result)
     if result["perplexity"]:
         figures["positions"] = plots.position_figure(result)
-    names = {"positions", "tasks", needle.TASK, *(task for tasks in GROUPS.values() for task in tasks)}
+    names = {"positions", "tasks", NEEDLE_TASK, *(task for tasks in GROUPS.values() for task in tasks)}
     for name in names - figures.keys():
         file.with_name(f"{file.stem}_{name}.png").unlink(missing_ok=True)
     for name, figure in figures.items():

@@ -251,5 +251,3 @@ TASKS = {
     "fwe": Task("fwe", _fwe, string_match_all, 50),
 }
 """The eleven tasks that need no file."""
-QA = ("qa_1", "qa_2")
-ALL = (*TASKS, *QA)

@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from torchtitan.extensions.evaluation.checks import QA_FILES
 from torchtitan.extensions.evaluation.fitting import Render, Task, Wording, generator
 from torchtitan.extensions.evaluation.questions import string_match_part
 from torchtitan.tools.errors import UserError
 
 BUDGET = 32
-FILES = {
-    "qa_1": "SQuAD 2.0's dev-v2.0.json (rajpurkar.github.io/SQuAD-explorer)",
-    "qa_2": "HotpotQA's hotpot_dev_distractor_v1.json (hotpotqa.github.io)",
-}
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,8 @@ def _read(file: Path) -> Documents:
         documents = _squad(content["data"]) if isinstance(content, dict) else _hotpot(content)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"evaluation.qa_files names {file}, which is neither {FILES['qa_1']} nor {FILES['qa_2']} nor in their form "
-            f"({type(error).__name__}: {error})."
+            f"evaluation.qa_files names {file}, which is neither {QA_FILES['qa_1']} nor {QA_FILES['qa_2']} nor in "
+            f"their form ({type(error).__name__}: {error})."
         ) from error
     if not documents.asked:
         raise UserError(f"evaluation.qa_files names {file}, which has no question that can be answered.")

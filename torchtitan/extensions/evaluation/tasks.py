@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.extensions.evaluation import recall, ruler
+from torchtitan.extensions.evaluation.checks import GROUPS, missing_file
 from torchtitan.extensions.evaluation.fitting import Task
-from torchtitan.extensions.evaluation.ruler_qa import FILES, qa_task
-from torchtitan.tools.errors import UserError
-
-GROUPS = {"ruler": ruler.ALL, "recall": tuple(recall.TASKS)}
+from torchtitan.extensions.evaluation.ruler_qa import qa_task
 
 
 def tasks_of(names: Sequence[str], qa_files: Sequence[Path] = ()) -> list[Task]:
@@ -25,7 +23,7 @@ def tasks_of(names: Sequence[str], qa_files: Sequence[Path] = ()) -> list[Task]:
             if member in tasks:
                 chosen[member] = tasks[member]
             elif name not in GROUPS:
-                raise UserError(f"{name} needs a file: name {FILES[name]} in evaluation.qa_files.")
+                raise missing_file(name)
     return list(chosen.values())
 
 

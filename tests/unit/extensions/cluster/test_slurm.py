@@ -186,10 +186,17 @@ def test_only_what_is_missing_is_evaluated(recipe: Path) -> None:
     (out / "a" / "evaluation").mkdir()
     (out / "a" / "evaluation" / "step-0.json").write_text("{}")  # of another checkpoint
     assert submitted() == {"a-evaluation": "", "b": "", "b-evaluation": "b"}
-    (out / "a" / "evaluation" / "step-7.json").write_text("{}")
+    (out / "a" / "evaluation" / "step-7.json").write_text("{}")  # of an older version: it does not say what was asked
+    assert submitted() == {"a-evaluation": "", "b": "", "b-evaluation": "b"}
+    asked = {"texts": [], "windows": [], "generate": False, "seed": 0}
+    needles = {"lengths": [64], "depths": [0.0, 0.25, 0.5, 0.75, 1.0], "count": [[2] * 5]}
+    result = {"asked": asked, "perplexity": {}, "tasks": {"needle": needles}}
+    (out / "a" / "evaluation" / "step-7.json").write_text(json.dumps(result))
     assert submitted() == {"b": "", "b-evaluation": "b"}
     end(out / "b")
     assert submitted() == {"b-evaluation": ""}
+    arguments[-1] = "128"
+    assert "step-7.json answers other questions than [evaluation] asks now: delete it" in dry_run(*arguments).stderr
     (out / "a" / "evaluation" / "step-7.json").unlink()
     assert submitted() == {"a-evaluation": "", "b-evaluation": ""}
 

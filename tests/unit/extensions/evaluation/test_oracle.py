@@ -3,6 +3,7 @@ scores 100% on every task in both ways, a model that knows nothing scores 0%."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,13 @@ import pytest
 import torch
 
 from tests.distributed.harness import ASSETS
-from torchtitan.config.schema import Data, Evaluation, JobConfig
+from torchtitan.config.schema import Data, Evaluation, JobConfig, Training
 from torchtitan.datasets.tokenizer import load_tokenizer
+from torchtitan.extensions.evaluation.checks import GROUPS, is_answered
 from torchtitan.extensions.evaluation.evaluate import evaluate, prepare
 from torchtitan.extensions.evaluation.forward import Ranks
 from torchtitan.extensions.evaluation.questions import Question
-from torchtitan.extensions.evaluation.tasks import GROUPS
+from torchtitan.extensions.evaluation.runner import Outcome, mean_by_length_and_depth
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.transformer import Transformer, TransformerArgs
 
@@ -73,7 +75,7 @@ class Oracle(Uniform):
 
 
 @pytest.fixture(scope="module")
-def prepared(qa_files: list[Path]) -> Any:
+def config(qa_files: list[Path]) -> JobConfig:
     names = ("ruler", "recall")
     e = Evaluation(
         needle_lengths=(300, 420),
@@ -84,7 +86,44 @@ def prepared(qa_files: list[Path]) -> Any:
         qa_files=tuple(str(file) for file in qa_files),
         generate=True,
     )
-    return prepare(JobConfig(evaluation=e, data=Data(add_bos=True)), TOKENIZER, ARGS)
+    return JobConfig(evaluation=e, data=Data(add_bos=True))
+
+
+@pytest.fixture(scope="module")
+def prepared(config: JobConfig) -> Any:
+    return prepare(config, TOKENIZER, ARGS)
+
+
+def test_results_say_what_they_answer(prepared: Any, config: JobConfig, qa_files: list[Path]):
+    """Whatever is prepared for a configuration answers it, and no configuration with another key of [evaluation]."""
+    tasks = {
+        task: mean_by_length_and_depth(questions, [Outcome(True, 0.0)] * len(questions))
+        for task, questions in prepared.questions.items()
+    }
+    result = json.loads(json.dumps({"tasks": tasks, "perplexity": {}, "asked": prepared.settings}))
+    assert is_answered(config, result)
+    others: list[dict[str, Any]] = [
+        {"needle_lengths": (300,)},
+        {"needle_lengths": ()},
+        {"needle_depths": (0.0, 0.8)},
+        {"needles": 3},
+        {"tasks": ("ruler",)},
+        {"tasks": ("ruler", "niah_mk_2", "niah_mk_3", "niah_mv")},
+        {"task_lengths": (2400, 2401)},
+        {"task_items": 3},
+        {"qa_files": ()},
+        {"generate": False},
+        {"seed": 1},
+        {"texts": ("x.txt",)},
+        {"windows": (8,)},
+    ]
+    for other in others:
+        assert not is_answered(replace(config, evaluation=replace(config.evaluation, **other)), result), other
+    without = {**result, "tasks": {name: grid for name, grid in tasks.items() if name not in ("qa_1", "qa_2")}}
+    assert not is_answered(config, without)
+    assert is_answered(replace(config, evaluation=replace(config.evaluation, qa_files=())), without)
+    texts = {**result, "perplexity": {"x": {"edges": [0, 512, 4096]}}}
+    assert [is_answered(replace(config, training=Training(seq_len=n)), texts) for n in (4096, 2048)] == [True, False]
 
 
 def grids(model: Transformer, prepared: Any) -> dict[str, Any]:

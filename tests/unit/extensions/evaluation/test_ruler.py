@@ -19,9 +19,10 @@ from torchtitan.config import load_config
 from torchtitan.config.schema import EvaluationTask
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.evaluation import evaluate, plots, recall, results, ruler, words
+from torchtitan.extensions.evaluation.checks import GROUPS, QA_FILES
 from torchtitan.extensions.evaluation.fitting import Task, listed
 from torchtitan.extensions.evaluation.questions import Question, string_match_all, string_match_part
-from torchtitan.extensions.evaluation.tasks import GROUPS, group_means, group_name, tasks_of
+from torchtitan.extensions.evaluation.tasks import group_means, group_name, tasks_of
 from torchtitan.tools.errors import UserError
 
 TOKENIZER = load_tokenizer(ASSETS)
@@ -49,7 +50,7 @@ def text_of(item: Question) -> str:
     return TOKENIZER.decode(item.prompt.tolist())
 
 
-@pytest.mark.parametrize("name", [*ruler.ALL])
+@pytest.mark.parametrize("name", [*GROUPS["ruler"]])
 def test_a_reader_scores_all_and_lengths_are_kept(name: str, qa_files: list[Path]):
     task = task_named(name, qa_files)
     for length in LENGTHS:
@@ -69,7 +70,7 @@ def test_a_reader_scores_all_and_lengths_are_kept(name: str, qa_files: list[Path
             assert task.score("", item.answers) == task.score("7 99 the grass is", item.answers) == 0
 
 
-@pytest.mark.parametrize("name", [*ruler.ALL])
+@pytest.mark.parametrize("name", [*GROUPS["ruler"]])
 def test_an_item_is_a_function_of_seed_task_length_and_number(name: str, qa_files: list[Path]):
     def made(length: int, count: int, seed: int) -> list[Question]:
         return task_named(name, qa_files).make(TOKENIZER, TEXT, length, count, seed, 7)
@@ -176,7 +177,7 @@ def test_scores_on_cases_made_by_hand(qa_files: list[Path]):
     assert string_match_part("in the fox inn", both) == 0
     budgets = {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
     tasks = {task.name: task for task in tasks_of(["ruler"], qa_files)}
-    assert tasks.keys() == {*ruler.ALL}
+    assert tasks.keys() == {*GROUPS["ruler"]}
     assert all(task.max_new_tokens == budgets.get(name, 128) for name, task in tasks.items())
 
 
@@ -206,7 +207,7 @@ def test_the_wording_is_that_of_the_harness(qa_files: list[Path]):
     one, niah = (f"{text} {end.replace('[:-1]', '')}" for text, end in zip((single, niah), ends, strict=True))
     templates = {name: one if KEYS_VALUES_QUERIES[name][1:] == (1, 1) else niah for name in ruler.NIAH}
     templates |= {name: of_config(f"{name}_utils.py") for name in ("vt", "cwe", "fwe")}
-    templates |= dict.fromkeys(ruler.QA, of_config("qa_utils.py"))
+    templates |= dict.fromkeys(QA_FILES, of_config("qa_utils.py"))
     for name, template in templates.items():
         (item,) = task_named(name, qa_files).make(TOKENIZER, TEXT, 2400, 1, 0, None)
         parts = re.split(r"(\{\w+\})", template.rstrip())
@@ -233,9 +234,9 @@ def test_mistakes_are_named(qa_files: list[Path], tmp_path: Path):
         ruler.TASKS["cwe"].make(TOKENIZER, TEXT, 4096, 1, 0, None)
     with pytest.raises(UserError, match="there are 800 documents, with which the prompt has"):
         task_named("qa_1", qa_files).make(TOKENIZER, TEXT, 10**6, 1, 0, None)
-    with pytest.raises(UserError, match=r"qa_1 needs a file: name SQuAD 2\.0's dev-v2\.0\.json"):
+    with pytest.raises(UserError, match=r"names qa_1, which needs SQuAD 2\.0's dev-v2\.0\.json"):
         tasks_of(["qa_1"], qa_files[:1])
-    with pytest.raises(UserError, match=r"qa_2 needs a file: name HotpotQA's"):
+    with pytest.raises(UserError, match="names qa_2, which needs HotpotQA's"):
         tasks_of(["qa_2"])
     with pytest.raises(UserError, match="nowhere.json, which does not exist"):
         tasks_of(["vt"], [tmp_path / "nowhere.json"])
@@ -259,11 +260,12 @@ def test_groups_are_expanded(qa_files: list[Path]):
         return [task.name for task in tasks_of(asked, files)]
 
     assert names("ruler", files=[]) == list(ruler.TASKS) and len(ruler.TASKS) == 11
-    assert names("ruler", files=qa_files) == list(ruler.ALL) and len(ruler.ALL) == 13
+    assert names("ruler", files=qa_files) == [*ruler.TASKS, *QA_FILES] and len(GROUPS["ruler"]) == 13
     assert names("ruler", files=qa_files[:1]) == [*ruler.TASKS, "qa_2"]
     assert names("vt", "ruler", "vt", files=[])[0] == "vt" and len(names("vt", "ruler", "vt", files=[])) == 11
     assert names("recall", files=[]) == ["niah_mk_2", "niah_mk_3", "niah_mv", "json_kv"]
-    assert set(get_args(EvaluationTask)) == {*GROUPS, *ruler.ALL, *recall.TASKS}
+    assert set(get_args(EvaluationTask)) == {*GROUPS, *ruler.TASKS, *QA_FILES, *recall.TASKS}
+    assert {"ruler": (*ruler.TASKS, *QA_FILES), "recall": tuple(recall.TASKS)} == GROUPS
 
 
 def test_group_means_and_the_picture_of_tasks():
