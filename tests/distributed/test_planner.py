@@ -32,12 +32,12 @@ def peaks(case: tuple[str, str, dict[str, Any]], rank: int, world_size: int) -> 
     from torchtitan.config import load_config
     from torchtitan.extensions.planner.memory import peak
     from torchtitan.extensions.planner.stage_numbers import numbers_of
-    from torchtitan.extensions.wiring import prepare_inputs
+    from torchtitan.extensions.wiring import inputs_of
     from torchtitan.trainer import Trainer
 
     folder, assets, overrides = case
     config = load_config(flags(Path(folder), Path(assets), **overrides))
-    inputs = prepare_inputs(config, world_size)
+    inputs = inputs_of(config, world_size)
     with LiveBytes() as live:
         trainer = Trainer(config, inputs, rank, rank, world_size)
         trainer.train_step()

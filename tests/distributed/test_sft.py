@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tests.distributed.harness import flags, run_stage, spawn, write_assets
 from torchtitan.attention.segments import Segments
 from torchtitan.config import load_config
-from torchtitan.extensions.wiring import prepare_inputs
+from torchtitan.extensions.wiring import inputs_of
 from torchtitan.models.transformer import Transformer, init_weights
 
 TEMPLATE = (
@@ -50,7 +50,7 @@ def arguments(folder: Path) -> list[str]:
 def loss_by_hand(args: list[str]) -> float:
     """Of the first step: each document of its rows by itself, masked by what the tokens say."""
     config = load_config(args)
-    inputs = prepare_inputs(config, 1)
+    inputs = inputs_of(config, 1)
     model = Transformer(inputs.args, "dense")
     init_weights(model, config.training.seed)
     opener = [0, *inputs.tokenizer.encode("assistant\n")]

@@ -27,7 +27,7 @@ from torchtitan.extensions.cluster.check_config import main as config_main
 from torchtitan.extensions.cluster.gates import failed_gate, gate_failure
 from torchtitan.extensions.cluster.stages import chain
 from torchtitan.extensions.convert.weights import open_checkpoint, open_hugging_face
-from torchtitan.extensions.wiring import build_trainer, check, prepare_inputs
+from torchtitan.extensions.wiring import build_trainer, check, inputs_of
 from torchtitan.models.architecture import as_json
 from torchtitan.models.hf.config import read_config
 from torchtitan.tools.errors import UserError
@@ -180,7 +180,7 @@ def test_the_export_at_the_end_of_a_stage_is_its_model(folder: Path, runs: dict[
 def test_the_printed_difference(folder: Path, runs: dict[str, dict[str, Any]]):
     args = [*stage(folder, "two.toml", "fresh", "one"), "--parallelism.tensor_parallel_degree", "2"]
     config = load_config([*args, "--data.sources.0.min_length", "5"])
-    inputs = prepare_inputs(config, 2)
+    inputs = inputs_of(config, 2)
     assert inputs.start is not None and inputs.start.manifest is not None
     lines = differences(inputs.start.manifest, config, as_json(inputs.args))
     for expected in (
@@ -198,7 +198,7 @@ def refusal(args: list[str]) -> str:
     config = load_config(args)
     with pytest.raises(UserError) as error:
         check(config, 1)
-        prepare_inputs(config, 1)
+        inputs_of(config, 1)
     return str(error.value)
 
 
@@ -248,7 +248,7 @@ def test_a_hugging_face_start_is_compared_with_its_config_json(folder: Path, run
     """Its RoPE and architecture, which the shapes of the weights do not show."""
     exported = folder / "one" / "export" / "step-4"
     base = stage(folder, "stage.toml", "x", checkpoint__initial_load_path=exported)
-    prepare_inputs(load_config(base), 1)
+    inputs_of(load_config(base), 1)
     config = json.loads((exported / "config.json").read_text())
     raised = folder / "raised-hf"
     shutil.copytree(exported, raised)
@@ -268,18 +268,18 @@ def test_a_run_from_hugging_face_weights_is_resumed_with_their_rope(folder: Path
     (longer / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
     args = stage(folder, "stage.toml", "from-hf", checkpoint__initial_load_path=longer, training__steps=2)
     args += ["--rope.theta", "auto"]
-    fresh = prepare_inputs(load_config(args), 1).args
+    fresh = inputs_of(load_config(args), 1).args
     assert fresh.rope.max_position_embeddings == 512
     spawn(1, run, [args], folder)
     shutil.rmtree(longer)
-    resumed = prepare_inputs(load_config([*args, "--training.steps", "4"]), 1)
+    resumed = inputs_of(load_config([*args, "--training.steps", "4"]), 1)
     assert resumed.args == fresh and resumed.start is None
 
 
 def out_of_step(args: list[str], rank: int, world_size: int) -> str:
     """What a rank is told whose data are not those of the other."""
     config = load_config([*args, "--training.seed", str(rank)])
-    inputs = prepare_inputs(config, world_size)
+    inputs = inputs_of(config, world_size)
     try:
         Trainer(config, inputs, rank, rank, world_size)
     except UserError as error:
@@ -300,7 +300,7 @@ def test_a_stage_is_found_where_its_run_wrote(folder: Path, runs: dict[str, dict
     (folder / "moved" / "checkpoint").rename(folder / "moved" / "ck")
     path = folder / "moved" / "config.toml"
     path.write_text(path.read_text().replace('folder = "checkpoint"', 'folder = "ck"'))
-    inputs = prepare_inputs(load_config(stage(folder, "two.toml", "x", "moved")), 1)
+    inputs = inputs_of(load_config(stage(folder, "two.toml", "x", "moved")), 1)
     assert inputs.start is not None and inputs.start.path == folder / "moved" / "ck" / "step-4"
 
 

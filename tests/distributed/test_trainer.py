@@ -18,7 +18,7 @@ from torchtitan.components.bad_loss import BadLossError
 from torchtitan.components.checkpoint import WholeWriter
 from torchtitan.components.manifest import complete_steps
 from torchtitan.config import load_config
-from torchtitan.extensions.wiring import build_trainer, prepare_inputs
+from torchtitan.extensions.wiring import build_trainer, inputs_of
 from torchtitan.models.hf.config import read_config
 from torchtitan.models.hf.weights import hf_name
 from torchtitan.models.rope import RopeTables
@@ -148,7 +148,7 @@ def test_hugging_face_weights_go_into_shards(folder: Path):
 def test_wrong_degrees_for_the_heads_are_refused(folder: Path):
     config = load_config(flags(folder, write_assets(folder, "qwen2"), parallelism__tensor_parallel_degree=4))
     with pytest.raises(Exception, match="2 key-value heads"):
-        prepare_inputs(config, 4)
+        inputs_of(config, 4)
 
 
 def run_into_nan(args: list[str], rank: int, world_size: int) -> str:

@@ -32,7 +32,7 @@ from torchtitan.config import load_config
 from torchtitan.datasets import data_checks
 from torchtitan.extensions.cluster import check_config
 from torchtitan.extensions.evaluation import checks as evaluation_checks
-from torchtitan.extensions.wiring import prepare_inputs
+from torchtitan.extensions.wiring import inputs_of
 from torchtitan.models import rope_checks
 from torchtitan.models.hf.config import read_config
 from torchtitan.models.hf.weights import hf_name
@@ -269,7 +269,7 @@ def test_tensor_parallelism_that_does_not_divide_the_heads(folder: Path, assets:
     """With eight processes: no launcher is needed to find it out."""
     config = load_config(flags(folder, assets, parallelism__tensor_parallel_degree=8))
     with pytest.raises(UserError, match=r"tensor_parallel_degree = 8 does not .* 4 query heads .*; 1, 2 would"):
-        prepare_inputs(config, 8)
+        inputs_of(config, 8)
 
 
 def test_every_check_of_the_tables_runs_once(folder: Path, assets: Path, monkeypatch: pytest.MonkeyPatch):

@@ -515,7 +515,7 @@ class Data:
     cache_folder: Annotated[str, Decides("nothing")] = "./data_cache"
     """Folder for tokenized text and plans, named by content and tokenizer."""
 
-    num_workers: Annotated[int, Range(min=0), Decides("nothing")] = 1
+    num_workers: Annotated[int, Range(min=0, max=1024), Decides("nothing")] = 1
     """Loader processes per rank. 0: the training process builds the batches itself."""
 
 

@@ -14,7 +14,7 @@ from torchtitan.extensions.cluster.gates import check_previous_gates
 check = check_tables
 
 
-def prepare_inputs(config: JobConfig, world_size: int) -> Any:
+def inputs_of(config: JobConfig, world_size: int) -> Any:
     """The StageInputs (components/setup.py) of a stage that has passed check(); text is tokenized first.
 
     UserError if a stage cannot start.
@@ -65,7 +65,7 @@ def build_trainer(config: JobConfig, rank: int, local_rank: int, world_size: int
 
     config = with_load_step(config)
     hooks = hooks_of(config)  # first: importing the user's module may add the user's model
-    return Trainer(config, prepare_inputs(config, world_size), rank, local_rank, world_size, hooks)
+    return Trainer(config, inputs_of(config, world_size), rank, local_rank, world_size, hooks)
 
 
 def who_answers(trainer: Any) -> str:

@@ -179,6 +179,9 @@ def verdict(code: int, node_codes: list[int], asked: bool, stage: int) -> tuple[
 
 def main(argv: list[str]) -> int:
     """Answer the question argv[0]; the exit code. A UserError is printed as a paragraph, with FAILED."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return FAILED
     verb, args = argv[0], without_flags(argv[1:], "stage.run_chain")
     try:
         if verb == "stages":
