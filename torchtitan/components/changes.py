@@ -56,7 +56,8 @@ def changes(was: dict[str, Any], now: dict[str, Any], show: Callable[[Any], str]
 
 def changed_inputs(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The differences of two Plan.inputs, such as 'training.seq_len 1024 -> 2048', 'source code: share 0.5 -> 0.6'."""
-    saved = data_keys(Data()) | saved  # keys that an older version did not have
+    saved = {"sum_of_weights": now.get("sum_of_weights")} | data_keys(Data()) | saved  # what older versions lacked
+    now = {"sum_of_weights": None} | now
     tables = {"seed": "training.", "seq_len": "training."} | dict.fromkeys(keys_of(Data), "data.")
     was, is_now = (
         {tables.get(key, "") + key: value for key, value in inputs.items() if key != "sources"}

@@ -21,10 +21,9 @@ def keys_that_decide(table: Any, *decisions: Decision) -> dict[str, Any]:
 
 
 def data_keys(data: Data) -> dict[str, Any]:
-    """The keys of [data] that decide the rows, except its sources and what nothing reads under the other keys."""
+    """The keys of [data] that decide the rows, except its sources and what nothing reads under the other keys; and,
+    with strategy = "domain_upsampling", the sum of the sources' weights."""
     values = keys_that_decide(data, "rows")
-    total = math.fsum(source.weight for source in data.sources) or 1.0  # the raised weight stands beside the others
-    values["upsampled_weight"] = round(data.upsampled_weight / total, 12)
     raised = any(source.upsample is not None or source.upsample_to is not None for source in data.sources)
     by_length = data.strategy in ("per_source_upsampling", "global_upsampling")
     by_domain = data.strategy == "domain_upsampling"
@@ -35,7 +34,10 @@ def data_keys(data: Data) -> dict[str, Any]:
         "upsampled_sources": by_domain,
         "upsampled_weight": by_domain,
     }
-    return {name: value for name, value in values.items() if read.get(name, True)}
+    result = {name: value for name, value in values.items() if read.get(name, True)}
+    if by_domain:  # upsampled_weight stands beside the weights as they are, of which shares() are compared
+        result["sum_of_weights"] = round(math.fsum(source.weight for source in data.sources), 12)
+    return result
 
 
 def source_options(source: Source, *decisions: Decision) -> dict[str, Any]:

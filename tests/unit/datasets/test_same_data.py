@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from torchtitan.components.changes import changed_inputs
 from torchtitan.config.keys import keys_of
 from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.batch import PackedBatch
@@ -128,8 +129,12 @@ def test_the_same_data_are_the_same_rows_whatever_the_weights_are_in(options: di
     same = batches(plan) == batches(other)
     assert same == (options.get("strategy") != "domain_upsampling")
     assert (plan.fingerprint == other.fingerprint) == same
-    raised = replace(was, sources=times_10, upsampled_weight=10 * was.upsampled_weight)
-    assert batches(make_plan(raised)) == batches(plan) and make_plan(raised).fingerprint == plan.fingerprint
+    assert (changed_inputs(plan.inputs, other.inputs) == []) == same
+    older = {key: value for key, value in plan.inputs.items() if key != "sum_of_weights"}
+    assert changed_inputs(older, plan.inputs) == []
+    if not same:
+        raised = make_plan(replace(was, upsampled_weight=0.8))
+        assert changed_inputs(older, raised.inputs) == ["data.upsampled_weight 0.7 -> 0.8"]
 
 
 def test_weights_count_by_their_ratio() -> None:
