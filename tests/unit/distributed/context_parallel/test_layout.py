@@ -110,7 +110,7 @@ def test_degenerate_streams() -> None:
     for layout in LAYOUTS.values():
         assert (layout(short, 1) == 0).all()
         assert sorted(layout(Segments.whole([0, 2 * BLOCK]), 2).tolist()) == [0, 1]
-        with pytest.raises(ValueError, match="no multiple of 128 x 3"):
+        with pytest.raises(ValueError, match="not a multiple of 128 x 3"):
             layout(short, 3)
         with pytest.raises(ValueError, match="no multiple of 128 x 1"):
             layout(Segments.whole([0, 100]), 1)

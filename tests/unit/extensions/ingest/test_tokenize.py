@@ -277,12 +277,12 @@ def test_bad_parquet_columns(tokenizer: Tokenizer, data: Data, tmp_path: Path) -
         assert all(word in str(error.value) for word in [str(path), *words])
 
 
-@pytest.mark.parametrize("path", ["", "nothing", "nothing/*.jsonl", "empty", "only_csv"])
+@pytest.mark.parametrize("path", ["nothing", "nothing/*.jsonl", "empty", "only_csv"])
 def test_no_file_matches(tokenizer: Tokenizer, data: Data, tmp_path: Path, path: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "only_csv").mkdir()
     (tmp_path / "only_csv" / "a.csv").write_text("x")
-    source = Source(name="lost", path=str(tmp_path / path) if path else "")
+    source = Source(name="lost", path=str(tmp_path / path))
     with pytest.raises(UserError, match="lost"):
         tokenize_source(source, tokenizer, data, 1)
 
