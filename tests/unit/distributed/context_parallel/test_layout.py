@@ -112,7 +112,7 @@ def test_degenerate_streams() -> None:
         assert sorted(layout(Segments.whole([0, 2 * BLOCK]), 2).tolist()) == [0, 1]
         with pytest.raises(ValueError, match="not a multiple of 128 x 3"):
             layout(short, 3)
-        with pytest.raises(ValueError, match="no multiple of 128 x 1"):
+        with pytest.raises(ValueError, match="not a multiple of 128 x 1"):
             layout(Segments.whole([0, 100]), 1)
     part = Segments(np.array([0, BLOCK]), np.array([0]), np.array([2 * BLOCK]), 2 * BLOCK)
     with pytest.raises(ValueError, match="whole stream"):
