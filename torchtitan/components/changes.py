@@ -81,17 +81,10 @@ def changed_inputs(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def changed_keys(manifest: dict[str, Any], config: JobConfig) -> list[str]:
     """The differences since a manifest of the stage in keys that make it another one, and that changed_inputs(), the
     architecture and the tokenizer do not show."""
-    was, now = (
-        {
-            name: value
-            for name, value in values_of(c).items()
-            if known_keys()[name].decides in ANOTHER_STAGE
-            and not name.startswith(("data.", "rope."))
-            and name not in BY_CONTENT
-        }
-        for c in (from_tables(manifest.get("config", {})), config)
-    )
-    return changes(was, now) if manifest.get("config") else []
+    if not manifest.get("config"):
+        return []
+    was, now = (_values(c, "data", "rope", *BY_CONTENT) for c in (from_tables(manifest["config"]), config))
+    return changes(was, now)
 
 
 def changed_since(manifest: dict[str, Any], config: JobConfig) -> list[str]:
@@ -112,17 +105,20 @@ def changed_since(manifest: dict[str, Any], config: JobConfig) -> list[str]:
 
 def _identity(config: JobConfig) -> dict[str, Any]:
     """Key -> value of all keys that make a stage what it is, except those of the batch: _rows_per_step has them."""
-    keys = known_keys()
-    values = {
-        name: value
-        for name, value in values_of(config).items()
-        if keys[name].decides in ANOTHER_STAGE and not name.startswith("data.") and name not in BATCH
-    }
     data = data_keys(config.data) | keys_that_decide(config.data, "documents")
     for i, (source, share) in enumerate(zip(config.data.sources, shares(config.data))):
         options = {"name": source.name, "share": share} | _options(config.data, source, *ANOTHER_STAGE)
         data |= {f"sources.{i}.{key}": value for key, value in options.items()}
-    return values | {f"data.{key}": value for key, value in data.items()}
+    return _values(config, "data", *BATCH) | {f"data.{key}": value for key, value in data.items()}
+
+
+def _values(config: JobConfig, *without: str) -> dict[str, Any]:
+    """Key -> value of the keys that make a stage what it is, without these keys and those of these tables."""
+    return {
+        name: value
+        for name, value in values_of(config).items()
+        if known_keys()[name].decides in ANOTHER_STAGE and not {name, name.partition(".")[0]} & {*without}
+    }
 
 
 def _options(data: Data, source: Source, *decisions: Decision) -> dict[str, Any]:

@@ -6,10 +6,10 @@ list for a stage; users add their own hooks with the TOML key job.hooks (docs/ex
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.user_code import import_named
 
 
 class Hook:
@@ -62,15 +62,9 @@ def load_hook(name: str) -> Hook:
     """An instance of "module:Class", an entry of job.hooks; UserError that says what is missing."""
     module, _, attribute = name.partition(":")
     key = f'job.hooks names "{name}"'
-    if not module or not attribute:
-        raise UserError(f'{key}, which must be "module:Class", e.g. "my_hooks:SayHello".')
-    try:
-        content = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{key}, but there is no module {error.name}. It must be on PYTHONPATH.") from None
-    if not hasattr(content, attribute):
+    hook = import_named(name, key, ', which must be "module:Class", e.g. "my_hooks:SayHello".')
+    if hook is None:
         raise UserError(f"{key}, but {module} has no such class.")
-    hook = getattr(content, attribute)
     if not (isinstance(hook, type) and issubclass(hook, Hook)):
         raise UserError(f"{key}, but {module}.{attribute} is not a subclass of torchtitan.components.hooks.Hook.")
     points = [point for point in vars(Hook) if not point.startswith("_")]

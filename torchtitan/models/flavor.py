@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 from torchtitan.config.schema import Model
@@ -10,6 +9,7 @@ from torchtitan.models.hf.config import read_config
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.user_code import import_named
 
 
 def architecture(model: Model) -> TransformerArgs:
@@ -30,12 +30,7 @@ def _load(flavor: str) -> TransformerArgs:
     """The TransformerArgs of "module:NAME"; UserError that says what is missing."""
     module, _, name = flavor.partition(":")
     key = f'model.flavor = "{flavor}"'
-    if not module or not name:
-        raise UserError(f'{key} must be a flavor or "module:NAME", e.g. "my_models:TINY".')
-    try:
-        args = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{key}, but there is no module {error.name}. It must be on PYTHONPATH.") from None
+    args = import_named(flavor, key, ' must be a flavor or "module:NAME", e.g. "my_models:TINY".')
     if not isinstance(args, TransformerArgs):
         what = f"does not have {name}" if args is None else f"has {name} as a {type(args).__name__}"
         raise UserError(f"{key}, but {module} {what}; it must be a torchtitan.models.transformer.TransformerArgs.")

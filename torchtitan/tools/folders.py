@@ -59,7 +59,7 @@ def check_can_be_written(file: Path, option: str = "") -> None:
 
 def put_aside(folder: Path, after: int) -> Path | None:
     """Move what an earlier run has left in `folder` for steps later than `after` (step-N, step-N.json, ...) to
-    folder-1 (or -2, ...). The new folder; None if there is nothing to move."""
+    folder-1 (or -2, ...), and log it. The new folder; None if there is nothing to move."""
     names = [(re.match(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
     later = [path for match, path in names if match and int(match[1]) > after]
     if not later:
@@ -70,6 +70,7 @@ def put_aside(folder: Path, after: int) -> Path | None:
     aside.mkdir()
     for path in later:
         path.rename(aside / path.name)
+    logger.info("what an earlier run left in %s is now in %s", folder, aside)
     return aside
 
 

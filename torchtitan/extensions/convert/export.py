@@ -43,9 +43,7 @@ class Export(Hook):
     def started(self, trainer: Any) -> None:
         """Rank 0 moves aside what was exported of steps that this run trains anew: it would pass for this run's."""
         if trainer.rank == 0:
-            folder = export_folder(trainer.config, 0).parent
-            if aside := put_aside(folder, trainer.step or -1):
-                logger.info(f"what an earlier run left in {folder} is now in {aside}")
+            put_aside(export_folder(trainer.config, 0).parent, trainer.step or -1)
 
     def ended(self, trainer: Any) -> None:
         """Collective. Each rank writes some of the files; an existing folder is left as it is."""

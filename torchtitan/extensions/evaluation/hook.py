@@ -43,9 +43,7 @@ class EvaluationHook(Hook):
         """Moves aside results of steps that this run trains anew, which would pass for its own; then the evaluation
         before the first step, if it is due."""
         if trainer.rank == 0:
-            folder = results_file(trainer.config, 0).parent
-            if aside := put_aside(folder, trainer.step or -1):
-                logger.info(f"what an earlier run left in {folder} is in {aside} now")
+            put_aside(results_file(trainer.config, 0).parent, trainer.step or -1)
         if self._evaluate(trainer):
             torch.compiler.reset()  # else the stage's own lengths would be seen as changed ones: see self_check.py
 

@@ -67,6 +67,16 @@ def expected(texts: list[str]) -> list[list[int]]:
     return [[256, *text.encode(), 257] for text in texts if text.strip()]
 
 
+def three_at_once(source: Source, tokenizer: Tokenizer, data: Data) -> None:
+    """Tokenize the source in three processes, as the ranks of a host do."""
+    jobs = [FORK.Process(target=tokenize_source, args=(source, tokenizer, data, 1)) for _ in range(3)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(60)
+    assert [job.exitcode for job in jobs] == [0, 0, 0]
+
+
 def documents(source: Source, tokenizer: Tokenizer, data: Data) -> list[list[int]]:
     corpus = resolve_source(source, tokenizer, data)
     return [corpus.document(i).tolist() for i in range(len(corpus))]
@@ -288,12 +298,7 @@ def test_several_ranks_download_once(tokenizer: Tokenizer, data: Data, mirror: P
 
     noting = replace(tokenizer, _encode_batch=encode_batch)
     source = Source(name="web", path=f"hub:{mirror}")
-    jobs = [FORK.Process(target=tokenize_source, args=(source, noting, data, 1)) for _ in range(3)]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join(60)
-    assert [job.exitcode for job in jobs] == [0, 0, 0]
+    three_at_once(source, noting, data)
     assert notes.stat().st_size == len(expected(TEXTS))
 
 
@@ -343,12 +348,7 @@ def test_ranks_that_start_together_ask_the_hub_once(
         return COMMITS[0]
 
     monkeypatch.setattr(hub, "_ask_for_commit", ask)
-    jobs = [FORK.Process(target=tokenize_source, args=(WEB, tokenizer, data, 1)) for _ in range(3)]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join(60)
-    assert [job.exitcode for job in jobs] == [0, 0, 0]
+    three_at_once(WEB, tokenizer, data)
     assert notes.read_text() == "asked\n"
     assert loader.commits == [COMMITS[0]]
 
