@@ -29,7 +29,7 @@ from torchtitan.extensions.cluster.stages import chain
 from torchtitan.extensions.convert.weights import open_checkpoint, open_hugging_face
 from torchtitan.extensions.wiring import build_trainer, check, inputs_of
 from torchtitan.models.architecture import as_json
-from torchtitan.models.hf.config import read_config
+from torchtitan.models.hf.config_in import read_config
 from torchtitan.tools.errors import UserError
 from torchtitan.trainer import Trainer
 

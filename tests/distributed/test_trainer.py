@@ -19,7 +19,7 @@ from torchtitan.components.checkpoint import WholeWriter
 from torchtitan.components.manifest import complete_steps
 from torchtitan.config import load_config
 from torchtitan.extensions.wiring import build_trainer, inputs_of
-from torchtitan.models.hf.config import read_config
+from torchtitan.models.hf.config_in import read_config
 from torchtitan.models.hf.weights import hf_name
 from torchtitan.models.rope import RopeTables
 from torchtitan.models.transformer import Transformer, init_weights

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from tests.distributed.harness import flags, write_assets
 from torchtitan.components.manifest import complete_steps, find_damage
-from torchtitan.models.hf.config import read_config
+from torchtitan.models.hf.config_in import read_config
 from torchtitan.models.hf.weights import hf_name
 from torchtitan.models.transformer import Transformer, init_weights
 

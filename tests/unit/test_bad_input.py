@@ -34,7 +34,7 @@ from torchtitan.extensions.cluster import check_config
 from torchtitan.extensions.evaluation import checks as evaluation_checks
 from torchtitan.extensions.wiring import inputs_of
 from torchtitan.models import rope_checks
-from torchtitan.models.hf.config import read_config
+from torchtitan.models.hf.config_in import read_config
 from torchtitan.models.hf.weights import hf_name
 from torchtitan.models.transformer import Transformer
 from torchtitan.tools import device

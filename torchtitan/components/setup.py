@@ -32,7 +32,7 @@ from torchtitan.distributed.parallelize import check_compile_backend
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.models.architecture import as_json, complete, rope_from_manifest
 from torchtitan.models.flavor import architecture
-from torchtitan.models.hf.config import config_json
+from torchtitan.models.hf.config_out import config_json
 from torchtitan.models.hf.weights import check_weights
 from torchtitan.models.rope import RopeArgs, drawn_rope
 from torchtitan.models.rope_config import build_rope, check_mixed_window

@@ -16,7 +16,7 @@ from torchtitan.components.manifest import complete_steps, read_manifest
 from torchtitan.config.manager import previous_folder, previous_stage
 from torchtitan.config.schema import JobConfig
 from torchtitan.models.architecture import args_from_manifest, as_json
-from torchtitan.models.hf.config import read_config
+from torchtitan.models.hf.config_in import read_config
 from torchtitan.models.rope_config import lost_rope
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from torchtitan.config.schema import Model
-from torchtitan.models.hf.config import read_config
+from torchtitan.models.hf.config_in import read_config
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.errors import UserError

@@ -13,7 +13,7 @@ import torch
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.convert.torchtitan_and_meta import open_meta, open_torchtitan
 from torchtitan.extensions.convert.weights import Weights, open_checkpoint, open_hugging_face
-from torchtitan.models.hf.config import read_config
+from torchtitan.models.hf.config_in import read_config
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.errors import UserError

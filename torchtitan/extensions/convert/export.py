@@ -15,7 +15,7 @@ from torchtitan.components.hooks import Hook
 from torchtitan.components.manifest import export_folder
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.convert.weights import SAFETENSORS_DTYPES, Weights, open_checkpoint
-from torchtitan.models.hf.config import config_json
+from torchtitan.models.hf.config_out import config_json
 from torchtitan.models.hf.weights import hf_name
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import partial_of, put_aside, read_json, sync, written

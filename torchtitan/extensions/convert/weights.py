@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torchtitan.components.checkpoint import WholeWriter, explain_failure
 from torchtitan.components.manifest import MANIFEST, MANIFEST_FORMAT, complete_steps, read_manifest
 from torchtitan.models.architecture import args_from_manifest, as_json
-from torchtitan.models.hf.config import read_config
+from torchtitan.models.hf.config_in import read_config
 from torchtitan.models.hf.weights import check_weights, hf_name
 from torchtitan.models.transformer import TransformerArgs, parameter_shapes
 from torchtitan.tools.errors import UserError

@@ -31,7 +31,7 @@ from torchtitan.extensions.convert.weights import open_checkpoint, open_hugging_
 from torchtitan.extensions.evaluation.command_line import check_model_folder
 from torchtitan.extensions.evaluation.forward import Ranks
 from torchtitan.models.architecture import args_from_manifest
-from torchtitan.models.hf.config import read_config
+from torchtitan.models.hf.config_in import read_config
 from torchtitan.models.hf.weights import check_weights, load_weights
 from torchtitan.models.rope_config import build_rope, describe_rope
 from torchtitan.models.transformer import Transformer, TransformerArgs

@@ -29,7 +29,8 @@ from torchtitan.extensions.convert import export as export_module
 from torchtitan.extensions.convert.export import publish, write_hugging_face
 from torchtitan.extensions.convert.torchtitan_and_meta import write_torchtitan
 from torchtitan.extensions.convert.weights import open_checkpoint, open_hugging_face, write_checkpoint
-from torchtitan.models.hf.config import config_json, read_config
+from torchtitan.models.hf.config_in import read_config
+from torchtitan.models.hf.config_out import config_json
 from torchtitan.models.rope_scaling import HarpeScaling
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.errors import UserError

@@ -30,7 +30,7 @@ from torchtitan.extensions.evaluation.hook import EvaluationHook
 from torchtitan.extensions.evaluation.loading import ModelOnDisk, check_own_results, inspect_model
 from torchtitan.extensions.evaluation.questions import Question, default_text
 from torchtitan.extensions.evaluation.runner import Outcome, mean_by_length_and_depth, position_losses, stop_ids
-from torchtitan.models.hf.config import read_config
+from torchtitan.models.hf.config_in import read_config
 from torchtitan.models.hf.weights import hf_name
 from torchtitan.models.rope import RopeArgs, rope_for
 from torchtitan.models.rope_scaling import DynamicNTKScaling, GeneScaling

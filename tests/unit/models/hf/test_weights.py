@@ -31,7 +31,7 @@ from torchtitan.config.schema import Rope
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.extensions.convert.export import write_hugging_face
 from torchtitan.extensions.convert.weights import open_hugging_face
-from torchtitan.models.hf.config import read_config
+from torchtitan.models.hf.config_in import read_config
 from torchtitan.models.hf.weights import check_weights, load_weights
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.rope import RopeArgs
