@@ -67,7 +67,8 @@ def convert(options: argparse.Namespace) -> None:
     weights = with_progress(weights.cast(options.dtype))
     assets = options.assets or assets_of(weights) or options.input
     if options.to == "huggingface":
-        write_hugging_face(weights, options.output, assets, shard_bytes=int(options.shard_gb * 1e9))
+        for note in write_hugging_face(weights, options.output, assets, shard_bytes=int(options.shard_gb * 1e9)):
+            print(f"note: {note}")
         if not any((options.output / name).is_file() for name in TOKENIZER_FILES):
             print(f"note: {options.output} has no tokenizer: {assets} has none. Name its folder with --assets.")
     elif options.to == "checkpoint":

@@ -183,11 +183,19 @@ class YarnScaling(Scaling):
 
     @classmethod
     def from_hf(cls, values: dict[str, Any]) -> Scaling:
+        if values.get("attention_factor") is not None:  # it wins: mscale beside it says the same to servers (see hf)
+            values = {key: value for key, value in values.items() if key not in ("mscale", "mscale_all_dim")}
         return super().from_hf(with_factor(values))
 
     def hf(self, theta: float, head_dim: int) -> dict[str, Any]:
-        plain = replace(self, attention_factor=self.magnitude(), mscale=None, mscale_all_dim=None)
-        return super(YarnScaling, plain).hf(theta, head_dim)
+        """The attention factor twice: mlx-lm reads mscale, transformers and vLLM attention_factor, which wins there."""
+        magnitude = self.magnitude()
+        plain = replace(self, attention_factor=magnitude, mscale=None, mscale_all_dim=None)
+        form = super(YarnScaling, plain).hf(theta, head_dim)
+        if self.factor <= 1:  # mscale is multiplied by ln factor: it can say nothing but 1
+            return form
+        step = 0.1 * math.log(self.factor)  # magnitude = (step mscale + 1) / (step mscale_all_dim + 1)
+        return form | {"mscale": (magnitude * (step + 1) - 1) / step, "mscale_all_dim": 1.0}
 
     def hf_length(self, trained: int) -> int:
         # else transformers warns, and vLLM computes this product itself

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torchtitan.components.hooks import Hook
 from torchtitan.components.manifest import export_folder
 from torchtitan.datasets.tokenizer import load_tokenizer
+from torchtitan.extensions.convert.servers import serving_notes
 from torchtitan.extensions.convert.weights import SAFETENSORS_DTYPES, Weights, open_checkpoint
-from torchtitan.models.hf.config_out import config_json
+from torchtitan.models.hf.config_out import config_json, left_out
 from torchtitan.models.hf.weights import hf_name
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import partial_of, put_aside, read_json, sync, written
@@ -54,11 +55,13 @@ class Export(Hook):
         ranks = dist.get_world_size()
         dist.barrier(checkpointer.group)  # every rank has seen that it does not exist
         weights = open_checkpoint(checkpointer.folder / f"step-{trainer.step}").cast(config.checkpoint.export_dtype)
-        write_hugging_face(weights, out, Path(config.model.hf_assets_path), part=rank, parts=ranks)
+        notes = write_hugging_face(weights, out, Path(config.model.hf_assets_path), part=rank, parts=ranks)
         dist.barrier(checkpointer.group)
         if rank == 0 and ranks > 1:
             publish(out)
         logger.info(f"Hugging Face folder: {out}")
+        for note in notes:
+            logger.info(f"Export: {note}")
 
 
 def write_hugging_face(
@@ -69,8 +72,10 @@ def write_hugging_face(
     part: int = 0,
     parts: int = 1,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
+) -> list[str]:
     """Write the model as a Hugging Face folder; UserError if `out` exists or there is no room.
+
+    Returns what its user should know, a sentence each: what was left out, and how to serve it (servers.py).
 
     assets: the folder whose config.json is started from and whose tokenizer files are copied. shard_bytes: of the
     largest safetensors file. No collectives: each of `parts` processes writes every parts-th shard file into
@@ -79,7 +84,7 @@ def write_hugging_face(
     """
     if out.exists():
         raise UserError(f"{out} exists and is not overwritten: choose another folder, or delete that one.")
-    files = _other_files(weights, assets)  # first: it refuses what has no Hugging Face form
+    files, notes = _other_files(weights, assets)  # first: it refuses what has no Hugging Face form
     shards = plan_shards(weights, shard_bytes)
     partial = partial_of(out)
     try:
@@ -103,6 +108,7 @@ def write_hugging_face(
         nearest = next(path for path in (partial, *partial.absolute().parents) if path.exists())
         free = shutil.disk_usage(nearest).free / 2**30
         raise UserError(f"{partial} could not be written: {error}; {free:.2f} GiB are free there.") from error
+    return notes
 
 
 def publish(out: Path) -> None:
@@ -159,8 +165,8 @@ def _write_shard(weights: Weights, names: list[str], path: Path) -> None:
             f.write(weights.read(name).contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _other_files(weights: Weights, assets: Path | None) -> dict[str, dict[str, Any] | Path]:
-    """All files but the weights, by name: a JSON object to write, or the file to copy."""
+def _other_files(weights: Weights, assets: Path | None) -> tuple[dict[str, dict[str, Any] | Path], list[str]]:
+    """All files but the weights, by name: a JSON object to write, or the file to copy. And the notes."""
     original = _json(assets, "config.json")
     bos = eos = None
     if assets is not None and any((assets / name).is_file() for name in TOKENIZER_FILES[:2]):
@@ -182,6 +188,12 @@ def _other_files(weights: Weights, assets: Path | None) -> dict[str, dict[str, A
     if args.rope.max_position_embeddings is None:
         args = replace(args, rope=replace(args.rope, max_position_embeddings=weights.manifest.get("seq_len")))
     config = config_json(args, dtypes.pop(), original, bos, eos)
+    notes = []
+    if dropped := left_out(original, config):
+        notes.append(
+            f"config.json does not have {', '.join(dropped)} of {assets}: nothing here was trained with it, and a "
+            "server may compute something else by it."
+        )
     generation = _json(assets, "generation_config.json")
     for key in ("bos_token_id", "eos_token_id"):
         if generation.get(key) is None and config[key] is not None:
@@ -195,7 +207,7 @@ def _other_files(weights: Weights, assets: Path | None) -> dict[str, dict[str, A
         tokenizer_config, length = _json(assets, "tokenizer_config.json"), args.rope.max_position_embeddings or 0
         if tokenizer_config.get("model_max_length", length) < length:
             files["tokenizer_config.json"] = tokenizer_config | {"model_max_length": length}
-    return files
+    return files, notes + serving_notes(config)
 
 
 def _json(folder: Path | None, name: str) -> dict[str, Any]:

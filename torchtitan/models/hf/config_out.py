@@ -6,27 +6,40 @@ The RoPE is in it twice, as transformers 5 reads it (rope_parameters) and as tra
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torchtitan.models.hf.config_in import CLASSES
 from torchtitan.models.rope import RopeArgs
+from torchtitan.models.rope_method import ORIGINAL
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.errors import UserError
 
-# Keys of an original config.json that are not true of the model that is written: the RoPE's old keys (a top-level
-# original_max_position_embeddings would override the one beside the factor), custom code, another format of weights.
-_STALE = (
+# Written anew, or of no meaning in another folder.
+_REPLACED = (
     "rope_parameters",
     "rope_scaling",
     "rope_theta",
     "rope_type",
-    "original_max_position_embeddings",
+    ORIGINAL,  # at the top level it would override the one beside the factor
     "trained_length",
-    "auto_map",
-    "quantization_config",
+    "layer_types",
     "_name_or_path",
     "transformers_version",
 )
+# An original key whose name has one of these words may change what a server computes or how much it reads, and nothing
+# here has trained with it. Keys of the layers that are trained are written anew.
+_FUNCTION_WORDS = re.compile(
+    "rope|rotary|position|length|seq|window|chunk|sparse|attention|attn|scal|factor|logit|alibi|clip|mult|residual|norm|"
+    "bias|temperature|layer|predict|expert|moe|lora|quant"
+)
+_KEPT = ("attention_dropout",)
+_WINDOW_KEYS = {
+    "mistral": ("sliding_window",),
+    "olmo3": ("sliding_window",),
+    "qwen2": ("sliding_window", "use_sliding_window", "max_window_layers"),
+    "qwen3": ("sliding_window", "use_sliding_window", "max_window_layers"),
+}
 
 
 def model_type(args: TransformerArgs, original: str | None) -> str:
@@ -66,7 +79,7 @@ def config_json(
     dtype: of the weights. bos, eos: the tokenizer's, used if the original has none.
     """
     kind = model_type(args, original.get("model_type"))
-    kept = {k: v for k, v in original.items() if k not in _STALE} if original.get("model_type") == kind else {}
+    kept = _kept(original, kind)
     config: dict[str, Any] = {
         "initializer_range": 0.02,
         "use_cache": True,
@@ -92,20 +105,45 @@ def config_json(
         config["attention_bias"] = False
     if kind == "llama":
         config["mlp_bias"] = False
-    if kind not in ("llama", "olmo2"):
-        config["sliding_window"] = args.sliding_window  # absent, Mistral's is 4,096
-    if kind in ("qwen2", "qwen3"):
-        config["use_sliding_window"] = args.sliding_window is not None
-        slides = [name == "sliding_attention" for name in args.layer_types]
-        if any(slides):
-            config["max_window_layers"] = slides.index(True)
-    if kind in ("qwen2", "qwen3", "olmo3"):
-        config["layer_types"] = list(args.layer_types) or ["full_attention"] * args.n_layers
-    else:
-        config.pop("layer_types", None)
+    config |= _windows(args, kind, kept)
     for name, value in (("bos_token_id", bos), ("eos_token_id", eos)):
         config[name] = value if original.get(name) is None else original[name]
     return config
+
+
+def left_out(original: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """The keys of the original config.json with a value that are neither in the one that is written nor replaced."""
+    return [key for key, value in original.items() if value is not None and key not in (*config, *_REPLACED)]
+
+
+def _kept(original: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The keys of the original that stay: its values that are no objects, and whose name has no word of a function."""
+    if original.get("model_type") != kind:  # its keys mean something else
+        return {}
+    known = (*_KEPT, *_WINDOW_KEYS.get(kind, ()))
+
+    def stays(key: str, value: Any) -> bool:
+        return key in known or not (isinstance(value, dict) or _FUNCTION_WORDS.search(key.lower()))
+
+    return {k: v for k, v in original.items() if k not in _REPLACED and stays(k, v)}
+
+
+def _windows(args: TransformerArgs, kind: str, kept: dict[str, Any]) -> dict[str, Any]:
+    """Which layers slide. Where none does, the window of the original stays: transformers asks Olmo 3 for a number."""
+    if kind in ("llama", "olmo2"):
+        return {}
+    if kind == "mistral":
+        return {"sliding_window": args.sliding_window}  # null: no layer slides. Absent, it is 4,096
+    keys: dict[str, Any] = {
+        "sliding_window": args.sliding_window or kept.get("sliding_window") or (4096 if kind == "olmo3" else None),
+        "layer_types": list(args.layer_types) or ["full_attention"] * args.n_layers,
+    }
+    if kind in ("qwen2", "qwen3"):
+        keys["use_sliding_window"] = args.sliding_window is not None
+        slides = [name == "sliding_attention" for name in args.layer_types]
+        if any(slides):
+            keys["max_window_layers"] = slides.index(True)
+    return keys
 
 
 def _rope(args: TransformerArgs, kind: str) -> dict[str, Any]:
@@ -113,11 +151,20 @@ def _rope(args: TransformerArgs, kind: str) -> dict[str, Any]:
     config = {"rope_parameters": form, "rope_theta": form["rope_theta"], "max_position_embeddings": length}
     if length != args.rope.max_position_embeddings:  # what transformers or vLLM make of the length is not the length
         config["trained_length"] = args.rope.max_position_embeddings
-    if form["rope_type"] != "default":
-        config["rope_scaling"] = {key: value for key, value in form.items() if key != "rope_theta"}
-    if form["rope_type"] == "longrope":
-        # the only place where transformers 4 looks for the length beyond which the long list holds
-        config["original_max_position_embeddings"] = form["original_max_position_embeddings"]
+    name = form["rope_type"]
+    if name != "default":  # "type": what rope_type was called; some readers know no other name
+        config["rope_scaling"] = {"type": name, **{key: value for key, value in form.items() if key != "rope_theta"}}
+    if kind == "olmo2" and name in ("linear", "dynamic"):  # transformers 4 refuses Olmo 2 with any key beside these
+        config["rope_scaling"] = {"type": name, "factor": form["factor"]}
+    if name in ("longrope", "llama3"):
+        # the only place where transformers 4 looks for the length beyond which longrope's long list holds
+        config[ORIGINAL] = form[ORIGINAL]
+    if kind == "olmo3" and form.get("truncate") is False:
+        raise UserError(
+            "YaRN with truncate = false cannot be exported for Olmo 3: transformers 5 looks for truncate where Olmo 3 "
+            "does not have it, and would load the model with truncate = true, that is, with other frequencies. Train "
+            "a last stage with rope.truncate = true and export that, or evaluate from the checkpoint."
+        )
     if kind == "olmo3" and args.sliding_share and form["rope_theta"] != args.rope.theta:
         raise UserError(
             f"RoPE whose scaling is a larger base ({args.rope.theta:g} -> {form['rope_theta']:g}: ntk, dynamic) in the "

@@ -88,9 +88,11 @@ def test_legacy_and_new_rope_keys_say_the_same(kind: str):
     config = config_json(with_rope(SCALINGS[kind]), "float32", {})
     form = dict(config["rope_parameters"])
     assert form.pop("rope_theta") == config["rope_theta"]
-    assert config.get("rope_scaling", {"rope_type": "default"}) == form
+    legacy = config.get("rope_scaling", {"type": "default", "rope_type": "default"})
+    assert legacy == form | {"type": form["rope_type"]}
     # transformers 4 looks here, and nowhere else, for the length beyond which the long list holds
-    assert config.get("original_max_position_embeddings") == (ORIGINAL if form["rope_type"] == "longrope" else None)
+    at_top = form["rope_type"] in ("longrope", "llama3")
+    assert config.get("original_max_position_embeddings") == (ORIGINAL if at_top else None)
 
 
 def test_max_position_embeddings_is_what_vllm_makes_the_trained_length_of():
@@ -153,7 +155,7 @@ def test_an_original_config_is_kept_but_for_what_training_changed(tmp_path: Path
     config = json.loads((out / "config.json").read_text())
     assert config["a_key_of_its_own"] == "kept" and config["max_window_layers"] == 28
     assert config["bos_token_id"] == 7 and config["eos_token_id"] == [8, 9]
-    assert config["sliding_window"] is None and config["use_sliding_window"] is False
+    assert config["sliding_window"] == 131072 and config["use_sliding_window"] is False
     assert config["architectures"] == ["Qwen2ForCausalLM"] and config["hidden_size"] == LLAMA.dim
     assert config["torch_dtype"] == config["dtype"] == "bfloat16"
     assert not {"quantization_config", "original_max_position_embeddings", "rope_scaling"} & set(config)
