@@ -86,7 +86,7 @@ def run(options: argparse.Namespace, config: JobConfig, folder: Path) -> dict[st
     rank, _, world_size = loading.rank_and_world_size()
     init_logger(rank, world_size)
     on_disk = loading.inspect_model(folder, config, longest_asked(config), options.tokenizer)
-    prepared = prepare(config, on_disk.tokenizer, on_disk.args)
+    prepared = prepare(config, on_disk.tokenizer, on_disk.args, on_disk.ends_of_turn)
     loading.check_own_results(options, on_disk)
     if options.of_stage and settings_in(options.out) not in (None, prepared.settings):
         raise UserError(f"{options.out} holds the stage's answers to other questions: give --out, or delete that file.")

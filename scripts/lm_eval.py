@@ -96,7 +96,14 @@ def run(options: argparse.Namespace, config: JobConfig, folder: Path) -> dict[st
     warn_beyond_trained_length(on_disk.args, max_length)
     with loading.model_on_ranks(on_disk, config) as (model, ranks):
         lm = TorchtitanLM(
-            model, ranks, on_disk.tokenizer, max_length, config.data.add_bos, options.truncate, silent=rank != 0
+            model,
+            ranks,
+            on_disk.tokenizer,
+            max_length,
+            config.data.add_bos,
+            options.truncate,
+            silent=rank != 0,
+            ends=on_disk.ends_of_turn,
         )
         results = simple_evaluate(
             lm,

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from torchtitan.components.manifest import complete_steps
-from torchtitan.extensions.convert.conversion import manifest_entries, open_any, with_progress
+from torchtitan.extensions.convert.conversion import known_ends, manifest_entries, open_any, with_progress
 from torchtitan.extensions.convert.weights import DTYPES, Weights, write_checkpoint
 from torchtitan.tools.errors import UserError
 
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             models, shares = [open_any(folder) for folder in options.inputs], [options.weight, 1 - options.weight]
         merged = merge(models, shares).cast(options.dtype)
         manifest = {**manifest_entries(models[0], options.assets or models[0].where), "stage": options.command}
+        manifest["ends_of_turn"] = sorted({token for model in models for token in known_ends(model)})
         print(write_checkpoint(with_progress(merged), options.out, manifest))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

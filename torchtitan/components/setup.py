@@ -5,7 +5,7 @@ Whatever a user can have wrong is found here, so that it costs seconds and one p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torchtitan.config import JobConfig, as_tables
 from torchtitan.config.checks import rows_per_step
 from torchtitan.config.schema import Data, Source, Training
 from torchtitan.datasets.corpus import Corpus
+from torchtitan.datasets.ends_of_turn import ends_of_turn, named_ends
 from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
@@ -59,6 +60,9 @@ class StageInputs:
     rope_before: RopeArgs | None = None
     """RoPE of the weights that the run starts, or started, from."""
 
+    ends_of_turn: Sequence[int] = ()
+    """Tokens that end a response, as this stage and the previous ones train it."""
+
     def manifest(self, config: JobConfig, step: int, tokens_seen: int) -> dict[str, Any]:
         """What a checkpoint says of itself, as JSON: all that the next stage, or this one resumed, needs to know."""
         return {
@@ -72,6 +76,7 @@ class StageInputs:
             "tokenizer": self.tokenizer.fingerprint,
             "seq_len": config.training.seq_len,
             "plan": self.plan.inputs,
+            "ends_of_turn": list(self.ends_of_turn),
             "world_size": dist.get_world_size(),
         }
 
@@ -113,7 +118,11 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
     make_writable("job.dump_folder", Path(config.job.dump_folder))
     if config.checkpoint.enable:
         make_writable("job.dump_folder / checkpoint.folder", Path(config.job.dump_folder) / config.checkpoint.folder)
-    return StageInputs(tokenizer, args, plan, start, stages_before, rope_before)
+    # nothing else knows the ends of a Hugging Face model whose weights are used with another folder's tokenizer
+    before = named_ends(start.path) if start and start.manifest is None else []
+    before += (resumed or (start.manifest if start else None) or {}).get("ends_of_turn", [])
+    ends = ends_of_turn(plan.corpora, tokenizer, before)
+    return StageInputs(tokenizer, args, plan, start, stages_before, rope_before, ends)
 
 
 def _rope_before(

@@ -53,7 +53,8 @@ class Tokenizer:
 
     vocab_size counts the ids, special ones included: every id is below it. bos_id and eos_id are None if the folder
     names no such token. fingerprint is the SHA-256 of the tokenizer file's bytes and of the two ids. special: spelling
-    -> id of the tokens that are marked as special.
+    -> id of the tokens that are marked as special; added: of these and of all others that were added to the vocabulary,
+    which a text is searched for before it is divided.
     """
 
     folder: str
@@ -64,6 +65,7 @@ class Tokenizer:
     _encode_batch: Callable[[list[str]], list[list[int]]]
     _decode: Callable[[list[int]], str]
     special: dict[str, int] = field(default_factory=dict)
+    added: dict[str, int] = field(default_factory=dict)
     _encode_template: Callable[[str], tuple[list[int], list[tuple[int, int]]]] | None = None
     adds_bos: bool = False
     """Whether the tokenizer's own library puts BOS before a text unasked."""
@@ -155,12 +157,16 @@ def _load_hugging_face(folder: Path) -> Tokenizer:
         encoding = for_templates().encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
-    special = {t["content"]: int(t["id"]) for t in description.get("added_tokens", []) if t.get("special")}
+    added_tokens = description.get("added_tokens", [])
+    added = {t["content"]: int(t["id"]) for t in added_tokens}
+    special = {t["content"]: int(t["id"]) for t in added_tokens if t.get("special")}
     fingerprint = _fingerprint(content, bos, eos)
     size = max(ids.values()) + 1
     setting = json_if_present(folder / "tokenizer_config.json").get("add_bos_token")  # what transformers goes by
     adds_bos = bos is not None and (setting if isinstance(setting, bool) else library.encode("a").ids[:1] == [bos])
-    return Tokenizer(str(folder), size, bos, eos, fingerprint, encode_batch, decode, special, encode_template, adds_bos)
+    return Tokenizer(
+        str(folder), size, bos, eos, fingerprint, encode_batch, decode, special, added, encode_template, adds_bos
+    )
 
 
 def _load_tiktoken(folder: Path) -> Tokenizer:
@@ -203,7 +209,9 @@ def _load_tiktoken(folder: Path) -> Tokenizer:
 
     size = len(ranks) + LLAMA3_SPECIAL_TOKENS
     fingerprint = _fingerprint(content, bos, eos)
-    return Tokenizer(str(folder), size, bos, eos, fingerprint, encode_batch, decode, special, encode_template, True)
+    return Tokenizer(
+        str(folder), size, bos, eos, fingerprint, encode_batch, decode, special, special, encode_template, True
+    )
 
 
 def _read_ranks(path: Path, content: bytes) -> dict[bytes, int]:

@@ -113,7 +113,7 @@ def test_mix_with_a_hugging_face_folder(run_folder: Path, tmp_path: Path, capsys
     assert run(merge, "mix", *arguments, "--out", tmp_path / "out") == 0
     assert "RoPE differs" in capsys.readouterr().out
     mixed = open_checkpoint(tmp_path / "out" / "step-0")
-    assert mixed.args == ARGS
+    assert mixed.args == ARGS and mixed.manifest["ends_of_turn"] == [1], "of the model that says so"
     long, short = random_weights(ARGS, 2), random_weights(base, 9)
     for name in mixed.shapes:
         assert torch.allclose(mixed.read(name), 0.3 * long.read(name) + 0.7 * short.read(name), atol=1e-6)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from torchtitan.datasets.ends_of_turn import named_ends
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.convert.torchtitan_and_meta import open_meta, open_torchtitan
 from torchtitan.extensions.convert.weights import Weights, open_checkpoint, open_hugging_face
@@ -56,12 +57,18 @@ def manifest_entries(weights: Weights, assets: Path) -> dict[str, Any]:
     read if the weights do not name a tokenizer."""
     known: dict[str, Any] = {"seq_len": weights.args.rope.max_position_embeddings}
     known |= {k: weights.manifest[k] for k in ("tokenizer", "seq_len", "tokens_seen") if k in weights.manifest}
+    known["ends_of_turn"] = known_ends(weights)
     if known.get("tokenizer") is None:
         try:
             known["tokenizer"] = load_tokenizer(assets).fingerprint
         except UserError as error:
             raise UserError(f"A checkpoint names its tokenizer. {error} Give --assets.") from None
     return known
+
+
+def known_ends(weights: Weights) -> list[int]:
+    """The tokens that end the model's answers, as its manifest or its generation_config.json says."""
+    return weights.manifest.get("ends_of_turn", named_ends(weights.where))
 
 
 def with_progress(weights: Weights) -> Weights:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from torchtitan.components.hooks import Hook
 from torchtitan.components.manifest import export_folder
+from torchtitan.datasets.ends_of_turn import as_ids
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.convert.servers import serving_notes
 from torchtitan.extensions.convert.weights import SAFETENSORS_DTYPES, Weights, open_checkpoint
@@ -198,6 +199,15 @@ def _other_files(weights: Weights, assets: Path | None) -> tuple[dict[str, dict[
     for key in ("bos_token_id", "eos_token_id"):
         if generation.get(key) is None and config[key] is not None:
             generation[key] = config[key]
+    ends = weights.manifest.get("ends_of_turn")
+    sources = weights.manifest.get("config", {}).get("data", {}).get("sources", [])
+    if ends is None and any(source.get("messages_field") for source in sources):
+        logger.warning(
+            f"{weights.where} was trained on conversations by an older version, which did not write down what ends a "
+            "response: add the id of that token to eos_token_id in the export's generation_config.json."
+        )
+    if new := set(ends or ()) - set(named := as_ids(generation.get("eos_token_id"))):  # base models name EOS alone
+        generation["eos_token_id"] = [*named, *sorted(new)]
     files: dict[str, dict[str, Any] | Path] = {"config.json": config, "generation_config.json": generation}
     for name in TOKENIZER_FILES:
         if assets is not None and (assets / name).is_file():

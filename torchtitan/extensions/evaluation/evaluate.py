@@ -51,6 +51,9 @@ class Prepared:
     """By task."""
 
     scores: dict[str, Score] = field(default_factory=dict)
+    ends: Sequence[int] = ()
+    """Tokens that end an answer, as the model's conversations taught them."""
+
     settings: dict[str, Any] = field(default_factory=dict)
     """How the questions are asked, "asked" in the results: only results with the same settings can be compared."""
 
@@ -64,7 +67,7 @@ def warn_beyond_trained_length(args: TransformerArgs, longest: int) -> None:
         logger.warning(f"evaluation at {longest:,} tokens: {warning}")
 
 
-def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> Prepared:
+def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs, ends: Sequence[int] = ()) -> Prepared:
     """Read texts and make the questions of needles and tasks: the same on every rank. UserError for text that is too
     short or missing, and for a length that a task cannot have."""
     e = config.evaluation
@@ -117,7 +120,7 @@ def prepare(config: JobConfig, tokenizer: Tokenizer, args: TransformerArgs) -> P
         "tokenizer": tokenizer.fingerprint,
         "questions": digest.hexdigest(),
     }
-    return Prepared(texts, length, questions, scores, settings)
+    return Prepared(texts, length, questions, scores, ends, settings)
 
 
 def without_special(tokenizer: Tokenizer, tokens: torch.Tensor) -> torch.Tensor:
@@ -163,7 +166,8 @@ def evaluate(
             def on_task(done: int, total: int, task: str = task) -> None:
                 on_part(task, done, total)
 
-            outcomes = score_questions(model, ranks, tokenizer, questions, prepared.scores[task], generate, on_task)
+            score = prepared.scores[task]
+            outcomes = score_questions(model, ranks, tokenizer, questions, score, generate, prepared.ends, on_task)
             tasks[task] = mean_by_length_and_depth(questions, outcomes)
     finally:
         free_gathered_parameters(model)

@@ -37,7 +37,8 @@ class EvaluationHook(Hook):
         """Reads texts and makes questions, so that a mistake in them costs no step. UserError for a mistake."""
         if is_asked_for(trainer.config):
             self.ranks = Ranks.of(trainer.dims, trainer.device, trainer.config, trainer.cpu_group)
-            self.prepared = prepare(trainer.config, trainer.inputs.tokenizer, trainer.inputs.args)
+            inputs = trainer.inputs
+            self.prepared = prepare(trainer.config, inputs.tokenizer, inputs.args, inputs.ends_of_turn)
 
     def started(self, trainer: Any) -> None:
         """Moves aside results of steps that this run trains anew, which would pass for its own; then the evaluation

@@ -21,11 +21,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows
 from tqdm import tqdm
 
+from torchtitan.datasets.ends_of_turn import stop_ids
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.evaluation.forward import DUMMY_PROMPT, Ranks, answer_scores, losses_of_documents
 from torchtitan.extensions.evaluation.generate import BATCH_PROMPTS, generate, groups_of
 from torchtitan.extensions.evaluation.held_out_text import check_vocabulary
-from torchtitan.extensions.evaluation.runner import stop_ids
 from torchtitan.extensions.ingest.chat_template import ChatTemplate, load_chat_template
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.transformer import Transformer
@@ -86,6 +86,9 @@ class Writing:
 class TorchtitanLM(TemplateLM):
     """A model on its ranks. Methods that take requests are collective; all ranks must get the same requests."""
 
+    has_templates = False
+    """Whether the texts of requests were made by apply_chat_template: the harness does so for all of them or none."""
+
     def __init__(
         self,
         model: Transformer,
@@ -95,16 +98,18 @@ class TorchtitanLM(TemplateLM):
         add_bos: bool = False,
         truncate: bool = False,
         silent: bool = False,
+        ends: Sequence[int] = (),
     ) -> None:
         """max_length: how many tokens the model may read; the last token of a scored request is not read.
 
-        add_bos: every text gets BOS unless it begins with BOS. truncate: longer requests are cut from the left, not a
-        UserError; `truncated` counts them. silent: no progress bars.
+        add_bos: every text gets BOS unless it begins with BOS; what apply_chat_template made is left as it is.
+        truncate: longer requests are cut from the left, not a UserError; `truncated` counts them. silent: no progress
+        bars. ends: tokens that end an answer beside those of stop_ids().
         """
         super().__init__()
         self.model, self.ranks, self._tokens = model, ranks, tokenizer
         self.max_length, self.add_bos, self.truncate, self.silent = max_length, add_bos, truncate, silent
-        self.truncated = 0
+        self.truncated, self.ends = 0, ends
         self._device = ranks.device
         self._special = frozenset(tokenizer.special.values())
         if tokenizer.bos_id is None and tokenizer.eos_id is None:
@@ -145,7 +150,9 @@ class TorchtitanLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text, up to where the model's answer begins or, without add_generation_prompt, continues.
-        UserError if the template refuses the conversation."""
+        UserError if the template refuses the conversation. From here on no text gets BOS: the template has written it,
+        if there is one, as in training."""
+        self.has_templates = True
         try:
             text = self.template.render(chat_history, answering=add_generation_prompt)
         except ValueError as error:
@@ -157,11 +164,12 @@ class TorchtitanLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text; the spelling of a special token in it becomes that token, as in lm-eval's `hf` model. BOS is
-        added if add_special_tokens says so or, if that is None, by add_bos to texts that do not begin with it."""
+        added if add_special_tokens says so or, if that is None, by add_bos, to texts that do not begin with it and were
+        not made by the chat template."""
         ids = self._tokens.encode_template(string)[0]
         bos = self._tokens.bos_id
         if add_special_tokens is None:
-            add_special_tokens = self.add_bos and ids[:1] != [bos]
+            add_special_tokens = self.add_bos and not self.has_templates and ids[:1] != [bos]
         ids = [bos, *ids] if add_special_tokens and bos is not None else ids
         check_vocabulary(max(ids, default=0), self.model.args.vocab_size, self._tokens)
         return ids
@@ -240,7 +248,7 @@ class TorchtitanLM(TemplateLM):
                     self.ranks,
                     [prompts[i] for i in batch],
                     writing.new_tokens,
-                    stop_ids(self._tokens),
+                    frozenset(stop_ids(self._tokens, self.ends)),
                     writing.temperature,
                     writing.top_p,
                     numbers=batch,

@@ -55,6 +55,11 @@ class ModelOnDisk:
     """Whether `args` has another RoPE than the weights were saved with."""
 
     @property
+    def ends_of_turn(self) -> list[int]:
+        """Tokens that end a response, as its stages trained it."""
+        return (self.manifest or {}).get("ends_of_turn", [])
+
+    @property
     def label(self) -> str:
         """For tables and pictures: "64k, step 1000", or the folder's name."""
         name = self.folder.resolve().name

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, pairwise, takewhile
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from torchtitan.datasets.ends_of_turn import stop_ids
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.evaluation.forward import DUMMY_PROMPT, Ranks, answer_scores, document_losses
 from torchtitan.extensions.evaluation.generate import groups_of, write_and_score
@@ -22,7 +22,6 @@ from torchtitan.extensions.evaluation.questions import Question, Score
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.transformer import Transformer
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import read_json
 
 FIRST_EDGE = 512
 """Tokens of the first range of positions."""
@@ -56,12 +55,16 @@ def score_questions(
     questions: Sequence[Question],
     score: Score,
     writes: bool,
+    ends: Sequence[int] = (),
     on_part: OnPart = lambda done, total: None,
 ) -> list[Outcome]:
-    """Outcomes of all questions, in their order. Collective. writes: whether the model also writes, greedily."""
+    """Outcomes of all questions, in their order. Collective.
+
+    writes: whether the model also writes, greedily; ends: tokens that end an answer beside those of stop_ids().
+    """
     mine = list(range(ranks.dp_rank, len(questions), ranks.dp))
     outcomes: dict[int, Outcome] = {}
-    stops = stop_ids(tokenizer)
+    stops = frozenset(stop_ids(tokenizer, ends)) if writes else frozenset()
     spare = [max(questions[i].max_new_tokens, len(questions[i].target)) for i in mine]
     groups = groups_of(ranks, [questions[i].prompt for i in mine], spare, model.args.rope)
     for g, (used, members) in enumerate(groups, 1):
@@ -82,16 +85,6 @@ def score_questions(
             outcomes[mine[members[k]]] = outcome
         on_part(g, len(groups))
     return ranks.collect(outcomes)
-
-
-def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that end an answer: the tokenizer's EOS, and those that its folder's generation_config.json names."""
-    named: Any = []
-    file = Path(tokenizer.folder) / "generation_config.json"
-    if file.is_file():
-        named = read_json(file).get("eos_token_id") or []
-    ids = [tokenizer.eos_id, *(named if isinstance(named, list) else [named])]
-    return frozenset(i for i in ids if i is not None)
 
 
 def mean_by_length_and_depth(questions: Sequence[Question], outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from torchtitan.extensions.evaluation.forward import Ranks
 from torchtitan.extensions.evaluation.hook import EvaluationHook
 from torchtitan.extensions.evaluation.loading import ModelOnDisk, check_own_results, inspect_model
 from torchtitan.extensions.evaluation.questions import Question, default_text
-from torchtitan.extensions.evaluation.runner import Outcome, mean_by_length_and_depth, position_losses, stop_ids
+from torchtitan.extensions.evaluation.runner import Outcome, mean_by_length_and_depth, position_losses
 from torchtitan.models.hf.config_in import read_config
 from torchtitan.models.hf.weights import hf_name
 from torchtitan.models.rope import RopeArgs, rope_for
@@ -344,14 +344,6 @@ def test_windows_are_as_long_as_asked():
             kept = 0 if begin == 0 else window - window // 2
             losses[begin + kept : begin + len(piece)] = piece[kept:]
         assert gain["nll_cut"] == [pytest.approx(float(losses.mean()), rel=1e-5)] and gain["window"] == window
-
-
-def test_answers_end_where_the_folder_says(tmp_path: Path):
-    shutil.copytree(ASSETS, tmp_path, dirs_exist_ok=True)
-    for named, more in ((None, set()), (9, {9}), ([7, 8], {7, 8})):
-        if named is not None:
-            (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
-        assert stop_ids(load_tokenizer(tmp_path)) == {TOKENIZER.eos_id, *more}
 
 
 def test_nothing_begins_or_ends_in_a_haystack(tmp_path: Path):

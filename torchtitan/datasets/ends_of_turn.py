@@ -1,0 +1,60 @@
+"""Which tokens end an answer: what the tokenizer's folder names, and what the conversations of a stage taught.
+
+A base model that is trained on conversations learns to end its answers with the token of its chat template, which none
+of its files names as an end. What was trained stands in the data, whoever made them: after the last token of a response
+nothing is trained, so that a generation has to stop there. Checkpoints keep these tokens in their manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchtitan.datasets.corpus import ASSISTANT, Corpus
+from torchtitan.datasets.tokenizer import Tokenizer, json_if_present
+from torchtitan.tools.logging import logger
+
+SAMPLE = 1000
+"""At most this many conversations of a corpus are read, spread over it."""
+
+
+def ends_of_turn(corpora: Sequence[Corpus], tokenizer: Tokenizer, inherited: Sequence[int] = ()) -> list[int]:
+    """Ids, ascending, of the special tokens that end a trained response of these corpora; and the inherited ones, which
+    earlier stages trained. Logs a warning for conversations without any."""
+    ends = set(inherited)
+    for corpus in corpora:
+        if not corpus.has_roles:
+            continue
+        last: set[int] = set()
+        for index in np.unique(np.linspace(0, len(corpus) - 1, SAMPLE).astype(int)).tolist():
+            trained = corpus.roles(index) == ASSISTANT
+            is_last = trained & ~np.append(trained[1:], False)
+            last |= set(corpus.document(index)[is_last].tolist())
+        special = last & set(tokenizer.added.values())
+        if last and not special:
+            logger.warning(
+                f"{corpus.folder}: no trained response ends with a special token, so the model does not learn where "
+                "to stop."
+            )
+        ends |= special
+    return sorted(ends)
+
+
+def named_ends(folder: str | Path) -> list[int]:
+    """The ids that generation_config.json in a model's folder names as eos_token_id; [] if it names none."""
+    return as_ids(json_if_present(Path(folder) / "generation_config.json").get("eos_token_id"))
+
+
+def as_ids(eos_token_id: Any) -> list[int]:
+    """The value of eos_token_id, a number, a list of numbers or null, as a list."""
+    return [] if eos_token_id is None else eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+
+
+def stop_ids(tokenizer: Tokenizer, trained: Sequence[int] = ()) -> list[int]:
+    """Ids of the tokens at which a generation stops: the tokenizer's EOS, those that its folder's
+    generation_config.json names, and those that conversations taught (ends_of_turn of a manifest)."""
+    eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    return list(dict.fromkeys([*eos, *named_ends(tokenizer.folder), *trained]))
