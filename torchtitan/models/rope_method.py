@@ -72,10 +72,10 @@ class Scaling:
 
     @classmethod
     def from_hf(cls, values: dict[str, Any]) -> Scaling:
-        """The inverse of `hf`. values: rope_parameters, and max_position_embeddings and trained_length if they are
-        known. KeyError for a field without a default that values lacks."""
+        """The inverse of `hf`. values: rope_parameters, in the types of the fields, and max_position_embeddings.
+        KeyError for a field without a default that values lacks."""
         names = [f.name for f in fields(cls) if f.init and (f.name in values or f.default is MISSING)]
-        return cls(**{name: _number(name, values[name]) for name in names})
+        return cls(**{name: values[name] for name in names})
 
     def hf(self, theta: float, head_dim: int) -> dict[str, Any]:
         """Hugging Face's rope_parameters; UserError if Hugging Face has no form for it."""
@@ -128,14 +128,7 @@ class Scaling:
         return None
 
 
-def _number(key: str, value: Any) -> Any:
-    """A value of config.json in the type of its field."""
-    if isinstance(value, list):
-        return tuple(map(float, value))
-    return value if isinstance(value, bool) else int(value) if key == ORIGINAL else float(value)
-
-
 def with_factor(values: dict[str, Any]) -> dict[str, Any]:
     """transformers' rule for a factor that yarn or longrope leaves out."""
-    length = values.get("trained_length")
+    length = values.get("max_position_embeddings")
     return {"factor": length / values[ORIGINAL], **values} if length else values

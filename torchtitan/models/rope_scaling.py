@@ -78,7 +78,7 @@ class DynamicNTKScaling(Scaling):
 
     @classmethod
     def from_hf(cls, values: dict[str, Any]) -> Scaling:
-        return super().from_hf({ORIGINAL: values.get("max_position_embeddings", 0), **values})
+        return super().from_hf({**values, ORIGINAL: values["max_position_embeddings"]})
 
     def hf(self, theta: float, head_dim: int) -> dict[str, Any]:
         if self.length is None:  # as Hugging Face had it, never trained for a length
@@ -183,7 +183,7 @@ class YarnScaling(Scaling):
 
     @classmethod
     def from_hf(cls, values: dict[str, Any]) -> Scaling:
-        if values.get("attention_factor") is not None:  # it wins: mscale beside it says the same to servers (see hf)
+        if "attention_factor" in values:  # it wins: mscale beside it says the same to servers (see hf)
             values = {key: value for key, value in values.items() if key not in ("mscale", "mscale_all_dim")}
         return super().from_hf(with_factor(values))
 

@@ -111,7 +111,7 @@ def read_json(path: Path, mend: str = "") -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}. {mend}".rstrip()) from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, but a JSON object is expected. {mend}".rstrip())

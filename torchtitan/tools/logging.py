@@ -30,3 +30,14 @@ def init_logger(rank: int, world_size: int) -> None:
     # Known and harmless here: nothing works in place on the output of an FSDP module, and torchdata calls set_vital.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+
+
+_said: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """A warning that a process gives once, however often it reads the file that it is about. Ranks beyond 0, which read
+    the same file, are silent."""
+    if message not in _said and (not logger.handlers or logger.isEnabledFor(logging.INFO)):
+        _said.add(message)
+        logger.warning(message)

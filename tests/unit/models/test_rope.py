@@ -17,8 +17,8 @@ from torchtitan.attention.segments import Segments
 from torchtitan.config.schema import JobConfig, Rope
 from torchtitan.models import rope_scaling
 from torchtitan.models.architecture import as_json, rope_from_manifest
-from torchtitan.models.hf.config_in import rope_from_hf
 from torchtitan.models.hf.config_out import config_json, rope_to_hf
+from torchtitan.models.hf.rope_in import rope_from_hf
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.rope import (
     RopeArgs,

@@ -50,6 +50,7 @@ SMALL = {
     "max_position_embeddings": 1024,
     "initializer_range": 0.2,  # so that logits are far from 0 and every part of the model shows in them
     "tie_word_embeddings": False,
+    "eos_token_id": 2,  # Olmo's default is beyond this vocabulary
 }
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -222,11 +223,11 @@ def test_masks_must_fit_the_layers(tmp_path: Path):
     [
         ({"model_type": "gpt2"}, "gpt2"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "yarn rope scaling lacks"),
-        ({"rope_parameters": {"rope_type": "su"}}, "su"),
+        ({"rope_parameters": {"rope_type": "su"}}, "longrope rope scaling lacks"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"attention_bias": True}, "attention_bias"),
-        ({"model_type": "mistral", "sliding_window": [512, None]}, r"sliding_window = \[512, None\]"),
-        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3}, "use_sliding_window = None"),
+        ({"model_type": "mistral", "sliding_window": [512, None]}, r"sliding_window = \[512, null\]"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3}, "use_sliding_window = null"),
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "llama does not read it"),
         ({"model_type": "olmo3", "layer_types": ["full_attention"]}, "for each of 3 layers"),
         (
