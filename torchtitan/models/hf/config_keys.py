@@ -20,7 +20,7 @@ NEEDED = object()
 
 class Key(NamedTuple):
     type: str
-    """int, number (more than `least`), factor (a number of at least 1), bool, text, object; lists: texts, numbers."""
+    """int, number (more than `least`), bool, text, object; lists: texts, numbers."""
 
     default: Any = NEEDED
     """For all model types, or a dict by model_type, with "" for those that it does not name."""
@@ -124,19 +124,15 @@ def typed(value: Any, rule: Key, key: str, where: str) -> Any:
     """A value of a JSON file, not null, in the type of its key. Text that is a number is read as the number; UserError
     names the file, the key and the value if it cannot be the key's."""
     kind, least = rule.type, rule.least
-    if kind in ("int", "number", "factor"):
+    if kind in ("int", "number"):
         number = _as_number(value)
-        if number is not None:
-            if kind == "int" and number == int(number) and least <= number < 2**31:
-                return int(number)
-            if kind == "number" and least < number < 1e300 or kind == "factor" and 1 <= number < 1e300:
-                return float(number)
-        bound = {
-            "int": "a whole number of at least",
-            "number": "a number greater than",
-            "factor": "a number of at least",
-        }
-        wanted = f"{bound[kind]} {least:g}" + (" and less than 2^31" if kind == "int" else "")
+        if kind == "int" and number is not None and number == int(number) and least <= number < 2**31:
+            return int(number)
+        if kind == "number" and number is not None and least < number < 1e300:
+            return float(number)
+        wanted = f"a whole number of at least {least:g} and less than 2^31"
+        if kind == "number":
+            wanted = "a number" if least == -math.inf else f"a number greater than {least:g}"
     elif kind == "numbers":
         if isinstance(value, list) and value:
             return tuple(typed(v, Key("number", least=least), f"{key}[{i}]", where) for i, v in enumerate(value))

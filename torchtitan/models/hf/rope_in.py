@@ -6,6 +6,7 @@ another than its file says. docs/rope.md says what is read.
 
 from __future__ import annotations
 
+import math
 from dataclasses import Field, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -167,11 +168,9 @@ def _rule(field: Field[Any]) -> Key:
     text = str(field.type)
     if "bool" in text or "tuple" in text:
         return Key("bool" if "bool" in text else "numbers", least=0)
-    return (
-        Key("int")
-        if "int" in text
-        else Key("factor" if field.name == "factor" else "number", least=int(field.name == "factor"))
-    )
+    if "int" in text:
+        return Key("int")
+    return Key("number", least=-math.inf if field.name.startswith("mscale") else 0)
 
 
 def _original(config: dict[str, Any], name: str, table: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
@@ -206,11 +205,6 @@ def _check_numbers(scaling: Scaling, name: str, where: str, head_dim: int | None
     for high, low in (("beta_fast", "beta_slow"), ("high_freq_factor", "low_freq_factor")):
         if high in of and of[high] <= of[low]:
             raise UserError(f"{where}: {name}.{high} = {of[high]:g} must be greater than {low} = {of[low]:g}.")
-    if scaling.rope_type == "yarn" and of["factor"] < 1:
-        raise UserError(
-            f"{where}: {name} lacks a factor, and max_position_embeddings / {ORIGINAL} = {of['factor']:g}: it must be "
-            "at least 1."
-        )
     for key in ("short_factor", "long_factor"):
         if head_dim and key in of and len(of[key]) != head_dim // 2:
             raise UserError(
@@ -262,7 +256,7 @@ def _trained_length(
     if said in (length, longer):
         return said
     # no model was pretrained on less than 2,048 tokens; Llama 1 and 2 on 2,048 and 4,096
-    if length <= 4096 or length / scaling.factor < 2048 or longer == length:
+    if length <= 4096 or length / scaling.factor < 2048 or longer <= length:
         return longer
     warn_once(
         f"{where}: max_position_embeddings = {length} with a linear factor of {scaling.factor:g} is taken for the "
