@@ -16,8 +16,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from torchtitan.extensions.convert.assets import tokenizer_files
 from torchtitan.extensions.convert.conversion import manifest_entries, open_any, with_progress
-from torchtitan.extensions.convert.export import SHARD_BYTES, TOKENIZER_FILES, write_hugging_face
+from torchtitan.extensions.convert.export import SHARD_BYTES, write_hugging_face
 from torchtitan.extensions.convert.torchtitan_and_meta import write_meta, write_torchtitan
 from torchtitan.extensions.convert.weights import DTYPES, Weights, write_checkpoint
 from torchtitan.models.rope_config import describe_rope
@@ -69,7 +70,7 @@ def convert(options: argparse.Namespace) -> None:
     if options.to == "huggingface":
         for note in write_hugging_face(weights, options.output, assets, shard_bytes=int(options.shard_gb * 1e9)):
             print(f"note: {note}")
-        if not any((options.output / name).is_file() for name in TOKENIZER_FILES):
+        if not tokenizer_files(options.output):
             print(f"note: {options.output} has no tokenizer: {assets} has none. Name its folder with --assets.")
     elif options.to == "checkpoint":
         print(f"{write_checkpoint(weights, options.output, manifest_entries(weights, assets))}")

@@ -115,6 +115,13 @@ def config_json(**changes: Any) -> bytes:
     return json.dumps(TINY | changes).encode()
 
 
+def olmo3_config() -> bytes:
+    """Without windows: an Olmo 2 but for its model_type, which the export keeps."""
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "truncate": False}
+    layers = ["full_attention"] * TINY["num_hidden_layers"]
+    return config_json(model_type="olmo3", layer_types=layers, rope_scaling=yarn)
+
+
 def cut_weights(spoiled: Path, assets: Path) -> Overrides:
     half = (assets / "model.safetensors").read_bytes()[:100_000]
     return asset("model.safetensors", half, checkpoint__initial_load_in_hf=True)(spoiled, assets)
@@ -142,6 +149,10 @@ CASES: dict[str, tuple[Make, list[str]]] = {
     "another kind of model": (asset("config.json", config_json(model_type="gpt2")), ["model_type", "gpt2", "llama"]),
     "no such flavor": (keys(model__flavor="llama9"), ["model.flavor", "llama9", "llama3_8b"]),
     "more tokens than the model has": (asset("config.json", config_json(vocab_size=4000)), ["4096", "4000"]),
+    "a RoPE that its config.json cannot say": (
+        asset("config.json", olmo3_config(), checkpoint__enable=True, checkpoint__last_save_in_hf=True),
+        ["truncate = false cannot be exported for Olmo 3", "rope.truncate = true"],
+    ),
     "no weights": (
         asset("model.safetensors", None, checkpoint__initial_load_in_hf=True),
         ["checkpoint.initial_load_in_hf", "*.safetensors", "model.hf_assets_path"],

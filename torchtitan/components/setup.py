@@ -33,7 +33,7 @@ from torchtitan.distributed.parallelize import check_compile_backend
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.models.architecture import as_json, complete, rope_from_manifest
 from torchtitan.models.flavor import architecture
-from torchtitan.models.hf.config_out import config_json
+from torchtitan.models.hf.config_out import config_json, original_config
 from torchtitan.models.hf.weights import check_weights
 from torchtitan.models.rope import RopeArgs, drawn_rope
 from torchtitan.models.rope_config import build_rope, check_mixed_window
@@ -106,7 +106,8 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
     if start and start.manifest is None:
         check_weights(start.path, args, f"checkpoint.initial_load_path = {start.path}")
     if config.checkpoint.last_save_in_hf:
-        config_json(args, config.checkpoint.export_dtype, {})  # refuses a model that has no form there
+        # refuses a model that has no form there
+        config_json(args, config.checkpoint.export_dtype, original_config(assets))
     _check_model(config, args, tokenizer)
     if config.checkpoint.initial_load_in_hf:
         check_weights(assets, args, f"checkpoint.initial_load_in_hf = true, with model.hf_assets_path = {assets}")

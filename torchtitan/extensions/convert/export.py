@@ -15,26 +15,16 @@ from torchtitan.components.hooks import Hook
 from torchtitan.components.manifest import export_folder
 from torchtitan.datasets.ends_of_turn import as_ids
 from torchtitan.datasets.tokenizer import load_tokenizer
+from torchtitan.extensions.convert.assets import copied_files, generation_config, raised_limit
 from torchtitan.extensions.convert.servers import serving_notes
 from torchtitan.extensions.convert.weights import SAFETENSORS_DTYPES, Weights, open_checkpoint
-from torchtitan.models.hf.config_out import config_json, left_out
+from torchtitan.models.hf.config_out import config_json, left_out, original_config
 from torchtitan.models.hf.weights import hf_name
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import partial_of, put_aside, read_json, sync, written
+from torchtitan.tools.folders import partial_of, put_aside, sync, written
 from torchtitan.tools.logging import logger
 
 SHARD_BYTES = 5 * 10**9
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _NAMES_OF_DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _EXPECTED = "expected.json"
 
@@ -96,6 +86,7 @@ def write_hugging_face(
                 total = sum(_nbytes(weights, name) for name in weights.shapes)
                 files["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
             for name, content in files.items():
+                (partial / name).parent.mkdir(exist_ok=True)
                 if isinstance(content, Path):
                     shutil.copyfile(content, partial / name)
                 else:
@@ -118,11 +109,11 @@ def publish(out: Path) -> None:
     expected = json.loads((partial / _EXPECTED).read_text())
     if missing := [name for name in expected if not (partial / name).is_file()]:
         raise RuntimeError(f"{partial} lacks {', '.join(missing[:5])}: a part of the export has not been written")
-    for path in partial.iterdir():  # what a killed export with other shards left
-        if path.name not in expected:
+    for path in [path for path in partial.rglob("*") if path.is_file()]:
+        if path.relative_to(partial).as_posix() in expected:
+            sync(path)
+        else:  # what a killed export with other shards left
             path.unlink()
-    for path in partial.iterdir():
-        sync(path)
     partial.rename(out)
     sync(out.parent)
 
@@ -168,9 +159,10 @@ def _write_shard(weights: Weights, names: list[str], path: Path) -> None:
 
 def _other_files(weights: Weights, assets: Path | None) -> tuple[dict[str, dict[str, Any] | Path], list[str]]:
     """All files but the weights, by name: a JSON object to write, or the file to copy. And the notes."""
-    original = _json(assets, "config.json")
-    bos = eos = None
-    if assets is not None and any((assets / name).is_file() for name in TOKENIZER_FILES[:2]):
+    original = original_config(assets)
+    copied, notes = copied_files(assets) if assets else ({}, [])
+    args, bos, eos = weights.args, None, None
+    if assets is not None and {"tokenizer.json", "tokenizer.model"} & set(copied):
         try:
             tokenizer = load_tokenizer(assets)
         except UserError:  # a SentencePiece tokenizer.model: copied, but not read
@@ -182,23 +174,24 @@ def _other_files(weights: Weights, assets: Path | None) -> tuple[dict[str, dict[
                     f"{weights.where} was trained with another tokenizer than that of {assets}: name the folder that "
                     "it was trained with."
                 )
+            if tokenizer.vocab_size > args.vocab_size:
+                notes.append(
+                    f"The tokenizer of {assets} has {tokenizer.vocab_size} tokens, the model only {args.vocab_size}: a text "
+                    "with one of the others is an error in every server."
+                )
     dtypes = {str(d).removeprefix("torch.") for d in weights.dtypes.values()}
     if len(dtypes) > 1:
         raise UserError(f"The weights in {weights.where} are {' and '.join(sorted(dtypes))}; name one dtype for all.")
-    args = weights.args
     if args.rope.max_position_embeddings is None:
         args = replace(args, rope=replace(args.rope, max_position_embeddings=weights.manifest.get("seq_len")))
     config = config_json(args, dtypes.pop(), original, bos, eos)
-    notes = []
+    length = args.rope.max_position_embeddings or 0
     if dropped := left_out(original, config):
         notes.append(
             f"config.json does not have {', '.join(dropped)} of {assets}: nothing here was trained with it, and a "
             "server may compute something else by it."
         )
-    generation = _json(assets, "generation_config.json")
-    for key in ("bos_token_id", "eos_token_id"):
-        if generation.get(key) is None and config[key] is not None:
-            generation[key] = config[key]
+    generation, limits = generation_config(assets, config, length)
     ends = weights.manifest.get("ends_of_turn")
     sources = weights.manifest.get("config", {}).get("data", {}).get("sources", [])
     if ends is None and any(source.get("messages_field") for source in sources):
@@ -208,17 +201,7 @@ def _other_files(weights: Weights, assets: Path | None) -> tuple[dict[str, dict[
         )
     if new := set(ends or ()) - set(named := as_ids(generation.get("eos_token_id"))):  # base models name EOS alone
         generation["eos_token_id"] = [*named, *sorted(new)]
-    files: dict[str, dict[str, Any] | Path] = {"config.json": config, "generation_config.json": generation}
-    for name in TOKENIZER_FILES:
-        if assets is not None and (assets / name).is_file():
-            files[name] = assets / name
-    if "tokenizer_config.json" in files:
-        # otherwise whoever asks the tokenizer still gets the old length as the limit
-        tokenizer_config, length = _json(assets, "tokenizer_config.json"), args.rope.max_position_embeddings or 0
-        if tokenizer_config.get("model_max_length", length) < length:
-            files["tokenizer_config.json"] = tokenizer_config | {"model_max_length": length}
-    return files, notes + serving_notes(config)
-
-
-def _json(folder: Path | None, name: str) -> dict[str, Any]:
-    return {} if folder is None or not (folder / name).is_file() else read_json(folder / name)
+    files: dict[str, dict[str, Any] | Path] = {"config.json": config, "generation_config.json": generation, **copied}
+    if assets is not None and (raised := raised_limit(assets, length)):
+        files["tokenizer_config.json"] = raised
+    return files, notes + limits + serving_notes(config)

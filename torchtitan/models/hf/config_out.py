@@ -7,6 +7,7 @@ The RoPE is in it twice, as transformers 5 reads it (rope_parameters) and as tra
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from torchtitan.models.hf.config_in import CLASSES
@@ -14,6 +15,7 @@ from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_method import ORIGINAL
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.folders import read_json
 
 # Written anew, or of no meaning in another folder.
 _REPLACED = (
@@ -40,6 +42,12 @@ _WINDOW_KEYS = {
     "qwen2": ("sliding_window", "use_sliding_window", "max_window_layers"),
     "qwen3": ("sliding_window", "use_sliding_window", "max_window_layers"),
 }
+
+
+def original_config(folder: Path | None) -> dict[str, Any]:
+    """The config.json of the folder that a model was trained from; empty if it has none."""
+    path = folder / "config.json" if folder else None
+    return read_json(path) if path and path.is_file() else {}
 
 
 def model_type(args: TransformerArgs, original: str | None) -> str:
