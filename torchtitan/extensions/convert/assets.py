@@ -63,7 +63,7 @@ def raised_limit(folder: Path, length: int) -> dict[str, Any] | None:
 
 
 def generation_config(folder: Path | None, config: dict[str, Any], length: int) -> tuple[dict[str, Any], list[str]]:
-    """generation_config.json, and notes on its limits. config: the config.json that is written, length: the trained one.
+    """generation_config.json, and notes on its limits. config: the config.json beside it; length: the trained one.
 
     A max_length that is shorter would end texts at the old length: it is raised. `_from_model_config` would make
     transformers build the file anew from config.json, without what stands here alone.

@@ -176,8 +176,8 @@ def _other_files(weights: Weights, assets: Path | None) -> tuple[dict[str, dict[
                 )
             if tokenizer.vocab_size > args.vocab_size:
                 notes.append(
-                    f"The tokenizer of {assets} has {tokenizer.vocab_size} tokens, the model only {args.vocab_size}: a text "
-                    "with one of the others is an error in every server."
+                    f"The tokenizer of {assets} has {tokenizer.vocab_size} tokens, the model only {args.vocab_size}: a "
+                    "text with one of the others is an error in every server."
                 )
     dtypes = {str(d).removeprefix("torch.") for d in weights.dtypes.values()}
     if len(dtypes) > 1:
