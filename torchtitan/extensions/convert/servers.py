@@ -193,6 +193,35 @@ LIMITS = (
     ),
     Limit("mlx-lm", lambda e: e.kind == "olmo3" and len(e.layers) == 1, "cannot load an Olmo 3 whose layers are alike"),
     Limit(
+        "SGLang",
+        lambda e: e.two_lists,
+        "chooses LongRoPE's list by the longest text of a batch, and anew for each token that it generates",
+        "keep all texts that it reads at a time on one side of {original} tokens",
+    ),
+    Limit(
+        "SGLang",
+        lambda e: _scaled_otherwise(e, "yarn") and "mscale" not in e.rope,
+        "has no attention factor for a YaRN whose factor is 1",
+    ),
+    Limit(
+        "SGLang",
+        lambda e: _slides(e) and e.kind != "olmo3",
+        "lets each token see all before it, whatever the sliding window of this model",
+    ),
+    Limit("TGI", lambda e: e.type == "linear", "leaves linear scaling out"),
+    Limit(
+        "TGI",
+        lambda e: e.two_lists,
+        "rotates what is beyond LongRoPE's original length by another list than what is before it",
+    ),
+    Limit(
+        "TGI",
+        lambda e: e.type == "longrope" and e.magnitude != 1,
+        "multiplies LongRoPE's frequencies by its attention factor",
+    ),
+    Limit("TGI", lambda e: _yarn(e, beta_fast=32, beta_slow=1), "does not read YaRN's betas"),
+    Limit("TGI", lambda e: _yarn(e, truncate=True), "truncates the ramp of every YaRN"),
+    Limit(
         "Every server",
         lambda e: e.longest > e.trained,
         "takes {longest} tokens as the longest context, and the model was trained for {trained}",

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 LIMIT = 1e-4
@@ -80,6 +81,9 @@ def export_all(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     cases = {name: with_rope(scaling) for name, scaling in SCALINGS.items()}
     cases |= {f"{name}, yarn": with_rope(SCALINGS["yarn"], args) for name, args in ARCHITECTURES.items()}
+    others = (("olmo2", "linear"), ("olmo3", "linear"), ("olmo3", "llama3"), ("olmo3", "longrope"))
+    cases |= {f"{model}, {name}": with_rope(SCALINGS[name], ARCHITECTURES[model]) for model, name in others}
+    cases["yarn, magnitude 0.5"] = with_rope(replace(SCALINGS["yarn"], attention_factor=0.5))  # a negative mscale
     for name, args in cases.items():
         export(save(args, folder / f"{name} checkpoint"), folder / name, None)
         lengths = (ORIGINAL, TRAINED, TRAINED + 50)
@@ -100,7 +104,7 @@ def compare(folder: Path) -> dict:
     for path in sorted(folder.glob("*/expected.st"), key=lambda p: p.stat().st_mtime_ns):
         expected = load_file(path)
         config = json.loads((path.parent / "config.json").read_text())
-        form = f"{config['model_type']}, {config.get('rope_scaling', {}).get('rope_type', 'default')}"
+        form = f"{config['model_type']}, {config.get('rope_scaling', {}).get('type', 'default')}"
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, attn_implementation="eager")
         except ValueError as error:  # a version that does not know the scaling in this architecture says so on loading

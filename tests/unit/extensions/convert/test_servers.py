@@ -194,6 +194,10 @@ def test_what_servers_read_otherwise_is_said():
     assert "vLLM refuses Qwen with a sliding window" in of("none", "qwen3, windows")
     assert "transformers 4 refuses Olmo 2" in of("yarn", "olmo2")
     assert "leaves the llama3 RoPE out" in of("llama3", "qwen3")
+    assert "SGLang" not in of("yarn_options") and "SGLang has no attention factor" in of(
+        YarnScaling(1.0, 64, attention_factor=1.3)
+    )
+    assert "TGI leaves linear scaling out: do not serve the model with it." in of("linear") and "TGI" not in of("gene")
     assert of(DynamicNTKScaling(4.0, ORIGINAL)).startswith("vLLM uses one base for texts of every length")
     assert "Every server takes 256 tokens as the longest context, and the model was trained for 200" in of(
         "yarn", trained=200
