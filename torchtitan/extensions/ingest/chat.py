@@ -9,9 +9,10 @@ them. The loss is on this part of that text:
   response: the response is what the second text adds. The whole conversation must begin with both texts. A template
   that rewrites earlier turns (some remove the thoughts from them) breaks this, and is refused.
 
-Either way a response includes the token that ends the turn: white space that the template puts after its last special
-token is not the model's to say, and a mark that ends just before a special token includes it. Only the template may
-spell special tokens, so that data cannot forge the end of a turn: conversations that do are left out and counted.
+Either way a response must end with the token that ends the turn: white space that the template puts after its last
+special token is not the model's to say, and a mark that ends just before a special token includes it. Only the template
+may spell special tokens, so that data cannot forge the end of a turn: conversations that do are left out and counted.
+Calls of tools are given to the template in the form that it takes (tool_calls.py).
 """
 
 from __future__ import annotations
@@ -32,9 +33,16 @@ from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.chat_template import MARKS, ChatTemplate
 from torchtitan.extensions.ingest.encoder import tokenizer_metadata
 from torchtitan.extensions.ingest.text import Fields
+from torchtitan.extensions.ingest.tool_calls import Messages, Tools, called, forms, suits, undecodable
 
 CHAT_FORMAT = 3
 """Version of the way conversations become tokens and labels; part of the key of their corpora."""
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
+"""Keys of a message that hold what the model has thought."""
+
+_SAID = (*THOUGHTS, "tool_calls", "function_call")
+"""Keys of a message, beside content, that hold what the model says: a template must write them."""
 
 _ROLES = ("system", "developer", "user", "tool", "assistant")
 
@@ -61,20 +69,54 @@ class ChatEncoder:
         self._template = template
         spelled = [*sorted(tokenizer.special, key=len, reverse=True), *MARKS]
         self._special = re.compile("|".join(map(re.escape, spelled)))
-        self._left_out: Counter[str] = Counter()
+        added = sorted(tokenizer.added | tokenizer.special, key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, added or MARKS)))
+        self._reset()
 
     def read(self, record: dict[str, Any]) -> Rendered | None:
         """A record's conversation as text, None for one that is left out; ValueError says what is wrong with it."""
         messages, tools = _conversation(record, self.fields.name)
-        reason = self._reason(messages, tools)
-        if reason:
+        spelled = forms(messages, tools)
+        _check_text(spelled, self.fields.name)
+        reasons = [self._reason(*form) for form in spelled]
+        if reason := next(filter(None, reasons), ""):
             self._left_out[reason] += 1
+            self._changed += not reasons[0]
             return None
         # nothing after the last response is trained
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        messages = messages[: last + 1]
+        spelled = [(of_form[: last + 1], its_tools) for of_form, its_tools in spelled]
+        messages, tools = self._form(spelled)
         text, responses = self._responses(messages, tools)
+        # an end that is not marked as special could be spelled by data
+        ends = {self._end_of(text, stop) for _, stop in responses} - {"", *self._tokenizer.special}
+        if any(end in said for end in ends for said in _strings([messages, tools])):
+            self._left_out["special_token"] += 1
+            self._changed += 1
+            return None
+        self._note_not_written(text, messages, tools)
+        self._changed += bool(ends) or messages is not spelled[0][0]
         return Rendered(text, responses, self._template.has_marks(tools))
+
+    def _form(self, spelled: list[tuple[Messages, Tools]]) -> tuple[Messages, Tools]:
+        """The first form of a conversation that the template writes right. ValueError if it takes none."""
+        if len(spelled) == 1:
+            return spelled[0]
+        failures = []
+        for form in spelled:
+            try:
+                if suits(self._template.render(*form), *form):
+                    return form
+            except ValueError as error:
+                failures.append(error)
+        if len(failures) == len(spelled):
+            raise failures[0]
+        if arguments := undecodable(spelled[1][0]):
+            raise ValueError(
+                f"the arguments of a call are {arguments[:60]!r}, which is not the JSON of an object, and the chat "
+                f"template in {self._template.path} would write it in quotes."
+            )
+        return spelled[1]
 
     def encode(self, one: Rendered | None) -> np.ndarray:
         """The document, int32[2, n]; an empty one for what was left out."""
@@ -91,11 +133,18 @@ class ChatEncoder:
         return np.stack([np.array(ids, np.int32), roles])
 
     def closing(self) -> dict[str, Any]:
-        """How many conversations were left out since the last call, by reason, for the counts of a unit."""
-        left_out, self._left_out = self._left_out, Counter()
-        return {"left_out": dict(left_out)}
+        """For the counts of a unit, since the last call: how many conversations were left out, by reason; how many have
+        a key that the template does not write, by key; and of how many older versions made other tokens."""
+        counts = {"left_out": dict(self._left_out), "not_written": dict(self._not_written), "changed": self._changed}
+        self._reset()
+        return counts
 
-    def _reason(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
+    def _reset(self) -> None:
+        self._left_out: Counter[str] = Counter()
+        self._not_written: Counter[str] = Counter()
+        self._changed = 0
+
+    def _reason(self, messages: Messages, tools: Tools) -> str:
         answers = [message for message in messages if message["role"] == "assistant"]
         if not answers:
             return "no_response"
@@ -105,7 +154,7 @@ class ChatEncoder:
             return "special_token"
         return ""
 
-    def _responses(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> tuple[str, list[tuple[int, int]]]:
+    def _responses(self, messages: Messages, tools: Tools) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as text and the [start, stop) of its responses, with the tokens that end them."""
         if self._template.has_marks(tools):
             text, spans = self._template.render_marked(messages, tools)
@@ -113,6 +162,10 @@ class ChatEncoder:
             if not spans:
                 raise ValueError(f"the chat template in {self._template.path} marks nothing as the assistant's.")
             self._check_written(text, messages[-1])  # what it marks is its choice
+            for (_, stop), (following, _) in zip(spans, [*spans[1:], (len(text), 0)]):
+                # of several marks in one response the last has its end
+                if following == len(text) or self._special.search(text, stop, following):
+                    self._check_end(text, stop)
             return text, spans
         text = self._template.render(messages, tools)
         spans = []
@@ -129,7 +182,7 @@ class ChatEncoder:
                     "template, or give it conversations with one response each."
                 )
             spans.append(self._to_end_of_turn(text, len(before), len(after), may_grow=False))
-        self._check_written(text[slice(*spans[-1])], messages[-1])
+            self._check_written(text[slice(*spans[-1])], message)
         # If asking for an answer changes nothing, the text may end with the prompt for one, which must not be trained.
         if before == self._template.render(messages[:-1], tools):
             ends_both = os.path.commonprefix([before[::-1], text[::-1]])[::-1]
@@ -140,28 +193,90 @@ class ChatEncoder:
                     "conversation, even if none is asked for, so that the loss would be on it: make it depend on "
                     "add_generation_prompt."
                 )
+        for _, stop in spans:
+            self._check_end(text, stop)
         return text, spans
 
     def _check_written(self, text: str, message: dict[str, Any]) -> None:
-        """ValueError unless the text holds what the last message says, white space aside. Some templates leave out a
-        chain of thought, or tool calls."""
-        for wanted in (message["content"], *_names_called(message.get("tool_calls"))):
+        """ValueError unless the text holds what a message of the assistant says, white space aside. Some templates
+        leave out a chain of thought, or tool calls."""
+        names = [function["name"] for function in called([message]) if isinstance(function.get("name"), str)]
+        thoughts = [message[key] for key in THOUGHTS if isinstance(message.get(key), str)]
+        for wanted in (message["content"], *names, *thoughts):
             if "".join(wanted.split()) not in "".join(text.split()):
                 raise ValueError(
-                    f"the chat template in {self._template.path} does not write all that the last message of the "
-                    f"assistant says: {wanted.strip()[:60]!r} is not in the text. Change the template, or the "
-                    "conversation."
+                    f"the chat template in {self._template.path} does not write all that a message of the assistant "
+                    f"says: {wanted.strip()[:60]!r} is not in the text. Change the template, or the conversation."
                 )
 
+    def _note_not_written(self, text: str, messages: Messages, tools: Tools) -> None:
+        """Count the keys of messages that change nothing in the text; ValueError for tools, and for keys that hold what
+        the assistant says."""
+        keys = {key for m in messages for key in m if _holds(m, key)} - {"role", "content"}
+        unwritten = keys if keys and self._is_same(text, messages, tools, keys) else set()
+        if keys and not unwritten:
+            unwritten = {key for key in keys if self._is_same(text, messages, tools, {key})}
+        said = [
+            key for key in _SAID if key in unwritten and any(_holds_more(m, key) for m in filter(_is_answer, messages))
+        ]
+        if tools and self._is_same(text, messages, None, set()):
+            said.append("tools")
+        if said:
+            raise ValueError(
+                f"the chat template in {self._template.path} does not write {said[0]!r} of the conversation: take a "
+                "template that does, or data without it."
+            )
+        # a template that marks what it trains may leave out the thoughts of earlier responses
+        dense = "".join(text.split()) if keys.intersection(THOUGHTS) else ""
+        for message in filter(_is_answer, messages):
+            unwritten |= {key for key in THOUGHTS if "".join(str(message.get(key) or "").split()) not in dense}
+        self._not_written.update(unwritten)
+
+    def _is_same(self, text: str, messages: Messages, tools: Tools, without: set[str]) -> bool:
+        """Whether the text would be the same without these keys of messages."""
+        fewer = [{key: value for key, value in m.items() if key not in without} for m in messages]
+        try:
+            return self._template.render(fewer, tools) == text
+        except ValueError:
+            return False  # the template needs them
+
+    def _end_of(self, text: str, stop: int) -> str:
+        """The token of the vocabulary's additions that ends at `stop`, "" for none."""
+        start = max(0, stop - max(map(len, self._tokenizer.added), default=0))
+        return next((m[0] for m in self._added.finditer(text, start, stop) if m.end() == stop), "")
+
+    def _check_end(self, text: str, stop: int) -> None:
+        if not self._end_of(text, stop):
+            raise ValueError(
+                f"the chat template in {self._template.path} ends a response with {text[max(0, stop - 30) : stop]!r}, "
+                "which is no special token of the tokenizer: the model would not learn to stop. Let the template write "
+                "one, as eos_token, after each message of the assistant (and inside {% generation %}, if it has that)."
+            )
+
     def _to_end_of_turn(self, text: str, start: int, stop: int, may_grow: bool) -> tuple[int, int]:
-        last = max(self._special.finditer(text, start, stop), key=re.Match.start, default=None)
+        last = max(self._added.finditer(text, start, stop), key=re.Match.start, default=None)
         if last and not text[last.end() : stop].strip():
             return start, last.end()
         following = self._special.match(text, stop) if may_grow else None
         return start, following.end() if following else stop
 
 
-def _conversation(record: dict[str, Any], field: str) -> tuple[list[dict[str, Any]], list[Any] | None]:
+def _is_answer(message: dict[str, Any]) -> bool:
+    return message["role"] == "assistant"
+
+
+def _holds(message: dict[str, Any], key: str) -> bool:
+    """Whether the message has anything under the key."""
+    value = message.get(key)
+    return bool(value.strip() if isinstance(value, str) else value)
+
+
+def _holds_more(message: dict[str, Any], key: str) -> bool:
+    """Whether it has what _check_written does not look for: thoughts as text may stand there under another key too."""
+    return _holds(message, key) and not (key in THOUGHTS and isinstance(message[key], str))
+
+
+def _conversation(record: dict[str, Any], field: str) -> tuple[Messages, Tools]:
     """Messages and tools of a record; ValueError says what is wrong with them."""
     value = record[field]
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
@@ -184,7 +299,10 @@ def _conversation(record: dict[str, Any], field: str) -> tuple[list[dict[str, An
             isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
         )
         if not (content is None or isinstance(content, str) or texts_only):
-            raise ValueError(f"message {number} of {field!r}: its content must be text, or a list of parts with text.")
+            raise ValueError(
+                f"message {number} of {field!r}: its content must be text, or a list of parts with text."
+                + (" Write a tool's answer as JSON text." if role == "tool" else "")
+            )
         if texts_only:  # templates that know only texts would write the list's spelling
             content = "".join(part["text"] for part in content)
         present = {key: inner for key, inner in message.items() if inner is not None}
@@ -197,20 +315,16 @@ def _conversation(record: dict[str, Any], field: str) -> tuple[list[dict[str, An
             raise ValueError(f"the field 'tools' is not JSON: {error}.") from error
     if tools and not isinstance(tools, list):
         raise ValueError(f"the field 'tools' is a {type(tools).__name__}, not a list of tools.")
-    for text in _strings([messages, tools]):
+    return messages, tools or None
+
+
+def _check_text(values: Any, field: str) -> None:
+    """ValueError if a text in a JSON value is not Unicode."""
+    for text in _strings(values):
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"not UTF-8: {text[:40]!r} of {field!r} has half of a surrogate pair.") from error
-    return messages, tools or None
-
-
-def _names_called(calls: Any) -> Iterator[str]:
-    """The tools' names in tool_calls, with or without the API's `function` around them."""
-    for call in calls if isinstance(calls, list) else []:
-        for function in (call, call.get("function")) if isinstance(call, dict) else ():
-            if isinstance(function, dict) and isinstance(function.get("name"), str):
-                yield function["name"]
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -221,6 +335,6 @@ def _strings(value: Any) -> Iterator[str]:
         for key, inner in value.items():
             yield from _strings(key)
             yield from _strings(inner)
-    elif isinstance(value, list):
+    elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from _strings(inner)

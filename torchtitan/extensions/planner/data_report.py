@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ import torch.distributed as dist
 from torchtitan.components.hooks import Hook
 from torchtitan.config.checks import dp_degree
 from torchtitan.config.schema import JobConfig
-from torchtitan.datasets.corpus import ASSISTANT, ROLES, Corpus
+from torchtitan.datasets.corpus import ASSISTANT, CORPUS_FILE, ROLES, Corpus
 from torchtitan.datasets.dealing import deal, imbalance, undealt
 from torchtitan.datasets.mixture import piece_limit
 from torchtitan.datasets.plan import Plan
+from torchtitan.datasets.tokenizer import json_if_present
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.models.work import training_flops, work_of
 from torchtitan.tools.folders import write_text
@@ -91,6 +93,7 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
         "longest_document": int(corpus.lengths.max()),
         "left_out": asdict(plan.left_out[source]),
         "conversations_left_out": corpus.left_out,
+        "conversations_not_written": _not_written(corpus),
         "share_asked": share_asked,
         "share": tokens / all_tokens,
         "tokens_read": tokens,
@@ -108,6 +111,13 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
         "documents_by_length_from": _histogram(corpus.lengths),
         "parts_by_length_from": _histogram(length),
     }
+
+
+def _not_written(corpus: Corpus) -> dict[str, int] | None:
+    """How many conversations have a key of a message that the chat template does not write, by key; None if the corpus
+    is of an older version, which did not look."""
+    metadata = json_if_present(Path(corpus.folder) / CORPUS_FILE) if corpus.has_roles else {}
+    return metadata.get("not_written", None if metadata.get("messages_field") else {})
 
 
 def _roles_report(corpus: Corpus, document: np.ndarray, start: np.ndarray, length: np.ndarray) -> dict[str, Any]:
@@ -310,6 +320,14 @@ def _source_notes(report: dict[str, Any], s: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: the loss is on {s['trained_tokens']:,} tokens ({share:.1%}); by role: {roles}"
     for reason, count in s["conversations_left_out"].items():
         yield f"left out of {name}: {count:,} conversations {CONVERSATIONS_LEFT_OUT[reason]}"
+    if s["conversations_not_written"] is None:
+        yield (
+            f"warning: {name}: {s['folder']} was made by an older version, which did not check that the chat template "
+            "writes all keys of a conversation and ends its responses, and could write calls of tools wrong. Delete "
+            "that folder to have it made again."
+        )
+    for key, count in (s["conversations_not_written"] or {}).items():
+        yield f"warning: the chat template does not write {key!r} of the messages of {count:,} conversations of {name}"
     for key, reason in LEFT_OUT.items():
         documents, tokens = s["left_out"][key]
         if documents:

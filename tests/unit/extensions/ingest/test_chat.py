@@ -275,10 +275,11 @@ def test_equal_messages_and_marks_of_choice_are_taken(tmp_path: Path) -> None:
     encoder, _ = encoder_of(tmp_path / "headers", headers)
     assert encoder.read({"messages": same}) is not None
     marks = """{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}{{ m.content.split('|')[0] }}|
-{%- generation %}{{ m.content.split('|')[1] }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"""
+{%- generation %}{{ m.content.split('|')[1] }}{% endgeneration %}{% else %}{{ m.content }}
+{%- endif %}{{ eos_token }}{% endfor %}"""
     encoder, _ = encoder_of(tmp_path / "marks", marks)
     made = encoder.read({"messages": [CHAT[0], {"role": "assistant", "content": "thought|answer"}]})
-    assert made and [made.text[a:b] for a, b in made.responses] == ["answer"]
+    assert made and [made.text[a:b] for a, b in made.responses] == ["answer<|end_of_text|>"]
 
 
 GOOD = {"messages": CHAT}
