@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torchtitan.models.hf.config_keys import misspelt, read_keys, refuse_other_models, shown
+from torchtitan.models.hf.config_keys import Key, misspelt, read_keys, refuse_other_models, shown, typed
 from torchtitan.models.hf.rope_in import rope_from_hf
+from torchtitan.models.rope_method import ORIGINAL
 from torchtitan.models.transformer import LayerType, TransformerArgs
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import read_json
@@ -68,10 +69,7 @@ def args_from_hf(config: dict[str, Any], where: str) -> TransformerArgs:
     for sentence in misspelt(config, kind):
         warn_once(f"{where}: {sentence}")
     if config.get("dual_chunk_attention_config") is not None:
-        warn_once(
-            f"{where}: dual_chunk_attention_config is not read, as in transformers: attention is computed without it. "
-            "Programs that have it compute something else for texts longer than its chunks."
-        )
+        values["trained_length"] = values["trained_length"] or _length_without_chunks(config, where)
     heads, kv_heads, head_dim = _heads(values, config, where)
     layer_types, window = _sliding_layers(values, refuse)
     olmo = kind in ("olmo2", "olmo3")
@@ -114,6 +112,19 @@ def _heads(values: dict[str, Any], config: dict[str, Any], where: str) -> tuple[
         name = "head_dim" if config.get("head_dim") else "hidden_size / num_attention_heads"
         raise UserError(f"{where}: {name} = {head_dim} is odd, but RoPE turns pairs: it must be even.")
     return heads, kv_heads, head_dim
+
+
+def _length_without_chunks(config: dict[str, Any], where: str) -> int | None:
+    """The trained length of a model that goes on beyond it by dual chunk attention (Qwen 2.5 1M), which is not read."""
+    name = "dual_chunk_attention_config"
+    length = typed(config[name], Key("object"), name, where).get(ORIGINAL)
+    trained = None if length is None else typed(length, Key("int"), f"{name}.{ORIGINAL}", where)
+    warn_once(
+        f"{where}: dual_chunk_attention_config is not read, as in transformers: attention is computed without it. "
+        "Programs that have it compute something else for texts longer than its chunks."
+        + (f" The trained length is its {ORIGINAL}, {trained:,}." if trained else "")
+    )
+    return trained
 
 
 def _check_token_ids(keys: dict[str, Any], vocab_size: int, file: Path) -> None:

@@ -57,10 +57,11 @@ def rope_from_hf(config: dict[str, Any], where: str, head_dim: int | None = None
 
 def _rope_of(config: dict[str, Any], name: str, table: Any, where: str, head_dim: int | None) -> RopeArgs:
     """The RoPE that one of the two tables says, with the keys beside it."""
-    table = {key: value for key, value in typed(table, Key("object"), name, where).items() if value is not None}
+    table = typed(table, Key("object"), name, where)
     olmo3 = config["model_type"] == "olmo3"
-    if not {FULL, SLIDING} & set(table):
-        rope = _rope(config, name, table, where, head_dim)
+    if not any(table.get(kind) is not None for kind in (FULL, SLIDING)):
+        flat = {key: value for key, value in table.items() if key not in (FULL, SLIDING)}
+        rope = _rope(config, name, flat, where, head_dim)
         if olmo3 and (name == "rope_parameters" or rope.theta != default_of("rope_theta", "olmo3")):
             warn_once(
                 f"{where}: Olmo 3's RoPE is not written by kind of layer (rope_parameters.{FULL}, .{SLIDING}). It is "
@@ -75,9 +76,10 @@ def _rope_of(config: dict[str, Any], name: str, table: Any, where: str, head_dim
             f"{where}: {name} has keys by kind of layer, which transformers reads in Olmo 3 only; this is "
             f"{config['model_type']}, with one RoPE for all layers: write its keys without {FULL}."
         )
+    table = {key: value for key, value in table.items() if value is not None}
     for key in set(table) - {FULL, SLIDING}:
         raise UserError(f"{where}: {name}.{key} stands beside keys by kind of layer and would not be read: delete it.")
-    both = {kind: _rope(config, f"{name}.{kind}", table.get(kind) or {}, where, head_dim) for kind in (FULL, SLIDING)}
+    both = {kind: _rope(config, f"{name}.{kind}", table.get(kind, {}), where, head_dim) for kind in (FULL, SLIDING)}
     rope, sliding = both[FULL], both[SLIDING]
     if isinstance(table.get(FULL), dict) and table[FULL].get("truncate") is False:
         warn_once(f"{where}: {name}.{FULL}.truncate = false is read, but transformers 5 computes as if it were true.")
@@ -93,9 +95,15 @@ def _rope_of(config: dict[str, Any], name: str, table: Any, where: str, head_dim
 
 def _rope(config: dict[str, Any], name: str, table: Any, where: str, head_dim: int | None) -> RopeArgs:
     """RopeArgs for all layers from a table without kinds of layers."""
-    table = {key: value for key, value in typed(table, Key("object"), name, where).items() if value is not None}
+    said = typed(table, Key("object"), name, where)
+    table = {key: value for key, value in said.items() if value is not None}
     theta = _theta(config, name, table, where)
     kind = _kind(name, table, where)
+    if kind == "yarn" and said.get("truncate", True) is None:
+        raise UserError(
+            f"{where}: {name}.truncate = null, with which transformers computes as if it were false, and as if it were "
+            "true without the key: write true or false."
+        )
     partial = table.get("partial_rotary_factor", 1)
     if partial != 1:
         raise UserError(f"{where}: {name}.partial_rotary_factor = {shown(partial)} is not supported: all pairs rotate.")
@@ -180,7 +188,10 @@ def _original(config: dict[str, Any], name: str, table: dict[str, Any], kind: st
     """
     length = config.get("max_position_embeddings")
     places = {f"{name}.{ORIGINAL}": table.get(ORIGINAL), ORIGINAL: config.get(ORIGINAL)}
-    said = {place: typed(value, Key("int"), place, where) for place, value in places.items() if value is not None}
+    # LongRoPE divides by its logarithm
+    said = {
+        place: typed(value, Key("int", least=2), place, where) for place, value in places.items() if value is not None
+    }
     beside_alone = config["model_type"] == "olmo3" and list(said) == [ORIGINAL]
     if length and (kind == "dynamic" or beside_alone):
         said["max_position_embeddings"] = length  # what transformers reads

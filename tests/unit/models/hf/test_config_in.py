@@ -294,7 +294,7 @@ def test_angles_are_those_of_transformers(name: str, tmp_path: Path):
 
 def test_null_in_a_rope_is_as_missing(tmp_path: Path):
     expected = read_config(write(tmp_path, rope_scaling={"rope_type": "yarn", "factor": 4.0}))
-    null = dict.fromkeys(("original_max_position_embeddings", "beta_fast", "mscale", "attention_factor", "truncate"))
+    null = dict.fromkeys(("original_max_position_embeddings", "beta_fast", "mscale", "attention_factor"))
     assert read_config(write(tmp_path, rope_scaling=null | {"rope_type": "yarn", "factor": 4.0})) == expected
     assert expected.rope.scaling.original_max_position_embeddings == 128
 

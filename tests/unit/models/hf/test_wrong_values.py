@@ -127,3 +127,19 @@ def test_wrong_values_are_refused_or_read_as_transformers_reads_them(kind: str, 
                 found.append(f"{case.name}: {'.'.join(place)} = {shown}: {what}")
     assert tried == PER_CASE * COUNT / len(TYPES)
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("number", "place", "value", "named"),
+    [
+        (24, ("rope_scaling", "truncate"), None, "transformers computes as if it were false"),
+        (51, ("rope_scaling", "original_max_position_embeddings"), 1, "embeddings = 1 must be .* at least 2"),
+        (11, ("rope_parameters", "sliding_attention"), "", 'sliding_attention = "" must be an object'),
+        (11, ("rope_parameters", "full_attention"), False, "full_attention = false must be an object"),
+    ],
+)
+def test_what_drawn_values_found(number: int, place: tuple[str, ...], value: Any, named: str, tmp_path: Path):
+    """YaRN's null was read as true, LongRoPE divided by 0, and what is no table was read as if it were missing."""
+    case = random_case(number)
+    with pytest.raises(UserError, match=named):
+        facts(here, tmp_path, with_value(case.config, place, value), case)
