@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import LoadPlan, LoadPlanner
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.distributed.harness import flags, run_stage, spawn, write_assets
@@ -20,7 +21,7 @@ from torchtitan.components.manifest import complete_steps
 from torchtitan.config import load_config
 from torchtitan.extensions.wiring import build_trainer, inputs_of
 from torchtitan.models.hf.config_in import read_config
-from torchtitan.models.hf.weights import hf_name
+from torchtitan.models.hf.weights import FolderReader, hf_name
 from torchtitan.models.rope import RopeTables
 from torchtitan.models.transformer import Transformer, init_weights
 
@@ -35,12 +36,19 @@ def assets(folder: Path) -> Path:
     return write_assets(folder)
 
 
-def hf_folder(folder: Path, model: str) -> Path:
-    """Assets with random weights in Hugging Face's form."""
+def hf_folder(folder: Path, model: str, shards: int) -> Path:
+    """Assets with random weights in Hugging Face's form: one file, or several and an index."""
     assets = write_assets(folder, model)
     transformer = Transformer(read_config(assets))
     init_weights(transformer, seed=7)
-    save_file({hf_name(n): p.detach() for n, p in transformer.named_parameters()}, assets / "model.safetensors")
+    tensors = {hf_name(n): p.detach() for n, p in transformer.named_parameters()}
+    weight_map = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(tensors)}
+    if shards == 1:
+        weight_map = dict.fromkeys(tensors, "model.safetensors")
+    else:
+        (assets / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for file in set(weight_map.values()):
+        save_file({name: t for name, t in tensors.items() if weight_map[name] == file}, assets / file)
     return assets
 
 
@@ -122,10 +130,22 @@ def test_rope_tables_stay_in_float32_under_mixed_precision(folder: Path, assets:
 
 
 def compare_with_file(args: list[str], rank: int, world_size: int) -> list[str]:
-    """Names of parameters whose shard is not the slice of the file's tensor."""
+    """Names of parameters whose shard is not the slice of the file's tensor. Each rank must read its shards alone."""
+    read = 0
+    original = FolderReader.read_data
+
+    def read_data(self: FolderReader, plan: LoadPlan, planner: LoadPlanner) -> Any:
+        nonlocal read
+        read += sum(item.lengths.numel() for item in plan.items)
+        return original(self, plan, planner)
+
+    FolderReader.read_data = read_data  # type: ignore[method-assign]
     config = load_config(args)
     trainer = build_trainer(config, rank, rank, world_size)
-    tensors = load_file(Path(config.model.hf_assets_path) / "model.safetensors")
+    FolderReader.read_data = original  # type: ignore[method-assign]
+    assert read == sum(p.to_local().numel() for p in trainer.model.parameters())
+    files = Path(config.model.hf_assets_path).glob("*.safetensors")
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     wrong = []
     for name, param in trainer.model.named_parameters():
         assert isinstance(param, DTensor)
@@ -139,7 +159,7 @@ def compare_with_file(args: list[str], rank: int, world_size: int) -> list[str]:
 
 
 def test_hugging_face_weights_go_into_shards(folder: Path):
-    weights = [hf_folder(folder, model) for model in ("qwen3", "tied")]
+    weights = [hf_folder(folder, "qwen3", shards=3), hf_folder(folder, "tied", shards=1)]
     for world_size, layout in ((2, {}), (4, {"parallelism__tensor_parallel_degree": 2})):
         cases = [flags(folder, w, checkpoint__initial_load_in_hf=True, **layout) for w in weights]
         assert spawn(world_size, compare_with_file, cases, folder) == [[], []]

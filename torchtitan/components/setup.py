@@ -97,20 +97,19 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
     check_previous(config, resumed)
     start = None if resumed else find_start(config)
     stages_before = resumed.get("stages_before", []) if resumed else lineage(start.manifest if start else None)
-    from_hf = hugging_face_start(assets) if config.checkpoint.initial_load_in_hf and not resumed else None
-    weights = start or from_hf
+    weights = start
+    if config.checkpoint.initial_load_in_hf and not resumed:
+        weights = hugging_face_start(assets, f"checkpoint.initial_load_in_hf = true, model.hf_assets_path = {assets}")
     rope_before = _rope_before(resumed, stages_before, weights)
     args = model_args(config, rope_before)
     if weights:
         check_start(weights, args, tokenizer.fingerprint, config.rope.type)
-    if start and start.manifest is None:
-        check_weights(start.path, args, f"checkpoint.initial_load_path = {start.path}")
+        if weights.manifest is None:
+            check_weights(weights.path, args)
     if config.checkpoint.last_save_in_hf:
         # refuses a model that has no form there
         config_json(args, config.checkpoint.export_dtype, original_config(assets))
     _check_model(config, args, tokenizer)
-    if config.checkpoint.initial_load_in_hf:
-        check_weights(assets, args, f"checkpoint.initial_load_in_hf = true, with model.hf_assets_path = {assets}")
     plan = make_plan(config, world_size, tokenizer, args, open_source)
     if resumed:
         _check_resumable(config, resumed, args, tokenizer, plan)

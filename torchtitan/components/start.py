@@ -17,6 +17,7 @@ from torchtitan.config.manager import previous_folder, previous_stage
 from torchtitan.config.schema import JobConfig
 from torchtitan.models.architecture import args_from_manifest, as_json
 from torchtitan.models.hf.config_in import read_config
+from torchtitan.models.hf.folder import is_hugging_face, weight_files
 from torchtitan.models.rope_config import lost_rope
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.errors import UserError
@@ -82,8 +83,9 @@ def _start(path: Path, parts: tuple[str, ...], manifest: dict[str, Any]) -> Star
     return Start(path, parts, manifest, args_from_manifest(manifest["architecture"]))
 
 
-def hugging_face_start(path: Path) -> Start:
-    """A folder of safetensors; its config.json says what the weights were trained as."""
+def hugging_face_start(path: Path, asked: str) -> Start:
+    """A folder of safetensors; its config.json says what the weights were trained as. asked: see weight_files."""
+    weight_files(path, asked)
     return Start(path, ("model",), None, read_config(path) if (path / "config.json").is_file() else None)
 
 
@@ -102,8 +104,8 @@ def _elsewhere(config: JobConfig) -> Start:
         )
     if (path / "manifest.json").is_file():
         return _start(path, parts, _sound_manifest(path))
-    if next(path.glob("*.safetensors"), None):
-        return hugging_face_start(path)
+    if is_hugging_face(path):
+        return hugging_face_start(path, key)
     for folder in (path, path / config.checkpoint.folder):
         if steps := complete_steps(folder):
             newest = folder / f"step-{steps[-1]}"

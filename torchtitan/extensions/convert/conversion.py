@@ -15,6 +15,7 @@ from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.convert.torchtitan_and_meta import open_meta, open_torchtitan
 from torchtitan.extensions.convert.weights import Weights, open_checkpoint, open_hugging_face
 from torchtitan.models.hf.config_in import read_config
+from torchtitan.models.hf.folder import is_hugging_face
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.errors import UserError
@@ -26,12 +27,12 @@ def open_any(folder: Path, architecture: str | None = None) -> Weights:
         raise UserError(f"{folder} is not a folder.")
     if (folder / "manifest.json").is_file() or any(folder.glob("step-*/manifest.json")):
         return open_checkpoint(folder)
+    if is_hugging_face(folder):  # before the other formats, as in training
+        return open_hugging_face(folder)
     if (folder / ".metadata").is_file():
         return open_torchtitan(folder, named_architecture(folder, architecture))
     if any(folder.glob("consolidated.*.pth")):
         return open_meta(folder, named_architecture(folder, architecture) if architecture else None)
-    if any(folder.glob("*.safetensors")):
-        return open_hugging_face(folder)
     raise UserError(
         f"{folder} is none of: a checkpoint of ours (manifest.json), of torchtitan (.metadata), of Meta "
         f"(consolidated.*.pth), a Hugging Face folder (*.safetensors). "

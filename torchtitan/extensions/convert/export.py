@@ -17,9 +17,9 @@ from torchtitan.datasets.ends_of_turn import as_ids
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.convert.assets import copied_files, generation_config, raised_limit
 from torchtitan.extensions.convert.servers import serving_notes
-from torchtitan.extensions.convert.weights import SAFETENSORS_DTYPES, Weights, open_checkpoint
+from torchtitan.extensions.convert.weights import Weights, open_checkpoint
 from torchtitan.models.hf.config_out import config_json, left_out, original_config
-from torchtitan.models.hf.weights import hf_name
+from torchtitan.models.hf.weights import SAFETENSORS_DTYPES, hf_name
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import partial_of, put_aside, sync, written
 from torchtitan.tools.logging import logger

@@ -24,13 +24,14 @@ from torchtitan.components.checkpoint import WholeWriter, explain_failure
 from torchtitan.components.manifest import MANIFEST, MANIFEST_FORMAT, complete_steps, read_manifest
 from torchtitan.models.architecture import args_from_manifest, as_json
 from torchtitan.models.hf.config_in import read_config
-from torchtitan.models.hf.weights import check_weights, hf_name
+from torchtitan.models.hf.folder import weight_files
+from torchtitan.models.hf.weights import SAFETENSORS_DTYPES, check_weights, hf_name
 from torchtitan.models.transformer import TransformerArgs, parameter_shapes
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import new_folder
+from torchtitan.tools.logging import logger
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _PREFIXES = ("layers.", "tok_embeddings.", "norm.", "output.")
 
 
@@ -137,25 +138,17 @@ def open_checkpoint(folder: Path) -> Weights:
 
 
 def open_hugging_face(folder: Path) -> Weights:
-    """A folder with config.json and *.safetensors."""
+    """A folder with config.json and *.safetensors. Logs a warning about each of these that is not read."""
+    weight_files(folder)  # an adapter has no config.json: say first what it is
     args = read_config(folder)
-    check_weights(folder, args)
+    stored = check_weights(folder, args, logger.warning).tensors
     shapes = parameter_shapes(args)
-    name_of = {hf_name(name): name for name in shapes}
-    file_of: dict[str, Path] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as f:
-            for key in set(f.keys()) & set(name_of):
-                kind = f.get_slice(key).get_dtype()
-                if kind not in SAFETENSORS_DTYPES:
-                    raise UserError(f"{file}: {key} is {kind}; quantized weights cannot be converted, dequantize them.")
-                file_of[name_of[key]], dtypes[name_of[key]] = file, SAFETENSORS_DTYPES[kind]
 
     def read(name: str) -> torch.Tensor:
-        with safe_open(file_of[name], framework="pt") as f:
+        with safe_open(stored[hf_name(name)].file, framework="pt") as f:
             return f.get_tensor(hf_name(name))
 
+    dtypes = {name: SAFETENSORS_DTYPES[stored[hf_name(name)].dtype] for name in shapes}
     return Weights(folder, args, shapes, dtypes, read)
 
 

@@ -18,6 +18,7 @@ from torchtitan.config.checks import check_ranges, resolve_shard_degree
 from torchtitan.config.manager import config_file, flag_name
 from torchtitan.config.schema import Rope
 from torchtitan.datasets.tokenizer import load_tokenizer
+from torchtitan.models.hf.folder import is_hugging_face, weight_files
 from torchtitan.models.rope_checks import check_rope
 from torchtitan.tools.errors import UserError
 
@@ -57,7 +58,11 @@ def check_at_least(options: argparse.Namespace, **minimum: int) -> None:
 
 def check_model_folder(folder: Path) -> None:
     """UserError unless the folder is a Hugging Face folder or a checkpoint's step-N folder."""
-    if (folder / MANIFEST).is_file() or (folder / "config.json").is_file():
+    if (folder / MANIFEST).is_file():
+        return
+    if is_hugging_face(folder):
+        weight_files(folder)  # an adapter has no config.json: say first what it is
+    if (folder / "config.json").is_file():
         return
     steps = [f"step-{step}" for step in complete_steps(folder)[-3:]] if folder.is_dir() else []
     instead = f"; it holds {', '.join(steps)}: name one of these" if steps else ""
