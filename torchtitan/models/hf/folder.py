@@ -250,7 +250,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
     except (SafetensorError, OSError) as error:
         why = str(error)
     try:
-        pointer = path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs")
+        pointer = path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https:")
     except OSError:
         pointer = False
     mend = "It is the pointer of Git LFS: run `git lfs pull`." if pointer else "Is it whole? Fetch it again."
