@@ -78,7 +78,7 @@ def ends_with(args: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.delenv(variable, raising=False)
     assert main(args) == 1
     lines = written.getvalue().splitlines()
-    (message,) = (line for line in lines if " I " not in line)
+    (message,) = (line for line in lines if " I " not in line and " W " not in line)
     assert message == lines[-1] and " E " in message
     assert len(message) < 800
     return message
@@ -148,6 +148,18 @@ CASES: dict[str, tuple[Make, list[str]]] = {
     "no config.json": (asset("config.json", None), ["copy/config.json", "name a flavor"]),
     "another kind of model": (asset("config.json", config_json(model_type="gpt2")), ["model_type", "gpt2", "llama"]),
     "no such flavor": (keys(model__flavor="llama9"), ["model.flavor", "llama9", "llama3_8b"]),
+    "a size that is no number": (
+        asset("config.json", config_json(hidden_size="x")),
+        ["copy/config.json", 'hidden_size = "x"'],
+    ),
+    "a RoPE without a type": (
+        asset("config.json", config_json(rope_scaling={"factor": 4.0})),
+        ["copy/config.json", "rope_scaling", "no rope_type"],
+    ),
+    "an id that is no number": (
+        asset("config.json", config_json(eos_token_id="</s>")),
+        ["copy/config.json", 'eos_token_id = "</s>"', "id of a token"],
+    ),
     "more tokens than the model has": (asset("config.json", config_json(vocab_size=4000)), ["4096", "4000"]),
     "a RoPE that its config.json cannot say": (
         asset("config.json", olmo3_config(), checkpoint__enable=True, checkpoint__last_save_in_hf=True),

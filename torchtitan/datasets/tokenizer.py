@@ -254,11 +254,13 @@ def _special_id(folder: Path, name: str, ids: dict[str, int]) -> int | None:
                 raise UserError(f"{folder / file} says {name}_token = {content!r}, which the tokenizer does not have.")
             return ids[content]
     for file in ("generation_config.json", "config.json"):
-        value = json_if_present(folder / file).get(f"{name}_token_id")
+        value = said = json_if_present(folder / file).get(f"{name}_token_id")
         if isinstance(value, list):  # several ends are listed for chat models, the document's end first
             value = value[0] if value else None
+        if isinstance(value, bool) or not isinstance(value, int | None):
+            raise UserError(f"{folder / file}: {name}_token_id = {json.dumps(said)} must be the id of a token.")
         if value is not None:
-            return int(value)
+            return value
     return None
 
 

@@ -112,6 +112,14 @@ def test_special_tokens_by_id(tmp_path: Path, kind: str) -> None:
     assert (loaded.bos_id, loaded.eos_id) == (first, first + 1)
 
 
+@pytest.mark.parametrize("value", ["</s>", "2", 2.5, True, {}, [[1]]])
+def test_an_id_that_is_no_number_is_named_with_its_file(tmp_path: Path, value: object) -> None:
+    make_folder(tmp_path, "hugging_face")
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(UserError, match="config.json: eos_token_id = .* must be the id of a token"):
+        load_tokenizer(tmp_path)
+
+
 def test_null_means_none_and_unmarked_ends_are_still_ordinary_text(tmp_path: Path) -> None:
     make_folder(tmp_path, "hugging_face")
     description = json.loads((tmp_path / "tokenizer.json").read_text())
