@@ -62,9 +62,15 @@ def assets_of(weights: Weights) -> Path | None:
 
 def convert(options: argparse.Namespace) -> None:
     weights = open_any(options.input, options.architecture)
-    if options.max_position_embeddings:
+    if options.max_position_embeddings is not None:
+        known = weights.args.rope.max_position_embeddings or weights.manifest.get("seq_len")
+        if options.max_position_embeddings < 1:
+            raise UserError(f"--max-position-embeddings = {options.max_position_embeddings} must be at least 1.")
+        if known not in (None, options.max_position_embeddings):
+            print(f"note: --max-position-embeddings replaces {known} tokens, the trained length that the input says")
         rope = replace(weights.args.rope, max_position_embeddings=options.max_position_embeddings)
-        weights = replace(weights, args=replace(weights.args, rope=rope))
+        manifest = weights.manifest | {"seq_len": options.max_position_embeddings}
+        weights = replace(weights, args=replace(weights.args, rope=rope), manifest=manifest)
     weights = with_progress(weights.cast(options.dtype))
     assets = options.assets or assets_of(weights) or options.input
     if options.to == "huggingface":

@@ -57,6 +57,24 @@ def test_through_every_format_and_back(tmp_path: Path):
     assert all(torch.equal(tensor, before.read(name)) for name, tensor in state["model"].items())
 
 
+def test_an_export_says_how_it_must_be_served_and_another_trained_length(tmp_path: Path, capsys: pytest.CaptureFixture):
+    start, hf = save(with_rope(SCALINGS["gene"]), tmp_path / "a"), ("--to", "huggingface")
+    assert run(convert, start, tmp_path / "hf", *hf) == 0
+    out = capsys.readouterr().out
+    assert "note: vLLM takes LongRoPE's original length as its longest context: serve with --max-model-len 256." in out
+    assert "replaces" not in out and "note: llama.cpp leaves LongRoPE's lists out" in out
+    more = ("--max-position-embeddings", 300, "--assets", ASSETS)
+    assert run(convert, start, tmp_path / "hf300", *hf, *more) == 0
+    out = capsys.readouterr().out
+    assert "--max-position-embeddings replaces 256 tokens" in out and "--max-model-len 300." in out
+    assert json.loads((tmp_path / "hf300" / "config.json").read_text())["max_position_embeddings"] == 300
+    assert run(convert, start, tmp_path / "b", "--to", "checkpoint", *more) == 0
+    assert read_manifest(tmp_path / "b" / "step-0")["seq_len"] == 300
+    for length in (0, -5):
+        assert run(convert, start, tmp_path / "c", *hf, "--max-position-embeddings", length) == 1
+        assert f"--max-position-embeddings = {length} must be at least 1" in capsys.readouterr().err
+
+
 def test_dtype_and_complaints(tmp_path: Path, capsys: pytest.CaptureFixture):
     start = save(ARGS, tmp_path / "a")
     assert run(convert, start, tmp_path / "hf", "--to", "huggingface", "--dtype", "bfloat16") == 0

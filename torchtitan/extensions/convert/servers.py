@@ -34,6 +34,8 @@ class Exported(NamedTuple):
     """What cos and sin are multiplied by."""
     relative: float
     """That, against what YaRN or LongRoPE make it if the file does not say."""
+    window: int
+    """Tokens; of the layers that slide."""
     two_lists: bool
     """LongRoPE with another list for short texts than for long ones."""
     gguf: str
@@ -63,6 +65,7 @@ def exported(config: dict[str, Any]) -> Exported:
         longest=longest,
         magnitude=magnitude,
         relative=magnitude / usual,
+        window=config.get("sliding_window") or longest,
         two_lists=name == "longrope" and rope["short_factor"] != rope["long_factor"],
         gguf={"mistral": "llama", "olmo3": "olmo2"}.get(kind, kind),
     )
@@ -112,8 +115,8 @@ LIMITS = (
     Limit(
         "vLLM",
         lambda e: e.type == "yarn" and e.trained > e.longest,
-        "ends at YaRN's factor times the original length, {longest}, and the model was trained for {trained}",
-        "serve with VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 and --max-model-len {trained}",
+        "has no angles beyond YaRN's factor times the original length, and the model was trained for {trained}",
+        "serve texts of up to {longest} tokens only",
     ),
     Limit(
         "vLLM",
@@ -168,6 +171,7 @@ LIMITS = (
         "llama.cpp",
         lambda e: _slides(e) and e.kind != "olmo3",
         "lets each token see all before it, whatever the sliding window of this model",
+        "serve texts of up to {window} tokens only",
     ),
     Limit(
         "mlx-lm",
@@ -190,6 +194,7 @@ LIMITS = (
         "mlx-lm",
         lambda e: _slides(e) and e.kind != "olmo3",
         "lets each token see all before it, whatever the sliding window of this model",
+        "serve texts of up to {window} tokens only",
     ),
     Limit("mlx-lm", lambda e: e.kind == "olmo3" and len(e.layers) == 1, "cannot load an Olmo 3 whose layers are alike"),
     Limit(
@@ -207,6 +212,7 @@ LIMITS = (
         "SGLang",
         lambda e: _slides(e) and e.kind != "olmo3",
         "lets each token see all before it, whatever the sliding window of this model",
+        "serve texts of up to {window} tokens only",
     ),
     Limit("TGI", lambda e: e.type == "linear", "leaves linear scaling out"),
     Limit(

@@ -90,9 +90,9 @@ def config_json(
     kept = _kept(original, kind)
     config: dict[str, Any] = {
         "initializer_range": 0.02,
-        "use_cache": True,
         "attention_dropout": 0.0,
         **kept,
+        "use_cache": True,  # what a training with recomputation has left as false makes generation slow
         "architectures": [CLASSES[kind]],
         "model_type": kind,
         "hidden_act": "silu",

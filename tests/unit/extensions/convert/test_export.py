@@ -6,6 +6,7 @@ import json
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tests.unit.extensions.convert.models import (
     some_tokens,
     with_rope,
 )
+from torchtitan.config.schema import Checkpoint, Job, JobConfig, Model
 from torchtitan.extensions.convert import export as export_module
 from torchtitan.extensions.convert.export import publish, write_hugging_face
 from torchtitan.extensions.convert.torchtitan_and_meta import write_torchtitan
@@ -223,6 +225,29 @@ def test_shards_of_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (logits - our_logits(random_weights(args), tokens)).abs().max() < 1e-4
     with pytest.raises(UserError, match="exists and is not overwritten"):
         export(checkpoint, out, None)
+
+
+def test_the_end_of_a_stage_says_how_its_export_must_be_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    save(with_rope(SCALINGS["longrope"]), tmp_path / "checkpoint")
+    monkeypatch.setattr(export_module.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(export_module.dist, "barrier", lambda group: None)
+    config = JobConfig(
+        job=Job(dump_folder=str(tmp_path)),
+        model=Model(hf_assets_path=str(tmp_path / "none")),
+        checkpoint=Checkpoint(last_save_in_hf=True, export_dtype="float32"),
+    )
+    checkpointer = SimpleNamespace(folder=tmp_path / "checkpoint", group=None)
+    trainer = SimpleNamespace(config=config, checkpointer=checkpointer, rank=0, finished=True, step=0)
+    monkeypatch.setattr(export_module.logger, "propagate", True)
+    with caplog.at_level("INFO"):
+        export_module.Export().ended(trainer)
+    assert (tmp_path / "export" / "step-0" / "config.json").is_file()
+    assert (
+        f"Export: vLLM takes LongRoPE's original length as its longest context: serve with --max-model-len {TRAINED}."
+        in (caplog.messages)
+    )
 
 
 @pytest.mark.parametrize("to", ["hugging_face", "checkpoint", "torchtitan"])

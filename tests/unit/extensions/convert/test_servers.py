@@ -167,10 +167,12 @@ def test_keys_that_may_change_what_a_server_computes_are_left_out_and_named():
         "pad_token_id": 5,
         "max_window_layers": 28,
         "finetuned_from": "kept",
+        "use_cache": False,
     }
     config = config_json(with_rope(None, ARCHITECTURES["qwen2"]), "float32", original)
     kept = {"attention_dropout", "pad_token_id", "max_window_layers", "finetuned_from", "head_dim", "model_type"}
-    assert set(left_out(original, config)) == set(original) - kept - {"rope_scaling"}
+    assert config["use_cache"] is True
+    assert set(left_out(original, config)) == set(original) - kept - {"rope_scaling", "use_cache"}
     assert all(config[key] == original[key] for key in kept - {"head_dim"})
 
 
@@ -202,7 +204,10 @@ def test_what_servers_read_otherwise_is_said():
     assert "Every server takes 256 tokens as the longest context, and the model was trained for 200" in of(
         "yarn", trained=200
     )
-    assert "VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 and --max-model-len 300." in of("yarn", trained=300)
+    beyond = "vLLM has no angles beyond YaRN's factor times the original length, and the model was trained for 300"
+    assert f"{beyond}: serve texts of up to 256 tokens only." in of("yarn", trained=300)
+    assert "mlx-lm lets each token see all before it" in of("none", "mistral, windows")
+    assert "serve texts of up to 50 tokens only." in of("none", "mistral, windows")
 
 
 def test_every_limit_of_a_server_stands_in_the_documentation():
