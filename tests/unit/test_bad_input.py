@@ -177,6 +177,16 @@ CASES: dict[str, tuple[Make, list[str]]] = {
         asset("config.json", config_json(num_hidden_layers=3), checkpoint__initial_load_in_hf=True),
         ["model.layers.2.self_attn.q_proj.weight should be [64, 64] and is missing"],
     ),
+    "quantized weights": (
+        asset(
+            "config.json", config_json(quantization_config={"quant_method": "fp8"}), checkpoint__initial_load_in_hf=True
+        ),
+        ["copy/config.json", "quant_config", '"fp8"', "dequantize first"],
+    ),
+    "a tied model with an output matrix of its own": (
+        asset("config.json", config_json(tie_word_embeddings=True), checkpoint__initial_load_in_hf=True),
+        ["copy/model.safetensors", "lm_head.weight", "tie_word_embeddings = true", "tie_word_embeddings = false"],
+    ),
     "cut weights": (cut_weights, ["copy/model.safetensors", "Fetch it again"]),
     "an empty source": (text("a.jsonl", b""), ["'text'", "a.jsonl", "empty or blank"]),
     "blank documents": (text("a.jsonl", b'{"text": " "}\n\n{"text": null}\n'), ["a.jsonl", "empty or blank"]),

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from os.path import isfile, islink  # which answer for every text, a file name or not
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +145,10 @@ def _choose(folder: Path, asked: str) -> tuple[list[str], dict[str, str]]:
 
 
 def _refuse_incomplete(folder: Path, expected: list[str], by_index: bool) -> None:
-    missing = [name for name in expected if not (folder / name).is_file()]
+    missing = [name for name in expected if not isfile(folder / name)]
     if missing:
         why = f"{INDEX} names them" if by_index else "the names of the others say that there are more"
-        links = [name for name in missing if (folder / name).is_symlink()]
+        links = [name for name in missing if islink(folder / name)]
         link = f" {links[0]} is a link to {(folder / links[0]).readlink()}, which is not there." if links else ""
         more = f", ... ({len(missing)} files)" if len(missing) > 3 else ""
         raise UserError(

@@ -262,6 +262,7 @@ BAD_INDEX = {
     b"": ["is not JSON"],
     b"[1]": ["holds a list"],
     b"\xff": ["is not JSON"],
+    b'{"a":' * 5000: ["is not JSON"],
     b"{}": ["has no weight_map"],
     b'{"weight_map": {}}': ["has no weight_map"],
     b'{"weight_map": ["a"]}': ["has no weight_map"],
@@ -269,9 +270,11 @@ BAD_INDEX = {
     b'{"weight_map": {"a": "../other/model.safetensors"}}': ["'../other/model.safetensors'", "beside it"],
     b'{"weight_map": {"a": "/tmp/model.safetensors"}}': ["'/tmp/model.safetensors'"],
     b'{"weight_map": {"a": "pytorch_model.bin"}}': ["'pytorch_model.bin'"],
+    b'{"weight_map": {"a": "%b.safetensors"}}' % (b"a" * 300): ["not whole", "aaa.safetensors"],
+    b'{"weight_map": {"a": "\\u0000.safetensors"}}': ["not whole"],
 }
 REFUSED: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
-    **{f"index {text!r}": (with_file(sharded, INDEX, text), [INDEX, *says]) for text, says in BAD_INDEX.items()},
+    **{f"index {text[:50]!r}": (with_file(sharded, INDEX, text), [INDEX, *says]) for text, says in BAD_INDEX.items()},
     "a stale file": (with_file(sharded, "model.safetensors", STALE), ["model.safetensors and", INDEX, ONE, "Move"]),
     "a stale file, written first": (stale_first, ["model.safetensors and", INDEX, ONE]),
     "other names in model.safetensors": (with_file(sharded, "model.safetensors", INV_FREQ), [INDEX, ONE, "vLLM"]),
