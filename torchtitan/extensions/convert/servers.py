@@ -7,10 +7,14 @@ is empty has none: that server computes something else than was trained.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torchtitan.models.rope_method import ORIGINAL
+
+# an option or a variable of the environment, and its value, which has a digit
+_OPTION = r"(?<=\s)(--?[a-z][a-z-]*|[A-Z_]{8,})[ =]([\w.=:-]*\d[\w.=:-]*\w|\d)"
 
 
 class Exported(NamedTuple):
@@ -78,6 +82,14 @@ class Limit(NamedTuple):
     applies: Callable[[Exported], bool]
     what: str
     way: str = ""
+    until: tuple[int, int] | None = None
+    """The last version that does it, if one does not."""
+    in_one_answer: bool = True
+    """Whether the answer to a single prompt shows it."""
+
+    def said(self, facts: Exported) -> str:
+        text = f"{self.server} {self.what}: {self.way or 'do not serve the model with it'}."
+        return text.format(**facts._asdict())
 
 
 def _yarn(e: Exported, **usual: Any) -> bool:
@@ -111,6 +123,7 @@ LIMITS = (
         lambda e: _scaled_otherwise(e, "yarn"),
         "up to 0.25 ignores YaRN's attention_factor",
         "serve with a version that reads it, as 0.32 does",
+        until=(0, 25),
     ),
     Limit(
         "vLLM",
@@ -134,6 +147,7 @@ LIMITS = (
         lambda e: e.two_lists,
         "does not rotate cached keys again when a generation crosses LongRoPE's original length",
         "keep a prompt and its response together on one side of {original} tokens",
+        in_one_answer=False,
     ),
     Limit(
         "transformers 4",
@@ -163,9 +177,9 @@ LIMITS = (
     Limit("llama.cpp", lambda e: _yarn(e, truncate=True), "truncates the ramp of every YaRN"),
     Limit(
         "llama.cpp",
-        lambda e: e.type == "linear" and e.trained > e.longest,
-        "takes the length before linear scaling, {longest}, as its context",
-        "serve with -c {trained}",
+        lambda e: e.trained > e.longest and e.type != "dynamic",
+        "reads no more than max_position_embeddings, {longest}, and the model was trained for {trained}",
+        "serve with --override-kv {gguf}.context_length=int:{trained}",
     ),
     Limit(
         "llama.cpp",
@@ -196,7 +210,12 @@ LIMITS = (
         "lets each token see all before it, whatever the sliding window of this model",
         "serve texts of up to {window} tokens only",
     ),
-    Limit("mlx-lm", lambda e: e.kind == "olmo3" and len(e.layers) == 1, "cannot load an Olmo 3 whose layers are alike"),
+    *(
+        Limit(
+            server, lambda e: e.kind == "olmo3" and len(e.layers) == 1, "cannot load an Olmo 3 whose layers are alike"
+        )
+        for server in ("mlx-lm", "llama.cpp")
+    ),
     Limit(
         "SGLang",
         lambda e: e.two_lists,
@@ -239,8 +258,18 @@ LIMITS = (
 def serving_notes(config: dict[str, Any]) -> list[str]:
     """One sentence for each way in which a server reads this config.json, which we have exported, otherwise."""
     facts = exported(config)
+    return [limit.said(facts) for limit in LIMITS if limit.applies(facts)]
+
+
+def notes_on_answers(config: dict[str, Any], server: str, version: str) -> list[tuple[str, dict[str, str]]]:
+    """Of those notes, the ones that say why this version of this server may answer a prompt otherwise than our model:
+    the sentence, and the options of its command line that it names ("--max-model-len": "256")."""
+    facts = exported(config)
+    installed = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
     return [
-        f"{limit.server} {limit.what}: {limit.way or 'do not serve the model with it'}.".format(**facts._asdict())
+        (text, dict(re.findall(_OPTION, text)))
         for limit in LIMITS
-        if limit.applies(facts)
+        if limit.server == server and limit.in_one_answer and limit.applies(facts)
+        if limit.until is None or installed <= limit.until
+        for text in [limit.said(facts)]
     ]

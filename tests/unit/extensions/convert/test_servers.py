@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.unit.extensions.convert.models import ARCHITECTURES, LLAMA, ORIGINAL, SCALINGS, TRAINED, with_rope
-from torchtitan.extensions.convert.servers import LIMITS, serving_notes
+from torchtitan.extensions.convert.servers import LIMITS, notes_on_answers, serving_notes
 from torchtitan.models.hf.config_in import read_config
 from torchtitan.models.hf.config_out import config_json, left_out
 from torchtitan.models.rope import rope_for, rope_tables
@@ -192,7 +192,9 @@ def test_what_servers_read_otherwise_is_said():
     share = 1 / (1 + 0.1 * math.log(4))
     assert f"--override-kv qwen2.rope.scaling.attn_factor=float:{share:.6g}." in of("yarn_options", "qwen2")
     assert "--override-kv llama.rope" in of("yarn_options", original="mistral")
-    assert "llama.cpp takes the length before linear scaling, 64, as its context: serve with -c 256." in of("linear")
+    for scaling, longest in (("linear", 64), (YarnScaling(2.0, ORIGINAL), 128)):
+        said = f"{longest}, and the model was trained for 256: serve with --override-kv llama.context_length=int:256."
+        assert said in of(scaling)
     assert "vLLM refuses Qwen with a sliding window" in of("none", "qwen3, windows")
     assert "transformers 4 refuses Olmo 2" in of("yarn", "olmo2")
     assert "leaves the llama3 RoPE out" in of("llama3", "qwen3")
@@ -208,6 +210,23 @@ def test_what_servers_read_otherwise_is_said():
     assert f"{beyond}: serve texts of up to 256 tokens only." in of("yarn", trained=300)
     assert "mlx-lm lets each token see all before it" in of("none", "mistral, windows")
     assert "serve texts of up to 50 tokens only." in of("none", "mistral, windows")
+
+
+def test_a_note_that_accounts_for_an_answer_names_options_and_is_for_the_version():
+    config = config_json(with_rope(YarnScaling(4.0, ORIGINAL, 8.0, attention_factor=1.0)), "float32", {})
+    noted = [options for _, options in notes_on_answers(config, "llama.cpp", "2026.10")]
+    relative = f"{1 / (1 + 0.1 * math.log(4)):.6g}"
+    assert noted == [
+        {"--yarn-beta-fast": "8", "--yarn-beta-slow": "1"},
+        {"--override-kv": f"llama.rope.scaling.attn_factor=float:{relative}"},
+    ]
+    assert len(notes_on_answers(config, "vLLM", "0.25.1")) == 1 and not notes_on_answers(config, "vLLM", "0.32.0")
+    longrope = config_json(with_rope(SCALINGS["longrope"]), "float32", {})
+    # it says what happens to a generation, not to the answer to one prompt
+    assert "transformers" in " ".join(serving_notes(longrope)) and not notes_on_answers(longrope, "transformers", "5")
+    beyond = with_rope(YarnScaling(2.0, ORIGINAL))
+    [(_, options)] = notes_on_answers(config_json(beyond, "float32", {}), "vLLM", "0.32.0")
+    assert options == {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", "--max-model-len": "256"}
 
 
 def test_every_limit_of_a_server_stands_in_the_documentation():

@@ -1,0 +1,316 @@
+"""Do the servers read an exported model as it was trained? Compares their next-token log-probabilities with ours.
+
+    python scripts/check_export_servers.py outputs/export/step-1000
+    python scripts/check_export_servers.py ./export --checkpoint outputs/checkpoint/step-1000 --lengths 4000 16000 \\
+        --python-of vllm=/envs/vllm/bin/python --python-of mlx-lm=/envs/mlx/bin/python
+    python scripts/check_export_servers.py ./export --python-of llama.cpp=/envs/llama/bin/python \\
+        --gguf-converter llama_cpp_python-0.3.36/vendor/llama.cpp
+
+Ours is the model read from the folder, or from --checkpoint, in float32 on the CPU. The servers are transformers, vLLM,
+mlx-lm and llama.cpp (xllamacpp, and the converter out of the source package of llama-cpp-python), each in a process of
+its own, also in float32. Prompts are random token ids, below the model's original length and beyond it; the largest and
+the mean difference over the whole vocabulary are printed, in nats.
+
+Exit code 1 if a server that is installed cannot load the folder, or is off by more than --tolerance, and the notes on
+that server (docs/rope.md) do not say so. A server that is not installed is named, and is no fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchtitan.attention.backends import choose_backend
+from torchtitan.extensions.convert import ask_server
+from torchtitan.extensions.convert.conversion import open_any
+from torchtitan.extensions.convert.servers import notes_on_answers
+from torchtitan.extensions.convert.weights import Weights
+from torchtitan.extensions.evaluation.command_line import text_table
+from torchtitan.extensions.evaluation.forward import Ranks, lay_out, logits_of
+from torchtitan.models.rope import rope_for
+from torchtitan.models.transformer import Transformer
+from torchtitan.tools.errors import UserError
+
+UNLIKELY = -60.0
+"""Nats: less likely tokens count as this likely, for some servers compute probabilities, which end at 1e-38."""
+
+NAMES = {"vllm": "vLLM"}
+"""What the notes call a server, if it is another name than here."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """An export, the prompts that it is asked, and our answers."""
+
+    folder: Path
+    original: int
+    """The length in tokens before the extension."""
+    prompts: list[list[int]]
+    ours: torch.Tensor
+    """Log-probabilities of the next token, float32 [prompts, vocabulary]."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came out for one model and one server."""
+
+    model: str
+    server: str
+    versions: dict[str, str]
+    options: dict[str, str]
+    """Of the server's command line: none, or those of the notes on it."""
+    verdict: str
+    """agrees; off; fails; not installed"""
+    below: list[float] | None = None
+    """Mean and largest difference in nats, of prompts up to the original length."""
+    beyond: list[float] | None = None
+    agrees_at: list[int] = field(default_factory=list)
+    """The lengths of the prompts that it answers as we do, in tokens."""
+    remarks: list[str] = field(default_factory=list)
+    """What is to be known of how it was asked, or why it failed."""
+    notes: list[str] = field(default_factory=list)
+    """Unless it agrees: what the export says about it."""
+    explained: bool = False
+    """Whether these notes account for it: they name no options, or every prompt is answered as ours with those."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="exports: config.json, *.safetensors")
+    parser.add_argument("--checkpoint", type=Path, help="the step-N folder that was exported")
+    parser.add_argument(
+        "--python-of", action="append", default=[], metavar="SERVER=PYTHON", help="the interpreter that has it"
+    )
+    parser.add_argument("--servers", nargs="+", default=list(ask_server.SERVERS), choices=list(ask_server.SERVERS))
+    parser.add_argument("--gguf-converter", type=Path, help="folder with llama.cpp's convert_hf_to_gguf.py")
+    parser.add_argument("--lengths", type=int, nargs="+", help="of the prompts, in tokens")
+    parser.add_argument("--original-length", type=int, help="before the extension, if config.json does not say")
+    parser.add_argument("--tolerance", type=float, default=0.01, help="largest difference that agrees, in nats (0.01)")
+    parser.add_argument("--out", type=Path, help="JSON file for all numbers")
+    options = parser.parse_args(argv)
+    try:
+        pythons = interpreters(options.python_of)
+        converter = gguf_converter(options.gguf_converter)
+        models = [ask_ours(folder, options) for folder in options.folders]
+        rows = []
+        for name in options.servers:
+            python = pythons.get(name, sys.executable)
+            rows += with_notes(name, python, converter, models, options.tolerance)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(as_table(rows, models))
+    if options.out:
+        options.out.write_text(
+            json.dumps({"tolerance": options.tolerance, "rows": [asdict(r) for r in rows]}, indent=1)
+        )
+    return int(any(row.verdict in ("off", "fails") and not row.explained for row in rows))
+
+
+def interpreters(given: list[str]) -> dict[str, str]:
+    """SERVER=PYTHON, several times -> by name."""
+    result = {}
+    for text in given:
+        name, _, python = text.partition("=")
+        if name not in ask_server.SERVERS:
+            raise UserError(f"--python-of {text}: the servers are {', '.join(ask_server.SERVERS)}.")
+        if not Path(python).is_file():
+            raise UserError(
+                f"--python-of {text}: {python or 'after the = there'} is no file. Name a Python interpreter."
+            )
+        result[name] = python
+    return result
+
+
+def gguf_converter(given: Path | None) -> str | None:
+    """Path of convert_hf_to_gguf.py, which is given or is in the folder that is given."""
+    if given is None:
+        return None
+    file = given if given.suffix == ".py" else given / "convert_hf_to_gguf.py"
+    if not file.is_file():
+        raise UserError(
+            f"--gguf-converter {given}: {file} does not exist. It is in the folder vendor/llama.cpp of the "
+            "source package of llama-cpp-python."
+        )
+    return str(file.resolve())
+
+
+def ask_ours(folder: Path, options: argparse.Namespace) -> Model:
+    """The model's own answers. Prompts are up to the trained length less one: a server must have room for a token."""
+    exported = open_any(folder)
+    weights = open_any(options.checkpoint) if options.checkpoint else exported
+    trained, original = lengths_of(exported, options.original_length)
+    beyond = [original + 1, (original + trained) // 2, trained - 1] if trained > original + 2 else []
+    lengths = options.lengths or sorted({max(original // 4, 1), original // 2, min(original, trained - 1), *beyond})
+    if min(lengths) < 1:
+        raise UserError(f"--lengths {min(lengths)}: a prompt has at least one token.")
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(weights.args.vocab_size, (n,), generator=generator) for n in lengths]
+    return Model(folder, original, [p.tolist() for p in prompts], our_log_probs(weights, prompts))
+
+
+def lengths_of(weights: Weights, original: int | None) -> tuple[int, int]:
+    """(length that the model was trained for, length before its extension) in tokens."""
+    rope = weights.args.rope
+    trained = rope.max_position_embeddings or int(weights.manifest.get("seq_len") or 0)
+    if not trained:
+        raise UserError(
+            f"{weights.where} does not say how long the model was trained for: config.json lacks "
+            "max_position_embeddings."
+        )
+    of_method = getattr(rope.scaling, "original_max_position_embeddings", None)
+    if of_method is None and getattr(rope.scaling, "rope_type", None) == "linear":
+        of_method = round(trained / rope.scaling.factor)  # type: ignore[union-attr]
+    return trained, original or of_method or trained
+
+
+@torch.no_grad()
+def our_log_probs(weights: Weights, prompts: list[torch.Tensor]) -> torch.Tensor:
+    """float32 [prompts, vocabulary]: after each prompt's last token."""
+    ranks = Ranks(backend=choose_backend("auto", "cpu"))
+    with torch.device("meta"):
+        model = Transformer(weights.args, ranks.backend)
+    model.to_empty(device="cpu")
+    model.tie_embeddings()
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights.read(name))
+    rows = []
+    for prompt in prompts:
+        last = torch.tensor([len(prompt) - 1])
+        local = lay_out(model, ranks, [prompt])
+        rows.append(logits_of(model.eval(), ranks, local, last, rope_for(weights.args.rope, len(prompt)))[0])
+    return torch.stack(rows).log_softmax(-1)
+
+
+def with_notes(name: str, python: str, converter: str | None, models: list[Model], tolerance: float) -> list[Row]:
+    """Asks the server plainly; and where it did not agree once more, with the options of the notes on it."""
+    rows = compare(name, python, converter, [(model, {}) for model in models], tolerance)
+    again: list[tuple[Model, dict[str, str]]] = []
+    for i, (model, row) in enumerate(zip(models, rows, strict=True)):
+        if row.verdict in ("off", "fails"):
+            config = json.loads((model.folder / "config.json").read_text())
+            notes = notes_on_answers(config, NAMES.get(name, name), next(iter(row.versions.values()), ""))
+            plain = any(not given for _, given in notes)
+            rows[i] = replace(row, notes=[text for text, _ in notes], explained=plain)
+            again += [(that_fit(model, given), given) for given in together([given for _, given in notes if given])]
+    noted = compare(name, python, converter, again, tolerance)
+    for i, (model, row) in enumerate(zip(models, rows, strict=True)):
+        own = [other for other in noted if other.model == row.model]
+        reached = {length for other in [row, *own] for length in other.agrees_at}
+        explained = row.explained or (bool(own) and reached.issuperset(map(len, model.prompts)))
+        rows[i] = replace(row, explained=explained)
+        noted = [replace(other, explained=explained) if other.model == row.model else other for other in noted]
+    return rows + noted
+
+
+def together(options: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Options that contradict each other (two lengths) need two servers; all others are given to the first."""
+    servers: list[dict[str, str]] = []
+    for given in options:
+        if servers and all(servers[0].get(key, value) == value for key, value in given.items()):
+            servers[0] |= given
+        elif given not in servers:
+            servers.append(dict(given))
+    return servers
+
+
+def that_fit(model: Model, given: dict[str, str]) -> Model:
+    """The model with the prompts for which a server with these options has room, and for a token to write."""
+    longest = int(given.get("--max-model-len", 0)) or math.inf
+    kept = [i for i, prompt in enumerate(model.prompts) if len(prompt) < longest]
+    return replace(model, prompts=[model.prompts[i] for i in kept], ours=model.ours[kept])
+
+
+def compare(
+    name: str, python: str, converter: str | None, asked: list[tuple[Model, dict[str, str]]], tolerance: float
+) -> list[Row]:
+    """asked: models, each with options for the server. One process is asked all of them, since some take a minute to
+    start; if it dies, the next one goes on behind the model that it died of."""
+    rows: list[Row] = []
+    while len(rows) < len(asked):
+        left = asked[len(rows) :]
+        request = [
+            {"folder": str(m.folder.resolve()), "prompts": m.prompts, "vocab_size": m.ours.shape[1], "options": given}
+            for m, given in left
+        ]
+        with tempfile.TemporaryDirectory() as temporary:
+            work = Path(temporary)
+            (work / "request.json").write_text(json.dumps({"models": request, "gguf_converter": converter}))
+            with (work / "log").open("w") as log:
+                code = subprocess.run([python, ask_server.__file__, name, work], stdout=log, stderr=log).returncode
+            report = json.loads((work / "report.json").read_text()) if (work / "report.json").exists() else {}
+            said = last_words((work / "log").read_text(errors="replace"))
+            died = {"remarks": [], "error": f"its process ended with code {code}: {said}"}
+            empty = [
+                Row(str(model.folder), name, report.get("versions", {}), given, "not installed")
+                for model, given in left
+            ]
+            if "missing" in report:
+                return rows + [replace(row, remarks=[report["missing"]]) for row in empty]
+            entries = [*report.get("models", []), died][: len(left)]
+            for i, entry in enumerate(entries):
+                rows.append(judge(empty[i], left[i][0], entry, work / f"{i}.f32", tolerance))
+    return rows
+
+
+def last_words(log: str) -> str:
+    """The last line that speaks of an error, or the last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["it said nothing"]
+    return next((line for line in reversed(lines) if re.search("error|assert|fatal|killed", line, re.I)), lines[-1])
+
+
+def judge(row: Row, model: Model, entry: dict[str, Any], answers: Path, tolerance: float) -> Row:
+    """The row with its verdict. answers: float32 [prompts, vocabulary], as many as the server has given."""
+    remarks = list(dict.fromkeys(entry["remarks"]))
+    if "error" in entry:
+        return replace(row, verdict="fails", remarks=[*remarks, entry["error"]])
+    theirs = torch.frombuffer(bytearray(answers.read_bytes()), dtype=torch.float32)
+    if theirs.numel() != model.ours.numel():
+        remarks.append(f"{theirs.numel():,} numbers came back, not {model.ours.numel():,}: one for each id and prompt")
+        return replace(row, verdict="fails", remarks=remarks)
+    difference = (theirs.view_as(model.ours).clamp(min=UNLIKELY) - model.ours.clamp(min=UNLIKELY)).abs()
+    difference = difference.nan_to_num(nan=math.inf)
+    is_below = torch.tensor([len(prompt) <= model.original for prompt in model.prompts])
+    below, beyond = (
+        [part.mean().item(), part.max().item()] if len(part) else None
+        for part in (difference[is_below], difference[~is_below])
+    )
+    agrees = (difference.amax(1) <= tolerance).tolist()
+    lengths = [len(prompt) for prompt, right in zip(model.prompts, agrees, strict=True) if right]
+    verdict = "agrees" if all(agrees) else "off"
+    return replace(row, verdict=verdict, below=below, beyond=beyond, agrees_at=lengths, remarks=remarks)
+
+
+def as_table(rows: list[Row], models: list[Model]) -> str:
+    """A line for each model and server, what was said of it, and what was compared."""
+    lines = []
+    for model in models:
+        lengths = ", ".join(f"{len(prompt):,}" for prompt in model.prompts)
+        lines += [f"{model.folder}: prompts of {lengths} tokens; original length {model.original:,}", ""]
+        own = [row for row in rows if row.model == str(model.folder)]
+        cells = [["server", "below: mean", "largest", "beyond: mean", "largest", ""]]
+        for row in own:
+            numbers = [f"{x:.1e}" for x in row.below or ()] or ["-", "-"]
+            numbers += [f"{x:.1e}" for x in row.beyond or ()] or ["-", "-"]
+            cells.append([" ".join([row.server, *(f"{k}={v}" for k, v in row.options.items())]), *numbers, row.verdict])
+        lines += text_table(cells) + [""]
+        for row in own:
+            lines += [f"{row.server}: {remark}" for remark in row.remarks]
+            lines += [f"{row.server}: noted at export: {note}" for note in row.notes]
+        lines.append("")
+    versions = {row.server: ", ".join(f"{p} {v}" for p, v in row.versions.items()) for row in rows}
+    return "\n".join([*lines, *(f"{name}: {said}" for name, said in versions.items() if said)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
