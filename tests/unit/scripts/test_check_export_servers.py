@@ -146,7 +146,7 @@ def test_bad_input_is_one_line(script: ModuleType, exports: Path, tmp_path: Path
 
 
 def test_options_that_contradict_each_other_need_two_servers(script: ModuleType):
-    long, short, other = {"--max-model-len": "256"}, {"--max-model-len": "64"}, {"-c": "256"}
+    long, short, other = {"--max-model-len": "256"}, {"--max-model-len": "64"}, {"--yarn-beta-fast": "8"}
     assert script.together([long, short, other, short]) == [long | other, short]
 
 

@@ -80,8 +80,6 @@ def vllm(request: dict[str, Any], model: dict[str, Any], said: list[str]) -> Ite
     from vllm import LLM, SamplingParams
 
     options = model["options"]
-    if "VLLM_ALLOW_LONG_MAX_MODEL_LEN" in options:
-        os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = options["VLLM_ALLOW_LONG_MAX_MODEL_LEN"]
     server = LLM(
         model=model["folder"],
         dtype="float32",
@@ -122,7 +120,7 @@ def llama_cpp(request: dict[str, Any], model: dict[str, Any], said: list[str]) -
         make_gguf(Path(request["gguf_converter"]), model["folder"], file, options.get("--override-kv"), said)
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(file)
-        parameters.n_ctx = int(options.get("-c", max(map(len, model["prompts"])) + 1))
+        parameters.n_ctx = max(map(len, model["prompts"])) + 1
         parameters.yarn_beta_fast = float(options.get("--yarn-beta-fast", parameters.yarn_beta_fast))
         parameters.yarn_beta_slow = float(options.get("--yarn-beta-slow", parameters.yarn_beta_slow))
         parameters.n_parallel, parameters.warmup = 1, False

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from torchtitan.models.rope_method import ORIGINAL
 
-# an option or a variable of the environment, and its value, which has a digit
-_OPTION = r"(?<=\s)(--?[a-z][a-z-]*|[A-Z_]{8,})[ =]([\w.=:-]*\d[\w.=:-]*\w|\d)"
+# an option of a command line, and its value, which has a digit
+_OPTION = r"(?<=\s)(--[a-z-]+) ([\w.=:-]*\d[\w.=:-]*\w|\d)"
 
 
 class Exported(NamedTuple):

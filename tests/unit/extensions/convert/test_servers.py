@@ -224,9 +224,8 @@ def test_a_note_that_accounts_for_an_answer_names_options_and_is_for_the_version
     longrope = config_json(with_rope(SCALINGS["longrope"]), "float32", {})
     # it says what happens to a generation, not to the answer to one prompt
     assert "transformers" in " ".join(serving_notes(longrope)) and not notes_on_answers(longrope, "transformers", "5")
-    beyond = with_rope(YarnScaling(2.0, ORIGINAL))
-    [(_, options)] = notes_on_answers(config_json(beyond, "float32", {}), "vLLM", "0.32.0")
-    assert options == {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", "--max-model-len": "256"}
+    noted = [options for _, options in notes_on_answers(longrope, "vLLM", "0.32.0")]
+    assert noted == [{"--max-model-len": "256"}, {"--max-model-len": "64"}]
 
 
 def test_every_limit_of_a_server_stands_in_the_documentation():
