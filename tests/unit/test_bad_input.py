@@ -181,7 +181,7 @@ CASES: dict[str, tuple[Make, list[str]]] = {
         asset(
             "config.json", config_json(quantization_config={"quant_method": "fp8"}), checkpoint__initial_load_in_hf=True
         ),
-        ["copy/config.json", "quant_config", '"fp8"', "dequantize first"],
+        ["copy/config.json", "quantization_config", '"fp8"', "dequantize first"],
     ),
     "a tied model with an output matrix of its own": (
         asset("config.json", config_json(tie_word_embeddings=True), checkpoint__initial_load_in_hf=True),
