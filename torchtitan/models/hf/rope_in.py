@@ -63,11 +63,7 @@ def _rope_of(config: dict[str, Any], name: str, table: Any, where: str, head_dim
         flat = {key: value for key, value in table.items() if key not in (FULL, SLIDING)}
         rope = _rope(config, name, flat, where, head_dim)
         if olmo3 and (name == "rope_parameters" or rope.theta != default_of("rope_theta", "olmo3")):
-            warn_once(
-                f"{where}: Olmo 3's RoPE is not written by kind of layer (rope_parameters.{FULL}, .{SLIDING}). It is "
-                f"read as transformers 4 does: theta {rope.theta:g} in all layers, rescaled in those without a window. "
-                "transformers 5 would load another RoPE from this file."
-            )
+            _warn_of_old_form(rope, where)
         # Olmo 3's layers with a window are not scaled even if rope_scaling does not say so (transformers 4.57 and 5.24,
         # OLMo-core and vLLM agree; some versions of transformers in between scaled all layers)
         return replace(rope, layers=FULL) if olmo3 else rope
@@ -83,6 +79,9 @@ def _rope_of(config: dict[str, Any], name: str, table: Any, where: str, head_dim
     rope, sliding = both[FULL], both[SLIDING]
     if isinstance(table.get(FULL), dict) and table[FULL].get("truncate") is False:
         warn_once(f"{where}: {name}.{FULL}.truncate = false is read, but transformers 5 computes as if it were true.")
+    beside = not (table.get(SLIDING) or {}).get("rope_theta") and rope.theta != default_of("rope_theta", "olmo3")
+    if beside and sliding.theta == rope.theta:
+        _warn_of_old_form(rope, where)
     if sliding == rope and rope.scaling:
         return rope
     if sliding.scaling or sliding.theta != rope.theta:
@@ -91,6 +90,14 @@ def _rope_of(config: dict[str, Any], name: str, table: Any, where: str, head_dim
             f"with the rope_theta of {FULL}, {rope.theta:g}."
         )
     return replace(rope, layers=FULL)
+
+
+def _warn_of_old_form(rope: RopeArgs, where: str) -> None:
+    warn_once(
+        f"{where}: Olmo 3's RoPE is not written by kind of layer, with a rope_theta for each (rope_parameters.{FULL}, "
+        f".{SLIDING}). It is read as transformers 4 does: theta {rope.theta:g} in all layers, rescaled in those "
+        "without a window. transformers 5 would load another RoPE from this file."
+    )
 
 
 def _rope(config: dict[str, Any], name: str, table: Any, where: str, head_dim: int | None) -> RopeArgs:

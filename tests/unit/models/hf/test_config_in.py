@@ -68,6 +68,11 @@ def test_defaults_are_those_of_transformers_configuration_classes(kind: str):
     assert {key: default_of(key, kind) for key in compared} == {key: theirs[key] for key in compared}
 
 
+def test_the_page_names_every_key():
+    page = (Path(__file__).parents[4] / "docs/rope.md").read_text()
+    assert not [key for key in KEYS if f"`{key}`" not in page]
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_missing_keys_and_null_have_the_defaults_of_transformers(kind: str, tmp_path: Path):
     """hidden_size, heads and the like are needed; the rest may be missing, and null is the same."""
@@ -370,6 +375,7 @@ def test_a_rope_that_would_be_another_is_refused_by_name(change: dict[str, Any],
         ({"rope_scaling": YARN | {"attn_factor": 0.878}}, "attn_factor = 0.878 is not read.* multiplied by 1.13863"),
         ({"rope_scaling": LLAMA3}, "original_max_position_embeddings, so max_position_embeddings = 128"),
         (OLMO3 | {"rope_theta": 1e4}, "theta 10000 in all layers"),
+        (OLMO3 | {"rope_theta": 1e4, "rope_parameters": {"full_attention": YARN}}, "theta 10000 in all layers"),
         (OLMO3 | {"rope_parameters": YARN}, "not written by kind of layer"),
         (OLMO3 | {"rope_parameters": {"full_attention": YARN | {"truncate": False}}}, "truncate = false"),
     ],
