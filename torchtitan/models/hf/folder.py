@@ -2,8 +2,9 @@
 
 Training, conversion, merging, evaluation and search all ask here, so that they read the same file for a name, whatever
 order the folder lists its files in. transformers 5.24 reads model.safetensors if it is there, else the files that
-model.safetensors.index.json names; vLLM the files that the index names, else every *.safetensors. A folder in which
-these are different tensors is refused.
+model.safetensors.index.json names; vLLM 0.32 the files that the index names, else every *.safetensors. A folder in
+which these are different tensors is refused. (If there is a consolidated*.safetensors, vLLM reads that one alone.
+Mistral publishes its models in both forms, so it is passed over here, and said.)
 """
 
 from __future__ import annotations
@@ -93,7 +94,10 @@ def read_folder(folder: Path) -> StoredWeights:
             continue
         _add(others, dict(tensors))  # refuses the names that the model has
         names = f"{', '.join(list(others)[:2])}, ..." if others else "none"
-        passed_over.append(f"{path} is not read: it holds other names ({names}) than the model's files.")
+        vllm = " vLLM reads it instead of these: delete it if it is of another state." * path.name.startswith(
+            "consolidated"
+        )
+        passed_over.append(f"{path} is not read: it holds other names ({names}) than the model's files.{vllm}")
     return StoredWeights(folder, tensors, tuple(passed_over))
 
 

@@ -125,7 +125,7 @@ def _refuse_quantized(tensors: dict[str, StoredTensor], expected: dict[str, tupl
 
 
 def _check_tied(tensors: dict[str, StoredTensor]) -> None:
-    """UserError if a tied model's file has another output matrix: transformers would take it, vLLM the embedding."""
+    """UserError if a tied model's file has another output matrix."""
     names = ("model.embed_tokens.weight", "lm_head.weight")
     if names[0] not in tensors:
         return
@@ -144,9 +144,9 @@ def _check_tied(tensors: dict[str, StoredTensor]) -> None:
     if difference:
         raise UserError(
             f"{head.file} holds {names[1]}, another matrix than {names[0]} ({difference}), but the model is tied: "
-            "config.json, or the flavor, has tie_word_embeddings = true. transformers would use the file's matrix, "
-            f"vLLM the embedding. If {names[1]} is meant, set tie_word_embeddings = false in config.json (or name an "
-            "untied flavor); else delete it from the file."
+            "config.json, or the flavor, has tie_word_embeddings = true. transformers 5 and vLLM 0.32 would use the "
+            f"file's matrix, versions before them the embedding. If {names[1]} is meant, set tie_word_embeddings = "
+            "false in config.json (or name an untied flavor); else delete it from the file."
         )
 
 

@@ -173,7 +173,7 @@ READABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "one file": (single, ""),
     "shards": (sharded, ""),
     "links": (linked, ""),
-    "Meta's names beside": (with_meta_names, "consolidated.safetensors is not read: it holds other names (layers.0"),
+    "Meta's names beside": (with_meta_names, "vLLM reads it instead"),
     "original/": (with_original, ""),
     "damage beside": (with_damage_beside, "consolidated.safetensors is not read"),
     "an index that lacks names": (partly_indexed, ""),
