@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.unit.models.hf.readings import differences, here, in_transformers
 from torchtitan.models.hf.config_in import read_config
+from torchtitan.models.hf.config_out import config_json
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.transformer import parameter_counts
 
@@ -56,9 +57,7 @@ def rounded(billions: float) -> float:
 def test_is_read_as_transformers_reads_it(folder: Path, name: str):
     entry = PUBLISHED[name]
     args = read_config(folder)
-    original = getattr(args.rope.scaling, "original_max_position_embeddings", args.rope.max_position_embeddings)
-    lengths = (min(original, 4096), 1000)
-    assert not differences(in_transformers(folder, lengths), here(folder, lengths))
+    assert not differences(in_transformers(folder, (1000, 4096)), here(folder, (1000, 4096)))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     count = parameter_counts(args)[0]
@@ -67,6 +66,17 @@ def test_is_read_as_transformers_reads_it(folder: Path, name: str):
     assert rounded(count / 1e9) == pytest.approx(digits, abs=0.051 if digits == 7.3 else 1e-9), "the published size"
     assert args.rope.max_position_embeddings == entry["length"], "the trained length"
     assert args.rope.theta == entry["theta"]
+
+
+@pytest.mark.parametrize(("folder", "name"), [(name, name) for name in PUBLISHED], indirect=["folder"], ids=PUBLISHED)
+def test_its_export_says_the_same(folder: Path, name: str):
+    """To transformers and, with the trained length, to us: nothing has been trained."""
+    args = read_config(folder)
+    published = in_transformers(folder, (1000, 4096))
+    (folder / "config.json").write_text(json.dumps(config_json(args, "bfloat16", PUBLISHED[name]["config"])))
+    assert not differences(published, in_transformers(folder, (1000, 4096)))
+    assert not differences(published, here(folder, (1000, 4096)))
+    assert read_config(folder).rope.max_position_embeddings == args.rope.max_position_embeddings
 
 
 @pytest.mark.parametrize(("folder", "flavor"), SAME_AS_FLAVOR.items(), indirect=["folder"], ids=SAME_AS_FLAVOR)

@@ -47,6 +47,10 @@ def write_weights(case: Case, folder: Path) -> None:
         # small embeddings, beside which an eps shows; norms and biases are not what they are born as
         std = 0.03 if "embed" in name else 0.15 if parameter.ndim == 2 else 0.3
         tensors[name] = torch.randn(parameter.shape, generator=generator) * std + (1.0 if "norm" in name else 0.0)
+    if "lm_head.weight" not in tensors and case.seed % 2:  # many published files have the tied matrix twice
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    if case.config["model_type"] == "llama" and case.seed % 4 == 0:  # as Llama's first files
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     if case.seed % 3:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         return
