@@ -142,7 +142,7 @@ def _method(kind: str, rope: str, factor: float, original: int, pairs: int, draw
         return {"rope_type": "yarn", "factor": draw.choice((factor, factor, None)), **length}
     if rope == "yarn options":
         truncate = {} if kind == "olmo3" else some(truncate=(True, False))  # transformers 5 does not find Olmo 3's
-        options = some(beta_fast=(4, 8.0, None), beta_slow=(0.25, 0.5, None), attention_factor=(1.0, 1.3))
+        options = some(beta_fast=(1.5, 2, 4.0, None), beta_slow=(0.25, 0.5, None), attention_factor=(1.0, 1.3))
         return {"rope_type": "yarn", "factor": factor, **length, **options, **truncate}
     if rope == "yarn mscale":
         return {"rope_type": "yarn", "factor": factor, **length, **some(mscale=(1.0, 0.7), mscale_all_dim=(1.0, 0.5))}
