@@ -140,6 +140,8 @@ def open_checkpoint(folder: Path) -> Weights:
 def open_hugging_face(folder: Path) -> Weights:
     """A folder with config.json and *.safetensors. Logs a warning about each of these that is not read."""
     weight_files(folder)  # an adapter has no config.json: say first what it is
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has weights and no config.json, which says of what model they are: fetch it too.")
     args = read_config(folder)
     stored = check_weights(folder, args, logger.warning).tensors
     shapes = parameter_shapes(args)

@@ -394,6 +394,13 @@ def test_an_adapter_alone_is_named_as_one(tmp_path: Path):
         assert "Merge it first" in refusal(reader, tmp_path), reader.__name__
 
 
+def test_weights_without_a_config_are_not_guessed_at(tmp_path: Path):
+    folder = single(tmp_path)
+    (folder / "config.json").unlink()
+    assert "no config.json" in refusal(in_conversion, folder)
+    assert "neither config.json nor manifest.json" in refusal(in_evaluation, folder)
+
+
 QUANTIZED: dict[str, tuple[dict[str, Any], str]] = {
     "config.json": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, '"gptq"'),
     "bitsandbytes": ({"quantization_config": {"load_in_8bit": True}}, '"bitsandbytes"'),
