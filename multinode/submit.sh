@@ -6,7 +6,8 @@
 #
 # Overrides hold for every stage; job.dump_folder gets a folder for each. SBATCH OPTIONS hold for every stage too, and
 # override those of env.sh and of the stage's TOML file (stage.sbatch). A stage starts when the previous stage has ended
-# well (afterok); if that has failed, the later jobs are cancelled (--kill-on-invalid-dep). --dry-run prints the commands.
+# well (afterok); if that has failed, the later jobs are cancelled (--kill-on-invalid-dep). --dry-run prints the commands,
+# and on stderr the RoPE that each stage will have, with what training would refuse about it.
 # Paths are relative to the current folder. The jobs' numbers are printed in the order of the stages.
 #
 # --evaluate adds a job with evaluate.sbatch after each stage, also after a stage that has ended and whose newest
@@ -20,7 +21,7 @@ set -u
 source "$REPO/scripts/setup.sh"
 
 dry=false evaluate=false evaluation_options=() arguments=()
-usage() { sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 if [[ $# -eq 0 ]]; then usage >&2; exit 1; fi
 while [[ $# -gt 0 && $1 != -- ]]; do
     case $1 in
@@ -42,8 +43,9 @@ fi
 if [[ -z ${PYTHON:-} ]]; then
     setup_find || { echo "error: no Python here has what is needed: activate one, or see multinode/env.sh" >&2; exit 1; }
 fi
-if $evaluate; then arguments=(--evaluate "${arguments[@]}"); fi
-stages=$(PYTHONPATH=$REPO "$PYTHON" -m torchtitan.extensions.cluster.slurm stages "${arguments[@]}")
+asking=("${arguments[@]}")
+if $evaluate; then asking=(--evaluate "${arguments[@]}"); fi
+stages=$(PYTHONPATH=$REPO "$PYTHON" -m torchtitan.extensions.cluster.slurm stages "${asking[@]}")
 
 export TORCHTITAN_REPO=$REPO
 previous="" submitted=()
@@ -100,3 +102,4 @@ evaluation() { # NAME DUMP_FOLDER IS_EVALUATED SBATCH_OPTIONS... -- ARGUMENTS...
     submit "evaluation of stage $1" "$1-evaluation" "$2" "$job" evaluate.sbatch ${sbatch_options[@]+"${sbatch_options[@]}"} "${rest[@]}"
 }
 eval "$stages"
+if $dry; then PYTHONPATH=$REPO "$PYTHON" -m torchtitan.extensions.cluster.rope_report "${arguments[@]}" >&2; fi

@@ -1,4 +1,5 @@
-"""What a stage will take, without a GPU: memory per rank by kind, host memory, FLOPs, a range for the step's time.
+"""What a stage will take, without a GPU: memory per rank by kind, host memory, FLOPs, a range for the step's time; and
+the RoPE that it will have, with what training would refuse about it.
 
     python scripts/estimate.py --job.config_file train_configs/llama3_8b/128k.toml --world-size 8 --gpu h100
     python scripts/estimate.py --job.config_file my.toml --world-size 8 --training.seq_len 1048576 --fit fits.toml
@@ -22,6 +23,7 @@ from typing import NoReturn
 from torchtitan.config import load_config
 from torchtitan.config.manager import config_file
 from torchtitan.extensions.cluster.check_config import check_tables
+from torchtitan.extensions.cluster.rope_report import rope_report
 from torchtitan.extensions.cluster.slurm import replicas
 from torchtitan.tools.errors import UserError
 
@@ -98,6 +100,8 @@ def estimate(own: argparse.Namespace, overrides: list[str]) -> int:
     say(format_estimate(result, stage, gpu, ranks_per_host))
     if note := slurm_note(own, overrides):
         say(note)
+    result["rope"] = rope_report(config)
+    say("\n".join(result["rope"]))
     if gpu and config.model.attention_backend == "varlen":
         say("NOTE: counted for flex; the backward pass of varlen needs more (docs/planning.md)")
     if lacks_host:

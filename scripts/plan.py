@@ -3,9 +3,10 @@
     python scripts/plan.py --job.config_file stage.toml [--world-size 16] [--training.steps 100] [--out plan.json]
 
 The report that training logs at its start: shares asked for and got, epochs, what is left out, what packing cuts, the
-work of the ranks. Text that is not in data.cache_folder yet is tokenized into it; the plan is kept there too, where
-training finds it. scripts/plot_plan.py draws what --out writes. Without --world-size, the number of processes is NGPU,
-or else 8. If the stage cannot run on 8, it is the nearest smaller number on which it can, or else the nearest larger.
+work of the ranks; and the RoPE that the stage will have, with what training would refuse about it. Text that is not in
+data.cache_folder yet is tokenized into it; the plan is kept there too, where training finds it. scripts/plot_plan.py
+draws what --out writes. Without --world-size, the number of processes is NGPU, or else 8. If the stage cannot run on 8,
+it is the nearest smaller number on which it can, or else the nearest larger.
 """
 
 from __future__ import annotations
@@ -82,10 +83,12 @@ def plan_stage(config: JobConfig, world_size: int) -> tuple[str, dict]:
     # Importing PyTorch takes seconds: a mistake in the TOML must not.
     from torchtitan.components.setup import make_plan, model_args
     from torchtitan.datasets.tokenizer import load_tokenizer
+    from torchtitan.extensions.cluster.rope_report import rope_report
     from torchtitan.extensions.ingest.resolve import resolve_source
     from torchtitan.extensions.ingest.stand_in import MARK
     from torchtitan.extensions.planner.data_report import format_report, report_of
 
+    rope = rope_report(config)
     if config.rope.theta == "auto":  # the previous stage may not have been trained; rows do not depend on the base
         config = replace(config, rope=replace(config.rope, theta=None))
     args = model_args(config)
@@ -93,7 +96,7 @@ def plan_stage(config: JobConfig, world_size: int) -> tuple[str, dict]:
     make_writable("data.cache_folder", Path(config.data.cache_folder).expanduser())
     plan = make_plan(config, world_size, tokenizer, args, resolve_source)
     report = report_of(plan, config, world_size, args)
-    lines = [format_report(report)]
+    lines = [format_report(report), *rope]
     made_up = [s["name"] for s in report["sources"] if (Path(s["folder"]) / MARK).is_file()]
     if made_up:
         which = "all sources" if len(made_up) == len(report["sources"]) else ", ".join(made_up)

@@ -7,9 +7,10 @@ The rows shrink to --seq-len tokens, and every other length of the stage by the 
 data.long_threshold, data.target_seq_len, RoPE's original length. The model becomes `debugmodel` with fresh weights, the
 sources become stand-ins of random tokens (scripts/build_stand_in.py), and a step has two rows per process. RoPE,
 packing, masks, positions, mixture, schedule and context parallelism (as far as --processes allows) stay the recipe's.
-There is no previous stage, and nothing is evaluated. So this finds what cannot work; it says nothing about memory,
-speed or learning. Lists that depend on the heads (rope.long_factor, rope.bases) are thinned to the size for debugmodel,
-and theta = "auto" becomes debugmodel's own base.
+There is no previous stage, and nothing is evaluated; what training would say of the RoPE of the recipe itself is
+printed first. So this finds what cannot work; it says nothing about memory, speed or learning. Lists that depend on the
+heads (rope.long_factor, rope.bases) are thinned to the size for debugmodel, and theta = "auto" becomes debugmodel's own
+base.
 
 Everything is written to a temporary folder, or to --folder, which must not exist: small.toml, data/, out/.
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 
 from torchtitan.config import JobConfig, dump_toml, load_config
 from torchtitan.config.schema import Data, Evaluation, Rope, Source
+from torchtitan.extensions.cluster.rope_report import rope_report
 from torchtitan.extensions.ingest.stand_in import build as build_stand_ins
 from torchtitan.tools.errors import UserError
 
@@ -61,6 +63,7 @@ def main(args: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print("\n".join(f"{own.recipe}: {line}" for line in rope_report(config)), flush=True)
     trainer = [
         "torchtitan.extensions.cluster.launch",
         "--nproc",

@@ -20,9 +20,11 @@ from torchtitan.config.checks import dp_degree, rows_per_step
 from torchtitan.config.toml_file import tomllib
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.cluster.check_config import check_tables
+from torchtitan.extensions.cluster.rope_report import rope_report
 from torchtitan.extensions.ingest.resolve import resolve_source
 from torchtitan.models.rope import RopeArgs, inverse_frequencies
-from torchtitan.models.rope_config import lost_rope, rope_warnings
+from torchtitan.models.rope_change import lost_rope
+from torchtitan.models.rope_config import rope_warnings
 from torchtitan.models.transformer import Transformer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -321,6 +323,24 @@ def test_bases_that_stand_for_a_rule() -> None:
 def rope_of(name: str) -> RopeArgs:
     """A stage's RoPE, with those of the stages before it where theta = "auto" asks for them."""
     return model_args(config_of(name), rope_of(AFTER[name]) if name in AFTER else None).rope
+
+
+MEANT = {
+    **{f"ultralong_8b/{size}m_yarn": "faster_than_trained" for size in (1, 2, 4)},
+    **dict.fromkeys(("nemo_llama3_8b/16k", "nemo_llama3_8b/64k", "qwen25_1m/64k"), "beyond_trained"),
+}
+"""What a publication does all the same, by rope.allow."""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_rope_takes_the_weights_as_far_as_its_rows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is refused or warned of, and rope.allow names what the publication does, and no more."""
+    monkeypatch.chdir(tmp_path)  # there are no checkpoints here
+    lines = rope_report(config_of(name))
+    assert lines[0].startswith("RoPE: theta") and not [x for x in lines if x.startswith(("WARNING", "WOULD"))], lines
+    assert [x.startswith("allowed: ") for x in lines[1:]] == [True] * len(config_of(name).rope.allow)
+    assert config_of(name).rope.allow == ((MEANT[name],) if name in MEANT else ())
+    assert ("which has no finished checkpoint" in lines[0]) == (name in AFTER)
 
 
 def test_chains() -> None:

@@ -29,7 +29,6 @@ from torchtitan.distributed.parallelize import build_sharded_model
 from torchtitan.distributed.self_check import run_self_check
 from torchtitan.models.architecture import as_json
 from torchtitan.models.hf.weights import load_weights
-from torchtitan.models.rope_config import describe_rope, rope_warnings
 from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights, parameter_counts
 from torchtitan.tools.device import host_names, init_process_group, make_deterministic, pick_device, record_collectives
 from torchtitan.tools.errors import UserError
@@ -180,8 +179,8 @@ def log_stage(config: JobConfig, inputs: StageInputs, dims: ParallelDims, device
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.toml", dump_toml(config))
     logger.info(f"stage {config.stage.name}: {config.job.description}".rstrip(": "))
-    logger.info(f"RoPE: {describe_rope(args.rope)}")
-    for warning in rope_warnings(args.rope, args.head_dim, config.data.target_seq_len or config.training.seq_len):
+    logger.info(f"RoPE: {inputs.rope.line}")
+    for warning in inputs.rope.warnings:
         logger.warning(warning)
     if config.quantize.recipe_name != "none":
         logger.info(describe_quantize(args, config.quantize, dims.size("tp")))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.components.manifest import complete_steps, digest, read_manifest
+from torchtitan.components.reach import trained_length
 from torchtitan.config.manager import previous_folder, previous_stage
 from torchtitan.config.schema import JobConfig
 from torchtitan.tools.errors import UserError
@@ -55,5 +56,6 @@ def lineage(manifest: dict[str, Any] | None) -> list[dict[str, Any]]:
     if manifest is None:
         return []
     own = {key: manifest.get(key) for key in ("stage", "step", "tokens_seen", "seq_len", "tokenizer")}
-    own |= {"rope": manifest["architecture"]["rope"], "digest": digest(manifest)}
+    rope = manifest["architecture"]["rope"] | {"max_position_embeddings": trained_length(manifest)}
+    own |= {"rope": rope, "digest": digest(manifest)}
     return [*manifest.get("stages_before", []), own]

@@ -18,6 +18,7 @@ from torchtitan.components.changes import changed_inputs, changed_keys, changes,
 from torchtitan.components.lineage import check_previous, lineage
 from torchtitan.components.manifest import check_load_step, complete_steps, digest, newest_manifest
 from torchtitan.components.metrics import import_wandb
+from torchtitan.components.stage_rope import StageRope, check_stage_rope, rope_of_weights
 from torchtitan.components.start import Start, check_start, find_start, hugging_face_start
 from torchtitan.config import JobConfig, as_tables
 from torchtitan.config.checks import rows_per_step
@@ -31,7 +32,7 @@ from torchtitan.distributed.options.quantize import check_quantize
 from torchtitan.distributed.options.ulysses import check_ulysses
 from torchtitan.distributed.parallelize import check_compile_backend
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
-from torchtitan.models.architecture import as_json, complete, rope_from_manifest
+from torchtitan.models.architecture import as_json, complete
 from torchtitan.models.flavor import architecture
 from torchtitan.models.hf.config_out import config_json, original_config
 from torchtitan.models.hf.weights import check_weights
@@ -50,6 +51,7 @@ class StageInputs:
     tokenizer: Tokenizer
     args: TransformerArgs
     plan: Plan
+    rope: StageRope
 
     start: Start | None
     """What a fresh run starts from; None if there is a checkpoint to resume from, or if it starts from scratch."""
@@ -100,12 +102,13 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
     weights = start
     if config.checkpoint.initial_load_in_hf and not resumed:
         weights = hugging_face_start(assets, f"checkpoint.initial_load_in_hf = true, model.hf_assets_path = {assets}")
-    rope_before = _rope_before(resumed, stages_before, weights)
+    rope_before = rope_of_weights(config, resumed, stages_before, weights)
     args = model_args(config, rope_before)
     if weights:
-        check_start(weights, args, tokenizer.fingerprint, config.rope.type)
+        check_start(weights, args, tokenizer.fingerprint)
         if weights.manifest is None:
             check_weights(weights.path, args)
+    rope = check_stage_rope(config, args, rope_before, weights)
     if config.checkpoint.last_save_in_hf:
         # refuses a model that has no form there
         config_json(args, config.checkpoint.export_dtype, original_config(assets))
@@ -122,19 +125,7 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
     before = named_ends(start.path) if start and start.manifest is None else []
     before += (resumed or (start.manifest if start else None) or {}).get("ends_of_turn", [])
     ends = ends_of_turn(plan.corpora, tokenizer, before)
-    return StageInputs(tokenizer, args, plan, start, stages_before, rope_before, ends)
-
-
-def _rope_before(
-    resumed: dict[str, Any] | None, stages_before: list[dict[str, Any]], weights: Start | None
-) -> RopeArgs | None:
-    """RoPE of the weights that a run starts, or started, from; None if it is not known, or if they are random."""
-    if resumed and resumed.get("rope_before"):
-        # what it started from may be gone, or may have been a Hugging Face folder
-        return rope_from_manifest(resumed["rope_before"])
-    if stages_before:
-        return rope_from_manifest(stages_before[-1]["rope"])
-    return weights.args.rope if weights and weights.args else None
+    return StageInputs(tokenizer, args, plan, rope, start, stages_before, rope_before, ends)
 
 
 def _check_model(config: JobConfig, args: TransformerArgs, tokenizer: Tokenizer) -> None:

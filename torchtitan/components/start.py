@@ -18,7 +18,6 @@ from torchtitan.config.schema import JobConfig
 from torchtitan.models.architecture import args_from_manifest, as_json
 from torchtitan.models.hf.config_in import read_config
 from torchtitan.models.hf.folder import is_hugging_face, weight_files
-from torchtitan.models.rope_config import lost_rope
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.errors import UserError
 
@@ -132,11 +131,8 @@ def _sound_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_start(start: Start, args: TransformerArgs, tokenizer: str, rope_type: str) -> None:
-    """UserError if a stage cannot go on from what it would start from.
-
-    tokenizer: the stage's fingerprint; rope_type: the TOML's rope.type.
-    """
+def check_start(start: Start, args: TransformerArgs, tokenizer: str) -> None:
+    """UserError if a stage cannot go on from what it would start from. tokenizer: the stage's fingerprint."""
     if start.args is None:
         return
     old, new = (flat({**as_json(a), "rope": {}}) for a in (start.args, args))
@@ -149,10 +145,4 @@ def check_start(start: Start, args: TransformerArgs, tokenizer: str, rope_type: 
         raise UserError(
             f"{start.path} was trained with another tokenizer than the one in model.hf_assets_path: its embeddings "
             "would stand for other tokens."
-        )
-    if lost := lost_rope(start.args.rope, args.rope, args.head_dim):
-        raise UserError(
-            f"{start.path} was trained with RoPE that this stage would take back: {lost}. A stage takes its RoPE from "
-            f'its own TOML (rope.type = "{rope_type}") and model.flavor, never from a checkpoint: write there what '
-            "the weights were trained with, or more."
         )

@@ -595,6 +595,10 @@ class Rope:
     layers: Literal["all", "full_attention"] = "all"
     """full_attention: layers with a sliding window keep the frequencies unscaled (Olmo 3)."""
 
+    allow: Annotated[tuple[Literal["beyond_trained", "faster_than_trained"], ...], Decides("nothing")] = ()
+    """What is otherwise refused and is meant here. beyond_trained: rows longer than RoPE takes the weights.
+    faster_than_trained: pairs that turn faster than the weights were trained with (docs/rope.md)."""
+
 
 EvaluationTask = Literal[
     "ruler",

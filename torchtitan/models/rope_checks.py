@@ -19,7 +19,7 @@ def check_rope(config: JobConfig) -> None:
         if not getattr(rope, key):
             raise UserError(f'rope.type = "{rope.type}" needs rope.{key}, which is not set.')
     for key, value in vars(rope).items():
-        if key not in ("type", "theta", "layers", *needed, *optional) and value != getattr(default, key):
+        if key not in ("type", "theta", "layers", "allow", *needed, *optional) and value != getattr(default, key):
             readers = [kind for kind, keys in keys_of.items() if key in keys.needed + keys.optional]
             raise UserError(
                 f'rope.{key} = {value} is read by rope.type = {", ".join(readers)} only, but rope.type = "{rope.type}"'

@@ -1,4 +1,4 @@
-"""RopeArgs from a stage's [rope] table; what is said of them in the log, and what a later stage may not take back."""
+"""RopeArgs from a stage's [rope] table, and what is said of them in the log."""
 
 from __future__ import annotations
 
@@ -102,26 +102,6 @@ def rope_warnings(rope: RopeArgs, head_dim: int, length: int) -> list[str]:
         f"{head_dim // 2} pairs), but rows reach position {length:,}: no pair tells apart what is more than a turn "
         f"away. Without rescaling a theta of {smallest_theta(length, head_dim):.3g} would do.",
     ]
-
-
-def lost_rope(old: RopeArgs, new: RopeArgs, head_dim: int) -> str | None:
-    """How `new` covers less than the RoPE that the weights were trained with, if it does, in words with the numbers.
-
-    What decides is what the model sees: the slowest pair must not turn faster than before, whatever the method is
-    called. And the original length of a method must not grow: its factor is against the length before any rescaling.
-    """
-    was, now = longest_wavelength(old, head_dim), longest_wavelength(new, head_dim)
-    change = f"{describe_rope(old)} -> {describe_rope(new)}"
-    if now < was * 0.99:
-        return f"the slowest pair turned once in {was:,.0f} tokens and would in {now:,.0f} ({change})"
-    a, b = (getattr(r.scaling, "original_max_position_embeddings", None) for r in (old, new))
-    same = old.scaling and new.scaling and old.scaling.rope_type == new.scaling.rope_type
-    if same and a and b and b > a:
-        return (
-            f"original_max_position_embeddings {a} -> {b}, while a factor is always against the length before any "
-            f"rescaling, {a} in every stage ({change})"
-        )
-    return None
 
 
 def smallest_theta(length: int, head_dim: int) -> float:

@@ -29,8 +29,9 @@ from torchtitan.models.rope import (
     rope_for,
     rope_tables,
 )
+from torchtitan.models.rope_change import lost_rope
 from torchtitan.models.rope_checks import check_rope
-from torchtitan.models.rope_config import build_rope, lost_rope, rope_warnings, smallest_theta
+from torchtitan.models.rope_config import build_rope, rope_warnings, smallest_theta
 from torchtitan.models.rope_method import Scaling, ntk_theta, plain_frequencies
 from torchtitan.models.rope_scaling import (
     DynamicNTKScaling,

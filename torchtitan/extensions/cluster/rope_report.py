@@ -1,0 +1,98 @@
+"""The RoPE that a stage will really have, and what training would say of it, before it is paid for.
+
+    python -m torchtitan.extensions.cluster.rope_report <arguments of torchtitan.train>
+
+prints it for every stage up to the one that the arguments name, as multinode/submit.sh --dry-run does. A stage goes on
+from its own or the previous stage's checkpoint, if there is one; if not, from what the previous stage's TOML leads to.
+PyTorch, which computes the frequencies, is imported when it is asked for; a login node without it is told so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from torchtitan.config.manager import previous_stage
+from torchtitan.config.schema import JobConfig
+from torchtitan.extensions.cluster.stages import chain, without_flags
+from torchtitan.tools.errors import FAILED, UserError
+
+
+def rope_report(config: JobConfig, earlier: Sequence[JobConfig] = ()) -> list[str]:
+    """Lines on the RoPE of a stage: what it is, warnings, and what training would refuse.
+
+    earlier: the stages before it, the first one first; without them, as their files say.
+    """
+    if importlib.util.find_spec("torch") is None:
+        return ["RoPE: not computed and not checked, because PyTorch is not installed here; training checks it"]
+    from torchtitan.components.setup import model_args
+    from torchtitan.components.stage_rope import not_allowed, stage_rope
+
+    try:
+        before, note = _weights(config, earlier)
+        args = model_args(config, before)
+        found = stage_rope(config, args, before)
+    except UserError as error:
+        return [f"RoPE: not computed: {error}"]
+    lines = [f"RoPE: {found.line}{note}", *(f"WARNING: {warning}" for warning in found.warnings)]
+    lines += [f"allowed: {text}" for check, text in found.refused.items() if check in config.rope.allow]
+    refused = not_allowed(config, found)
+    return [*lines, f"WOULD BE REFUSED: {refused}"] if refused else lines
+
+
+def _weights(config: JobConfig, earlier: Sequence[JobConfig]) -> tuple[Any, str]:
+    """(RopeArgs of the weights that the stage starts, or started, from, or None; what to say of where it was read)."""
+    from dataclasses import replace
+    from pathlib import Path
+
+    from torchtitan.components.lineage import lineage
+    from torchtitan.components.manifest import newest_manifest
+    from torchtitan.components.reach import longest_trained
+    from torchtitan.components.setup import model_args
+    from torchtitan.components.stage_rope import rope_of_weights
+    from torchtitan.components.start import find_start
+    from torchtitan.models.flavor import architecture
+    from torchtitan.models.hf.config_in import read_config
+
+    resumed = newest_manifest(config)[1] if config.checkpoint.enable else None
+    if resumed:
+        return rope_of_weights(config, resumed, resumed.get("stages_before", []), None), ""
+    if config.checkpoint.initial_load_in_hf:
+        assets = Path(config.model.hf_assets_path)
+        if (assets / "config.json").is_file():
+            return read_config(assets).rope, ""
+        return architecture(config.model).rope, f" (there is no {assets}/config.json: as the flavor has it)"
+    try:
+        start_or_none = find_start(config)
+    except UserError:
+        if not config.stage.after:
+            path = config.checkpoint.initial_load_path
+            return architecture(config.model).rope, f" (there are no weights in {path} yet: as the flavor has them)"
+        previous = earlier[-1] if earlier else previous_stage(config)
+        before, _ = _weights(previous, earlier[:-1])
+        rope = model_args(previous, before).rope
+        length = longest_trained(previous, before.max_position_embeddings if before else None)
+        note = f" (by {config.stage.after}, which has no finished checkpoint)"
+        return replace(rope, max_position_embeddings=length), note
+    manifest = start_or_none.manifest if start_or_none else None
+    return rope_of_weights(config, None, lineage(manifest), start_or_none), ""
+
+
+def main(args: list[str]) -> int:
+    """Print the report of each stage; exit code 1 for a mistake."""
+    args = without_flags(args, "stage.run_chain")
+    try:
+        stages = [stage.config for stage in chain(args)]
+        for number, config in enumerate(stages):
+            for line in rope_report(config, stages[:number]):
+                print(f"stage {config.stage.name}: {line}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

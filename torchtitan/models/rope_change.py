@@ -1,0 +1,262 @@
+"""What the RoPE of a stage means for weights that were trained with another one: how far it takes them, which pairs it
+makes faster, and which rescalings multiply.
+
+A pair that has not turned once within the length that the weights were trained to reaches angles beyond it that they
+have never seen. How much it must be slowed for rows that are s times as long is what the NTK-aware rule slows it by,
+s^(j / (D/2 - 1)) for pair j: the least of the published rules, which gives the slowest pair the whole factor. Pairs
+that have turned have seen all angles, and may stay.
+
+RopeArgs.max_position_embeddings of `old` is the length that the weights were trained to. windows: the windows of the
+kinds of layer that a model has, None for full attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from torchtitan.config.schema import Rope
+from torchtitan.models.rope import RopeArgs, inverse_frequencies
+from torchtitan.models.rope_config import describe_rope
+from torchtitan.models.rope_scaling import GeneScaling, HarpeScaling, LongRopeScaling, YarnScaling, method_of
+from torchtitan.tools.errors import UserError
+
+Windows = tuple[int | None, ...]
+
+ROUNDING = 0.01
+"""A pair is faster than before from this share on: published bases are rounded numbers."""
+
+SHORT_BY = 0.02
+"""A rescaling may cover this much less than the rows reach, for the same reason (Qwen2.5-1M's 1e7 covers 259,300 of
+262,144); one that is not there may not."""
+
+
+def lengths_covered(old: RopeArgs) -> int | None:
+    """The length in tokens that weights know: what they were trained to, or what their own rescaling covers by its
+    keys (a YaRN in config.json that was switched on after training; GeNE, which trains short rows for its factor).
+    None: not known."""
+    scaling, trained = old.scaling, old.max_position_embeddings
+    if isinstance(scaling, YarnScaling | GeneScaling | LongRopeScaling) and scaling.factor:
+        return max(trained or 0, round(scaling.factor * scaling.original_max_position_embeddings))
+    return trained
+
+
+def coverage(old: RopeArgs, new: RopeArgs, head_dim: int, windows: Windows = (None,), reach: int = 0) -> float:
+    """The longest position in tokens to which `new` takes weights that were trained with `old` (see above): the least
+    over pairs, heads and kinds of layer. reach: positions of the stage; what no layer can see of them does not count.
+    """
+    known = lengths_covered(old)
+    assert known is not None
+    covered = math.inf
+    for was, now, window in _kinds_of_layer(old, new, windows):
+        f_old, f_new = _frequencies(was, head_dim)[-1:], _frequencies(_least_drawn(now, reach), head_dim)
+        farthest = [math.inf if window is None else window] * len(f_new)  # no distance is longer than the window
+        if isinstance(now.scaling, LongRopeScaling):  # its short list is for rows up to L0
+            farthest[0] = min(farthest[0], now.scaling.original_max_position_embeddings)
+        for frequencies, distance in zip(f_new, farthest):
+            share = torch.arange(1, head_dim // 2, dtype=torch.float64) / max(head_dim // 2 - 1, 1)
+            counts = f_old * known < 2 * math.pi
+            counts[..., -1] = True
+            growth = (f_old / frequencies)[..., 1:] ** (1 / share)
+            at = known * float(growth.where(counts[..., 1:], math.inf).min()) if head_dim > 2 else math.inf
+            if distance > at * (1 + SHORT_BY):
+                covered = min(covered, at)
+    return covered
+
+
+def beyond_trained(old: RopeArgs, new: RopeArgs, head_dim: int, reach: int, windows: Windows = (None,)) -> str | None:
+    """How rows whose positions go up to `reach` go beyond what `new` covers of these weights, if they do, in sentences
+    with the arithmetic. None also if it is not known what the weights were trained to."""
+    known = lengths_covered(old)
+    if known is None or reach <= known:
+        return None
+    covered = coverage(old, new, head_dim, windows, reach)
+    kinds = [(was, now) for was, now, window in _kinds_of_layer(old, new, windows) if (window or reach) > known]
+    same = any(_same(was, now, head_dim) for was, now in kinds)
+    if covered == math.inf or (covered * (1 + SHORT_BY) >= reach and not same):
+        return None
+    own = "" if known == old.max_position_embeddings else f", counting its factor ({describe_rope(old)})"
+    f_old, f_new = (_frequencies(rope, head_dim)[-1].amax(0) for rope in (old, _least_drawn(new, reach)))
+    never = int((f_old * known < 2 * math.pi).sum())
+    slowest = f"the slowest of {head_dim // 2} pairs turns once in {2 * math.pi / float(f_new[-1]):,.0f} tokens"
+    if same:
+        how = f"with the same frequencies as before ({describe_rope(new)}): {slowest}"
+    else:
+        how = (
+            f"while its frequencies ({describe_rope(old)} -> {describe_rope(new)}) are slowed for {covered:,.0f} only: "
+            f"{slowest}, {float(f_old[-1] / f_new[-1]):.3g} times as slowly as before"
+        )
+    return (
+        f"The weights were trained to {known:,} tokens{own}, and rows reach position {reach:,}, {reach / known:.3g} "
+        f"times as far, {how}. {never} pairs have not turned once within {known:,} tokens, so beyond it they reach "
+        "angles that the weights have never seen."
+    )
+
+
+def lost_rope(old: RopeArgs, new: RopeArgs, head_dim: int, reach: int = 0, windows: Windows = (None,)) -> str | None:
+    """Which pairs would turn faster with `new` than the weights were trained with, if any do, in words with the
+    numbers. And the original length of a method must not grow: its factor is against the length before any rescaling.
+
+    LongRoPE's two lists are compared each with the list for the same rows, HARPE's bases head by head, GeNE at its
+    factor, or, after another method, at the least that a micro-batch of `reach` tokens draws.
+    """
+    change = f"{describe_rope(old)} -> {describe_rope(new)}"
+    least = new if isinstance(old.scaling, GeneScaling) else _least_drawn(new, reach)
+    for was, now, window in _kinds_of_layer(old, least, windows):
+        f_old, f_new = torch.broadcast_tensors(_frequencies(was, head_dim), _frequencies(now, head_dim))
+        ratio = f_new / f_old
+        by_pair = ratio.amax((0, 1))
+        faster = int((by_pair > 1 + ROUNDING).sum())
+        if not faster:
+            continue
+        worst = int((by_pair >= by_pair.max() * (1 - ROUNDING)).nonzero()[-1])
+        at = ratio[..., worst].flatten().argmax()
+        turns = [2 * math.pi / float(f[..., worst].flatten()[at]) for f in (f_old, f_new)]
+        which = "the slowest pair" if worst == head_dim // 2 - 1 else f"pair {worst}"
+        layers = ", in layers with a sliding window" if window is not None and len(windows) > 1 else ""
+        return (
+            f"{faster} of {head_dim // 2} pairs would turn faster{layers}; {which} turned once in {turns[0]:,.0f} "
+            f"tokens and would in {turns[1]:,.0f} ({change})"
+        )
+    a, b = (getattr(r.scaling, "original_max_position_embeddings", None) for r in (old, new))
+    same = old.scaling and new.scaling and old.scaling.rope_type == new.scaling.rope_type
+    if same and a and b and b > a:
+        return (
+            f"original_max_position_embeddings {a} -> {b}, while a factor is always against the length before any "
+            f"rescaling, {a} in every stage ({change})"
+        )
+    return None
+
+
+def piled_up(model: RopeArgs, new: RopeArgs, head_dim: int, reach: int) -> str | None:
+    """What becomes of the frequencies if a raised base and a method both slow them, in a sentence with the numbers.
+
+    model: the RoPE of the architecture, before any [rope]."""
+    if new.scaling is None or isinstance(new.scaling, HarpeScaling) or new.theta <= model.theta * (1 + ROUNDING):
+        return None
+    ropes = RopeArgs(model.theta), RopeArgs(new.theta), RopeArgs(model.theta, new.scaling), model, new
+    plain, raised, rescaled, own, both = (_slowest(rope, head_dim) for rope in ropes)
+    length = model.max_position_embeddings
+    rows = f"; rows are {reach / length:.3g} times as long as its {length:,} tokens" if length else ""
+    return (
+        f"Two rescalings multiply: theta {new.theta:g} in place of the model's {model.theta:g} slows the slowest pair "
+        f"{plain / raised:.3g} times, {new.scaling.rope_type} {plain / rescaled:.3g} times. It turns once in "
+        f"{2 * math.pi / both:,.0f} tokens, {own / both:.3g} times as slowly as in the model itself{rows}. If only one "
+        'is meant, leave rope.theta out, or set rope.type = "none".'
+    )
+
+
+def changed_magnitude(old: RopeArgs, new: RopeArgs) -> str | None:
+    """That cos and sin are multiplied by another number than before, if they are."""
+    was, now = (rope.scaling.magnitude() if rope.scaling else 1.0 for rope in (old, new))
+    if math.isclose(was, now, rel_tol=1e-3):
+        return None
+    return (
+        f"cos and sin are multiplied by {now:.4g}, and were by {was:.4g}: attention's logits become "
+        f"{(now / was) ** 2:.3g} times as large"
+    )
+
+
+def ways_out(
+    table: Rope, build: Callable[[Rope], RopeArgs], old: RopeArgs, head_dim: int, reach: int, windows: Windows
+) -> list[str]:
+    """Values of [rope] under which nothing would be refused, each tried: 'rope.theta = "auto" (8.36e+06)'.
+
+    build: what makes RopeArgs of a table for this stage."""
+    known = lengths_covered(old)
+    assert known is not None
+    growth, own = reach / known, old.scaling
+    tries: list[dict[str, object]] = []
+    if table.factor:
+        original = table.original_max_position_embeddings or reach
+        short = reach / coverage(old, build(table), head_dim, windows, reach)
+        tries += [{"factor": _rounded_up(max(table.factor * short, reach / original))}]
+    elif table.type in ("model", "none", "longrope"):
+        tries += [{"theta": "auto"}]
+    if isinstance(own, HarpeScaling) and table.type == "harpe":
+        power = growth ** (head_dim / (head_dim - 2))
+        tries += [{"bases": tuple(float(f"{base * power:.4g}") for base in own.bases)}]
+    elif table.type in ("model", "none") and (own is None or method_of(own.rope_type)):
+        kind = own.rope_type if own else "yarn"
+        values: dict[str, object] = {"type": kind, "factor": _rounded_up(growth)}
+        if own:
+            keys = vars(own).items()
+            values |= {k: v for k, v in keys if k not in ("rope_type", "attention_factor", "length") and v is not None}
+            original = getattr(own, "original_max_position_embeddings", reach)
+            values["factor"] = _rounded_up(max((getattr(own, "factor", None) or 1) * growth, reach / original))
+        else:
+            values["original_max_position_embeddings"] = known
+        if own is None and windows != (None,) and None in windows:
+            values["layers"] = "full_attention"
+        if old.theta != build(table).theta:
+            values["theta"] = old.theta
+        tries += [{k: v for k, v in values.items() if getattr(table, k, v) != v or k == "type"}]
+    return [text for changes in tries if (text := _if_it_works(table, changes, build, old, head_dim, reach, windows))]
+
+
+def _if_it_works(
+    table: Rope,
+    changes: dict[str, object],
+    build: Callable[[Rope], RopeArgs],
+    old: RopeArgs,
+    head_dim: int,
+    reach: int,
+    windows: Windows,
+) -> str | None:
+    try:
+        rope = build(replace(table, **changes))  # type: ignore[arg-type]
+    except UserError:
+        return None
+    if beyond_trained(old, rope, head_dim, reach, windows) or lost_rope(old, rope, head_dim, reach, windows):
+        return None
+    shown = (f"{k} = {_toml(v)}" for k, v in changes.items())
+    number = f" (which is {rope.theta:.4g})" if changes.get("theta") == "auto" else ""
+    return f"rope.{', '.join(shown)}{number}"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return f"{value:g}" if isinstance(value, float) else f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _rounded_up(value: float) -> float:
+    return math.ceil(value * 100 - 1e-9) / 100
+
+
+def _slowest(rope: RopeArgs, head_dim: int) -> float:
+    return float(_frequencies(rope, head_dim)[-1].amin(-1).max())
+
+
+def _same(a: RopeArgs, b: RopeArgs, head_dim: int) -> bool:
+    ours, theirs = torch.broadcast_tensors(_frequencies(a, head_dim)[-1:], _frequencies(b, head_dim)[-1:])
+    return torch.allclose(ours, theirs, rtol=1e-9, atol=0)
+
+
+def _frequencies(rope: RopeArgs, head_dim: int) -> torch.Tensor:
+    """[1 or 2, 1 or Hkv, D / 2]: of short and long rows if they differ, of each key-value head if these differ."""
+    frequencies = inverse_frequencies(rope, head_dim)
+    if rope.scaling:
+        frequencies = rope.scaling.of_tokens(frequencies, torch.tensor([False, True]), slice(None))
+    return frequencies.reshape((1,) * (3 - frequencies.dim()) + tuple(frequencies.shape))
+
+
+def _kinds_of_layer(old: RopeArgs, new: RopeArgs, windows: Windows) -> Iterator[tuple[RopeArgs, RopeArgs, int | None]]:
+    """(old, new, window) of the layers with that window: some are not rescaled (rope.layers)."""
+    for window in windows:
+        was, now = (
+            replace(rope, scaling=None) if window is not None and rope.layers == "full_attention" else rope
+            for rope in (old, new)
+        )
+        yield was, now, window
+
+
+def _least_drawn(rope: RopeArgs, reach: int) -> RopeArgs:
+    """GeNE with the least factor that a micro-batch draws, or that it is read with."""
+    if not isinstance(rope.scaling, GeneScaling):
+        return rope
+    least = min(rope.scaling.choices(max(reach, 1))[0][0], rope.scaling.factor)
+    return replace(rope, scaling=replace(rope.scaling, factor=float(least)))
