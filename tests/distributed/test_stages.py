@@ -61,7 +61,8 @@ seq_len = 512
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stages")
-    write_assets(folder)
+    path = write_assets(folder) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 128}))  # not Llama's 2,048
     flags(folder, folder / "assets-llama")  # writes stage.toml
     (folder / "two.toml").write_text(SECOND)
     (folder / "three.toml").write_text(THIRD)

@@ -120,7 +120,8 @@ def test_plan_estimate_and_rehearsal_print_it(
     (tmp_path / "text.jsonl").write_text('{"text": "a few words"}\n' * 100)
     (tmp_path / "stage.toml").write_text(
         f'[model]\nflavor = "smollm2_135m"\nhf_assets_path = "{REPO}/assets/tokenizer"\n'
-        "[training]\nseq_len = 16384\nsteps = 1\n[lr_scheduler]\nwarmup_steps = 0\n[checkpoint]\ninitial_load_in_hf = true\n"
+        "[training]\nseq_len = 16384\nsteps = 1\n[lr_scheduler]\nwarmup_steps = 0\n"
+        "[checkpoint]\ninitial_load_in_hf = true\n"
         '[[data.sources]]\nname = "text"\npath = "text.jsonl"\n[data]\ncache_folder = "cache"\n'
     )
     assert plan.main(["--job.config_file", "stage.toml", "--world-size", "1"]) == 0
