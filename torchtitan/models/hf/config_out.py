@@ -125,13 +125,14 @@ def left_out(original: dict[str, Any], config: dict[str, Any]) -> list[str]:
 
 
 def _kept(original: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The keys of the original that stay: its values that are no objects, and whose name has no word of a function."""
+    """The keys of the original that stay: values that are no objects and whose name has no word of a function, and what
+    is switched off."""
     if original.get("model_type") != kind:  # its keys mean something else
         return {}
     known = (*_KEPT, *_WINDOW_KEYS.get(kind, ()))
 
     def stays(key: str, value: Any) -> bool:
-        return key in known or not (isinstance(value, dict) or _FUNCTION_WORDS.search(key.lower()))
+        return key in known or value is False or not (isinstance(value, dict) or _FUNCTION_WORDS.search(key.lower()))
 
     return {k: v for k, v in original.items() if k not in _REPLACED and stays(k, v)}
 
