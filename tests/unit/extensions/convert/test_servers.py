@@ -171,7 +171,8 @@ def test_keys_that_may_change_what_a_server_computes_are_left_out_and_named():
         "use_cache": False,
     }
     config = config_json(with_rope(None, ARCHITECTURES["qwen2"]), "float32", original)
-    kept = {"attention_dropout", "pad_token_id", "max_window_layers", "finetuned_from", "head_dim", "model_type", "use_mrope"}
+    kept = {"attention_dropout", "pad_token_id", "max_window_layers", "finetuned_from", "head_dim", "model_type"}
+    kept |= {"use_mrope"}
     assert config["use_cache"] is True
     assert set(left_out(original, config)) == set(original) - kept - {"rope_scaling", "use_cache"}
     assert all(config[key] == original[key] for key in kept - {"head_dim"})
