@@ -81,7 +81,8 @@ class Row:
     notes: list[str] = field(default_factory=list)
     """Unless it agrees: what the export says about it."""
     explained: bool = False
-    """Whether these notes account for it: they name no options, or every prompt is answered as ours with those."""
+    """Whether they account for it: a prompt that is answered otherwise is one that they name, or is answered as ours
+    with the options that they name."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -195,22 +196,34 @@ def our_log_probs(weights: Weights, prompts: list[torch.Tensor]) -> torch.Tensor
 def with_notes(name: str, python: str, converter: str | None, models: list[Model], tolerance: float) -> list[Row]:
     """Asks the server plainly; and where it did not agree once more, with the options of the notes on it."""
     rows = compare(name, python, converter, [(model, {}) for model in models], tolerance)
+    notes: list[list[tuple[str, dict[str, str]]]] = [[] for _ in rows]
     again: list[tuple[Model, dict[str, str]]] = []
     for i, (model, row) in enumerate(zip(models, rows, strict=True)):
         if row.verdict in ("off", "fails"):
             config = json.loads((model.folder / "config.json").read_text())
-            notes = notes_on_answers(config, NAMES.get(name, name), next(iter(row.versions.values()), ""))
-            plain = any(not given for _, given in notes)
-            rows[i] = replace(row, notes=[text for text, _ in notes], explained=plain)
-            again += [(that_fit(model, given), given) for given in together([given for _, given in notes if given])]
+            notes[i] = notes_on_answers(config, NAMES.get(name, name), next(iter(row.versions.values()), ""))
+            given = together([options for _, options in notes[i] if options])
+            again += [(that_fit(model, options), options) for options in given]
     noted = compare(name, python, converter, again, tolerance)
     for i, (model, row) in enumerate(zip(models, rows, strict=True)):
-        own = [other for other in noted if other.model == row.model]
-        reached = {length for other in [row, *own] for length in other.agrees_at}
-        explained = row.explained or (bool(own) and reached.issuperset(map(len, model.prompts)))
-        rows[i] = replace(row, explained=explained)
-        noted = [replace(other, explained=explained) if other.model == row.model else other for other in noted]
+        own = [row, *(other for other in noted if other.model == row.model)]
+        right = {length for other in own for length in other.agrees_at}
+        said = [text for text, options in notes[i] if not options]
+        explained = bool(notes[i]) and all(
+            length in right or any(is_about(text, length) for text in said) for length in map(len, model.prompts)
+        )
+        rows[i] = replace(row, notes=[text for text, _ in notes[i]], explained=explained)
+        noted = [
+            replace(other, explained=explained and other.verdict != "agrees") if other in own else other
+            for other in noted
+        ]
     return rows + noted
+
+
+def is_about(note: str, length: int) -> bool:
+    """Whether the note says that a prompt of this length is answered otherwise: all are, unless it names a limit."""
+    limit = re.search(r"texts of (up to|more than) (\d+) tokens only", note)
+    return limit is None or (length > int(limit[2])) == (limit[1] == "up to")
 
 
 def together(options: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -302,12 +315,12 @@ def as_table(rows: list[Row], models: list[Model]) -> str:
         for row in own:
             numbers = [f"{x:.1e}" for x in row.below or ()] or ["-", "-"]
             numbers += [f"{x:.1e}" for x in row.beyond or ()] or ["-", "-"]
-            cells.append([" ".join([row.server, *(f"{k}={v}" for k, v in row.options.items())]), *numbers, row.verdict])
+            asked = " ".join([row.server, *(f"{key} {value}" for key, value in row.options.items())])
+            cells.append([asked, *numbers, f"{row.verdict}, as noted" if row.explained else row.verdict])
         lines += text_table(cells) + [""]
-        for row in own:
-            lines += [f"{row.server}: {remark}" for remark in row.remarks]
-            lines += [f"{row.server}: noted at export: {note}" for note in row.notes]
-        lines.append("")
+        remarks = [f"{row.server}: {remark}" for row in own for remark in row.remarks]
+        notes = [f"the export notes: {note}" for row in own for note in row.notes]
+        lines += [*dict.fromkeys(remarks), *notes, ""]
     versions = {row.server: ", ".join(f"{p} {v}" for p, v in row.versions.items()) for row in rows}
     return "\n".join([*lines, *(f"{name}: {said}" for name, said in versions.items() if said)])
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.scripts import load_script
-from tests.unit.extensions.convert.models import SCALINGS, export, save, with_rope
+from tests.unit.extensions.convert.models import ARCHITECTURES, SCALINGS, export, save, with_rope
 from torchtitan.extensions.convert import ask_server
 from torchtitan.models.rope_scaling import YarnScaling
 
@@ -42,10 +42,15 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """yarn/, betas/, each with its checkpoint beside it; 64 tokens originally, trained for 256."""
+    """yarn/, betas/, windows/, each with its checkpoint beside it; 64 tokens originally, trained for 256."""
     folder = tmp_path_factory.mktemp("exports")
-    for name, scaling in {"yarn": SCALINGS["yarn"], "betas": YarnScaling(4.0, 64, 8.0, 2.0)}.items():
-        export(save(with_rope(scaling), folder / f"{name} checkpoint"), folder / name, None)
+    models = {
+        "yarn": with_rope(SCALINGS["yarn"]),
+        "betas": with_rope(YarnScaling(4.0, 64, 8.0, 2.0)),
+        "windows": with_rope(None, ARCHITECTURES["mistral, windows"]),  # of 50 tokens
+    }
+    for name, args in models.items():
+        export(save(args, folder / f"{name} checkpoint"), folder / name, None)
     return folder
 
 
@@ -115,6 +120,10 @@ def test_a_note_accounts_for_a_server_that_agrees_with_the_options_it_names(
     assert (noted["verdict"], noted["options"]) == ("agrees", {"--yarn-beta-fast": "8", "--yarn-beta-slow": "2"})
     said = capsys.readouterr().out
     assert "llama.cpp does not read YaRN's betas from the model: serve with --yarn-beta-fast 8" in said
+    # a note that names the texts which are read otherwise does not account for others
+    assert run(script, exports / "windows", *own, "--lengths", 40, 200) == 1
+    assert run(script, exports / "windows", *own, "--lengths", 60, 200) == 0
+    assert "of up to 50 tokens only" in capsys.readouterr().out
     # the same answers where nothing is noted
     assert run(script, exports / "yarn", *own) == 1
     [row] = json.loads((tmp_path / "out.json").read_text())["rows"]
@@ -148,6 +157,16 @@ def test_bad_input_is_one_line(script: ModuleType, exports: Path, tmp_path: Path
 def test_options_that_contradict_each_other_need_two_servers(script: ModuleType):
     long, short, other = {"--max-model-len": "256"}, {"--max-model-len": "64"}, {"--yarn-beta-fast": "8"}
     assert script.together([long, short, other, short]) == [long | other, short]
+
+
+def test_a_note_is_about_the_prompts_that_it_names(script: ModuleType):
+    beyond, below, all_texts = (
+        "serve texts of up to 64 tokens only.",
+        "serve texts of more than 64 tokens only.",
+        "do not serve the model with it.",
+    )
+    told = [[script.is_about(note, length) for length in (64, 65)] for note in (beyond, below, all_texts)]
+    assert told == [[False, True], [True, False], [True, True]]
 
 
 def test_numbers_for_each_id():
