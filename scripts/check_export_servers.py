@@ -47,6 +47,8 @@ UNLIKELY = -60.0
 NAMES = {"vllm": "vLLM"}
 """What the notes call a server, if it is another name than here."""
 
+REPEATED = "--override-kv"
+
 
 @dataclass(frozen=True)
 class Model:
@@ -147,12 +149,12 @@ def gguf_converter(given: Path | None) -> str | None:
 
 
 def ask_ours(folder: Path, options: argparse.Namespace) -> Model:
-    """The model's own answers. Prompts are up to the trained length less one: a server must have room for a token."""
+    """The model's own answers. Prompts are shorter than the original or the trained length: a server writes a token."""
     exported = open_any(folder)
     weights = open_any(options.checkpoint) if options.checkpoint else exported
     trained, original = lengths_of(exported, options.original_length)
     beyond = [original + 1, (original + trained) // 2, trained - 1] if trained > original + 2 else []
-    lengths = options.lengths or sorted({max(original // 4, 1), original // 2, min(original, trained - 1), *beyond})
+    lengths = sorted(options.lengths or {max(original // 4, 1), original // 2, original - 1, *beyond})
     if min(lengths) < 1:
         raise UserError(f"--lengths {min(lengths)}: a prompt has at least one token.")
     generator = torch.Generator().manual_seed(0)
@@ -230,10 +232,13 @@ def together(options: list[dict[str, str]]) -> list[dict[str, str]]:
     """Options that contradict each other (two lengths) need two servers; all others are given to the first."""
     servers: list[dict[str, str]] = []
     for given in options:
-        if servers and all(servers[0].get(key, value) == value for key, value in given.items()):
-            servers[0] |= given
-        elif given not in servers:
-            servers.append(dict(given))
+        first = servers[0] if servers else {}
+        if REPEATED in first and REPEATED in given:  # llama.cpp takes several, with a comma between them
+            given = given | {REPEATED: f"{first[REPEATED]},{given[REPEATED]}"}
+        elif any(first.get(key, value) != value for key, value in given.items()):
+            servers.append(given)
+            continue
+        servers[:1] = [first | given]
     return servers
 
 
@@ -284,23 +289,25 @@ def last_words(log: str) -> str:
 
 def judge(row: Row, model: Model, entry: dict[str, Any], answers: Path, tolerance: float) -> Row:
     """The row with its verdict. answers: float32 [prompts, vocabulary], as many as the server has given."""
-    remarks = list(dict.fromkeys(entry["remarks"]))
-    if "error" in entry:
-        return replace(row, verdict="fails", remarks=[*remarks, entry["error"]])
-    theirs = torch.frombuffer(bytearray(answers.read_bytes()), dtype=torch.float32)
-    if theirs.numel() != model.ours.numel():
-        remarks.append(f"{theirs.numel():,} numbers came back, not {model.ours.numel():,}: one for each id and prompt")
+    remarks = [*dict.fromkeys(entry["remarks"]), *([entry["error"]] if "error" in entry else [])]
+    given = answers.read_bytes() if answers.exists() else b""
+    prompts, size = len(given) // (4 * model.ours.shape[1]), len(given) // 4
+    if size != prompts * model.ours.shape[1] or (prompts < len(model.prompts) and "error" not in entry):
+        remarks.append(f"{size:,} numbers came back, not {model.ours.numel():,}: one for each id and prompt")
+        prompts = 0
+    if prompts == 0:
         return replace(row, verdict="fails", remarks=remarks)
-    difference = (theirs.view_as(model.ours).clamp(min=UNLIKELY) - model.ours.clamp(min=UNLIKELY)).abs()
+    theirs = torch.frombuffer(bytearray(given), dtype=torch.float32).view(prompts, -1)
+    difference = (theirs.clamp(min=UNLIKELY) - model.ours[:prompts].clamp(min=UNLIKELY)).abs()
     difference = difference.nan_to_num(nan=math.inf)
-    is_below = torch.tensor([len(prompt) <= model.original for prompt in model.prompts])
+    is_below = torch.tensor([len(prompt) <= model.original for prompt in model.prompts[:prompts]])
     below, beyond = (
         [part.mean().item(), part.max().item()] if len(part) else None
         for part in (difference[is_below], difference[~is_below])
     )
     agrees = (difference.amax(1) <= tolerance).tolist()
-    lengths = [len(prompt) for prompt, right in zip(model.prompts, agrees, strict=True) if right]
-    verdict = "agrees" if all(agrees) else "off"
+    lengths = [len(prompt) for prompt, right in zip(model.prompts[:prompts], agrees, strict=True) if right]
+    verdict = "fails" if prompts < len(model.prompts) else "agrees" if all(agrees) else "off"
     return replace(row, verdict=verdict, below=below, beyond=beyond, agrees_at=lengths, remarks=remarks)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from tests.scripts import load_script
 from tests.unit.extensions.convert.models import ARCHITECTURES, SCALINGS, export, save, with_rope
@@ -72,7 +74,7 @@ def test_transformers_agrees_and_others_are_named(
     checkpoint = exports / "yarn checkpoint" / "step-0"
     assert run(script, exports / "yarn", "--checkpoint", checkpoint, "--out", tmp_path / "out.json") == 0
     said = capsys.readouterr().out
-    assert "prompts of 16, 32, 64, 65, 160, 255 tokens; original length 64" in said
+    assert "prompts of 16, 32, 63, 65, 160, 255 tokens; original length 64" in said
     first, *others = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert (first["server"], first["verdict"]) == ("transformers", "agrees")
     for mean, largest in (first["below"], first["beyond"]):
@@ -156,7 +158,25 @@ def test_bad_input_is_one_line(script: ModuleType, exports: Path, tmp_path: Path
 
 def test_options_that_contradict_each_other_need_two_servers(script: ModuleType):
     long, short, other = {"--max-model-len": "256"}, {"--max-model-len": "64"}, {"--yarn-beta-fast": "8"}
-    assert script.together([long, short, other, short]) == [long | other, short]
+    assert script.together([long, other, short]) == [long | other, short]
+    both = [{"--override-kv": "a=int:1"}, {"--override-kv": "b=int:2"}]
+    assert script.together([*both, other]) == [{"--override-kv": "a=int:1,b=int:2"} | other]
+
+
+def test_what_a_server_answered_before_it_refused_a_prompt_counts(script: ModuleType, tmp_path: Path):
+    ours = torch.full((3, 4), -1.0)
+    model = script.Model(tmp_path, 20, [[0] * n for n in (10, 20, 30)], ours)
+    row = script.Row("model", "vllm", {}, {}, "")
+    answers = tmp_path / "0.f32"
+    answers.write_bytes(torch.tensor([[-1.0] * 4, [-1.0, -1.5, -1.0, -1.0]]).numpy().tobytes())
+    judged = script.judge(row, model, {"remarks": [], "error": "too long"}, answers, 0.01)
+    assert (judged.verdict, judged.agrees_at, judged.remarks) == ("fails", [10], ["too long"])
+    assert judged.below == pytest.approx([0.5 / 8, 0.5]) and judged.beyond is None
+    answers.write_bytes(torch.tensor([[-1.0] * 4, [-1.0] * 4, [-1.0, math.nan, -1.0, -1.0]]).numpy().tobytes())
+    judged = script.judge(row, model, {"remarks": []}, answers, 0.01)
+    assert (judged.verdict, judged.agrees_at, judged.beyond[1]) == ("off", [10, 20], math.inf)
+    answers.write_bytes(b"1234" * 11)  # a vocabulary of another size
+    assert script.judge(row, model, {"remarks": []}, answers, 0.01).verdict == "fails"
 
 
 def test_a_note_is_about_the_prompts_that_it_names(script: ModuleType):

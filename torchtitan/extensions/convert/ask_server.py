@@ -143,7 +143,7 @@ def make_gguf(converter: Path, folder: str, file: Path, override: str | None, sa
     """The folder as a float32 GGUF file, by llama.cpp's own converter in this process.
 
     It refuses a tokenizer that it does not know. Prompts are ids here, so that does not matter: it is said, and another
-    name written. override: key=type:value, what --override-kv does when the file is read.
+    name written. override: key=type:value,... is what --override-kv does when the file is read.
     """
     sys.path[:0] = [str(p) for p in (converter.parent, converter.parent / "gguf-py") if str(p) not in sys.path]
     import convert_hf_to_gguf
@@ -161,10 +161,10 @@ def make_gguf(converter: Path, folder: str, file: Path, override: str | None, sa
 
     def prepared(self: Any, vocab_only: bool) -> None:
         prepare(self, vocab_only=vocab_only)
-        if override:
-            key, _, typed = override.partition("=")
+        types = {"float": (float, gguf.GGUFValueType.FLOAT32), "int": (int, gguf.GGUFValueType.UINT32)}
+        for one in override.split(",") if override else ():
+            key, _, typed = one.partition("=")
             kind, _, value = typed.partition(":")
-            types = {"float": (float, gguf.GGUFValueType.FLOAT32), "int": (int, gguf.GGUFValueType.UINT32)}
             read, gguf_type = types[kind]
             self.gguf_writer.kv_data[0][key] = gguf.GGUFValue(read(value), gguf_type)
 

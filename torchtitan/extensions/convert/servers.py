@@ -134,8 +134,8 @@ LIMITS = (
     Limit(
         "vLLM",
         lambda e: e.type == "dynamic",
-        "uses one base for texts of every length, that of its longest context",
-        "serve with --max-model-len of the longest text",
+        "has no angles beyond max_position_embeddings with a dynamic RoPE",
+        "serve texts of up to {longest} tokens only",
     ),
     Limit(
         "vLLM",
@@ -156,7 +156,22 @@ LIMITS = (
         "serve with transformers 5",
     ),
     Limit("llama.cpp", lambda e: e.type == "longrope", "leaves LongRoPE's lists out when it converts this model"),
-    Limit("llama.cpp", lambda e: e.type == "dynamic", "leaves a dynamic RoPE out"),
+    Limit(
+        "llama.cpp",
+        lambda e: e.type == "dynamic",
+        "leaves a dynamic RoPE out",
+        "serve texts of up to {longest} tokens only",
+    ),
+    *(
+        Limit(
+            server,
+            lambda e: e.type == "dynamic",
+            "does not rotate cached keys again when a dynamic RoPE's base grows with the text",
+            "serve texts of up to {longest} tokens only",
+            in_one_answer=server == "mlx-lm",  # which caches all of a prompt but its last token first
+        )
+        for server in ("transformers", "mlx-lm")
+    ),
     Limit(
         "llama.cpp",
         lambda e: e.type == "llama3" and e.gguf != "llama",

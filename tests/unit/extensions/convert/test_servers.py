@@ -204,7 +204,7 @@ def test_what_servers_read_otherwise_is_said():
         YarnScaling(1.0, 64, attention_factor=1.3)
     )
     assert "TGI leaves linear scaling out: do not serve the model with it." in of("linear") and "TGI" not in of("gene")
-    assert of(DynamicNTKScaling(4.0, ORIGINAL)).startswith("vLLM uses one base for texts of every length")
+    assert of(DynamicNTKScaling(4.0, ORIGINAL)).startswith("vLLM has no angles beyond max_position_embeddings")
     assert "Every server takes 256 tokens as the longest context, and the model was trained for 200" in of(
         "yarn", trained=200
     )
