@@ -32,7 +32,7 @@ class LinearScaling(Scaling):
         return plain_frequencies(theta, head_dim, dtype) / self.factor
 
     def hf_length(self, trained: int) -> int:
-        return math.ceil(trained / max(self.factor, 1.0))  # vLLM multiplies it by the factor
+        return math.ceil(trained / self.factor)  # vLLM multiplies it by the factor
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ _TOKENIZER = re.compile(
     r"(tokeniz|special_tokens|added_tokens|vocab|merges|spiece|sentencepiece|tekken|chat_template).*"
     r"\.(json|txt|model|jinja|py|bpe)|.*\.(tiktoken|model(\.v\d\w*)?)"
 )
-_TERMS = re.compile(r".*(licen[cs]e|notice|use_policy|copying|copyright).*", re.IGNORECASE)
+_TERMS = re.compile(r".*(licen[cs]e|notice|terms|use_policy|copying|copyright).*", re.IGNORECASE)
 _TERMS_SUFFIXES = ("", ".txt", ".md", ".pdf", ".html")
 _TEMPLATES = "additional_chat_templates"
 LARGEST = 200 * 2**20

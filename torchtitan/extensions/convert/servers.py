@@ -102,7 +102,8 @@ def _scaled_otherwise(e: Exported, kind: str) -> bool:
 
 
 def _slides(e: Exported) -> bool:
-    return "sliding_attention" in e.layers
+    """Whether a text of the trained length is longer than a window."""
+    return "sliding_attention" in e.layers and e.window < e.trained
 
 
 LIMITS = (

@@ -28,6 +28,7 @@ TAKEN = [
     "special_tokens_map.json",
     "spiece.model",
     "tekken.json",
+    "TERMS-OF-USE.txt",
     "tokenization_qwen.py",
     "tokenizer.json",
     "tokenizer.model.v3",

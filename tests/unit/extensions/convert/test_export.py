@@ -33,7 +33,7 @@ from torchtitan.extensions.convert.torchtitan_and_meta import write_torchtitan
 from torchtitan.extensions.convert.weights import open_checkpoint, open_hugging_face, write_checkpoint
 from torchtitan.models.hf.config_in import read_config
 from torchtitan.models.hf.config_out import config_json
-from torchtitan.models.rope_scaling import HarpeScaling
+from torchtitan.models.rope_scaling import HarpeScaling, LinearScaling
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.errors import UserError
 
@@ -99,7 +99,7 @@ def test_legacy_and_new_rope_keys_say_the_same(kind: str):
 
 def test_max_position_embeddings_is_what_vllm_makes_the_trained_length_of():
     """vLLM multiplies it by the factor, but for yarn (original * factor instead), llama3 and longrope."""
-    for kind, scaling in SCALINGS.items():
+    for kind, scaling in (SCALINGS | {"linear below 1": LinearScaling(0.5)}).items():
         config = config_json(with_rope(scaling), "float32", {})
         form, length = config["rope_parameters"], config["max_position_embeddings"]
         if form["rope_type"] == "yarn":

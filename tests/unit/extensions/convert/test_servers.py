@@ -212,6 +212,7 @@ def test_what_servers_read_otherwise_is_said():
     assert f"{beyond}: serve texts of up to 256 tokens only." in of("yarn", trained=300)
     assert "mlx-lm lets each token see all before it" in of("none", "mistral, windows")
     assert "serve texts of up to 50 tokens only." in of("none", "mistral, windows")
+    assert "window" not in of("none", "mistral, windows", trained=50)
 
 
 def test_a_note_that_accounts_for_an_answer_names_options_and_is_for_the_version():
