@@ -39,19 +39,17 @@ def rope_from_hf(config: dict[str, Any], where: str, head_dim: int | None = None
     None: not checked. `where` begins the message of a UserError.
     """
     config = {"model_type": "llama", **{key: value for key, value in config.items() if value is not None}}
-    found = [
-        (name, _rope_of(config, name, config[name], where, head_dim))
-        for name in ("rope_scaling", "rope_parameters")
-        if config.get(name)
-    ]
-    if not found:
-        return _rope_of(config, "rope_scaling", {}, where, head_dim)
+    tables = {name: config[name] for name in ("rope_scaling", "rope_parameters") if config.get(name)}
+    tables = tables or {"rope_scaling": {}}
+    found = [(name, _rope_of(config, name, table, where, head_dim)) for name, table in tables.items()]
     (name, rope), (other, again) = found[0], found[-1]
     if rope != again:
         raise UserError(
-            f"{where}: {name} = {shown(config[name])} and {other} = {shown(config[other])} are two RoPEs. "
+            f"{where}: {name} = {shown(tables[name])} and {other} = {shown(tables[other])} are two RoPEs. "
             f"transformers reads {name} alone: delete the one that is wrong."
         )
+    if config["model_type"] == "olmo3":
+        _warn_of_transformers5(config, rope, where)
     return rope
 
 
@@ -62,8 +60,6 @@ def _rope_of(config: dict[str, Any], name: str, table: Any, where: str, head_dim
     if not any(table.get(kind) is not None for kind in (FULL, SLIDING)):
         flat = {key: value for key, value in table.items() if key not in (FULL, SLIDING)}
         rope = _rope(config, name, flat, where, head_dim)
-        if olmo3 and (name == "rope_parameters" or rope.theta != default_of("rope_theta", "olmo3")):
-            _warn_of_old_form(rope, where)
         # Olmo 3's layers with a window are not scaled even if rope_scaling does not say so (transformers 4.57 and 5.24,
         # OLMo-core and vLLM agree; some versions of transformers in between scaled all layers)
         return replace(rope, layers=FULL) if olmo3 else rope
@@ -77,27 +73,35 @@ def _rope_of(config: dict[str, Any], name: str, table: Any, where: str, head_dim
         raise UserError(f"{where}: {name}.{key} stands beside keys by kind of layer and would not be read: delete it.")
     both = {kind: _rope(config, f"{name}.{kind}", table.get(kind, {}), where, head_dim) for kind in (FULL, SLIDING)}
     rope, sliding = both[FULL], both[SLIDING]
-    if isinstance(table.get(FULL), dict) and table[FULL].get("truncate") is False:
-        warn_once(f"{where}: {name}.{FULL}.truncate = false is read, but transformers 5 computes as if it were true.")
-    beside = not (table.get(SLIDING) or {}).get("rope_theta") and rope.theta != default_of("rope_theta", "olmo3")
-    if beside and sliding.theta == rope.theta:
-        _warn_of_old_form(rope, where)
     if sliding == rope and rope.scaling:
         return rope
     if sliding.scaling or sliding.theta != rope.theta:
         raise UserError(
-            f"{where}: {name}.{SLIDING} = {shown(table[SLIDING])} is not supported; it must be the default RoPE "
+            f"{where}: {name}.{SLIDING} = {shown(table.get(SLIDING))} is not supported; it must be the default RoPE "
             f"with the rope_theta of {FULL}, {rope.theta:g}."
         )
     return replace(rope, layers=FULL)
 
 
-def _warn_of_old_form(rope: RopeArgs, where: str) -> None:
-    warn_once(
-        f"{where}: Olmo 3's RoPE is not written by kind of layer, with a rope_theta for each (rope_parameters.{FULL}, "
-        f".{SLIDING}). It is read as transformers 4 does: theta {rope.theta:g} in all layers, rescaled in those "
-        "without a window. transformers 5 would load another RoPE from this file."
-    )
+def _warn_of_transformers5(config: dict[str, Any], rope: RopeArgs, where: str) -> None:
+    """Olmo 3's form in transformers 5 is by kind of layer; of the older forms it drops the type, or a theta."""
+    by_kind, default = config.get("rope_parameters") or {}, default_of("rope_theta", "olmo3")
+    full = {**(by_kind.get(FULL) or {"rope_type": "default"}), **(config.get("rope_scaling") or {})}
+    loaded = full.get("rope_type") or full.get("type") or "default"
+    sliding = by_kind.get(SLIDING) or {}
+    thetas = [
+        float(full.get("rope_theta") or config.get("rope_theta") or default),
+        float(sliding.get("rope_theta") or default),
+    ]
+    kind = rope.scaling.rope_type if rope.scaling else "default"
+    truncate = getattr(rope.scaling, "truncate", True)
+    if loaded != kind or thetas != [rope.theta, rope.theta] or not truncate:
+        warn_once(
+            f"{where}: this RoPE is read as transformers 4 reads it: {kind} with theta {rope.theta:g}, and the same "
+            f"theta in layers with a window. transformers 5 would load {loaded} with theta {thetas[0]:g}, "
+            f"and {thetas[1]:g} there{'' if truncate else ', as if truncate were true'}. For the same in both, write "
+            f"rope_type and rope_theta in rope_parameters.{FULL} and rope_parameters.{SLIDING}."
+        )
 
 
 def _rope(config: dict[str, Any], name: str, table: Any, where: str, head_dim: int | None) -> RopeArgs:

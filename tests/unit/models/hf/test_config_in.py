@@ -361,6 +361,14 @@ def test_su_is_longrope(tmp_path: Path):
         ({"rope_parameters": {"full_attention": YARN}}, "by kind of layer"),
         (OLMO3 | {"rope_parameters": {"full_attention": YARN, "factor": 2}}, "rope_parameters.factor stands beside"),
         (OLMO3 | {"rope_parameters": {"full_attention": 3}}, "rope_parameters.full_attention = 3 must be an object"),
+        (
+            {
+                "model_type": "olmo3",
+                "rope_theta": DROP,
+                "rope_parameters": {"full_attention": YARN | {"rope_theta": 1e4}},
+            },
+            "rope_parameters.sliding_attention = null is not supported",
+        ),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "head_dim": 2}, "head_dim = 2"),
     ],
 )
@@ -374,10 +382,12 @@ def test_a_rope_that_would_be_another_is_refused_by_name(change: dict[str, Any],
     [
         ({"rope_scaling": YARN | {"attn_factor": 0.878}}, "attn_factor = 0.878 is not read.* multiplied by 1.13863"),
         ({"rope_scaling": LLAMA3}, "original_max_position_embeddings, so max_position_embeddings = 128"),
-        (OLMO3 | {"rope_theta": 1e4}, "theta 10000 in all layers"),
-        (OLMO3 | {"rope_theta": 1e4, "rope_parameters": {"full_attention": YARN}}, "theta 10000 in all layers"),
-        (OLMO3 | {"rope_parameters": YARN}, "not written by kind of layer"),
-        (OLMO3 | {"rope_parameters": {"full_attention": YARN | {"truncate": False}}}, "truncate = false"),
+        (OLMO3 | {"rope_theta": 1e4}, "default with theta 10000, .* load default with theta 10000, and 500000"),
+        (OLMO3 | {"rope_theta": 1e4, "rope_parameters": {"full_attention": YARN}}, "theta 10000, and 500000 there"),
+        (OLMO3 | {"rope_parameters": YARN}, "yarn with theta 500000, .* load default with theta 500000"),
+        (OLMO3 | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear with .* load default"),
+        (OLMO3 | {"rope_scaling": YARN | {"truncate": False}}, "as if truncate were true"),
+        (OLMO3 | {"rope_parameters": {"full_attention": YARN | {"truncate": False}}}, "as if truncate were true"),
     ],
 )
 def test_what_programs_read_differently_is_warned_of(
@@ -387,7 +397,18 @@ def test_what_programs_read_differently_is_warned_of(
     assert len(warnings) == 1 and re.search(said, warnings[0])
 
 
-def test_olmo3_rescales_layers_without_a_window(tmp_path: Path):
+@pytest.mark.parametrize("change", [{"rope_theta": 1e4}, {"rope_parameters": YARN}, {"rope_scaling": LINEAR}])
+def test_olmo3_in_transformers5_is_as_the_warning_says(change: dict[str, Any], tmp_path: Path, warnings: list[str]):
+    if "rope_scaling" in change:
+        change = {"rope_scaling": {"type": "linear", "factor": 4.0}}
+    read_config(write(tmp_path, **OLMO3 | change))
+    rope = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    full, sliding = rope["full_attention"], rope["sliding_attention"]
+    said = f"would load {full['rope_type']} with theta {full['rope_theta']:g}, and {sliding['rope_theta']:g} there"
+    assert said in warnings[0]
+
+
+def test_olmo3_rescales_layers_without_a_window(tmp_path: Path, warnings: list[str]):
     """rope_scaling for the whole model, as the published files have it."""
     rope = read_config(write(tmp_path, **OLMO3, rope_scaling=YARN)).rope
     theirs = Olmo3RotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
@@ -396,6 +417,10 @@ def test_olmo3_rescales_layers_without_a_window(tmp_path: Path):
         inverse_frequencies(rope, 16, torch.float32), theirs.full_attention_inv_freq, rtol=1e-6, atol=0
     )
     assert theirs.full_attention_attention_scaling == pytest.approx(rope.scaling.magnitude())
+    table = {"full_attention": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}
+    assert read_config(write(tmp_path, **OLMO3, rope_parameters=table)).rope == rope
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters["full_attention"]["rope_type"] == "yarn"
+    assert not warnings
     assert theirs.sliding_attention_inv_freq[-1] == pytest.approx(500000.0 ** (-14 / 16), rel=1e-5)
 
 
