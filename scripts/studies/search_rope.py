@@ -24,7 +24,7 @@ from typing import Any
 from longrope2 import Candidate, Space, evolve
 
 from torchtitan.extensions.evaluation.command_line import check_at_least, check_given
-from torchtitan.extensions.evaluation.position_curves import add_model_arguments, model_progress
+from torchtitan.extensions.evaluation.position_curves import add_model_arguments, model_progress, wants_bos
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import check_can_be_written, read_json, write_text
 
@@ -90,7 +90,7 @@ def search(options: argparse.Namespace) -> str:
             f"--prompts = {options.prompts}, but --text gives {len(texts)} stretches of {length:,} tokens, at most "
             f"{pieces} per document. Give more text, a larger --pieces, or fewer --prompts."
         )
-    bos = loaded.tokenizer.bos_id if options.add_bos else None
+    bos = loaded.tokenizer.bos_id if wants_bos(options, loaded.tokenizer) else None
     prompts = [
         needle_question(loaded.tokenizer, text, length, np.random.default_rng([options.seed, i]), bos)
         for i, text in enumerate(texts)

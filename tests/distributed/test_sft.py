@@ -18,6 +18,7 @@ from torchtitan.config import load_config
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.convert.export import write_hugging_face
 from torchtitan.extensions.convert.weights import open_checkpoint
+from torchtitan.extensions.evaluation.command_line import begins_with_bos
 from torchtitan.extensions.evaluation.forward import Ranks
 from torchtitan.extensions.evaluation.lm_eval_model import TorchtitanLM
 from torchtitan.extensions.evaluation.loading import inspect_model, load
@@ -165,6 +166,10 @@ def test_an_export_stops_by_itself(tmp_path: Path) -> None:
         written = model.generate(**asked, max_new_tokens=20, do_sample=False, pad_token_id=2)
         answer = tokenizer.decode(written[0, asked["input_ids"].shape[1] :])
         assert answer == "Yes.<|im_end|>"
+        # the documents of plain text began with BOS, which this tokenizer does not add by itself
+        assert begins_with_bos(export) == (checkpoint == checkpoints[1]), "the first stage had no plain text"
+        assert begins_with_bos(checkpoint), "as data.add_bos says"
+        assert tokenizer("<|begin_of_text|>A text")["input_ids"] == [0, *tokenizer("A text")["input_ids"]]
         again = checkpoint.parents[1] / "converted"
         write_hugging_face(open_checkpoint(checkpoint), again, assets)
         assert (again / "generation_config.json").read_text() == (export / "generation_config.json").read_text()

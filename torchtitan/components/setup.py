@@ -24,7 +24,7 @@ from torchtitan.config import JobConfig, as_tables
 from torchtitan.config.checks import rows_per_step
 from torchtitan.config.schema import Data, Source, Training
 from torchtitan.datasets.corpus import Corpus
-from torchtitan.datasets.ends_of_turn import ends_of_turn, named_ends
+from torchtitan.datasets.ends_of_turn import begins_with_bos, ends_of_turn, named_ends
 from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
@@ -65,6 +65,9 @@ class StageInputs:
     ends_of_turn: Sequence[int] = ()
     """Tokens that end a response, as this stage and the previous ones train it."""
 
+    begins_with_bos: bool | None = None
+    """Whether documents of plain text do, in this stage or the last one that had any; None if it is not known."""
+
     def manifest(self, config: JobConfig, step: int, tokens_seen: int) -> dict[str, Any]:
         """What a checkpoint says of itself, as JSON: all that the next stage, or this one resumed, needs to know."""
         return {
@@ -79,6 +82,7 @@ class StageInputs:
             "seq_len": config.training.seq_len,
             "plan": self.plan.inputs,
             "ends_of_turn": list(self.ends_of_turn),
+            "begins_with_bos": self.begins_with_bos,
             "world_size": dist.get_world_size(),
         }
 
@@ -123,9 +127,11 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
         make_writable("job.dump_folder / checkpoint.folder", Path(config.job.dump_folder) / config.checkpoint.folder)
     # nothing else knows the ends of a Hugging Face model whose weights are used with another folder's tokenizer
     before = named_ends(start.path) if start and start.manifest is None else []
-    before += (resumed or (start.manifest if start else None) or {}).get("ends_of_turn", [])
-    ends = ends_of_turn(plan.corpora, tokenizer, before)
-    return StageInputs(tokenizer, args, plan, rope, start, stages_before, rope_before, ends)
+    manifest = resumed or (start.manifest if start else None) or {}
+    ends = ends_of_turn(plan.corpora, tokenizer, [*before, *manifest.get("ends_of_turn", [])])
+    bos = begins_with_bos(plan.corpora, tokenizer.bos_id)
+    bos = manifest.get("begins_with_bos") if bos is None else bos
+    return StageInputs(tokenizer, args, plan, rope, start, stages_before, rope_before, ends, bos)
 
 
 def _check_model(config: JobConfig, args: TransformerArgs, tokenizer: Tokenizer) -> None:

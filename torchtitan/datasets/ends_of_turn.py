@@ -1,4 +1,5 @@
-"""Which tokens end an answer: what the tokenizer's folder names, and what the conversations of a stage taught.
+"""Which tokens end an answer: what the tokenizer's folder names, and what the conversations of a stage taught. And
+whether BOS begins a text.
 
 A base model that is trained on conversations learns to end its answers with the token of its chat template, which none
 of its files names as an end. What was trained stands in the data, whoever made them: after the last token of a response
@@ -18,7 +19,7 @@ from torchtitan.datasets.tokenizer import Tokenizer, json_if_present
 from torchtitan.tools.logging import logger
 
 SAMPLE = 1000
-"""At most this many conversations of a corpus are read, spread over it."""
+"""At most this many documents of a corpus are read, spread over it."""
 
 
 def ends_of_turn(corpora: Sequence[Corpus], tokenizer: Tokenizer, inherited: Sequence[int] = ()) -> list[int]:
@@ -29,7 +30,7 @@ def ends_of_turn(corpora: Sequence[Corpus], tokenizer: Tokenizer, inherited: Seq
         if not corpus.has_roles:
             continue
         last: set[int] = set()
-        for index in np.unique(np.linspace(0, len(corpus) - 1, SAMPLE).astype(int)).tolist():
+        for index in _some(corpus):
             trained = corpus.roles(index) == ASSISTANT
             is_last = trained & ~np.append(trained[1:], False)
             last |= set(corpus.document(index)[is_last].tolist())
@@ -41,6 +42,19 @@ def ends_of_turn(corpora: Sequence[Corpus], tokenizer: Tokenizer, inherited: Seq
             )
         ends |= special
     return sorted(ends)
+
+
+def begins_with_bos(corpora: Sequence[Corpus], bos_id: int | None) -> bool | None:
+    """Whether documents of plain text begin with BOS; None if there are none, or if some do and others do not."""
+    begin = set()
+    for corpus in corpora:
+        if not corpus.has_roles:  # what a conversation begins with, its template says
+            begin |= {corpus.document(i)[:1].tolist() == [bos_id] for i in _some(corpus)}
+    return begin.pop() if len(begin) == 1 else None
+
+
+def _some(corpus: Corpus) -> list[int]:
+    return np.unique(np.linspace(0, len(corpus) - 1, SAMPLE).astype(int)).tolist()
 
 
 def named_ends(folder: str | Path) -> list[int]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from torchtitan.datasets.corpus import ASSISTANT, Corpus
-from torchtitan.datasets.ends_of_turn import ends_of_turn, stop_ids
+from torchtitan.datasets.ends_of_turn import begins_with_bos, ends_of_turn, stop_ids
 from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
 
 ASSETS = Path(__file__).parents[3] / "assets" / "tokenizer"
@@ -76,3 +76,11 @@ def test_a_generation_stops_at_all_of_them(tokenizer: Tokenizer) -> None:
     for named, ids in ((9, [EOS, 9]), ([7, EOS], [EOS, 7]), (None, [EOS]), (0, [EOS, 0])):
         (Path(tokenizer.folder) / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
         assert stop_ids(tokenizer) == ids and stop_ids(tokenizer, [OTHER]) == [*ids, OTHER]
+
+
+def test_whether_texts_begin_with_bos() -> None:
+    """Conversations say nothing: their template decides."""
+    with_bos, without, talk = text("0 7 1", "0 8"), text("7 1", "8"), corpus("0 7* 1*")
+    assert begins_with_bos([with_bos, talk], BOS) is True and begins_with_bos([without], BOS) is False
+    assert begins_with_bos([talk], BOS) is None and begins_with_bos([with_bos, without], BOS) is None
+    assert begins_with_bos([without], None) is False

@@ -52,14 +52,33 @@ def copied_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     return files, notes
 
 
-def raised_limit(folder: Path, length: int) -> dict[str, Any] | None:
-    """tokenizer_config.json with its model_max_length raised to the trained length; None: it needs no change.
+def tokenizer_config(folder: Path, length: int, add_bos: bool | None) -> dict[str, Any] | None:
+    """tokenizer_config.json with its model_max_length raised to the trained length, and with add_bos_token if texts
+    must begin with BOS, or must not, other than the tokenizer does by itself; None: it needs no change.
 
     vLLM's longest context is no longer, and whoever asks the tokenizer would get the old one.
     """
     config = json_if_present(folder / "tokenizer_config.json")
     limit = config.get("model_max_length")
-    return config | {"model_max_length": length} if isinstance(limit, int | float) and limit < length else None
+    changes = {"model_max_length": length} if isinstance(limit, int | float) and limit < length else {}
+    changes |= {} if add_bos is None or not config else {"add_bos_token": add_bos}
+    return config | changes if changes else None
+
+
+def note_on_bos(trained: bool) -> str:
+    """How to ask a model whose tokenizer does not begin texts as in training. trained: whether they began with BOS.
+
+    transformers 5 goes by tokenizer.json alone, which stays as it is: it is what a next stage knows the tokenizer by.
+    """
+    if trained:
+        return (
+            "The texts that the model was trained on begin with BOS, which its tokenizer does not add by itself: put "
+            "its spelling (bos_token) before prompts of plain text."
+        )
+    return (
+        "The texts that the model was trained on do not begin with BOS, which its tokenizer adds by itself: encode "
+        "prompts of plain text with add_special_tokens = False (lm-eval's hf: --model_args add_bos_token=False)."
+    )
 
 
 def generation_config(folder: Path | None, config: dict[str, Any], length: int) -> tuple[dict[str, Any], list[str]]:

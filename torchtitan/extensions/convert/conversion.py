@@ -57,7 +57,11 @@ def manifest_entries(weights: Weights, assets: Path) -> dict[str, Any]:
     """What the manifest of a checkpoint of these weights says beside the architecture. assets: the tokenizer's folder,
     read if the weights do not name a tokenizer."""
     known: dict[str, Any] = {"seq_len": weights.args.rope.max_position_embeddings}
-    known |= {k: weights.manifest[k] for k in ("tokenizer", "seq_len", "tokens_seen") if k in weights.manifest}
+    known |= {
+        k: weights.manifest[k]
+        for k in ("tokenizer", "seq_len", "tokens_seen", "begins_with_bos")
+        if k in weights.manifest
+    }
     known["ends_of_turn"] = known_ends(weights)
     if known.get("tokenizer") is None:
         try:

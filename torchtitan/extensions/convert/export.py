@@ -15,7 +15,7 @@ from torchtitan.components.hooks import Hook
 from torchtitan.components.manifest import export_folder
 from torchtitan.datasets.ends_of_turn import as_ids
 from torchtitan.datasets.tokenizer import load_tokenizer
-from torchtitan.extensions.convert.assets import copied_files, generation_config, raised_limit
+from torchtitan.extensions.convert.assets import copied_files, generation_config, note_on_bos, tokenizer_config
 from torchtitan.extensions.convert.servers import serving_notes
 from torchtitan.extensions.convert.weights import Weights, open_checkpoint
 from torchtitan.models.hf.config_out import config_json, left_out, original_config
@@ -161,7 +161,7 @@ def _other_files(weights: Weights, assets: Path | None) -> tuple[dict[str, dict[
     """All files but the weights, by name: a JSON object to write, or the file to copy. And the notes."""
     original = original_config(assets)
     copied, notes = copied_files(assets) if assets else ({}, [])
-    args, bos, eos = weights.args, None, None
+    args, bos, eos, add_bos = weights.args, None, None, None
     if assets is not None and {"tokenizer.json", "tokenizer.model"} & set(copied):
         try:
             tokenizer = load_tokenizer(assets)
@@ -169,6 +169,10 @@ def _other_files(weights: Weights, assets: Path | None) -> tuple[dict[str, dict[
             pass
         else:
             bos, eos = tokenizer.bos_id, tokenizer.eos_id
+            trained_with_bos = weights.manifest.get("begins_with_bos")
+            if bos is not None and trained_with_bos not in (None, tokenizer.adds_bos):
+                add_bos = trained_with_bos
+                notes.append(note_on_bos(trained_with_bos))
             if weights.manifest.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
                 raise UserError(
                     f"{weights.where} was trained with another tokenizer than that of {assets}: name the folder that "
@@ -195,13 +199,13 @@ def _other_files(weights: Weights, assets: Path | None) -> tuple[dict[str, dict[
     ends = weights.manifest.get("ends_of_turn")
     sources = weights.manifest.get("config", {}).get("data", {}).get("sources", [])
     if ends is None and any(source.get("messages_field") for source in sources):
-        logger.warning(
+        notes.append(
             f"{weights.where} was trained on conversations by an older version, which did not write down what ends a "
-            "response: add the id of that token to eos_token_id in the export's generation_config.json."
+            "response: add the id of that token to eos_token_id in generation_config.json."
         )
     if new := set(ends or ()) - set(named := as_ids(generation.get("eos_token_id"))):  # base models name EOS alone
         generation["eos_token_id"] = [*named, *sorted(new)]
     files: dict[str, dict[str, Any] | Path] = {"config.json": config, "generation_config.json": generation, **copied}
-    if assets is not None and (raised := raised_limit(assets, length)):
-        files["tokenizer_config.json"] = raised
+    if assets is not None and (changed := tokenizer_config(assets, length, add_bos)):
+        files["tokenizer_config.json"] = changed
     return files, notes + limits + serving_notes(config)

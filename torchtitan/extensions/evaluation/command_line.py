@@ -16,7 +16,7 @@ from torchtitan.components.manifest import MANIFEST, complete_steps, read_manife
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.checks import check_ranges, resolve_shard_degree
 from torchtitan.config.manager import config_file, flag_name
-from torchtitan.config.schema import Rope
+from torchtitan.config.schema import Data, Rope
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.models.hf.folder import is_hugging_face, weight_files
 from torchtitan.models.rope_checks import check_rope
@@ -107,17 +107,24 @@ def resolve_request(options: argparse.Namespace, overrides: list[str], suffix: s
     flags = {flag_name(arg) for arg in overrides}
     says_bos = config_file(overrides) is not None or bool(flags & {"data.add_bos", "data.no_add_bos"})
     if not says_bos:
-        if (folder / MANIFEST).is_file():  # as it was trained
-            trained = read_manifest(folder).get("config", {}).get("data", {})
-            add_bos = trained.get("add_bos", config.data.add_bos)
-        else:  # as its tokenizer does by itself
-            add_bos = load_tokenizer(options.tokenizer or folder).adds_bos
-        config = replace(config, data=replace(config.data, add_bos=add_bos))
+        config = replace(config, data=replace(config.data, add_bos=begins_with_bos(folder, options.tokenizer)))
     first = os.environ.get("RANK", "0") == "0" and (options.processes == 1 or "RANK" in os.environ)
     if not rescale and in_file != Rope() and not (folder / MANIFEST).is_file() and first:
         print(f"note: {folder} keeps its own RoPE; the stage's [rope] is not applied to it.", file=sys.stderr)
     training = replace(config.training, dtype=config.training.mixed_precision_param)
     return replace(config, training=training), folder
+
+
+def begins_with_bos(folder: Path, tokenizer_folder: Path | None = None) -> bool:
+    """Whether texts that a model is asked begin with BOS: as a checkpoint's stage was trained; for a Hugging Face
+    folder, and a checkpoint that was converted from one, as the tokenizer does by itself."""
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    trained = manifest.get("begins_with_bos")
+    if trained is None:
+        trained = manifest.get("config", {}).get("data", {}).get("add_bos")
+    if trained is None and manifest and tokenizer_folder is None:
+        return Data().add_bos  # no other file says more
+    return load_tokenizer(tokenizer_folder or folder).adds_bos if trained is None else trained
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 from torchtitan.config import load_config
 from torchtitan.config.checks import check_ranges
 from torchtitan.config.schema import Rope
-from torchtitan.extensions.evaluation.command_line import check_at_least, check_given, text_table
+from torchtitan.extensions.evaluation.command_line import begins_with_bos, check_at_least, check_given, text_table
 from torchtitan.models.rope_checks import check_rope
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import read_json
@@ -32,7 +32,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer (the model's; that of the run)")
     parser.add_argument("--text", type=Path, nargs="+", help=".txt, .jsonl, .parquet, folders, tokenized folders")
     parser.add_argument("--text_field", default="text", help="field of a .jsonl or .parquet record (text)")
-    parser.add_argument("--add_bos", action="store_true", help="begin every document with the tokenizer's BOS token")
+    parser.add_argument(
+        "--add_bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin every document with the tokenizer's BOS token (as in training)",
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda if there is a GPU)")
     parser.add_argument("--attention_backend", default="auto", choices=("auto", "flex", "varlen", "sdpa"))
@@ -80,8 +84,9 @@ def measure(options: argparse.Namespace, rope: Rope) -> dict[str, Any]:
     loaded = load(options.model, options.dtype, device, options.tokenizer, options.attention_backend)
     args = loaded.model.args
     used = build_rope(rope, args.rope, args.head_dim, args.n_kv_heads, options.length)
+    bos = wants_bos(options, loaded.tokenizer)
     documents = long_documents(
-        options.text, loaded.tokenizer, options.length + 1, options.max_documents, options.text_field, options.add_bos
+        options.text, loaded.tokenizer, options.length + 1, options.max_documents, options.text_field, bos
     )
     check_vocabulary(max(int(tokens.max()) for tokens in documents), args.vocab_size, loaded.tokenizer)
     loaded.model.output.tile_bytes = 4 * options.chunk * args.vocab_size
@@ -104,11 +109,19 @@ def measure(options: argparse.Namespace, rope: Rope) -> dict[str, Any]:
         "length": options.length,
         "trained_length": args.rope.max_position_embeddings,
         "rope": asdict(used),
+        "add_bos": bos,
         "dtype": options.dtype,
         "device": device,
         "edges": list(edges),
         "curves": curves,
     }
+
+
+def wants_bos(options: argparse.Namespace, tokenizer: Any) -> bool:
+    """--add_bos, or if it is not given whether the model was trained so. tokenizer: the model's Tokenizer."""
+    if options.add_bos is not None:
+        return options.add_bos
+    return tokenizer.bos_id is not None and begins_with_bos(options.model, options.tokenizer)
 
 
 def curve_name(curve: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.evaluation import evaluate as asking
 from torchtitan.extensions.evaluation import hook, needle, plots, results
 from torchtitan.extensions.evaluation.checks import longest_asked
-from torchtitan.extensions.evaluation.command_line import resolve_request
+from torchtitan.extensions.evaluation.command_line import begins_with_bos, resolve_request
 from torchtitan.extensions.evaluation.forward import Ranks
 from torchtitan.extensions.evaluation.hook import EvaluationHook
 from torchtitan.extensions.evaluation.loading import ModelOnDisk, check_own_results, inspect_model
@@ -285,6 +285,12 @@ def test_a_checkpoint_is_asked_with_bos_as_it_was_trained(tmp_path: Path):
         for was in (False, True):
             trained(was)
             assert resolve_request(options, args)[0].data.add_bos == (bos if args else was)  # type: ignore[arg-type]
+    # what the documents had counts, and a converted checkpoint was not trained here
+    content = {"format": 1, "config": {"data": {"add_bos": True}}, "begins_with_bos": False}
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    assert not begins_with_bos(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": 1}')
+    assert not begins_with_bos(tmp_path, ASSETS) and not TOKENIZER.adds_bos
 
 
 def test_a_hugging_face_folder_is_asked_with_bos_as_its_tokenizer_does(tmp_path: Path):

@@ -18,10 +18,13 @@ import pytest
 from tests.distributed.harness import ASSETS, spawn
 from tests.scripts import load_script, run_script
 from tests.unit.extensions.convert.models import LLAMA, ORIGINAL, SCALINGS, export, save, with_rope
+from torchtitan.datasets.corpus import ASSISTANT
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.evaluation.forward import Ranks
 from torchtitan.extensions.evaluation.lm_eval_model import TorchtitanLM, Writing
 from torchtitan.extensions.evaluation.loading import load
+from torchtitan.extensions.ingest.chat import ChatEncoder
+from torchtitan.extensions.ingest.chat_template import load_chat_template
 from torchtitan.models.transformer import Transformer
 from torchtitan.tools.errors import UserError
 
@@ -292,6 +295,33 @@ def test_a_tokenizer_with_bos_of_its_own_and_a_chat_template(model: Transformer,
         our_model(model, home).apply_chat_template(talk)
     with pytest.raises(UserError, match="need the model's chat template"):
         our_model(model, folder).apply_chat_template(talk)
+
+
+@pytest.mark.parametrize("begin", ["", "{{ bos_token }}"])
+def test_a_template_decides_about_bos_as_in_training(model: Transformer, folder: Path, tmp_path: Path, begin: str):
+    """Whatever data.add_bos says of plain text: never two, and none that training did not have."""
+    home = tmp_path / "home"
+    shutil.copytree(folder, home)
+    (home / "chat_template.jinja").write_text(
+        begin + "{% for m in messages %}{{ m.role + '>' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant>' }}{% endif %}"
+    )
+    tokenizer = load_tokenizer(home)
+    talk = [{"role": "user", "content": "Where is the bird?"}, {"role": "assistant", "content": "It is here."}]
+    encoder = ChatEncoder(tokenizer, load_chat_template(tokenizer), "messages")
+    ids, roles = encoder.encode(encoder.read({"messages": talk}))
+    assert (ids == tokenizer.bos_id).sum() == (begin != "")
+    before = ids[: int((roles == ASSISTANT).argmax())].tolist()
+    hf = hf_model(home, max_length=LENGTH, add_bos_token=False)
+    for add_bos in (True, False):
+        ours = our_model(model, home, add_bos=add_bos)
+        assert ours.tok_encode("The river")[:1] == (
+            [tokenizer.bos_id] if add_bos else tokenizer.encode("The river")[:1]
+        )
+        asked = ours.apply_chat_template(talk[:1])
+        assert ours.tok_encode(asked) == before == hf.tok_encode(asked)
+        context, target = ours._encode_pair(asked, "It is here.")
+        assert (context, target) == (before, ids[len(before) : -1].tolist()), "what is scored is what was trained"
 
 
 def test_what_is_drawn_is_a_function_of_the_request(model: Transformer, folder: Path):
