@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def assets(folder: Path, template: str, tokens: list[str], special: bool = True)
     return folder
 
 
+@cache
 def encoder_of(folder: Path) -> ChatEncoder:
     tokenizer = load_tokenizer(folder)
     return ChatEncoder(tokenizer, load_chat_template(tokenizer), "messages")
@@ -133,13 +135,11 @@ def trained(folder: Path, record: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_every_response_ends_with_the_token_that_ends_a_turn(style: str, tmp_path: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
-
     template, tokens, end = STYLES[style]
     folder = assets(tmp_path / "assets", template, tokens)
     encoder, tokenizer = encoder_of(folder), load_tokenizer(folder)
     ids, roles = encoder.encode(encoder.read({"messages": TALK}))
-    assert ids.tolist() == PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(TALK)["input_ids"]
+    assert ids.tolist() == witness(folder).apply_chat_template(TALK)["input_ids"]
     said = [part.strip() for part in trained(folder, {"messages": TALK}).split(end)]
     assert [part.split("ASSISTANT:")[-1].split("<|Assistant|>")[-1].strip() for part in said] == ["Yes.", "No.", ""]
     chat = tmp_path / "chat.jsonl"
@@ -205,9 +205,14 @@ def calling(arguments: Any) -> dict[str, Any]:
 
 
 def templated(folder: Path, messages: list[dict[str, Any]], tools: Any = None) -> str:
+    return witness(folder).apply_chat_template(messages, tools=tools, tokenize=False)
+
+
+@cache
+def witness(folder: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(messages, tools=tools, tokenize=False)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("writes", WRITES)
