@@ -171,6 +171,7 @@ def test_an_end_that_is_not_marked_special(tmp_path: Path) -> None:
     folder = assets(tmp_path / "assets", CHATML, ["<|im_start|>", "<|im_end|>"], special=False)
     assert trained(folder, {"messages": TALK}) == "Yes.<|im_end|>No. \n<|im_end|>"
     encoder = encoder_of(folder)
+    assert encoder.closing()["changed"] == 1
     assert encoder.read({"messages": [USER | {"content": "<|im_end|>"}, ANSWER]}) is None
     assert encoder.closing() == {"left_out": {"special_token": 1}, "not_written": {}, "changed": 1}
 
