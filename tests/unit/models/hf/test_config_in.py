@@ -431,6 +431,8 @@ def test_olmo3_rescales_layers_without_a_window(tmp_path: Path, warnings: list[s
         ({"max_position_embeddings": 4096, "rope_scaling": LINEAR, "max_sequence_length": 16384}, 16384),
         ({"max_position_embeddings": 4096, "rope_scaling": LINEAR}, 16384),
         ({"max_position_embeddings": 2048, "rope_scaling": LINEAR | {"factor": 8.0}}, 16384),
+        # Llama-2-7b-longlora-8k
+        ({"max_position_embeddings": 4096, "rope_scaling": LINEAR | {"factor": 2.0}}, 8192),
         # the number counts the factor: LongChat, LLaMA-2-7B-32K, chinese-alpaca-2-13b-16k
         ({"max_position_embeddings": 16384, "rope_scaling": LINEAR | {"factor": 8.0}}, 16384),
         ({"max_position_embeddings": 32768, "rope_scaling": LINEAR | {"factor": 8.0}}, 32768),
