@@ -1,10 +1,11 @@
 """A model's chat template: the Jinja text in its tokenizer's files that makes one text of a conversation.
 
 It is where Hugging Face keeps it: chat_template.jinja, or `chat_template` in tokenizer_config.json, which may be a list
-of named templates. A template gets what Hugging Face gives it: messages, tools, add_generation_prompt, the spelling of
-special tokens (bos_token, ...), raise_exception; whitespace is trimmed around blocks, and it runs in a sandbox. Only
-strftime_now is missing, which would put today's date into a corpus; templates that ask whether it is defined then use a
-date of their own. `{% generation %}` marks what the model says.
+of named templates; the one for tools can stand in additional_chat_templates/tool_use.jinja. A template gets what
+Hugging Face gives it: messages, tools, add_generation_prompt, the spelling of special tokens (bos_token, ...),
+raise_exception; whitespace is trimmed around blocks, and it runs in a sandbox. Only strftime_now is missing, which
+would put today's date into a corpus; templates that ask whether it is defined then use a date of their own.
+`{% generation %}` marks what the model says.
 """
 
 from __future__ import annotations
@@ -127,6 +128,8 @@ def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
     path = folder / "chat_template.jinja"
     if path.is_file():
         texts: Any = {"default": path.read_text(encoding="utf-8")}
+        with_tools = folder / "additional_chat_templates" / "tool_use.jinja"
+        texts |= {"tool_use": with_tools.read_text(encoding="utf-8")} if with_tools.is_file() else {}
     else:
         path = folder / "tokenizer_config.json"
         texts = config.get("chat_template")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from torchtitan.attention.segments import Segments
 from torchtitan.extensions.evaluation import evaluate
 from torchtitan.extensions.evaluation.forward import Ranks, answer_scores, document_losses, window_pieces
 from torchtitan.extensions.evaluation.generate import choose, generate, groups_of, write_and_score
+from torchtitan.extensions.evaluation.questions import Question
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_scaling import DynamicNTKScaling, YarnScaling
 from torchtitan.models.transformer import Transformer, TransformerArgs, init_weights
@@ -156,6 +159,18 @@ def test_a_stop_token_ends_an_answer_and_is_left_out():
     for tokens, short in zip(free, stopped, strict=True):
         assert short == (tokens[: tokens.index(stop)] if stop in tokens else tokens)
     assert len(stopped[0]) <= 4
+
+
+def test_an_evaluation_ends_answers_where_conversations_did(tmp_path: Path):
+    model, prompt = build(BASE), ragged(1, np.random.default_rng(3))[0]
+    (free,) = generate(model, SDPA, [prompt], 12)
+    at = next(i for i in range(2, 12) if free[i] not in free[:i])
+    tokenizer: Any = SimpleNamespace(eos_id=None, folder=tmp_path, decode=lambda ids: " ".join(map(str, ids)))
+    question = Question("t", len(prompt), prompt, torch.tensor([1]), ("1",), 12)
+    for ends, written, cut in (([], free, 1), ([free[at]], free[:at], 0)):
+        prepared = evaluate.Prepared(questions={"t": [question]}, scores={"t": lambda text, answers: 0.0}, ends=ends)
+        result = evaluate.evaluate(model, SDPA, tokenizer, prepared, generate=True)["tasks"]["t"]
+        assert result["written"] == [[" ".join(map(str, written))]] and result["cut"] == [[cut]]
 
 
 def test_draws_are_those_of_the_seed_whoever_else_is_read():

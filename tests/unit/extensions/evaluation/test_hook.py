@@ -61,6 +61,16 @@ def test_what_is_due_runs_and_is_no_training_time(rank: int, tmp_path: Path, mon
     assert trainer.paused == ["evaluating"] * 2 and trainer.throughput.left_out == [5.0, 5.0] and len(resets) == 1
 
 
+def test_answers_end_where_the_stage_trains_them_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    one, trainer = EvaluationHook(), trainer_of(tmp_path, texts=("x",), freq=1)
+    trainer.inputs = SimpleNamespace(tokenizer="tokenizer", args="args", ends_of_turn=[7])
+    trainer.dims = trainer.device = trainer.cpu_group = None
+    monkeypatch.setattr(hook.Ranks, "of", lambda *_: "ranks")
+    monkeypatch.setattr(hook, "prepare", lambda *given: given[1:])
+    one.configured(trainer)
+    assert one.prepared == ("tokenizer", "args", [7])
+
+
 def test_nothing_is_prepared_if_nothing_is_asked(tmp_path: Path):
     one, trainer = EvaluationHook(), trainer_of(tmp_path)
     one.configured(trainer)

@@ -259,6 +259,18 @@ def test_calls_and_tools_as_json_text(tmp_path: Path) -> None:
     )
 
 
+def test_a_template_for_tools_stands_beside_the_default(tmp_path: Path) -> None:
+    """Where transformers 5 saves it."""
+    folder = assets(tmp_path, CHATML, TOKENS)
+    (folder / "additional_chat_templates").mkdir()
+    with_tools = CALLS.replace("ARGUMENTS", WRITES["tojson"][0])
+    (folder / "additional_chat_templates/tool_use.jinja").write_text(with_tools)
+    for messages, tools in (([USER, ANSWER], None), ([USER, calling(OBJECT)], [WEATHER])):
+        made = encoder_of(folder).read({"messages": messages, "tools": tools})
+        assert made and made.text == templated(folder, messages, tools)
+        assert ("weather" in made.text) == (tools is not None)
+
+
 def test_arguments_that_are_no_json(tmp_path: Path) -> None:
     """A template that writes them as they are may have them; one that would write them in quotes may not."""
     plain = assets(tmp_path / "plain", CALLS.replace("ARGUMENTS", WRITES["as it is"][0]), TOKENS)
