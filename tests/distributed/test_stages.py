@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from tests.distributed.harness import flags, spawn, write_assets
 from torchtitan.components.changes import differences
@@ -277,9 +278,9 @@ def test_a_run_from_hugging_face_weights_is_resumed_with_their_rope(folder: Path
     assert resumed.args == fresh and resumed.start is None
 
 
-def out_of_step(args: list[str], rank: int, world_size: int) -> str:
-    """What a rank is told whose data are not those of the other."""
-    config = load_config([*args, "--training.seed", str(rank)])
+def out_of_step(of_rank: list[list[str]], rank: int, world_size: int) -> str:
+    """What a rank is told that has other files than the other; of_rank: the command line of each."""
+    config = load_config(of_rank[rank])
     inputs = inputs_of(config, world_size)
     try:
         Trainer(config, inputs, rank, rank, world_size)
@@ -291,8 +292,18 @@ def out_of_step(args: list[str], rank: int, world_size: int) -> str:
 
 
 def test_ranks_that_read_other_files_are_not_trained_together(folder: Path, runs: dict[str, dict[str, Any]]):
-    (told,) = spawn(2, out_of_step, [stage(folder, "stage.toml", "apart")], folder)
+    """Other data; and two nodes' copies of a model with the same names and shapes."""
+    args = stage(folder, "stage.toml", "apart")
+    data = [[*args, "--training.seed", str(rank)] for rank in range(2)]
+    copies = [folder / "node-0", folder / "node-1"]
+    for copy in copies:
+        shutil.copytree(folder / "one" / "export" / "step-4", copy)
+    tensors = {name: tensor + 1 for name, tensor in load_file(copies[1] / "model.safetensors").items()}
+    save_file(tensors, copies[1] / "model.safetensors", {"format": "pt"})
+    from_hf = [*args, "--checkpoint.initial_load_in_hf", "true", "--model.hf_assets_path"]
+    told, told_of_weights = spawn(2, out_of_step, [data, [[*from_hf, str(copy)] for copy in copies]], folder)
     assert "The ranks do not agree on the plan of the data: rank 0 has" in told and "(1 of 2 differ" in told
+    assert "The ranks do not agree on the weights in the Hugging Face folder: rank 0 has" in told_of_weights
 
 
 def test_a_stage_is_found_where_its_run_wrote(folder: Path, runs: dict[str, dict[str, Any]]):

@@ -35,6 +35,7 @@ from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.models.architecture import as_json, complete
 from torchtitan.models.flavor import architecture
 from torchtitan.models.hf.config_out import config_json, original_config
+from torchtitan.models.hf.folder import sampled_digest
 from torchtitan.models.hf.weights import check_weights
 from torchtitan.models.rope import RopeArgs, drawn_rope
 from torchtitan.models.rope_config import build_rope, check_mixed_window
@@ -67,6 +68,9 @@ class StageInputs:
 
     begins_with_bos: bool | None = None
     """Whether documents of plain text do, in this stage or the last one that had any; None if it is not known."""
+
+    hugging_face_weights: str | None = None
+    """Digest of the weights that the run starts from if a Hugging Face folder has them."""
 
     def manifest(self, config: JobConfig, step: int, tokens_seen: int) -> dict[str, Any]:
         """What a checkpoint says of itself, as JSON: all that the next stage, or this one resumed, needs to know."""
@@ -110,8 +114,10 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
     args = model_args(config, rope_before)
     if weights:
         check_start(weights, args, tokenizer.fingerprint)
-        if weights.manifest is None:
-            check_weights(weights.path, args)
+    read = None
+    if weights and weights.manifest is None:
+        check_weights(weights.path, args)
+        read = sampled_digest(weights.path)
     rope = check_stage_rope(config, args, rope_before, weights)
     if config.checkpoint.last_save_in_hf:
         # refuses a model that has no form there
@@ -131,7 +137,7 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
     ends = ends_of_turn(plan.corpora, tokenizer, [*before, *manifest.get("ends_of_turn", [])])
     bos = begins_with_bos(plan.corpora, tokenizer.bos_id)
     bos = manifest.get("begins_with_bos") if bos is None else bos
-    return StageInputs(tokenizer, args, plan, rope, start, stages_before, rope_before, ends, bos)
+    return StageInputs(tokenizer, args, plan, rope, start, stages_before, rope_before, ends, bos, read)
 
 
 def _check_model(config: JobConfig, args: TransformerArgs, tokenizer: Tokenizer) -> None:
@@ -201,6 +207,7 @@ def check_agreed(inputs: StageInputs, group: dist.ProcessGroup) -> None:
         "the plan of the data": inputs.plan.fingerprint,
         "the start": str(start.path) if start else None,
         "the start's manifest": digest(start.manifest) if start and start.manifest else None,
+        "the weights in the Hugging Face folder": inputs.hugging_face_weights,
         **flat(as_json(inputs.args)),
     }
     answers: list[Any] = [None] * dist.get_world_size()
