@@ -237,4 +237,4 @@ def test_every_limit_of_a_server_stands_in_the_documentation():
     for limit in LIMITS:
         row = f"| {limit.server} | {limit.what} | {limit.way or 'none'} |"
         assert row in table, f"docs/rope.md lacks the row: {row}"
-    assert table[: table.index("### Traps")].count("\n| ") == len(LIMITS) + 1
+    assert table[: table.index("### What servers answered")].count("\n| ") == len(LIMITS) + 1
