@@ -32,8 +32,8 @@ _REPLACED = (
 # An original key whose name has one of these words may change what a server computes or how much it reads, and nothing
 # here has trained with it. Keys of the layers that are trained are written anew.
 _FUNCTION_WORDS = re.compile(
-    "rope|rotary|position|length|seq|window|chunk|sparse|attention|attn|scal|factor|logit|alibi|clip|mult|residual|norm|"
-    "bias|temperature|layer|predict|expert|moe|lora|quant"
+    "rope|rotary|theta|ntk|position|len|seq|ctx|context|window|swa|chunk|sparse|attention|attn|sink|scal|factor|logit|"
+    "alibi|clip|mult|residual|norm|bias|temperature|layer|predict|mtp|draft|specul|expert|moe|lora|quant"
 )
 _KEPT = ("attention_dropout",)
 _WINDOW_KEYS = {

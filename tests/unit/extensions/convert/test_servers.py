@@ -158,6 +158,9 @@ def test_keys_that_may_change_what_a_server_computes_are_left_out_and_named():
         "num_nextn_predict_layers": 1,
         "max_sequence_length": 2048,  # vLLM takes the smallest of these for its longest context
         "model_max_length": 2048,
+        "n_ctx": 2048,
+        "use_dynamic_ntk": True,
+        "num_mtp_modules": 1,
         "text_config": {},
         "task_specific_params": {"text-generation": {"max_length": 50}},
         "logit_scale": 0.1,
