@@ -141,6 +141,23 @@ def test_mix_with_a_hugging_face_folder(run_folder: Path, tmp_path: Path, capsys
     assert set(open_checkpoint(tmp_path / "h" / "step-0").dtypes.values()) == {torch.bfloat16}
 
 
+def test_what_ends_an_answer_goes_with_the_weights(tmp_path: Path):
+    """From a checkpoint of conversations to a folder, back, and through a folder whose assets are the base model's."""
+    checkpoint = save(ARGS, tmp_path / "start")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"ends_of_turn": [7, 9]}))
+    assert run(convert, checkpoint, tmp_path / "hf", "--to", "huggingface", "--assets", ASSETS) == 0
+    assert run(convert, tmp_path / "hf", tmp_path / "again", "--to", "huggingface", "--assets", ASSETS) == 0
+    assert run(convert, tmp_path / "hf", tmp_path / "back", "--to", "checkpoint") == 0
+    assert (
+        run(merge, "mix", save(ARGS, tmp_path / "base"), checkpoint, "--assets", ASSETS, "--out", tmp_path / "m") == 0
+    )
+    for folder in ("hf", "again"):
+        assert json.loads((tmp_path / folder / "generation_config.json").read_text())["eos_token_id"] == [1, 7, 9]
+    assert open_checkpoint(tmp_path / "back/step-0").manifest["ends_of_turn"] == [1, 7, 9]
+    assert open_checkpoint(tmp_path / "m/step-0").manifest["ends_of_turn"] == [7, 9]
+
+
 def test_unlike_architectures_are_named(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     tied = save(with_rope(SCALINGS["yarn"], replace(ARCHITECTURES["tied"], ffn_dim=100)), tmp_path / "tied")
     assert run(merge, "mix", run_folder / "step-20", tied, "--out", tmp_path / "out") == 1

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from torchtitan.components.hooks import Hook
 from torchtitan.components.manifest import export_folder
-from torchtitan.datasets.ends_of_turn import as_ids
+from torchtitan.datasets.ends_of_turn import as_ids, named_ends
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.convert.assets import copied_files, generation_config, note_on_bos, tokenizer_config
 from torchtitan.extensions.convert.servers import serving_notes
@@ -203,7 +203,8 @@ def _other_files(weights: Weights, assets: Path | None) -> tuple[dict[str, dict[
             f"{weights.where} was trained on conversations by an older version, which did not write down what ends a "
             "response: add the id of that token to eos_token_id in generation_config.json."
         )
-    if new := set(ends or ()) - set(named := as_ids(generation.get("eos_token_id"))):  # base models name EOS alone
+    known = named_ends(weights.where) if ends is None else ends
+    if new := set(known) - set(named := as_ids(generation.get("eos_token_id"))):  # base models name EOS alone
         generation["eos_token_id"] = [*named, *sorted(new)]
     files: dict[str, dict[str, Any] | Path] = {"config.json": config, "generation_config.json": generation, **copied}
     if assets is not None and (changed := tokenizer_config(assets, length, add_bos)):

@@ -126,16 +126,28 @@ def _decode(value: Any) -> Any:
     """What a JSON text holds, also one that was encoded twice; anything else as it is."""
     while isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = _parse(value)
         except ValueError:
             break
     return value
 
 
+def _parse(text: str) -> Any:
+    """json.loads; ValueError also for NaN and infinity, which are not JSON, and for what is too deep."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("too deep") from error
+
+
 def _unwrapped(text: str) -> str:
     """A JSON text as it was before it was encoded as JSON once more; any other text as it is."""
     try:
-        inner = json.loads(text)
+        inner = _parse(text)
     except ValueError:
         return text
     return _unwrapped(inner) if isinstance(inner, str) and isinstance(_decode(inner), (dict, list)) else text

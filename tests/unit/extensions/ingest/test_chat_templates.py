@@ -276,7 +276,7 @@ def test_arguments_that_are_no_json(tmp_path: Path) -> None:
     plain = assets(tmp_path / "plain", CALLS.replace("ARGUMENTS", WRITES["as it is"][0]), TOKENS)
     assert trained(plain, {"messages": [USER, calling("print('木')")]}) == "weatherprint('木')<|im_end|>"
     quoting = assets(tmp_path / "quoting", CALLS.replace("ARGUMENTS", WRITES["tojson"][0]), TOKENS)
-    for arguments in ("print('木')", '{"city": "Bonn"', "Bonn", "7"):
+    for arguments in ("print('木')", '{"city": "Bonn"', "Bonn", "7", '{"a": NaN}', "[" * 100_000):
         with pytest.raises(ValueError, match="the arguments of a call are .*which is not the JSON of an object"):
             encoder_of(quoting).read({"messages": [USER, calling(arguments)]})
     with pytest.raises(ValueError, match="Write a tool's answer as JSON text"):
