@@ -62,8 +62,7 @@ seq_len = 512
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stages")
-    path = write_assets(folder) / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 128}))  # not Llama's 2,048
+    write_assets(folder)  # whose length, Llama's 2,048, is not what random weights are trained to
     flags(folder, folder / "assets-llama")  # writes stage.toml
     (folder / "two.toml").write_text(SECOND)
     (folder / "three.toml").write_text(THIRD)
@@ -276,6 +275,15 @@ def test_a_run_from_hugging_face_weights_is_resumed_with_their_rope(folder: Path
     shutil.rmtree(longer)
     resumed = inputs_of(load_config([*args, "--training.steps", "4"]), 1)
     assert resumed.args == fresh and resumed.start is None
+
+
+def test_a_run_of_an_older_version_is_resumed_with_the_length_that_it_said(
+    folder: Path, runs: dict[str, dict[str, Any]]
+):
+    """It counted the length of the published model for random weights too."""
+    older = edited(folder, "older", lambda m: m["architecture"]["rope"].update(max_position_embeddings=2048))
+    resumed = inputs_of(load_config(stage(folder, "stage.toml", older, training__steps=9)), 1)
+    assert resumed.args.rope.max_position_embeddings == 2048 and resumed.start is None
 
 
 def out_of_step(of_rank: list[list[str]], rank: int, world_size: int) -> str:

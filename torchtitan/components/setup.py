@@ -112,6 +112,9 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
         weights = hugging_face_start(assets, f"checkpoint.initial_load_in_hf = true, model.hf_assets_path = {assets}")
     rope_before = rope_of_weights(config, resumed, stages_before, weights)
     args = model_args(config, rope_before)
+    if resumed:  # an older version also counted the length of the flavor's published weights
+        length = complete(resumed["architecture"])["rope"]["max_position_embeddings"]
+        args = replace(args, rope=replace(args.rope, max_position_embeddings=length))
     if weights:
         check_start(weights, args, tokenizer.fingerprint)
     read = None
@@ -189,10 +192,12 @@ def make_plan(
 
 
 def model_args(config: JobConfig, rope_before: RopeArgs | None = None) -> TransformerArgs:
-    """The architecture that [model] names, with what [rope] changes. rope_before: of the weights it starts from."""
+    """The architecture that [model] names, with what [rope] changes. rope_before: of the weights it starts from; None:
+    they are random."""
     args = architecture(config.model)
     length = config.data.target_seq_len or config.training.seq_len
-    rope = build_rope(config.rope, args.rope, args.head_dim, args.n_kv_heads, length, rope_before)
+    random = rope_before is None
+    rope = build_rope(config.rope, args.rope, args.head_dim, args.n_kv_heads, length, rope_before, random)
     check_mixed_window(config.rope.mixed_window, rope)
     return replace(args, rope=rope)
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from torchtitan.config.schema import Rope
 from torchtitan.models.rope import RopeArgs, inverse_frequencies
 from torchtitan.models.rope_config import describe_rope
-from torchtitan.models.rope_scaling import GeneScaling, HarpeScaling, LongRopeScaling, YarnScaling, method_of
+from torchtitan.models.rope_scaling import GeneScaling, HarpeScaling, LongRopeScaling, YarnScaling
 from torchtitan.tools.errors import UserError
 
 Windows = tuple[int | None, ...]
@@ -168,33 +169,36 @@ def ways_out(
     build: what makes RopeArgs of a table for this stage."""
     known = lengths_covered(old)
     assert known is not None
-    growth, own = reach / known, old.scaling
+    growth, rope = reach / known, build(table)
     tries: list[dict[str, object]] = []
     if table.factor:
-        original = table.original_max_position_embeddings or reach
-        short = reach / coverage(old, build(table), head_dim, windows, reach)
-        tries += [{"factor": _rounded_up(max(table.factor * short, reach / original))}]
+        short = reach / coverage(old, rope, head_dim, windows, reach)
+        tries += [{"factor": _rounded_up(max(table.factor * short, reach / _original(rope, reach)))}]
+    elif isinstance(old.scaling, HarpeScaling) and table.type == "harpe":
+        power = growth ** (head_dim / (head_dim - 2))
+        tries += [{"bases": tuple(float(f"{base * power:.4g}") for base in old.scaling.bases)}]
     elif table.type in ("model", "none", "longrope"):
         tries += [{"theta": "auto"}]
-    if isinstance(own, HarpeScaling) and table.type == "harpe":
-        power = growth ** (head_dim / (head_dim - 2))
-        tries += [{"bases": tuple(float(f"{base * power:.4g}") for base in own.bases)}]
-    elif table.type in ("model", "none") and (own is None or method_of(own.rope_type)):
-        kind = own.rope_type if own else "yarn"
-        values: dict[str, object] = {"type": kind, "factor": _rounded_up(growth)}
-        if own:
-            keys = vars(own).items()
-            values |= {k: v for k, v in keys if k not in ("rope_type", "attention_factor", "length") and v is not None}
-            original = getattr(own, "original_max_position_embeddings", reach)
-            values["factor"] = _rounded_up(max((getattr(own, "factor", None) or 1) * growth, reach / original))
-        else:
-            values["original_max_position_embeddings"] = known
-        if own is None and windows != (None,) and None in windows:
-            values["layers"] = "full_attention"
-        if old.theta != build(table).theta:
-            values["theta"] = old.theta
-        tries += [{k: v for k, v in values.items() if getattr(table, k, v) != v or k == "type"}]
-    return [text for changes in tries if (text := _if_it_works(table, changes, build, old, head_dim, reach, windows))]
+    values: dict[str, Any] = {"type": "yarn", "factor": growth, "original_max_position_embeddings": known}
+    if own := old.scaling:
+        keys = vars(own).items()
+        values = {k: v for k, v in keys if k not in ("rope_type", "attention_factor", "length") and v is not None}
+        factor = max((values.get("factor") or 1) * growth, reach / _original(old, reach))
+        values = {"type": own.rope_type, **values, "factor": factor}
+    elif len(windows) > 1:
+        values["layers"] = "full_attention"
+    values["factor"] = _rounded_up(values["factor"])
+    if old.theta != rope.theta:
+        values["theta"] = old.theta
+    by_method = {k: v for k, v in values.items() if getattr(table, k, v) != v or k == "type"}
+    found = [_if_it_works(table, changes, build, old, head_dim, reach, windows) for changes in tries]
+    if table.type in ("model", "none") or not any(found):
+        found.append(_if_it_works(table, by_method, build, old, head_dim, reach, windows))
+    return [text for text in found if text]
+
+
+def _original(rope: RopeArgs, default: int) -> int:
+    return getattr(rope.scaling, "original_max_position_embeddings", default)
 
 
 def _if_it_works(

@@ -12,11 +12,18 @@ from torchtitan.tools.errors import UserError
 
 
 def build_rope(
-    table: Rope, model: RopeArgs, head_dim: int, n_kv_heads: int, length: int, before: RopeArgs | None = None
+    table: Rope,
+    model: RopeArgs,
+    head_dim: int,
+    n_kv_heads: int,
+    length: int,
+    before: RopeArgs | None = None,
+    random: bool = False,
 ) -> RopeArgs:
     """What [rope] makes of the model's own RoPE for rows that reach position `length`.
 
-    before: the RoPE of the previous stage, from which theta = "auto" goes on. The table has been through
+    before: the RoPE of the previous stage, from which theta = "auto" goes on. random: from random weights, so that the
+    length of the model's published weights is not what this one is trained for. The table has been through
     rope_checks.py; UserError for what depends on the model: lists of the wrong length, a length that is not known.
     """
     theta = model.theta if table.theta is None else table.theta
@@ -31,7 +38,8 @@ def build_rope(
         scaling = method.from_toml(table, head_dim, n_kv_heads) if method else None
     scaling = scaling and scaling.trained_at(reach)
     # a later stage can have shorter rows, and GeNE is trained for its whole factor
-    covered = max(length, *(rope.max_position_embeddings or 0 for rope in (model, before or model)))
+    known = before or (RopeArgs() if random else model)
+    covered = max(length, known.max_position_embeddings or 0)
     if isinstance(scaling, GeneScaling):
         covered = max(covered, round(scaling.factor * scaling.original_max_position_embeddings))
     if table.type != "model" and scaling and model.layers == "full_attention" and table.layers == "all":

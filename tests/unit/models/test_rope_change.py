@@ -296,6 +296,13 @@ def test_a_changed_attention_factor_is_said():
             Rope(type="yarn", factor=2.0, original_max_position_embeddings=8 * K),
             ["rope.factor = 4"],
         ),
+        # with an original length that leaves pairs alone no factor would do
+        (
+            "llama3_8b",
+            128 * K,
+            Rope(type="yarn", factor=16.0, original_max_position_embeddings=64 * K),
+            ['type = "yarn", original_max_position_embeddings = 8192'],
+        ),
         ("llama2_7b", 30_000, Rope(type="ntk", factor=2.0), ["rope.factor = 7.33"]),
         (
             "llama2_7b",

@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torchtitan.config.manager import previous_stage
@@ -31,9 +33,11 @@ def rope_report(config: JobConfig, earlier: Sequence[JobConfig] = ()) -> list[st
     from torchtitan.components.stage_rope import not_allowed, stage_rope
 
     try:
-        before, note = _weights(config, earlier)
-        args = model_args(config, before)
-        found = stage_rope(config, args, before)
+        weights, note = _weights(config, earlier)
+        args = model_args(config, weights.rope if weights else None)
+        if weights and replace(weights, rope=args.rope) != args:
+            raise UserError(f"the weights{note} are of another architecture than model.flavor = {config.model.flavor}.")
+        found = stage_rope(config, args, weights.rope if weights else None)
     except UserError as error:
         return [f"RoPE: not computed: {error}"]
     lines = [f"RoPE: {found.line}{note}", *(f"WARNING: {warning}" for warning in found.warnings)]
@@ -43,41 +47,42 @@ def rope_report(config: JobConfig, earlier: Sequence[JobConfig] = ()) -> list[st
 
 
 def _weights(config: JobConfig, earlier: Sequence[JobConfig]) -> tuple[Any, str]:
-    """(RopeArgs of the weights that the stage starts, or started, from, or None; what to say of where it was read)."""
-    from dataclasses import replace
-    from pathlib import Path
-
+    """(TransformerArgs of the weights that the stage starts, or started, from, with the length that they were trained
+    to; what to say of where it was read). None: they are random."""
     from torchtitan.components.lineage import lineage
     from torchtitan.components.manifest import newest_manifest
     from torchtitan.components.reach import longest_trained
     from torchtitan.components.setup import model_args
     from torchtitan.components.stage_rope import rope_of_weights
     from torchtitan.components.start import find_start
+    from torchtitan.models.architecture import args_from_manifest
     from torchtitan.models.flavor import architecture
     from torchtitan.models.hf.config_in import read_config
 
+    model = architecture(config.model)
     resumed = newest_manifest(config)[1] if config.checkpoint.enable else None
     if resumed:
-        return rope_of_weights(config, resumed, resumed.get("stages_before", []), None), ""
+        rope = rope_of_weights(config, resumed, resumed.get("stages_before", []), None)
+        return rope and replace(args_from_manifest(resumed["architecture"]), rope=rope), ""
     if config.checkpoint.initial_load_in_hf:
         assets = Path(config.model.hf_assets_path)
         if (assets / "config.json").is_file():
-            return read_config(assets).rope, ""
-        return architecture(config.model).rope, f" (there is no {assets}/config.json: as the flavor has it)"
+            return read_config(assets), ""
+        return model, f" (there is no {assets}/config.json: as the flavor has it)"
     try:
-        start_or_none = find_start(config)
+        start = find_start(config)
     except UserError:
         if not config.stage.after:
             path = config.checkpoint.initial_load_path
-            return architecture(config.model).rope, f" (there are no weights in {path} yet: as the flavor has them)"
+            return model, f" (there are no weights in {path} yet: as the flavor has them)"
         previous = earlier[-1] if earlier else previous_stage(config)
         before, _ = _weights(previous, earlier[:-1])
-        rope = model_args(previous, before).rope
-        length = longest_trained(previous, before.max_position_embeddings if before else None)
+        args = model_args(previous, before.rope if before else None)
+        length = longest_trained(previous, before.rope.max_position_embeddings if before else None)
         note = f" (by {config.stage.after}, which has no finished checkpoint)"
-        return replace(rope, max_position_embeddings=length), note
-    manifest = start_or_none.manifest if start_or_none else None
-    return rope_of_weights(config, None, lineage(manifest), start_or_none), ""
+        return replace(args, rope=replace(args.rope, max_position_embeddings=length)), note
+    rope = rope_of_weights(config, None, lineage(start.manifest if start else None), start)
+    return rope and replace((start and start.args) or model, rope=rope), ""
 
 
 def main(args: list[str]) -> int:

@@ -74,6 +74,11 @@ def test_weights_that_are_not_there_yet(stages: Path):
     assert "the weights" not in line and warning.startswith("WARNING: The weights are random")
 
 
+def test_weights_of_another_architecture_are_not_compared(stages: Path):
+    (line,) = lines(stages, "", "--model.flavor", "llama3.2_1b")
+    assert line.startswith("RoPE: not computed: the weights (by ") and "another architecture" in line
+
+
 def test_without_pytorch_it_says_so(stages: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (line,) = lines(stages, "")
