@@ -285,7 +285,9 @@ def notes_on_answers(config: dict[str, Any], server: str, version: str) -> list[
     return [
         (text, dict(re.findall(_OPTION, text)))
         for limit in LIMITS
-        if limit.server == server and limit.in_one_answer and limit.applies(facts)
+        if limit.server in (server, f"{server} {version.split('.')[0]}")
+        and limit.in_one_answer
+        and limit.applies(facts)
         if limit.until is None or installed <= limit.until
         for text in [limit.said(facts)]
     ]

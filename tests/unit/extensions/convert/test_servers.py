@@ -230,6 +230,9 @@ def test_a_note_that_accounts_for_an_answer_names_options_and_is_for_the_version
     longrope = config_json(with_rope(SCALINGS["longrope"]), "float32", {})
     # it says what happens to a generation, not to the answer to one prompt
     assert "transformers" in " ".join(serving_notes(longrope)) and not notes_on_answers(longrope, "transformers", "5")
+    olmo2 = config_json(with_rope(SCALINGS["yarn"], ARCHITECTURES["olmo2"]), "float32", {})
+    for version, notes in (("4.57.6", 1), ("5.24.0", 0)):
+        assert len(notes_on_answers(olmo2, "transformers", version)) == notes
     noted = [options for _, options in notes_on_answers(longrope, "vLLM", "0.32.0")]
     assert noted == [{"--max-model-len": "256"}, {"--max-model-len": "64"}]
 
