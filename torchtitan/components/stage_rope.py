@@ -73,7 +73,11 @@ def stage_rope(config: JobConfig, args: TransformerArgs, before: RopeArgs | None
             )
         return StageRope(line, refused, warnings)
     known = lengths_covered(before)
-    line += f"; the weights have {describe_rope(before)}, trained to {f'{known:,}' if known else 'an unknown length'}"
+    trained = before.max_position_embeddings
+    line += (
+        f"; the weights have {describe_rope(before)}, trained to {f'{trained:,}' if trained else 'an unknown length'}"
+    )
+    line += f" and good for {known:,} by their factor" if known and known != trained else ""
     if known is None:
         warnings.append(
             "The length that the weights were trained to is not known (no max_position_embeddings), so whether RoPE "

@@ -79,7 +79,7 @@ def beyond_trained(old: RopeArgs, new: RopeArgs, head_dim: int, reach: int, wind
     same = any(_same(was, now, head_dim) for was, now in kinds)
     if covered == math.inf or (covered * (1 + SHORT_BY) >= reach and not same):
         return None
-    own = "" if known == old.max_position_embeddings else f", counting its factor ({describe_rope(old)})"
+    own = "" if known == old.max_position_embeddings else f" by their factor ({describe_rope(old)})"
     f_old, f_new = (_frequencies(rope, head_dim)[-1].amax(0) for rope in (old, _least_drawn(new, reach)))
     never = int((f_old * known < 2 * math.pi).sum())
     slowest = f"the slowest of {head_dim // 2} pairs turns once in {2 * math.pi / float(f_new[-1]):,.0f} tokens"

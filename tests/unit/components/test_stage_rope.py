@@ -17,6 +17,8 @@ from torchtitan.config.keys import keys_of
 from torchtitan.config.schema import Rope
 from torchtitan.models.architecture import as_json
 from torchtitan.models.registry import FLAVORS
+from torchtitan.models.rope import RopeArgs
+from torchtitan.models.rope_scaling import YarnScaling
 from torchtitan.tools.errors import UserError
 
 K = 1024
@@ -82,6 +84,19 @@ def test_the_line_says_reach_and_coverage():
     line = checked(stage("llama3_8b", 64 * K, "--rope.theta", "8e6")).line
     assert line.startswith("theta 8e+06; positions reach 65,536; the weights have theta 500000, trained to 8,192")
     assert line.endswith(f"cover {8192 * 16 ** (126 / 128):,.0f}")
+
+
+def test_a_factor_that_was_switched_on_in_config_json_counts():
+    """Qwen's YaRN: 32,768 trained, factor 4; rows of 128K are in reach, of 256K not."""
+    weights = RopeArgs(1e6, YarnScaling(4.0, 32 * K), max_position_embeddings=32 * K)
+    keys = ["--rope.type", "yarn", "--rope.factor", "4", "--rope.original_max_position_embeddings", "32768"]
+    start = Start(Path("hf"), ("model",), None, FLAVORS["qwen2.5_7b"])
+    config = stage("qwen2.5_7b", 128 * K, *keys)
+    line = check_stage_rope(config, model_args(config, weights), weights, start).line
+    assert "trained to 32,768 and good for 131,072 by their factor; from there these frequencies cover 131,072" in line
+    config = stage("qwen2.5_7b", 256 * K, *keys)
+    with pytest.raises(UserError, match="trained to 131,072 tokens by their factor .* What would do: rope.factor = 8;"):
+        check_stage_rope(config, model_args(config, weights), weights, start)
 
 
 def test_the_key_makes_no_other_stage():
