@@ -172,8 +172,12 @@ def ways_out(
     growth, rope = reach / known, build(table)
     tries: list[dict[str, object]] = []
     if table.factor:
-        short = reach / coverage(old, rope, head_dim, windows, reach)
-        tries += [{"factor": _rounded_up(max(table.factor * short, reach / _original(rope, reach)))}]
+        # without the base of the weights no sensible factor would do
+        base: dict[str, object] = {"theta": old.theta} if old.theta != rope.theta else {}
+        short = reach / coverage(old, build(replace(table, **base)), head_dim, windows, reach)  # type: ignore[arg-type]
+        factor = max(table.factor * short, reach / _original(rope, reach))
+        usual = max(growth * (getattr(old.scaling, "factor", None) or 1), reach / _original(rope, reach))
+        tries += [{"factor": _rounded_up(factor), **base}] if factor <= 2 * usual else []
     elif isinstance(old.scaling, HarpeScaling) and table.type == "harpe":
         power = growth ** (head_dim / (head_dim - 2))
         tries += [{"bases": tuple(float(f"{base * power:.4g}") for base in old.scaling.bases)}]
@@ -262,5 +266,5 @@ def _least_drawn(rope: RopeArgs, reach: int) -> RopeArgs:
     """GeNE with the least factor that a micro-batch draws, or that it is read with."""
     if not isinstance(rope.scaling, GeneScaling):
         return rope
-    least = min(rope.scaling.choices(max(reach, 1))[0][0], rope.scaling.factor)
+    least = min(math.ceil(reach / rope.scaling.original_max_position_embeddings) or 1, rope.scaling.factor)
     return replace(rope, scaling=replace(rope.scaling, factor=float(least)))

@@ -327,3 +327,16 @@ def test_the_ways_out_work(flavor: str, reach: int, table: Rope, expected: list[
         growth = reach / (args.rope.max_position_embeddings or 0)
         assert rope.theta == pytest.approx(ntk(args.rope.theta, growth))
         assert beyond_trained(args.rope, rope, 128, reach, windows) is None
+
+
+def test_a_way_out_keeps_the_base_of_the_weights():
+    """After theta 8e6, YaRN's table without it: the factor alone would have to be absurd."""
+    old, table = trained(8e6, 64 * K), Rope(type="yarn", factor=2.0, original_max_position_embeddings=64 * K)
+
+    def build(changed: Rope) -> RopeArgs:
+        return build_rope(changed, LLAMA3, 128, 8, 128 * K, old)
+
+    assert ways_out(table, build, old, 128, 128 * K, (None,)) == ["rope.factor = 2, theta = 8e+06"]
+    assert ways_out(replace(table, type="gene"), build, old, 128, 128 * K, (None,)) == [
+        "rope.factor = 2, theta = 8e+06"
+    ]
