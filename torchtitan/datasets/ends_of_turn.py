@@ -8,6 +8,7 @@ nothing is trained, so that a generation has to stop there. Checkpoints keep the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from torchtitan.datasets.corpus import ASSISTANT, Corpus
 from torchtitan.datasets.tokenizer import Tokenizer, json_if_present
+from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import logger
 
 SAMPLE = 1000
@@ -31,9 +33,7 @@ def ends_of_turn(corpora: Sequence[Corpus], tokenizer: Tokenizer, inherited: Seq
             continue
         last: set[int] = set()
         for index in _some(corpus):
-            trained = corpus.roles(index) == ASSISTANT
-            is_last = trained & ~np.append(trained[1:], False)
-            last |= set(corpus.document(index)[is_last].tolist())
+            last |= _last_of_responses(corpus, index, list(tokenizer.special.values()))
         special = last & set(tokenizer.added.values())
         if last and not special:
             logger.warning(
@@ -42,6 +42,16 @@ def ends_of_turn(corpora: Sequence[Corpus], tokenizer: Tokenizer, inherited: Seq
             )
         ends |= special
     return sorted(ends)
+
+
+def _last_of_responses(corpus: Corpus, index: int, special: list[int]) -> set[int]:
+    """The last tokens of a document's responses. A template can train a response in parts (its thoughts, then what
+    follows): with no special token between two parts they are of one response, as in extensions/ingest/chat.py."""
+    tokens, trained = corpus.document(index), corpus.roles(index) == ASSISTANT
+    stops = np.flatnonzero(trained & ~np.append(trained[1:], False))
+    between = np.cumsum(np.isin(tokens, special) & ~trained)
+    ends = np.append(np.diff(between[stops]) > 0, True)[: len(stops)]
+    return set(tokens[stops[ends]].tolist())
 
 
 def begins_with_bos(corpora: Sequence[Corpus], bos_id: int | None) -> bool | None:
@@ -58,8 +68,13 @@ def _some(corpus: Corpus) -> list[int]:
 
 
 def named_ends(folder: str | Path) -> list[int]:
-    """The ids that generation_config.json in a model's folder names as eos_token_id; [] if it names none."""
-    return as_ids(json_if_present(Path(folder) / "generation_config.json").get("eos_token_id"))
+    """The ids that generation_config.json in a model's folder names as eos_token_id; [] if it names none. UserError if
+    they are no ids."""
+    file = Path(folder) / "generation_config.json"
+    ids = as_ids(json_if_present(file).get("eos_token_id"))
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise UserError(f"{file}: eos_token_id = {json.dumps(ids)} must be the id of a token, or a list of ids.")
+    return ids
 
 
 def as_ids(eos_token_id: Any) -> list[int]:

@@ -13,6 +13,7 @@ import pytest
 from torchtitan.datasets.corpus import ASSISTANT, Corpus
 from torchtitan.datasets.ends_of_turn import begins_with_bos, ends_of_turn, stop_ids
 from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.tools.errors import UserError
 
 ASSETS = Path(__file__).parents[3] / "assets" / "tokenizer"
 BOS, EOS, OTHER, NOT_SPECIAL = 0, 1, 4096, 4097
@@ -52,10 +53,12 @@ def test_the_token_after_which_nothing_is_trained(tokenizer: Tokenizer) -> None:
     assert ends_of_turn([text("0 7* 8* 1*")], tokenizer) == []
     assert ends_of_turn([corpus("0 7 8* 4096* 9 8* 4096*")], tokenizer) == [OTHER]
     # a document that was cut off, a call of a tool with an end of its own, other special tokens within a response
-    several = corpus("0 7 8* 9*", "0 7 8* 4097* 9 8* 1*", "7 4096* 8* 1*")
+    several = corpus("0 7 8* 9*", "0 7 8* 4097* 0 9 8* 1*", "7 4096* 8* 1*")
     assert ends_of_turn([text("5"), several], tokenizer) == [EOS, NOT_SPECIAL]
     assert ends_of_turn([text("5")], tokenizer, [OTHER]) == [OTHER], "of an earlier stage"
     assert ends_of_turn([several], tokenizer, [OTHER]) == [EOS, OTHER, NOT_SPECIAL]
+    parts = corpus("0 7 8* 4097* 9 8* 4096*", "0 7 8* 1* 0 9 8* 4097* 9 9 8* 4096* 9", "7 0 9")
+    assert ends_of_turn([parts], tokenizer) == [EOS, OTHER], "the end of its thoughts is not that of a response"
     rare = corpus(*["0 7 8* 1*"] * 5000, *["0 7 8* 4096*"] * 5000)
     assert ends_of_turn([rare], tokenizer) == [EOS, OTHER], "not only of the first documents"
 
@@ -76,6 +79,10 @@ def test_a_generation_stops_at_all_of_them(tokenizer: Tokenizer) -> None:
     for named, ids in ((9, [EOS, 9]), ([7, EOS], [EOS, 7]), (None, [EOS]), (0, [EOS, 0])):
         (Path(tokenizer.folder) / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
         assert stop_ids(tokenizer) == ids and stop_ids(tokenizer, [OTHER]) == [*ids, OTHER]
+    for wrong in ("9", [7, "9"], True, {}):
+        (Path(tokenizer.folder) / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(UserError, match="generation_config.json: eos_token_id = .* must be the id of a token"):
+            stop_ids(tokenizer)
 
 
 def test_whether_texts_begin_with_bos() -> None:

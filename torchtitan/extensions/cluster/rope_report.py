@@ -73,7 +73,9 @@ def _weights(config: JobConfig, earlier: Sequence[JobConfig]) -> tuple[Any, str]
         start = find_start(config)
     except UserError:
         if not config.stage.after:
-            path = config.checkpoint.initial_load_path
+            path = Path(config.checkpoint.initial_load_path or "").expanduser()
+            if path.exists():
+                raise
             return model, f" (there are no weights in {path} yet: as the flavor has them)"
         previous = earlier[-1] if earlier else previous_stage(config)
         before, _ = _weights(previous, earlier[:-1])

@@ -22,6 +22,7 @@ from torchtitan.components.manifest import MANIFEST, find_damage, read_manifest
 from torchtitan.config.checks import resolve_shard_degree
 from torchtitan.config.schema import JobConfig, Rope
 from torchtitan.config.toml_file import load_tables
+from torchtitan.datasets.ends_of_turn import named_ends
 from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.distributed.options.ulysses import check_ulysses
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -56,8 +57,8 @@ class ModelOnDisk:
 
     @property
     def ends_of_turn(self) -> list[int]:
-        """Tokens that end a response, as its stages trained it."""
-        return (self.manifest or {}).get("ends_of_turn", [])
+        """Tokens that end a response: as its stages trained it, or as a Hugging Face folder names them."""
+        return named_ends(self.folder) if self.manifest is None else self.manifest.get("ends_of_turn", [])
 
     @property
     def label(self) -> str:

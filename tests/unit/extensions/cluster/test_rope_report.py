@@ -70,6 +70,11 @@ def test_weights_that_are_not_there_yet(stages: Path):
     path = ["--checkpoint.initial_load_path", "nowhere", "--stage.after", ""]
     line, refused = lines(stages, "", *path)
     assert "no weights in nowhere yet: as the flavor has them" in line and "trained to 8,192" in refused
+    adapter = stages / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (line,) = lines(stages, "", "--checkpoint.initial_load_path", str(adapter), "--stage.after", "")
+    assert line.startswith("RoPE: not computed: ") and "belongs to an adapter" in line
     line, warning = lines(stages, "", "--stage.after", "")
     assert "the weights" not in line and warning.startswith("WARNING: The weights are random")
 

@@ -269,6 +269,16 @@ def test_rope_of_the_command_line_counts_and_that_of_a_file_does_not(
     assert inspect_model(folder, configured, longest_asked(configured)).args.rope.theta == found["auto"]
 
 
+def test_a_hugging_face_model_ends_its_answers_as_its_own_folder_says(tmp_path: Path):
+    """Whatever folder the tokenizer is taken from; of a checkpoint the manifest counts."""
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    found = ModelOnDisk(tmp_path, TransformerArgs(16, 1, 2, 1, 8, 16, 32), TOKENIZER, None)
+    assert found.ends_of_turn == [1, 7]
+    assert replace(found, manifest={}).ends_of_turn == [] and replace(
+        found, manifest={"ends_of_turn": [9]}
+    ).ends_of_turn == [9]
+
+
 def test_a_checkpoint_is_asked_with_bos_as_it_was_trained(tmp_path: Path):
     def trained(bos: bool) -> None:
         about = {"format": 1, "config": {"data": {"add_bos": bos}}}

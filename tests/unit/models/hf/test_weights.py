@@ -115,7 +115,7 @@ def save_hf(kind: str, folder: Path, shard: str = "10GB") -> torch.nn.Module:
 
 def ours(folder: Path) -> Transformer:
     args = read_config(folder)
-    check_weights(folder, args, "the test")
+    check_weights(folder, args)
     model = Transformer(args)
     load_weights(model, folder)
     return model
@@ -256,15 +256,15 @@ def test_weights_that_do_not_fit_list_names_and_shapes(tmp_path: Path):
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(64)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError) as error:
-        check_weights(tmp_path, args, "the test")
+        check_weights(tmp_path, args)
     for part in ("up_proj.weight should be [160, 64] and is [3, 5]", "model.norm.weight", "q_proj.bias [64]"):
         assert part in str(error.value)
     (tmp_path / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(UserError, match="model.safetensors"):
-        check_weights(tmp_path, args, "the test")
+        check_weights(tmp_path, args)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no \\*.safetensors"):
-        check_weights(tmp_path, args, "the test")
+        check_weights(tmp_path, args)
 
 
 @pytest.mark.parametrize(
