@@ -16,7 +16,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from torchtitan.extensions.convert.assets import tokenizer_files
 from torchtitan.extensions.convert.conversion import manifest_entries, open_any, with_progress
 from torchtitan.extensions.convert.export import SHARD_BYTES, write_hugging_face
 from torchtitan.extensions.convert.torchtitan_and_meta import write_meta, write_torchtitan
@@ -61,6 +60,8 @@ def assets_of(weights: Weights) -> Path | None:
 
 
 def convert(options: argparse.Namespace) -> None:
+    if options.assets and not options.assets.is_dir():
+        raise UserError(f"--assets {options.assets} is not a folder.")
     weights = open_any(options.input, options.architecture)
     if options.max_position_embeddings is not None:
         known = weights.args.rope.max_position_embeddings or weights.manifest.get("seq_len")
@@ -76,8 +77,6 @@ def convert(options: argparse.Namespace) -> None:
     if options.to == "huggingface":
         for note in write_hugging_face(weights, options.output, assets, shard_bytes=int(options.shard_gb * 1e9)):
             print(f"note: {note}")
-        if not tokenizer_files(options.output):
-            print(f"note: {options.output} has no tokenizer: {assets} has none. Name its folder with --assets.")
     elif options.to == "checkpoint":
         print(f"{write_checkpoint(weights, options.output, manifest_entries(weights, assets))}")
     elif options.to == "torchtitan":

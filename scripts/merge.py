@@ -20,7 +20,13 @@ from pathlib import Path
 import torch
 
 from torchtitan.components.manifest import complete_steps
-from torchtitan.extensions.convert.conversion import known_ends, manifest_entries, open_any, with_progress
+from torchtitan.extensions.convert.conversion import (
+    known_ends,
+    manifest_entries,
+    open_any,
+    tokenizer_of,
+    with_progress,
+)
 from torchtitan.extensions.convert.weights import DTYPES, Weights, write_checkpoint
 from torchtitan.tools.errors import UserError
 
@@ -84,9 +90,13 @@ def merge(models: list[Weights], shares: list[float]) -> Weights:
             raise UserError(f"{first.where} and {other.where} are not the same architecture: {', '.join(named)}.")
         if "rope" in unlike:
             print(f"their RoPE differs; the result has that of {first.where}: {first.args.rope}")
-        tokenizers = [model.manifest.get("tokenizer") for model in (first, other)]
+        tokenizers = [tokenizer_of(model) for model in (first, other)]
         if all(tokenizers) and tokenizers[0] != tokenizers[1]:
-            print(f"warning: {first.where} and {other.where} were trained with different tokenizers", file=sys.stderr)
+            print(
+                f"warning: {first.where} and {other.where} have different tokenizers (the bytes of tokenizer.json or "
+                "tokenizer.model, BOS or EOS): do their ids stand for the same tokens?",
+                file=sys.stderr,
+            )
 
     def read(name: str) -> torch.Tensor:
         # as differences from the first model: values that all models share come out unchanged

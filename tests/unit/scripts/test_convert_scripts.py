@@ -12,10 +12,19 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests.scripts import load_script
-from tests.unit.extensions.convert.models import ARCHITECTURES, LLAMA, SCALINGS, random_weights, save, with_rope
+from tests.unit.extensions.convert.models import (
+    ARCHITECTURES,
+    LLAMA,
+    SCALINGS,
+    TOKENIZER,
+    TRAINED,
+    random_weights,
+    save,
+    with_rope,
+)
 from torchtitan.components.manifest import find_damage, read_manifest
 from torchtitan.datasets.tokenizer import load_tokenizer
-from torchtitan.extensions.convert.weights import Weights, open_checkpoint, open_hugging_face
+from torchtitan.extensions.convert.weights import Weights, open_checkpoint, open_hugging_face, write_checkpoint
 from torchtitan.models.architecture import as_json
 
 REPOSITORY = Path(__file__).parents[3]
@@ -90,8 +99,9 @@ def test_dtype_and_complaints(tmp_path: Path, capsys: pytest.CaptureFixture):
         (tmp_path / "titan", "meta", "give --architecture"),
         (tmp_path / "empty", "meta", "It holds: nothing"),
         (tmp_path / "absent", "meta", "not a folder"),
+        (start, "huggingface --assets typo", "--assets typo is not a folder"),
     ):
-        assert run(convert, source, tmp_path / "out", "--to", to) == 1
+        assert run(convert, source, tmp_path / "out", "--to", *to.split()) == 1
         assert says in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
     assert run(convert, start, tmp_path / "hf", "--to", "huggingface") == 1  # is not overwritten
@@ -156,6 +166,45 @@ def test_what_ends_an_answer_goes_with_the_weights(tmp_path: Path):
         assert json.loads((tmp_path / folder / "generation_config.json").read_text())["eos_token_id"] == [1, 7, 9]
     assert open_checkpoint(tmp_path / "back/step-0").manifest["ends_of_turn"] == [1, 7, 9]
     assert open_checkpoint(tmp_path / "m/step-0").manifest["ends_of_turn"] == [7, 9]
+
+
+def test_a_number_that_the_dtype_does_not_have_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
+    weights = random_weights(ARGS)
+    large = replace(
+        weights, read=lambda name: weights.read(name) * (1e6 if name == "layers.1.attention.wk.weight" else 1)
+    )
+    start = write_checkpoint(large, tmp_path / "a", {"tokenizer": TOKENIZER, "seq_len": TRAINED})
+    assert run(convert, start, tmp_path / "out", "--to", "huggingface", "--dtype", "float16") == 1
+    said = capsys.readouterr().err
+    assert "layers.1.attention.wk.weight" in said and "float16 ends at 65504" in said
+    assert run(convert, start, tmp_path / "out", "--to", "huggingface", "--dtype", "bfloat16") == 0
+
+
+def test_a_folder_of_a_model_is_read_before_the_steps_in_it(tmp_path: Path):
+    """As training reads it."""
+    start = save(ARGS, tmp_path / "a")
+    assert run(convert, start, tmp_path / "hf", "--to", "huggingface") == 0
+    (tmp_path / "hf" / "step-5").mkdir()
+    (tmp_path / "hf" / "step-5" / "manifest.json").write_text("{}")
+    assert run(convert, tmp_path / "hf", tmp_path / "again", "--to", "huggingface") == 0
+    assert same(open_hugging_face(tmp_path / "again"), random_weights(ARGS))
+
+
+def test_models_of_different_tokenizers_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Two Hugging Face folders, which have no manifest that names their tokenizers."""
+    start = save(ARGS, tmp_path / "start")
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        assert run(convert, start, folder, "--to", "huggingface", "--assets", ASSETS) == 0
+    assert run(merge, "mix", *folders, "--out", tmp_path / "alike") == 0
+    assert "different tokenizers" not in capsys.readouterr().err
+    description = json.loads((folders[1] / "tokenizer.json").read_text())
+    vocabulary = description["model"]["vocab"]
+    a, b = list(vocabulary)[300:302]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (folders[1] / "tokenizer.json").write_text(json.dumps(description))
+    assert run(merge, "mix", *folders, "--out", tmp_path / "unlike") == 0
+    assert f"{folders[0]} and {folders[1]} have different tokenizers" in capsys.readouterr().err
 
 
 def test_unlike_architectures_are_named(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -32,10 +32,15 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
 def copied_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """All files to copy, and a sentence for each that is not for a reason that its user should know."""
     files = tokenizer_files(folder)
+    notes = []
+    if not files:
+        what = "has none" if folder.is_dir() else "is not a folder (any more)"
+        notes.append(
+            f"The export has no tokenizer, and no key of an original config.json but what was trained: {folder} {what}."
+        )
     for path in _files(folder):
         if _TERMS.fullmatch(path.name) and path.suffix.lower() in _TERMS_SUFFIXES:
             files[path.name] = path
-    notes = []
     for name, path in list(files.items()):
         if not path.exists():
             notes.append(f"{path} is not copied: it is a link to a file that does not exist.")

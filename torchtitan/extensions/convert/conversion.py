@@ -25,10 +25,10 @@ def open_any(folder: Path, architecture: str | None = None) -> Weights:
     """The weights in a folder of any format that is read here. architecture: see named_architecture."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder.")
+    if is_hugging_face(folder) and not (folder / "manifest.json").is_file():  # in the order of training
+        return open_hugging_face(folder)
     if (folder / "manifest.json").is_file() or any(folder.glob("step-*/manifest.json")):
         return open_checkpoint(folder)
-    if is_hugging_face(folder):  # before the other formats, as in training
-        return open_hugging_face(folder)
     if (folder / ".metadata").is_file():
         return open_torchtitan(folder, named_architecture(folder, architecture))
     if any(folder.glob("consolidated.*.pth")):
@@ -69,6 +69,14 @@ def manifest_entries(weights: Weights, assets: Path) -> dict[str, Any]:
         except UserError as error:
             raise UserError(f"A checkpoint names its tokenizer. {error} Give --assets.") from None
     return known
+
+
+def tokenizer_of(weights: Weights) -> str | None:
+    """Fingerprint of the tokenizer, as the weights' manifest says, or as it lies beside them; None: not known."""
+    try:
+        return weights.manifest.get("tokenizer") or load_tokenizer(weights.where).fingerprint
+    except UserError:
+        return None
 
 
 def known_ends(weights: Weights) -> list[int]:

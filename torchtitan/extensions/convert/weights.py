@@ -56,7 +56,18 @@ class Weights:
         if dtype not in DTYPES:
             raise UserError(f'dtype = "{dtype}" is not one of {", ".join(DTYPES)}.')
         to, read = DTYPES[dtype], self.read
-        return replace(self, dtypes=dict.fromkeys(self.shapes, to), read=lambda name: read(name).to(to))
+
+        def cast(name: str) -> torch.Tensor:
+            before = read(name)
+            after = before.to(to)
+            if (lost := after.isinf() & before.isfinite()).any():
+                raise UserError(
+                    f"{name} in {self.where} has {before[lost].abs().max():g}, but {dtype} ends at "
+                    f'{torch.finfo(to).max:g}: name another dtype ("bfloat16" or "float32").'
+                )
+            return after
+
+        return replace(self, dtypes=dict.fromkeys(self.shapes, to), read=cast)
 
 
 def check_shapes(weights: Weights) -> Weights:

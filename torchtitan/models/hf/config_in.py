@@ -68,6 +68,12 @@ def args_from_hf(config: dict[str, Any], where: str) -> TransformerArgs:
         raise refuse("mlp_bias", "the feed-forward has no bias")
     for sentence in misspelt(config, kind):
         warn_once(f"{where}: {sentence}")
+    if kind in ("llama", "olmo2") and config.get("sliding_window") is not None:
+        warn_once(
+            f"{where}: sliding_window = {shown(config['sliding_window'])} is not read: a token of a {kind} sees all "
+            "before it. transformers 5 drops what is beyond the window from its cache when it generates, so that it "
+            "computes something else there: set sliding_window to null."
+        )
     if config.get("dual_chunk_attention_config") is not None:
         values["trained_length"] = values["trained_length"] or _length_without_chunks(config, where)
     heads, kv_heads, head_dim = _heads(values, config, where)

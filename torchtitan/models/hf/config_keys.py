@@ -81,6 +81,8 @@ OTHER_MODELS: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (0,),
     "final_logit_softcapping": (0,),
     "attention_chunk_size": (),
+    "is_causal": (True,),  # false: each token sees all after it too, in transformers 5 and vLLM
+    "use_bidirectional_attention": (False,),
     "attn_temperature_tuning": (False, 0),
     "parallel_residual": (False,),
     "use_parallel_residual": (False,),

@@ -27,13 +27,14 @@ _REPLACED = (
     "trained_length",
     "layer_types",
     "_name_or_path",
+    "transformers_weights",  # names a file that the export may not have
     "transformers_version",
 )
 # An original key whose name has one of these words may change what a server computes or how much it reads, and nothing
 # here has trained with it. Keys of the layers that are trained are written anew.
 _FUNCTION_WORDS = re.compile(
     "rope|rotary|theta|ntk|position|len|seq|ctx|context|window|swa|chunk|sparse|attention|attn|sink|scal|factor|logit|"
-    "alibi|clip|mult|residual|norm|bias|temperature|layer|predict|mtp|draft|specul|expert|moe|lora|quant"
+    "alibi|clip|mult|residual|norm|bias|temperature|layer|predict|mtp|draft|specul|expert|moe|lora|quant|causal"
 )
 _KEPT = ("attention_dropout",)
 _WINDOW_KEYS = {
@@ -132,7 +133,8 @@ def _kept(original: dict[str, Any], kind: str) -> dict[str, Any]:
     known = (*_KEPT, *_WINDOW_KEYS.get(kind, ()))
 
     def stays(key: str, value: Any) -> bool:
-        return key in known or value is False or not (isinstance(value, dict) or _FUNCTION_WORDS.search(key.lower()))
+        off = value is False and key != "is_causal"
+        return key in known or off or not (isinstance(value, dict) or _FUNCTION_WORDS.search(key.lower()))
 
     return {k: v for k, v in original.items() if k not in _REPLACED and stays(k, v)}
 

@@ -82,6 +82,16 @@ def test_tokenizers_templates_and_terms_are_copied(tmp_path: Path):
     assert set(assets_module.copied_files(out)[0]) == set(TAKEN)
 
 
+def test_an_export_without_a_tokenizer_says_so(tmp_path: Path):
+    """The folder that a stage was started with may be gone when it ends."""
+    (tmp_path / "empty").mkdir()
+    for name, why in (("empty", "has none"), ("gone", "is not a folder")):
+        out = tmp_path / f"{name}-out"
+        notes = write_hugging_face(random_weights(with_rope(None)), out, tmp_path / name)
+        assert any("has no tokenizer" in note and f"{tmp_path / name} {why}" in note for note in notes)
+        assert (out / "model.safetensors").is_file()
+
+
 def test_a_large_file_is_named_and_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "vocab.txt").write_bytes(b"x" * 2**21)

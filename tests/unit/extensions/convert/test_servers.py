@@ -169,6 +169,8 @@ def test_keys_that_may_change_what_a_server_computes_are_left_out_and_named():
         "use_mrope": False,
         "attention_dropout": 0.1,
         "pad_token_id": 5,
+        "is_causal": False,  # switched off, it changes what is computed
+        "transformers_weights": "model.safetensors",
         "max_window_layers": 28,
         "finetuned_from": "kept",
         "use_cache": False,
@@ -177,7 +179,12 @@ def test_keys_that_may_change_what_a_server_computes_are_left_out_and_named():
     kept = {"attention_dropout", "pad_token_id", "max_window_layers", "finetuned_from", "head_dim", "model_type"}
     kept |= {"use_mrope"}
     assert config["use_cache"] is True
-    assert set(left_out(original, config)) == set(original) - kept - {"rope_scaling", "use_cache"}
+    assert set(left_out(original, config)) == set(original) - kept - {
+        "rope_scaling",
+        "use_cache",
+        "transformers_weights",  # of the folder, not of the model
+    }
+    assert not {"is_causal", "transformers_weights"} & set(config)
     assert all(config[key] == original[key] for key in kept - {"head_dim"})
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
@@ -165,6 +165,8 @@ def test_what_is_no_number_is_refused_with_file_key_and_value(key: str, tmp_path
         ({"attention_multiplier": 0.1}, "attention_multiplier = 0.1 is not supported"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
         ({"clip_qkv": 8}, "clip_qkv = 8"),
+        ({"is_causal": False}, "is_causal = false is not supported.* only as true"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention = true"),
         ({"rope_condense_ratio": 8}, '"rope_type": "linear", "factor": 8'),
     ],
 )
@@ -406,6 +408,40 @@ def test_olmo3_in_transformers5_is_as_the_warning_says(change: dict[str, Any], t
     full, sliding = rope["full_attention"], rope["sliding_attention"]
     said = f"would load {full['rope_type']} with theta {full['rope_theta']:g}, and {sliding['rope_theta']:g} there"
     assert said in warnings[0]
+
+
+def test_a_window_of_a_llama_is_felt_in_transformers_cache_alone(tmp_path: Path, warnings: list[str]):
+    read_config(write(tmp_path, sliding_window=4))
+    assert len(warnings) == 1 and "sliding_window = 4 is not read: a token of a llama" in warnings[0]
+    torch.manual_seed(0)
+    models = {
+        window: AutoModelForCausalLM.from_config(_config(tmp_path, sliding_window=window)) for window in (4, None)
+    }
+    models[4].load_state_dict(models[None].state_dict())
+    whole, cached = (
+        {window: read(model) for window, model in models.items()} for read in (_read_at_once, _read_by_cache)
+    )
+    assert torch.equal(whole[4], whole[None]) and not torch.allclose(cached[4], cached[None], atol=1e-3)
+    assert torch.allclose(cached[None], whole[None], atol=1e-3)
+
+
+def _config(folder: Path, **change: Any) -> Any:
+    return AutoConfig.from_pretrained(write(folder, **change), initializer_range=0.5)
+
+
+TEXT = torch.arange(12)[None]
+
+
+def _read_at_once(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TEXT).logits[:, -1]
+
+
+def _read_by_cache(model: Any) -> torch.Tensor:
+    """As in generation: the last token alone, with the cache of those before it."""
+    with torch.no_grad():
+        cache = model(TEXT[:, :-1], use_cache=True).past_key_values
+        return model(TEXT[:, -1:], cache=cache, use_cache=True).logits[:, -1]
 
 
 def test_olmo3_rescales_layers_without_a_window(tmp_path: Path, warnings: list[str]):
