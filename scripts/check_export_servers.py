@@ -12,7 +12,7 @@ its own, also in float32. Prompts are random token ids, below the model's origin
 the mean difference over the whole vocabulary are printed, in nats.
 
 Exit code 1 if a server that is installed cannot load the folder, or is off by more than --tolerance, and the notes on
-that server (docs/rope.md) do not say so. A server that is not installed is named, and is no fault.
+that server (docs/servers.md) do not say so. A server that is not installed is named, and is no fault.
 """
 
 from __future__ import annotations

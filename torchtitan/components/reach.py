@@ -6,9 +6,7 @@ from typing import Any
 
 from torchtitan.config.manager import from_tables
 from torchtitan.config.schema import JobConfig
-
-CUTS = {"cut_4k": 4096, "cut_128k": 131072}
-"""data.strategy -> longest piece in tokens."""
+from torchtitan.tools.constants import CUT_AT
 
 
 def reach(config: JobConfig) -> int:
@@ -21,7 +19,7 @@ def reach(config: JobConfig) -> int:
         return length
     bounds = [min(s.max_length or length, s.chunk_length or length) for s in data.sources if not s.separator]
     longest = max(bounds) if len(bounds) == len(data.sources) else length
-    return min(length, longest, CUTS.get(data.strategy, length))
+    return min(length, longest, CUT_AT.get(data.strategy, length))
 
 
 def trained_length(manifest: dict[str, Any]) -> int | None:

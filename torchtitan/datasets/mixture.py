@@ -16,11 +16,11 @@ import numpy as np
 
 from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.same_data import normalize
+from torchtitan.tools.constants import CUT_AT
 from torchtitan.tools.errors import UserError
 
 Kind = Literal["all", "long", "short"]
 STREAM_SEED = 1
-CUT_AT = {"cut_4k": 4096, "cut_128k": 131072}
 
 
 @dataclass(frozen=True)

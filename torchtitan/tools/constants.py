@@ -9,6 +9,9 @@ exchange."""
 IGNORED_LABEL = -100
 """The label of a token that is not trained on: ignore_index of PyTorch's cross_entropy."""
 
+CUT_AT = {"cut_4k": 4096, "cut_128k": 131072}
+"""data.strategy -> tokens of the longest piece of a document."""
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """What asks a run to stop; Slurm sends SIGUSR1 as a warning."""
 

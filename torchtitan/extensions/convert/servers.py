@@ -1,7 +1,7 @@
 """What servers do not read of an exported config.json, and how to serve the model with them nevertheless.
 
-LIMITS is the table, in docs/rope.md with what was measured; a correction is a change of its row. A limit whose way out
-is empty has none: that server computes something else than was trained.
+LIMITS is the table, in docs/servers.md with what was measured; a correction is a change of its row. A limit whose way
+out is empty has none: that server computes something else than was trained.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Exported(NamedTuple):
 
 
 def exported(config: dict[str, Any]) -> Exported:
+    """config: a config.json as config_out.py writes it."""
     rope = config["rope_parameters"]
     rope = rope.get("full_attention", rope)
     name, factor, longest = rope["rope_type"], rope.get("factor", 1.0), config["max_position_embeddings"]
@@ -88,6 +89,7 @@ class Limit(NamedTuple):
     """Whether the answer to a single prompt shows it."""
 
     def said(self, facts: Exported) -> str:
+        """The sentence of a note, with the model's numbers."""
         text = f"{self.server} {self.what}: {self.way or 'do not serve the model with it'}."
         return text.format(**facts._asdict())
 
@@ -190,18 +192,11 @@ LIMITS = (
         "ignores YaRN's attention_factor",
         "serve with --override-kv {gguf}.rope.scaling.attn_factor=float:{relative:.6g}",
     ),
-    Limit("llama.cpp", lambda e: _yarn(e, truncate=True), "truncates the ramp of every YaRN"),
     Limit(
         "llama.cpp",
         lambda e: e.trained > e.longest and e.type != "dynamic",
         "reads no more than max_position_embeddings, {longest}, and the model was trained for {trained}",
         "serve with --override-kv {gguf}.context_length=int:{trained}",
-    ),
-    Limit(
-        "llama.cpp",
-        lambda e: _slides(e) and e.kind != "olmo3",
-        "lets each token see all before it, whatever the sliding window of this model",
-        "serve texts of up to {window} tokens only",
     ),
     Limit(
         "mlx-lm",
@@ -214,17 +209,26 @@ LIMITS = (
         lambda e: _scaled_otherwise(e, "longrope"),
         "computes LongRoPE's attention factor from the lengths and does not read it",
     ),
-    Limit("mlx-lm", lambda e: _yarn(e, truncate=True), "truncates the ramp of every YaRN"),
-    Limit(
-        "mlx-lm",
-        lambda e: _scaled_otherwise(e, "yarn") and "mscale" not in e.rope,
-        "has no attention factor for a YaRN whose factor is 1",
+    *(
+        Limit(server, lambda e: _yarn(e, truncate=True), "truncates the ramp of every YaRN")
+        for server in ("llama.cpp", "mlx-lm", "TGI")
     ),
-    Limit(
-        "mlx-lm",
-        lambda e: _slides(e) and e.kind != "olmo3",
-        "lets each token see all before it, whatever the sliding window of this model",
-        "serve texts of up to {window} tokens only",
+    *(
+        Limit(
+            server,
+            lambda e: _scaled_otherwise(e, "yarn") and "mscale" not in e.rope,
+            "has no attention factor for a YaRN whose factor is 1",
+        )
+        for server in ("mlx-lm", "SGLang")
+    ),
+    *(
+        Limit(
+            server,
+            lambda e: _slides(e) and e.kind != "olmo3",
+            "lets each token see all before it, whatever the sliding window of this model",
+            "serve texts of up to {window} tokens only",
+        )
+        for server in ("llama.cpp", "mlx-lm", "SGLang")
     ),
     *(
         Limit(
@@ -238,17 +242,6 @@ LIMITS = (
         "chooses LongRoPE's list by the longest text of a batch, and anew for each token that it generates",
         "keep all texts that it reads at a time on one side of {original} tokens",
     ),
-    Limit(
-        "SGLang",
-        lambda e: _scaled_otherwise(e, "yarn") and "mscale" not in e.rope,
-        "has no attention factor for a YaRN whose factor is 1",
-    ),
-    Limit(
-        "SGLang",
-        lambda e: _slides(e) and e.kind != "olmo3",
-        "lets each token see all before it, whatever the sliding window of this model",
-        "serve texts of up to {window} tokens only",
-    ),
     Limit("TGI", lambda e: e.type == "linear", "leaves linear scaling out"),
     Limit(
         "TGI",
@@ -261,7 +254,6 @@ LIMITS = (
         "multiplies LongRoPE's frequencies by its attention factor",
     ),
     Limit("TGI", lambda e: _yarn(e, beta_fast=32, beta_slow=1), "does not read YaRN's betas"),
-    Limit("TGI", lambda e: _yarn(e, truncate=True), "truncates the ramp of every YaRN"),
     Limit(
         "Every server",
         lambda e: e.longest > e.trained,

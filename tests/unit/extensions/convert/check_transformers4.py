@@ -4,7 +4,7 @@
 
 A tiny random model for every RoPE and architecture is saved, exported and run at the original length, at the trained
 length and beyond. The folder keeps the environment (about 1.5 GB), so a second run is fast. Prints the table of
-docs/rope.md; exit code 1 if a difference is above 1e-4.
+docs/servers.md; exit code 1 if a difference is above 1e-4.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from torchtitan.models.rope_scaling import DynamicNTKScaling, LongRopeScaling, Y
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.errors import UserError
 
-DOCS = Path(__file__).parents[4] / "docs" / "rope.md"
+DOCS = Path(__file__).parents[4] / "docs" / "servers.md"
 MODELS = ARCHITECTURES | {
     "mistral": LLAMA,
     "wide qwen2": replace(ARCHITECTURES["qwen2"], head_dim=24),
@@ -246,8 +246,8 @@ def test_a_note_that_accounts_for_an_answer_names_options_and_is_for_the_version
 
 def test_every_limit_of_a_server_stands_in_the_documentation():
     page = DOCS.read_text()
-    table = page[page.index("### What servers read otherwise") :]
+    table = page[page.index("## What servers read otherwise") :]
     for limit in LIMITS:
         row = f"| {limit.server} | {limit.what} | {limit.way or 'none'} |"
-        assert row in table, f"docs/rope.md lacks the row: {row}"
-    assert table[: table.index("### What servers answered")].count("\n| ") == len(LIMITS) + 1
+        assert row in table, f"docs/servers.md lacks the row: {row}"
+    assert table[: table.index("## What servers answered")].count("\n| ") == len(LIMITS) + 1
