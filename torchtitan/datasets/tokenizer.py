@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import read_json
+from torchtitan.tools.folders import lfs_pointer, read_json
 
 # The split pattern and the special tokens published with Llama 3; the names are Llama 3.1's where the two differ.
 LLAMA3_PATTERN = (
@@ -68,7 +68,9 @@ class Tokenizer:
     added: dict[str, int] = field(default_factory=dict)
     _encode_template: Callable[[str], tuple[list[int], list[tuple[int, int]]]] | None = None
     adds_bos: bool = False
-    """Whether the tokenizer's own library puts BOS before a text unasked."""
+    """Whether BOS is put before a text unasked: as tokenizer_config.json says, else as tokenizer.json does."""
+    file_adds_bos: bool = False
+    """Whether tokenizer.json does by itself: most of transformers 5's tokenizers go by that alone."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without BOS and EOS; the spelling of a special token is ordinary text."""
@@ -125,7 +127,8 @@ def _load_hugging_face(folder: Path) -> Tokenizer:
         description = json.loads(content)
         library = tokenizers.Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path} is not a tokenizer.json that the tokenizers library can read: {error}.") from error
+        why = lfs_pointer(content) or f"{error}."
+        raise UserError(f"{path} is not a tokenizer.json that the tokenizers library can read: {why}") from error
 
     ids = library.get_vocab(with_added_tokens=True)
     bos, eos = (_special_id(folder, name, ids) for name in ("bos", "eos"))
@@ -162,11 +165,11 @@ def _load_hugging_face(folder: Path) -> Tokenizer:
     special = {t["content"]: int(t["id"]) for t in added_tokens if t.get("special")}
     fingerprint = _fingerprint(content, bos, eos)
     size = max(ids.values()) + 1
-    setting = json_if_present(folder / "tokenizer_config.json").get("add_bos_token")  # what transformers goes by
-    adds_bos = bos is not None and (setting if isinstance(setting, bool) else library.encode("a").ids[:1] == [bos])
-    return Tokenizer(
-        str(folder), size, bos, eos, fingerprint, encode_batch, decode, special, added, encode_template, adds_bos
-    )
+    setting = json_if_present(folder / "tokenizer_config.json").get("add_bos_token")
+    by_file = bos is not None and library.encode("a").ids[:1] == [bos]
+    adds_bos = bos is not None and setting if isinstance(setting, bool) else by_file
+    made = Tokenizer(str(folder), size, bos, eos, fingerprint, encode_batch, decode, special, added, encode_template)
+    return replace(made, adds_bos=adds_bos, file_adds_bos=by_file)
 
 
 def _load_tiktoken(folder: Path) -> Tokenizer:
@@ -210,7 +213,7 @@ def _load_tiktoken(folder: Path) -> Tokenizer:
     size = len(ranks) + LLAMA3_SPECIAL_TOKENS
     fingerprint = _fingerprint(content, bos, eos)
     return Tokenizer(
-        str(folder), size, bos, eos, fingerprint, encode_batch, decode, special, special, encode_template, True
+        str(folder), size, bos, eos, fingerprint, encode_batch, decode, special, special, encode_template, True, True
     )
 
 

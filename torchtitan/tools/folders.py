@@ -104,15 +104,21 @@ def write_text(path: Path, text: str, durable: bool = False) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
+def lfs_pointer(content: bytes) -> str:
+    """A sentence on a file that is what Git LFS leaves in place of one that it has not fetched; "" for any other."""
+    return "It is the pointer of Git LFS: run `git lfs pull`." if content.startswith(b"version https:") else ""
+
+
 def read_json(path: Path, mend: str = "") -> dict[str, Any]:
     """The JSON object in a file. UserError that names the file, followed by `mend`, if it holds anything else.
 
     OSError if the file cannot be read.
     """
+    content = path.read_bytes()
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}. {mend}".rstrip()) from error
+        raise UserError(f"{path} is not JSON: {error}. {lfs_pointer(content) or mend}".rstrip()) from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, but a JSON object is expected. {mend}".rstrip())
     return value

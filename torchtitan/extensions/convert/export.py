@@ -172,6 +172,7 @@ def _other_files(weights: Weights, assets: Path | None) -> tuple[dict[str, dict[
             trained_with_bos = weights.manifest.get("begins_with_bos")
             if bos is not None and trained_with_bos not in (None, tokenizer.adds_bos):
                 add_bos = trained_with_bos
+            if bos is not None and trained_with_bos not in (None, tokenizer.file_adds_bos):
                 notes.append(note_on_bos(trained_with_bos))
             if weights.manifest.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
                 raise UserError(

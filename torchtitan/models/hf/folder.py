@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import read_json
+from torchtitan.tools.folders import lfs_pointer, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -272,8 +272,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
     except (SafetensorError, OSError) as error:
         why = str(error)
     try:
-        pointer = path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https:")
+        pointer = lfs_pointer(path.read_bytes()) if path.stat().st_size < 1000 else ""
     except OSError:
-        pointer = False
-    mend = "It is the pointer of Git LFS: run `git lfs pull`." if pointer else "Is it whole? Fetch it again."
-    raise UserError(f"{path} cannot be read as safetensors: {why}. {mend}")
+        pointer = ""
+    raise UserError(f"{path} cannot be read as safetensors: {why}. {pointer or 'Is it whole? Fetch it again.'}")

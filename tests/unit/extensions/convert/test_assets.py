@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from tests.unit.extensions.convert.models import LLAMA, SCALINGS, TRAINED, random_weights, with_rope
+from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.convert import assets as assets_module
 from torchtitan.extensions.convert.export import write_hugging_face
 
@@ -132,6 +133,19 @@ def test_no_limit_of_the_original_ends_texts_at_its_length(tmp_path: Path):
         assert (read.max_length, read.max_new_tokens) == (4 * TRAINED, 50)
         assert "keeps max_new_tokens = 50" in notes and "is 256 now" not in notes
         assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == limit
+
+
+def test_every_export_says_that_bos_must_be_written(tmp_path: Path):
+    """An export of an export too, whose add_bos_token transformers does not go by."""
+    weights = replace(
+        random_weights(with_rope(None, replace(LLAMA, vocab_size=4096))), manifest={"begins_with_bos": True}
+    )
+    folder = TOKENIZER
+    for generation in ("first", "second"):
+        notes = write_hugging_face(weights, tmp_path / generation, folder)
+        folder = tmp_path / generation
+        begins = AutoTokenizer.from_pretrained(folder)("red").input_ids[0] == load_tokenizer(folder).bos_id
+        assert not begins and any("which its tokenizer does not add by itself" in note for note in notes), generation
 
 
 def test_a_tokenizer_that_cuts_or_has_more_tokens_than_the_model_is_said(tmp_path: Path):

@@ -258,7 +258,9 @@ def header(text: str, size: int | None = None) -> bytes:
 LORA = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 16)}
 STALE_HALVES = {f"model-0000{i}-of-00003.safetensors": {name: STALE[name]} for i, name in enumerate(FIRST[:3], 1)}
 LYING = header('{"a":{"dtype":"F32","shape":[64],"data_offsets":[0,256]}}')
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid"
 BAD_INDEX = {
+    POINTER: ["git lfs pull"],
     b"": ["is not JSON"],
     b"[1]": ["holds a list"],
     b"\xff": ["is not JSON"],
@@ -321,9 +323,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "weights as .bin": (as_bin, ["pytorch_model-00001-of-00001.bin", "save_pretrained"]),
     "an empty file": (with_file(single, "model.safetensors", b""), ["model.safetensors cannot be read", "Fetch"]),
     "a pointer": (
-        with_file(single, "model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid"),
+        with_file(single, "model.safetensors", POINTER),
         ["git lfs pull"],
     ),
+    "a pointer to config.json": (with_file(single, "config.json", POINTER), ["config.json is not", "git lfs pull"]),
     "a header that is cut": (with_file(single, "model.safetensors", header("{}", 1 << 40)), ["cannot be read"]),
     "a header that is no JSON": (with_file(single, "model.safetensors", header("{]")), ["cannot be read"]),
     "a header that lies": (with_file(single, "model.safetensors", LYING), ["cannot be read"]),
