@@ -117,10 +117,10 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
         args = replace(args, rope=replace(args.rope, max_position_embeddings=length))
     if weights:
         check_start(weights, args, tokenizer.fingerprint)
-    read = None
+    weights_digest = None
     if weights and weights.manifest is None:
         check_weights(weights.path, args)
-        read = sampled_digest(weights.path)
+        weights_digest = sampled_digest(weights.path)
     rope = check_stage_rope(config, args, rope_before, weights)
     if config.checkpoint.last_save_in_hf:
         # refuses a model that has no form there
@@ -140,7 +140,7 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
     ends = ends_of_turn(plan.corpora, tokenizer, [*before, *manifest.get("ends_of_turn", [])])
     bos = begins_with_bos(plan.corpora, tokenizer.bos_id)
     bos = manifest.get("begins_with_bos") if bos is None else bos
-    return StageInputs(tokenizer, args, plan, rope, start, stages_before, rope_before, ends, bos, read)
+    return StageInputs(tokenizer, args, plan, rope, start, stages_before, rope_before, ends, bos, weights_digest)
 
 
 def _check_model(config: JobConfig, args: TransformerArgs, tokenizer: Tokenizer) -> None:

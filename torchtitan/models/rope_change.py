@@ -164,17 +164,29 @@ def changed_magnitude(old: RopeArgs, new: RopeArgs) -> str | None:
 def ways_out(
     table: Rope, build: Callable[[Rope], RopeArgs], old: RopeArgs, head_dim: int, reach: int, windows: Windows
 ) -> list[str]:
-    """Values of [rope] under which nothing would be refused, each tried: 'rope.theta = "auto" (8.36e+06)'.
+    """Values of [rope] under which nothing would be refused, each tried: 'rope.theta = "auto" (which is 8.36e+06)'.
 
     build: what makes RopeArgs of a table for this stage."""
+
+    def tried(changes: dict[str, Any]) -> str | None:
+        """The changes in words, if they do."""
+        try:
+            new = build(replace(table, **changes))
+        except UserError:
+            return None
+        if beyond_trained(old, new, head_dim, reach, windows) or lost_rope(old, new, head_dim, reach, windows):
+            return None
+        number = f" (which is {new.theta:.4g})" if changes.get("theta") == "auto" else ""
+        return f"rope.{', '.join(f'{k} = {_toml(v)}' for k, v in changes.items())}{number}"
+
     known = lengths_covered(old)
     assert known is not None
     growth, rope = reach / known, build(table)
-    tries: list[dict[str, object]] = []
+    tries: list[dict[str, Any]] = []
     if table.factor:
         # without the base of the weights no sensible factor would do
-        base: dict[str, object] = {"theta": old.theta} if old.theta != rope.theta else {}
-        short = reach / coverage(old, build(replace(table, **base)), head_dim, windows, reach)  # type: ignore[arg-type]
+        base: dict[str, Any] = {"theta": old.theta} if old.theta != rope.theta else {}
+        short = reach / coverage(old, build(replace(table, **base)), head_dim, windows, reach)
         factor = max(table.factor * short, reach / _original(rope, reach))
         usual = max(growth * (getattr(old.scaling, "factor", None) or 1), reach / _original(rope, reach))
         tries += [{"factor": _rounded_up(factor), **base}] if factor <= 2 * usual else []
@@ -189,40 +201,20 @@ def ways_out(
         values = {k: v for k, v in keys if k not in ("rope_type", "attention_factor", "length") and v is not None}
         factor = max((values.get("factor") or 1) * growth, reach / _original(old, reach))
         values = {"type": own.rope_type, **values, "factor": factor}
-    elif len(windows) > 1:
+    if len(windows) > 1 and (old.scaling is None or old.layers == "full_attention"):
         values["layers"] = "full_attention"
     values["factor"] = _rounded_up(values["factor"])
     if old.theta != rope.theta:
         values["theta"] = old.theta
     by_method = {k: v for k, v in values.items() if getattr(table, k, v) != v or k == "type"}
-    found = [_if_it_works(table, changes, build, old, head_dim, reach, windows) for changes in tries]
+    found = [tried(changes) for changes in tries]
     if table.type in ("model", "none") or not any(found):
-        found.append(_if_it_works(table, by_method, build, old, head_dim, reach, windows))
+        found.append(tried(by_method))
     return [text for text in found if text]
 
 
 def _original(rope: RopeArgs, default: int) -> int:
     return getattr(rope.scaling, "original_max_position_embeddings", default)
-
-
-def _if_it_works(
-    table: Rope,
-    changes: dict[str, object],
-    build: Callable[[Rope], RopeArgs],
-    old: RopeArgs,
-    head_dim: int,
-    reach: int,
-    windows: Windows,
-) -> str | None:
-    try:
-        rope = build(replace(table, **changes))  # type: ignore[arg-type]
-    except UserError:
-        return None
-    if beyond_trained(old, rope, head_dim, reach, windows) or lost_rope(old, rope, head_dim, reach, windows):
-        return None
-    shown = (f"{k} = {_toml(v)}" for k, v in changes.items())
-    number = f" (which is {rope.theta:.4g})" if changes.get("theta") == "auto" else ""
-    return f"rope.{', '.join(shown)}{number}"
 
 
 def _toml(value: object) -> str:

@@ -340,3 +340,12 @@ def test_a_way_out_keeps_the_base_of_the_weights():
     assert ways_out(replace(table, type="gene"), build, old, 128, 128 * K, (None,)) == [
         "rope.factor = 2, theta = 8e+06"
     ]
+
+
+def test_a_way_out_leaves_layers_with_a_window_as_they_are():
+    """Olmo 3 with YaRN in its full-attention layers: the same with a larger factor."""
+    old = RopeArgs(5e5, YarnScaling(8.0, 8 * K), "full_attention", 64 * K)
+    found = ways_out(
+        Rope(), lambda table: build_rope(table, old, 128, 8, 128 * K, old), old, 128, 128 * K, (None, 4096)
+    )
+    assert found[-1].startswith('rope.type = "yarn", factor = 16, ') and 'layers = "full_attention"' in found[-1]

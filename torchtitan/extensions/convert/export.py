@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import torch.distributed as dist
 
 from torchtitan.components.hooks import Hook
 from torchtitan.components.manifest import export_folder
-from torchtitan.datasets.ends_of_turn import as_ids, named_ends
-from torchtitan.datasets.tokenizer import load_tokenizer
+from torchtitan.datasets.ends_of_turn import as_ids
+from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.extensions.convert.assets import copied_files, generation_config, note_on_bos, tokenizer_config
+from torchtitan.extensions.convert.conversion import known_ends
 from torchtitan.extensions.convert.servers import serving_notes
 from torchtitan.extensions.convert.weights import Weights, open_checkpoint
 from torchtitan.models.hf.config_out import config_json, left_out, original_config
@@ -161,34 +163,24 @@ def _other_files(weights: Weights, assets: Path | None) -> tuple[dict[str, dict[
     """All files but the weights, by name: a JSON object to write, or the file to copy. And the notes."""
     original = original_config(assets)
     copied, notes = copied_files(assets) if assets else ({}, [])
-    args, bos, eos, add_bos = weights.args, None, None, None
-    if assets is not None and {"tokenizer.json", "tokenizer.model"} & set(copied):
-        try:
-            tokenizer = load_tokenizer(assets)
-        except UserError:  # a SentencePiece tokenizer.model: copied, but not read
-            pass
-        else:
-            bos, eos = tokenizer.bos_id, tokenizer.eos_id
-            trained_with_bos = weights.manifest.get("begins_with_bos")
-            if bos is not None and trained_with_bos not in (None, tokenizer.adds_bos):
-                add_bos = trained_with_bos
-            if bos is not None and trained_with_bos not in (None, tokenizer.file_adds_bos):
-                notes.append(note_on_bos(trained_with_bos))
-            if weights.manifest.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
-                raise UserError(
-                    f"{weights.where} was trained with another tokenizer than that of {assets}: name the folder that "
-                    "it was trained with."
-                )
-            if tokenizer.vocab_size > args.vocab_size:
-                notes.append(
-                    f"The tokenizer of {assets} has {tokenizer.vocab_size} tokens, the model only {args.vocab_size}: a "
-                    "text with one of the others is an error in every server."
-                )
+    args, tokenizer, add_bos = weights.args, _copied_tokenizer(weights, assets, copied), None
+    if tokenizer:
+        trained_with_bos = weights.manifest.get("begins_with_bos")
+        if tokenizer.bos_id is not None and trained_with_bos not in (None, tokenizer.adds_bos):
+            add_bos = trained_with_bos
+        if tokenizer.bos_id is not None and trained_with_bos not in (None, tokenizer.file_adds_bos):
+            notes.append(note_on_bos(trained_with_bos))
+        if tokenizer.vocab_size > args.vocab_size:
+            notes.append(
+                f"The tokenizer of {assets} has {tokenizer.vocab_size} tokens, the model only {args.vocab_size}: a "
+                "text with one of the others is an error in every server."
+            )
     dtypes = {str(d).removeprefix("torch.") for d in weights.dtypes.values()}
     if len(dtypes) > 1:
         raise UserError(f"The weights in {weights.where} are {' and '.join(sorted(dtypes))}; name one dtype for all.")
     if args.rope.max_position_embeddings is None:
         args = replace(args, rope=replace(args.rope, max_position_embeddings=weights.manifest.get("seq_len")))
+    bos, eos = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
     config = config_json(args, dtypes.pop(), original, bos, eos)
     length = args.rope.max_position_embeddings or 0
     if dropped := left_out(original, config):
@@ -197,17 +189,34 @@ def _other_files(weights: Weights, assets: Path | None) -> tuple[dict[str, dict[
             "server may compute something else by it."
         )
     generation, limits = generation_config(assets, config, length)
-    ends = weights.manifest.get("ends_of_turn")
     sources = weights.manifest.get("config", {}).get("data", {}).get("sources", [])
-    if ends is None and any(source.get("messages_field") for source in sources):
+    if "ends_of_turn" not in weights.manifest and any(source.get("messages_field") for source in sources):
         notes.append(
             f"{weights.where} was trained on conversations by an older version, which did not write down what ends a "
             "response: add the id of that token to eos_token_id in generation_config.json."
         )
-    known = named_ends(weights.where) if ends is None else ends
-    if new := set(known) - set(named := as_ids(generation.get("eos_token_id"))):  # base models name EOS alone
+    if new := set(known_ends(weights)) - set(
+        named := as_ids(generation.get("eos_token_id"))
+    ):  # base models name EOS alone
         generation["eos_token_id"] = [*named, *sorted(new)]
     files: dict[str, dict[str, Any] | Path] = {"config.json": config, "generation_config.json": generation, **copied}
     if assets is not None and (changed := tokenizer_config(assets, length, add_bos)):
         files["tokenizer_config.json"] = changed
     return files, notes + limits + serving_notes(config)
+
+
+def _copied_tokenizer(weights: Weights, assets: Path | None, copied: Iterable[str]) -> Tokenizer | None:
+    """The tokenizer that goes with the model; None if there is none, or if it is a SentencePiece tokenizer.model, which
+    is copied and not read. UserError if the model was trained with another."""
+    if assets is None or not {"tokenizer.json", "tokenizer.model"} & set(copied):
+        return None
+    try:
+        tokenizer = load_tokenizer(assets)
+    except UserError:
+        return None
+    if weights.manifest.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise UserError(
+            f"{weights.where} was trained with another tokenizer than that of {assets}: name the folder that it was "
+            "trained with."
+        )
+    return tokenizer
