@@ -34,6 +34,7 @@ from torchtitan.distributed.parallelize import check_compile_backend
 from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.models.architecture import as_json, complete
 from torchtitan.models.flavor import architecture
+from torchtitan.models.hf.config_in import check_token_ids
 from torchtitan.models.hf.config_out import config_json, original_config
 from torchtitan.models.hf.folder import sampled_digest
 from torchtitan.models.hf.weights import check_weights
@@ -125,6 +126,7 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
     if config.checkpoint.last_save_in_hf:
         # refuses a model that has no form there
         config_json(args, config.checkpoint.export_dtype, original_config(assets))
+        check_token_ids(assets, args.vocab_size)
     _check_model(config, args, tokenizer)
     plan = make_plan(config, world_size, tokenizer, args, open_source)
     if resumed:

@@ -95,7 +95,7 @@ def generation_config(folder: Path | None, config: dict[str, Any], length: int) 
     original = json_if_present(folder / "generation_config.json") if folder else {}
     generation = {k: v for k, v in original.items() if not k.startswith("_") and k != "transformers_version"}
     for key in ("bos_token_id", "eos_token_id"):
-        if generation.get(key) is None and config[key] is not None:
+        if generation.get(key) in (None, []) and config[key] is not None:
             generation[key] = config[key]
     notes = []
     limit, response = generation.get("max_length"), generation.get("max_new_tokens")

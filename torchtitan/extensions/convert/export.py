@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torchtitan.extensions.convert.assets import copied_files, generation_config
 from torchtitan.extensions.convert.conversion import known_ends
 from torchtitan.extensions.convert.servers import serving_notes
 from torchtitan.extensions.convert.weights import Weights, open_checkpoint
+from torchtitan.models.hf.config_in import check_token_ids
 from torchtitan.models.hf.config_out import config_json, left_out, original_config
 from torchtitan.models.hf.weights import SAFETENSORS_DTYPES, hf_name
 from torchtitan.tools.errors import UserError
@@ -162,6 +163,8 @@ def _write_shard(weights: Weights, names: list[str], path: Path) -> None:
 def _other_files(weights: Weights, assets: Path | None) -> tuple[dict[str, dict[str, Any] | Path], list[str]]:
     """All files but the weights, by name: a JSON object to write, or the file to copy. And the notes."""
     original = original_config(assets)
+    if assets:  # another folder's than the model's, perhaps
+        check_token_ids(assets, weights.args.vocab_size)
     copied, notes = copied_files(assets) if assets else ({}, [])
     args, tokenizer, add_bos = weights.args, _copied_tokenizer(weights, assets, copied), None
     if tokenizer:
@@ -205,7 +208,7 @@ def _other_files(weights: Weights, assets: Path | None) -> tuple[dict[str, dict[
     return files, notes + limits + serving_notes(config)
 
 
-def _copied_tokenizer(weights: Weights, assets: Path | None, copied: Iterable[str]) -> Tokenizer | None:
+def _copied_tokenizer(weights: Weights, assets: Path | None, copied: Collection[str]) -> Tokenizer | None:
     """The tokenizer that goes with the model; None if there is none, or if it is a SentencePiece tokenizer.model, which
     is copied and not read. UserError if the model was trained with another."""
     if assets is None or not {"tokenizer.json", "tokenizer.model"} & set(copied):
@@ -213,6 +216,8 @@ def _copied_tokenizer(weights: Weights, assets: Path | None, copied: Iterable[st
     try:
         tokenizer = load_tokenizer(assets)
     except UserError:
+        if "tokenizer.json" in copied:
+            raise
         return None
     if weights.manifest.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
         raise UserError(

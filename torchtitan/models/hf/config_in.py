@@ -43,10 +43,14 @@ def read_config(folder: Path) -> TransformerArgs:
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}.") from None
     args = args_from_hf(config, str(path))
-    generation = folder / "generation_config.json"
-    for file, keys in ((path, config), (generation, read_json(generation) if generation.is_file() else {})):
-        _check_token_ids(keys, args.vocab_size, file)
+    check_token_ids(folder, args.vocab_size)
     return args
+
+
+def check_token_ids(folder: Path, vocab_size: int) -> None:
+    """UserError for an id of BOS, EOS or padding in the folder's JSON files that is no token of the vocabulary."""
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        _check_token_ids(read_json(file) if file.is_file() else {}, vocab_size, file)
 
 
 def args_from_hf(config: dict[str, Any], where: str) -> TransformerArgs:

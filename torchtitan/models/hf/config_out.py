@@ -27,6 +27,7 @@ _REPLACED = (
     "trained_length",
     "layer_types",
     "_name_or_path",
+    "return_dict",  # false: transformers 5 cannot load
     "transformers_weights",  # names a file that the export may not have
     "transformers_version",
 )

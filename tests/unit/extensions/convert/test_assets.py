@@ -14,6 +14,7 @@ from tests.unit.extensions.convert.models import LLAMA, SCALINGS, TRAINED, rando
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.convert import assets as assets_module
 from torchtitan.extensions.convert.export import write_hugging_face
+from torchtitan.tools.errors import UserError
 
 TOKENIZER = Path(__file__).parents[4] / "assets" / "tokenizer"
 TAKEN = [
@@ -133,6 +134,26 @@ def test_no_limit_of_the_original_ends_texts_at_its_length(tmp_path: Path):
         assert (read.max_length, read.max_new_tokens) == (4 * TRAINED, 50)
         assert "keeps max_new_tokens = 50" in notes and "is 256 now" not in notes
         assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == limit
+
+
+def test_assets_of_another_model_are_refused_by_file_and_key(tmp_path: Path):
+    """A named flavor, or --assets: nothing has read their config.json before."""
+    about = json.loads((TOKENIZER / "tokenizer_config.json").read_text())
+    for number, (file, content, named) in enumerate(
+        (
+            ("generation_config", {"eos_token_id": "1"}, 'eos_token_id = "1"'),
+            ("generation_config", {"eos_token_id": [1, [2]]}, "eos_token_id = [1, [2]]"),
+            ("generation_config", {"eos_token_id": 4096}, "eos_token_id = 4096"),
+            ("config", {"model_type": "llama", "pad_token_id": 99999}, "pad_token_id = 99999"),
+            ("tokenizer_config", about | {"eos_token": "</s>"}, "eos_token = '</s>'"),
+        )
+    ):
+        folder = folder_with(tmp_path / str(number), **{file: content})
+        with pytest.raises(UserError) as error:
+            exported(folder)
+        assert f"{folder}/{file}.json" in str(error.value) and named in str(error.value)
+    out, _ = exported(folder_with(tmp_path / "empty", generation_config={"eos_token_id": []}))
+    assert GenerationConfig.from_pretrained(out).eos_token_id == 1
 
 
 def test_every_export_says_that_bos_must_be_written(tmp_path: Path):
