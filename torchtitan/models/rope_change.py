@@ -41,7 +41,8 @@ def lengths_covered(old: RopeArgs) -> int | None:
     None: not known."""
     scaling, trained = old.scaling, old.max_position_embeddings
     if isinstance(scaling, YarnScaling | GeneScaling | LongRopeScaling) and scaling.factor:
-        return max(trained or 0, round(scaling.factor * scaling.original_max_position_embeddings))
+        covered = round(scaling.factor * scaling.original_max_position_embeddings)
+        return max(trained or 0, min(covered, 2**62))  # more is no int64
     return trained
 
 

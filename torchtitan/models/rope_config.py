@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from torchtitan.config.schema import Rope
-from torchtitan.models.rope import RopeArgs, longest_wavelength
+from torchtitan.models.rope import RopeArgs, inverse_frequencies, longest_wavelength
 from torchtitan.models.rope_method import ntk_theta
 from torchtitan.models.rope_scaling import GeneScaling, LongRopeScaling, YarnScaling, method_of
 from torchtitan.tools.errors import UserError
@@ -26,6 +26,8 @@ def build_rope(
     length of the model's published weights is not what this one is trained for. The table has been through
     rope_checks.py; UserError for what depends on the model: lists of the wrong length, a length that is not known.
     """
+    if head_dim < 4:
+        raise UserError(f"Heads of {head_dim} have one pair, so RoPE has no base: a model needs heads of at least 4.")
     theta = model.theta if table.theta is None else table.theta
     if theta == "auto":
         theta = _auto_theta(before or model, head_dim, length)
@@ -48,7 +50,29 @@ def build_rope(
             'sliding-window layers keep their frequencies (Olmo 3): set rope.layers = "full_attention".'
         )
     layers = model.layers if table.type == "model" and table.layers == "all" else table.layers
-    return RopeArgs(float(theta), scaling, layers, covered)
+    rope = RopeArgs(float(theta), scaling, layers, covered)
+    check_angles(rope, head_dim, "[rope] and the model")
+    return rope
+
+
+def check_angles(rope: RopeArgs, head_dim: int, where: str) -> None:
+    """UserError, which `where` begins, for numbers with which RoPE turns no pair of a text, or is not defined."""
+    try:
+        frequencies = inverse_frequencies(rope, head_dim)
+        slowest, fastest = float(frequencies.min()), float(frequencies.max())
+        magnitude = rope.scaling.magnitude() if rope.scaling else 1.0
+    except ArithmeticError:  # division by 0, or no float64 is so large
+        found = "cannot be computed"
+    else:
+        if 1e-15 < slowest <= fastest <= 2 * math.pi and 0 < magnitude < 1e4:
+            return
+        found = (
+            f"turns its pairs by {slowest:.3g} to {fastest:.3g} radians per token (from 1e-15 to 2 pi are possible) and "
+            f"multiplies cos and sin by {magnitude:.3g} (above 0 and below 10,000)"
+        )
+    numbers = {"theta": rope.theta, **(vars(rope.scaling) if rope.scaling else {})}
+    shown = ", ".join(f"{k} = {v:g}" for k, v in numbers.items() if isinstance(v, float))
+    raise UserError(f"{where}: RoPE with {shown} {found}: one of these numbers is wrong.")
 
 
 def _auto_theta(before: RopeArgs, head_dim: int, length: int) -> float:

@@ -18,6 +18,7 @@ from torchtitan.config.schema import Rope
 from torchtitan.models.architecture import as_json
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.rope import RopeArgs
+from torchtitan.models.rope_config import build_rope
 from torchtitan.models.rope_scaling import YarnScaling
 from torchtitan.tools.errors import UserError
 
@@ -184,3 +185,23 @@ def test_a_folder_without_config_json_is_judged_by_the_flavor():
     assert before == FLAVORS["llama3_8b"].rope
     with pytest.raises(UserError, match="trained to 8,192 tokens"):
         check_stage_rope(config, model_args(config, before), before, start)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["--rope.theta", "1e300"],
+        ["--rope.type", "ntk", "--rope.factor", "1e300"],
+        ["--rope.type", "linear", "--rope.factor", "1e20"],
+        ["--rope.type", "yarn", "--rope.factor", "1e300", "--rope.original_max_position_embeddings", "8192"],
+    ],
+)
+def test_numbers_with_which_no_pair_turns_are_refused(keys: list[str]):
+    """They ended in an OverflowError or a ZeroDivisionError in the checks that follow."""
+    with pytest.raises(UserError, match=r"^\[rope\] and the model: RoPE with .* one of these numbers is wrong"):
+        checked(stage("llama3_8b", 8 * K, *keys))
+
+
+def test_heads_of_one_pair_are_refused():
+    with pytest.raises(UserError, match="Heads of 2 have one pair"):
+        build_rope(Rope(), RopeArgs(), 2, 1, 8 * K)

@@ -70,7 +70,7 @@ def args_from_hf(config: dict[str, Any], where: str) -> TransformerArgs:
         raise refuse("attention_bias", "only Qwen2's bias (query, key, value; not the output) is")
     if values["mlp_bias"]:
         raise refuse("mlp_bias", "the feed-forward has no bias")
-    for sentence in misspelt(config, kind):
+    for sentence in [*_other_programs(config, kind), *misspelt(config, kind)]:
         warn_once(f"{where}: {sentence}")
     if kind in ("llama", "olmo2") and config.get("sliding_window") is not None:
         warn_once(
@@ -101,6 +101,21 @@ def args_from_hf(config: dict[str, Any], where: str) -> TransformerArgs:
         layer_types=layer_types,
         sliding_window=window,
     )
+
+
+def _other_programs(config: dict[str, Any], kind: str) -> list[str]:
+    """Sentences for keys by which a program may take the file for another model than model_type says."""
+    sentences, classes = [], config.get("architectures")
+    if classes and classes != [CLASSES[kind]]:
+        sentences.append(
+            f"architectures = {shown(classes)}, which vLLM goes by, and model_type = {shown(kind)}, which is read here, "
+            f"as in transformers: that is {CLASSES[kind]}. If the model is another one, the result is wrong."
+        )
+    if config.get("auto_map"):
+        sentences.append(
+            f"auto_map names code that comes with the model, which is not run: it is read as transformers' {kind}."
+        )
+    return sentences
 
 
 def _heads(values: dict[str, Any], config: dict[str, Any], where: str) -> tuple[int, int, int]:

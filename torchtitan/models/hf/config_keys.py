@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
+from torchtitan.models.rope_scaling import methods
 from torchtitan.tools.errors import UserError
 
 NEEDED = object()
@@ -87,7 +90,15 @@ OTHER_MODELS: dict[str, tuple[Any, ...]] = {
     "parallel_residual": (False,),
     "use_parallel_residual": (False,),
     "rope_condense_ratio": (1,),
+    "is_causal": (True,),  # false in models that were made into encoders: vLLM reads it
+    "use_bidirectional_attention": (False,),
+    "use_logn_attn": (False,),
+    "use_dynamic_ntk": (False,),
+    "use_mrope": (False,),
 }
+
+# Words of keys that say something of the angles, or of numbers that attention and logits are multiplied by.
+_CHANGES = re.compile(r"rope|rotary|ntk|yarn|alibi|logn|soft_?cap|multiplier|(^|_)scale(_|$)")
 
 # Keys that look like one of KEYS and mean something else.
 _HARMLESS = {"attention_dropout", "hidden_dropout", "max_length", "max_seq_len", "seq_length", "vocab_file"}
@@ -183,8 +194,13 @@ def refuse_other_models(config: dict[str, Any], where: str) -> None:
 def misspelt(config: dict[str, Any], model_type: str) -> list[str]:
     """A sentence for each key that is not known but looks like one that is read."""
     sentences = []
-    for key in config:
-        if key in KEYS or key in OTHER_MODELS or key in _HARMLESS:
+    inside = {f.name for method in methods() if method.in_hf for f in fields(method)} - {*KEYS, "length"}
+    for key, value in config.items():
+        if key in KEYS or key in OTHER_MODELS or key in _HARMLESS or value in (None, False, [], {}):
+            continue
+        if key in inside or _CHANGES.search(key):
+            where = "in rope_scaling or rope_parameters, and not beside them" if key in inside else "by other models only"
+            sentences.append(f"{key} = {shown(value)} is not read: it is read {where}.")
             continue
         for near in get_close_matches(key, KEYS, 1, 0.75):
             used = f"{near} = {shown(config[near])} is read" if near in config else f"{near} is missing"

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torchtitan.models import rope_scaling
 from torchtitan.models.hf.config_keys import Key, default_of, shown, typed
 from torchtitan.models.rope import RopeArgs
+from torchtitan.models.rope_config import check_angles
 from torchtitan.models.rope_method import ORIGINAL, Scaling
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.logging import warn_once
@@ -149,7 +150,10 @@ def _rope(config: dict[str, Any], name: str, table: Any, where: str, head_dim: i
         _check_numbers(scaling, name, where, head_dim)
     _check_unread(table, kind, scaling, name, where)
     trained = config.get("trained_length") or _trained_length(config, table, scaling, name, where)  # the former is ours
-    return RopeArgs(theta, scaling, "all", trained)
+    rope = RopeArgs(theta, scaling, "all", trained)
+    if head_dim:
+        check_angles(rope, head_dim, f"{where}: {name}" if table else where)
+    return rope
 
 
 def _theta(config: dict[str, Any], name: str, table: dict[str, Any], where: str) -> float:
@@ -269,11 +273,11 @@ def _trained_length(
     length = config.get("max_position_embeddings")
     if not isinstance(scaling, rope_scaling.LinearScaling) or not length:
         return length
-    longer = round(length * scaling.factor)
+    longer = max(round(length * scaling.factor), 1)
     original = table.get(ORIGINAL) or config.get(ORIGINAL)
     if original is not None:
         original = typed(original, Key("int"), f"{name}.{ORIGINAL}", where)
-        return round(original * scaling.factor)
+        return max(round(original * scaling.factor), 1)
     said = config.get("max_sequence_length")  # LMSYS writes it
     if said in (length, longer):
         return said

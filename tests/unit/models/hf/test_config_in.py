@@ -2,6 +2,7 @@
 
 import json
 import math
+import math
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -168,6 +169,14 @@ def test_what_is_no_number_is_refused_with_file_key_and_value(key: str, tmp_path
         ({"is_causal": False}, "is_causal = false is not supported.* only as true"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention = true"),
         ({"rope_condense_ratio": 8}, '"rope_type": "linear", "factor": 8'),
+        ({"is_causal": False}, "is_causal = false is not supported"),
+        ({"use_dynamic_ntk": True}, "use_dynamic_ntk = true is not supported"),
+        # each number is possible, and RoPE is not
+        ({"rope_theta": 1e299}, r"theta = 1e\+299 turns its pairs by .* one of these numbers is wrong"),
+        ({"rope_scaling": LINEAR | {"factor": 1e-9}}, "rope_scaling: RoPE with theta = 10000, factor = 1e-09 turns"),
+        ({"rope_scaling": YARN | {"factor": 1e299}}, r"factor = 1e\+299.* is wrong"),
+        ({"rope_scaling": YARN | {"mscale": -20, "mscale_all_dim": 1}}, "multiplies cos and sin by -"),
+        ({"rope_scaling": YARN | {"mscale": 1, "mscale_all_dim": -10 / math.log(4)}}, "cannot be computed"),
     ],
 )
 def test_wrong_values_are_named(change: dict[str, Any], named: str, tmp_path: Path):
@@ -225,6 +234,12 @@ def test_a_folder_in_its_place_is_named_and_marks_of_encoding_are_read_over(tmp_
         ({"num_kv_heads": 1}, "num_kv_heads .* num_key_value_heads = 2 is read"),
         ({"tie_embeddings": True}, "tie_embeddings .* tie_word_embeddings"),
         ({"dual_chunk_attention_config": {"chunk_size": 64}}, "dual_chunk_attention_config is not read"),
+        ({"rope_type": "yarn"}, 'rope_type = "yarn" is not read: .* in rope_scaling or rope_parameters'),
+        ({"beta_fast": 16}, "beta_fast = 16 is not read: .* in rope_scaling or rope_parameters"),
+        ({"rotary_emb_base": 1e6}, "rotary_emb_base = 1000000.0 is not read"),
+        ({"logit_softcap": 30}, "logit_softcap = 30 is not read"),
+        ({"auto_map": {"AutoModelForCausalLM": "a.B"}}, "auto_map names code"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, r'\["Qwen2ForCausalLM"\], which vLLM .* that is LlamaForCausalLM'),
     ],
 )
 def test_misspelt_keys_are_warned_of_once(change: dict[str, Any], said: str, tmp_path: Path, warnings: list[str]):
