@@ -15,6 +15,7 @@ from torchtitan.models.rope_change import (
     Windows,
     beyond_trained,
     changed_magnitude,
+    counts_from_less,
     coverage,
     lengths_covered,
     lost_rope,
@@ -62,8 +63,8 @@ def stage_rope(config: JobConfig, args: TransformerArgs, before: RopeArgs | None
     line = f"{describe_rope(rope)}; positions reach {to:,}"
     refused: dict[str, str] = {}
     warnings = rope_warnings(rope, args.head_dim, to)
-    if text := piled_up(model.rope, rope, args.head_dim, to):
-        warnings.append(text)
+    if piled := piled_up(model.rope, rope, args.head_dim, to):
+        warnings.append(piled)
     if before is None:
         own = lengths_covered(model.rope)
         if own and beyond_trained(model.rope, rope, args.head_dim, to, windows):
@@ -72,6 +73,8 @@ def stage_rope(config: JobConfig, args: TransformerArgs, before: RopeArgs | None
                 f"made for {own:,} tokens, is not rescaled for more, and positions reach {to:,}."
             )
         return StageRope(line, refused, warnings)
+    if not piled and (text := counts_from_less(before, rope)):
+        warnings.append(text)
     known = lengths_covered(before)
     trained = before.max_position_embeddings
     line += (

@@ -151,6 +151,19 @@ def piled_up(model: RopeArgs, new: RopeArgs, head_dim: int, reach: int) -> str |
     )
 
 
+def counts_from_less(old: RopeArgs, new: RopeArgs) -> str | None:
+    """That a method's factor is against fewer tokens than the weights know without any rescaling, in a sentence: their
+    base has been raised already, in an earlier stage or before the file that they come from."""
+    original, trained = getattr(new.scaling, "original_max_position_embeddings", None), old.max_position_embeddings
+    if old.scaling or not original or not trained or trained <= original * (1 + SHORT_BY):
+        return None
+    return (
+        f"Two rescalings multiply: original_max_position_embeddings = {original:,}, but the weights know {trained:,} "
+        f"tokens with theta {old.theta:g} alone, and {new.scaling.rope_type} counts from {original:,} as if that had "  # type: ignore[union-attr]
+        f"not been trained: {trained:,} is their original length, and the factor is against it."
+    )
+
+
 def changed_magnitude(old: RopeArgs, new: RopeArgs) -> str | None:
     """That cos and sin are multiplied by another number than before, if they are."""
     was, now = (rope.scaling.magnitude() if rope.scaling else 1.0 for rope in (old, new))

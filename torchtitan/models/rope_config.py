@@ -67,7 +67,7 @@ def check_angles(rope: RopeArgs, head_dim: int, where: str) -> None:
         if 1e-15 < slowest <= fastest <= 2 * math.pi and 0 < magnitude < 1e4:
             return
         found = (
-            f"turns its pairs by {slowest:.3g} to {fastest:.3g} radians per token (from 1e-15 to 2 pi are possible) and "
+            f"turns its pairs by {slowest:.3g} to {fastest:.3g} radians per token (1e-15 to 2 pi are possible) and "
             f"multiplies cos and sin by {magnitude:.3g} (above 0 and below 10,000)"
         )
     numbers = {"theta": rope.theta, **(vars(rope.scaling) if rope.scaling else {})}

@@ -18,6 +18,7 @@ from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_change import (
     beyond_trained,
     changed_magnitude,
+    counts_from_less,
     coverage,
     lengths_covered,
     lost_rope,
@@ -349,3 +350,14 @@ def test_a_way_out_leaves_layers_with_a_window_as_they_are():
         Rope(), lambda table: build_rope(table, old, 128, 8, 128 * K, old), old, 128, 128 * K, (None, 4096)
     )
     assert found[-1].startswith('rope.type = "yarn", factor = 16, ') and 'layers = "full_attention"' in found[-1]
+
+
+def test_a_factor_against_less_than_unscaled_weights_know_is_said():
+    """As from a config.json that a stage with a raised base was exported to: 64 times 8K for 8 times the length."""
+    weights = trained(8e6, 64 * K)
+    said = counts_from_less(weights, RopeArgs(8e6, YarnScaling(64.0, 8 * K)))
+    assert said and "embeddings = 8,192, but the weights know 65,536 tokens with theta 8e+06 alone" in said
+    assert counts_from_less(weights, RopeArgs(8e6, YarnScaling(8.0, 64 * K))) is None
+    assert counts_from_less(weights, RopeArgs(8e6, LinearScaling(8.0))) is None
+    assert counts_from_less(LLAMA3_1, RopeArgs(5e5, YarnScaling(64.0, 8 * K))) is None  # its own llama3 counts from 8K
+    assert counts_from_less(trained(8e6, None), RopeArgs(8e6, YarnScaling(64.0, 8 * K))) is None

@@ -108,7 +108,7 @@ def _other_programs(config: dict[str, Any], kind: str) -> list[str]:
     sentences, classes = [], config.get("architectures")
     if classes and classes != [CLASSES[kind]]:
         sentences.append(
-            f"architectures = {shown(classes)}, which vLLM goes by, and model_type = {shown(kind)}, which is read here, "
+            f"architectures = {shown(classes)}, which vLLM goes by, and model_type = {shown(kind)}, which is read here "
             f"as in transformers: that is {CLASSES[kind]}. If the model is another one, the result is wrong."
         )
     if config.get("auto_map"):

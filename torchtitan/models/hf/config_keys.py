@@ -90,8 +90,6 @@ OTHER_MODELS: dict[str, tuple[Any, ...]] = {
     "parallel_residual": (False,),
     "use_parallel_residual": (False,),
     "rope_condense_ratio": (1,),
-    "is_causal": (True,),  # false in models that were made into encoders: vLLM reads it
-    "use_bidirectional_attention": (False,),
     "use_logn_attn": (False,),
     "use_dynamic_ntk": (False,),
     "use_mrope": (False,),
@@ -199,8 +197,10 @@ def misspelt(config: dict[str, Any], model_type: str) -> list[str]:
         if key in KEYS or key in OTHER_MODELS or key in _HARMLESS or value in (None, False, [], {}):
             continue
         if key in inside or _CHANGES.search(key):
-            where = "in rope_scaling or rope_parameters, and not beside them" if key in inside else "by other models only"
-            sentences.append(f"{key} = {shown(value)} is not read: it is read {where}.")
+            place = "in other models only"
+            if key in inside:
+                place = "in rope_scaling or rope_parameters, and not beside them"
+            sentences.append(f"{key} = {shown(value)} is not read: it counts {place}.")
             continue
         for near in get_close_matches(key, KEYS, 1, 0.75):
             used = f"{near} = {shown(config[near])} is read" if near in config else f"{near} is missing"
