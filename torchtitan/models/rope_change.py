@@ -157,6 +157,8 @@ def counts_from_less(old: RopeArgs, new: RopeArgs) -> str | None:
     original, trained = getattr(new.scaling, "original_max_position_embeddings", None), old.max_position_embeddings
     if old.scaling or not original or not trained or trained <= original * (1 + SHORT_BY):
         return None
+    if new.theta < old.theta * (1 - ROUNDING):  # the raised base is not kept, which lost_rope() says
+        return None
     return (
         f"Two rescalings multiply: original_max_position_embeddings = {original:,}, but the weights know {trained:,} "
         f"tokens with theta {old.theta:g} alone, and {new.scaling.rope_type} counts from {original:,} as if that had "  # type: ignore[union-attr]
