@@ -360,5 +360,5 @@ def test_a_factor_against_less_than_unscaled_weights_know_is_said():
     assert counts_from_less(weights, RopeArgs(8e6, YarnScaling(8.0, 64 * K))) is None
     assert counts_from_less(weights, RopeArgs(8e6, LinearScaling(8.0))) is None
     assert counts_from_less(LLAMA3_1, RopeArgs(5e5, YarnScaling(64.0, 8 * K))) is None  # its own llama3 counts from 8K
-    assert counts_from_less(weights, RopeArgs(5e5, YarnScaling(64.0, 8 * K))) is None  # the base that was raised is gone
+    assert counts_from_less(weights, RopeArgs(5e5, YarnScaling(64.0, 8 * K))) is None  # its base is gone
     assert counts_from_less(trained(8e6, None), RopeArgs(8e6, YarnScaling(64.0, 8 * K))) is None
