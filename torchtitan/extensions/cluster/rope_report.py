@@ -41,16 +41,27 @@ def rope_report(config: JobConfig, earlier: Sequence[JobConfig] = ()) -> list[st
     except UserError as error:
         return [f"RoPE: not computed: {error}"]
     lines = [f"RoPE: {found.line}{note}", *(f"WARNING: {warning}" for warning in found.warnings)]
+    if _resumed(config):
+        return [
+            *lines,
+            *(f"WARNING: {text} (The stage is resumed, so that is not refused.)" for text in found.refused.values()),
+        ]
     lines += [f"allowed: {text}" for check, text in found.refused.items() if check in config.rope.allow]
     refused = not_allowed(config, found)
     return [*lines, f"WOULD BE REFUSED: {refused}"] if refused else lines
+
+
+def _resumed(config: JobConfig) -> dict[str, Any] | None:
+    """The manifest of the stage's own newest checkpoint, from which it goes on."""
+    from torchtitan.components.manifest import newest_manifest
+
+    return newest_manifest(config)[1] if config.checkpoint.enable else None
 
 
 def _weights(config: JobConfig, earlier: Sequence[JobConfig]) -> tuple[Any, str]:
     """(TransformerArgs of the weights that the stage starts, or started, from, with the length that they were trained
     to; what to say of where it was read). None: they are random."""
     from torchtitan.components.lineage import lineage
-    from torchtitan.components.manifest import newest_manifest
     from torchtitan.components.reach import longest_trained
     from torchtitan.components.setup import model_args
     from torchtitan.components.stage_rope import rope_of_weights
@@ -60,8 +71,7 @@ def _weights(config: JobConfig, earlier: Sequence[JobConfig]) -> tuple[Any, str]
     from torchtitan.models.hf.config_in import read_config
 
     model = architecture(config.model)
-    resumed = newest_manifest(config)[1] if config.checkpoint.enable else None
-    if resumed:
+    if resumed := _resumed(config):
         rope = rope_of_weights(config, resumed, resumed.get("stages_before", []), None)
         return rope and replace(args_from_manifest(resumed["architecture"]), rope=rope), ""
     if config.checkpoint.initial_load_in_hf:

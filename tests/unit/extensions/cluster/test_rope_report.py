@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from tests.scripts import load_script
 from torchtitan.config import load_config
 from torchtitan.extensions.cluster import rope_report as module
 from torchtitan.extensions.cluster.rope_report import main, rope_report
+from torchtitan.models.architecture import as_json
+from torchtitan.models.registry import FLAVORS
 
 REPO = Path(__file__).parents[4]
 LLAMA = ["--job.config_file", str(REPO / "train_configs/llama3_8b/128k.toml")]
@@ -55,6 +58,16 @@ def test_a_stage_without_a_previous_checkpoint_is_judged_by_the_previous_file(st
     assert "pairs would turn faster" in refused and "theta 8e+06 -> theta 500000, yarn" in refused
     both = lines(stages, 'theta = 8e6\ntype = "yarn"\nfactor = 16\noriginal_max_position_embeddings = 8192')
     assert len(both) == 2 and both[1].startswith("WARNING: Two rescalings multiply")
+
+
+def test_a_stage_that_is_resumed_is_warned_as_training_warns(stages: Path, monkeypatch: pytest.MonkeyPatch):
+    assert lines(stages, "theta = 8e6")[-1].startswith("WOULD BE REFUSED")
+    config = load_config(["--job.config_file", "second.toml"])
+    rope = as_json(replace(FLAVORS["llama3_8b"].rope, theta=8e6, max_position_embeddings=65536))
+    manifest = {"architecture": as_json(FLAVORS["llama3_8b"]), "rope_before": rope}
+    monkeypatch.setattr(module, "_resumed", lambda _: manifest)
+    line, warning = rope_report(config)
+    assert "trained to 65,536" in line and warning.startswith("WARNING: The weights were trained to 65,536")
 
 
 def test_every_stage_of_a_chain_with_its_overrides(stages: Path, capsys: pytest.CaptureFixture[str]):
