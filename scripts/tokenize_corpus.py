@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import tyro
 
@@ -21,6 +22,7 @@ from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import is_tokenized, open_corpus
 from torchtitan.datasets.data_checks import check_names
 from torchtitan.datasets.tokenizer import load_tokenizer
+from torchtitan.extensions.ingest.resolve import resolve_source, token_files_of
 from torchtitan.extensions.ingest.source_files import is_hub, source_path
 from torchtitan.extensions.ingest.tokenize import tokenize_shard
 from torchtitan.tools.errors import UserError
@@ -41,6 +43,9 @@ class Single:
 
     cache_folder: str = "./data_cache"
     """Folder that the corpus is written to (data.cache_folder in the TOML)."""
+
+    format: Literal["auto", "text"] = "auto"
+    """text: leave out files of token ids beside the text, which are read in place otherwise."""
 
     text_field: str = "text"
     """Field of a jsonl, parquet or hub record that holds the text."""
@@ -100,6 +105,7 @@ def sources_of(arguments: Arguments) -> tuple[list[Source], Data, str]:
         source = Source(
             name=one.out_name,
             path=one.path,
+            format=one.format,
             text_field=one.text_field,
             messages_field=one.messages_field,
             hub_subset=one.hub_subset,
@@ -133,6 +139,10 @@ def main() -> None:
         check_names(sources)
         tokenizer = load_tokenizer(assets)
         for source in sources:
+            if token_files_of(source, data):
+                corpus = resolve_source(source, tokenizer, data)  # finds the ends of documents, and keeps them
+                print(f"{source.name}: {source.path} is read in place: {len(corpus):,} documents")
+                continue
             if not is_hub(source) and is_tokenized(source_path(source, data)):
                 print(f"{source.name}: {source.path} is tokenized already")
                 continue

@@ -395,11 +395,24 @@ class Source:
 
     path: Annotated[str, Decides("documents")] = ""
     """A folder written by scripts/tokenize_corpus.py or by datasets' save_to_disk; a file, folder or glob of .jsonl,
-    .parquet or .txt text; a folder of MDS shards; or hub:OWNER/NAME, a dataset of the Hugging Face hub, which is
-    downloaded and tokenized into the cache. Relative to data.folder."""
+    .parquet or .txt text, or of .bin or .npy token ids; a folder of MDS shards; or hub:OWNER/NAME, a dataset of the
+    Hugging Face hub, which is downloaded and tokenized into the cache. Relative to data.folder."""
 
     weight: Annotated[float, Range(min=0), Decides("rows")] = 1.0
     """Share of the training tokens, relative to the weights of the other sources."""
+
+    format: Annotated[
+        Literal["auto", "text", "megatron", "npy", "llm.c", "raw_uint16", "raw_uint32"], Decides("documents")
+    ] = "auto"
+    """Layout of files that hold token ids, which are read in place: a .bin with its .idx, a .npy with NumPy's header, a
+    .bin with llm.c's header, or ids without any header (nanoGPT's .bin, Dolma's .npy). auto: found out, and logged."""
+
+    document_end: Annotated[int | None, Range(min=-1), Decides("documents")] = None
+    """Id that ends a document, where files of token ids say it in no other way. Unset: the tokenizer's EOS (of llm.c,
+    document_start). -1: each file is one document."""
+
+    document_start: Annotated[int | None, Range(min=0), Decides("documents")] = None
+    """Instead of document_end: the id that begins a document."""
 
     text_field: Annotated[str, Decides("documents")] = "text"
     """Field of a jsonl, parquet or hub record that holds the text."""

@@ -68,10 +68,11 @@ class Corpus:
         """Number of documents."""
         return len(self.lengths)
 
-    def document(self, index: int) -> np.ndarray:
-        """Tokens of a document, int32[lengths[index]]; a read-only view into the file if that holds int32 too."""
+    def document(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens [start, stop) of a document, int32; all lengths[index] of them by default. A read-only view into the
+        file if that holds int32 too."""
         shard, tokens = self._place(index)
-        return self._values[shard][tokens].astype(np.int32, copy=False)
+        return self._values[shard][tokens][start:stop].astype(np.int32, copy=False)
 
     def roles(self, index: int) -> np.ndarray:
         """The role of each of its tokens, int8[lengths[index]]; only if has_roles."""

@@ -169,9 +169,9 @@ class Plan:
         """int32[sum of the row's lengths], read from the corpora; no padding."""
         parts = []
         for source, document, start, length in zip(row.sources, row.documents, row.starts, row.lengths):
-            tokens = self.corpora[source].document(int(document))
-            parts.append(tokens[start : start + length])
-            beyond = int(start) + int(length) - len(tokens)
+            stop = int(start) + int(length)
+            parts.append(self.corpora[source].document(int(document), int(start), stop))
+            beyond = stop - int(self.corpora[source].lengths[document])
             if beyond > 0:  # into the separator, or wholly within it
                 separator = self.separators[source][:beyond]
                 parts.append(separator[max(0, beyond - int(length)) :])

@@ -38,6 +38,9 @@ ANOTHER_DATA: dict[str, tuple[dict[str, Any], Any]] = {
 ANOTHER_SOURCE: dict[str, tuple[dict[str, Any], Any]] = {
     "path": ({}, "elsewhere"),
     "weight": ({}, 3.0),
+    "format": ({}, "text"),
+    "document_end": ({}, 3),
+    "document_start": ({}, 3),
     "text_field": ({}, "body"),
     "messages_field": ({}, "messages"),
     "hub_subset": ({}, "part"),

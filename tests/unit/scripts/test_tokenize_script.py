@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from torchtitan.datasets.corpus import open_corpus
+from torchtitan.datasets.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "scripts" / "tokenize_corpus.py"
@@ -85,6 +87,16 @@ def test_the_sources_of_a_stage(run: Callable[..., str], stage: Path) -> None:
     assert json.loads((made(stage)["books"] / "corpus.json").read_text())["add_bos"] is False
     stage.write_text(stage.read_text().replace("web.jsonl", f"cache/{made(stage)['web'].name}"))
     assert "is tokenized already" in run("--config-file", stage)
+
+
+def test_files_of_token_ids_are_read_in_place(run: Callable[..., str], tmp_path: Path) -> None:
+    eos = load_tokenizer(str(ROOT / "assets/tokenizer")).eos_id
+    np.array([5, 6, eos, 7, eos], np.uint16).tofile(tmp_path / "ids.bin")
+    words = ["--assets", ROOT / "assets/tokenizer", "--cache-folder", tmp_path / "cache", "--no-bos"]
+    assert "ids.bin is read in place: 2 documents" in run("--path", tmp_path / "ids.bin", *words)
+    (tmp_path / "a.txt").write_text("text")
+    assert 'set format to "text"' in run("--path", tmp_path, *words)
+    assert "text: 1 documents" in run("--path", tmp_path, *words, "--format", "text", "--num-proc", 1)
 
 
 def test_shards_of_a_stage(run: Callable[..., str], stage: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,5 @@
-"""A source of [[data.sources]] -> its corpus: a tokenized folder as it is, anything else tokenized first."""
+"""A source of [[data.sources]] -> its corpus: a tokenized folder or files of ids as they are, anything else tokenized
+first."""
 
 from __future__ import annotations
 
@@ -9,14 +10,17 @@ from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import CORPUS_FILE, MAKE_AGAIN, Corpus, is_tokenized, open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.source_files import is_hub, source_path
+from torchtitan.extensions.ingest.token_files import find_token_files, open_token_files
 from torchtitan.extensions.ingest.tokenize import tokenize_source
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import read_json
 
 
 def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
-    """The corpus of a source: its tokenized folder, or what tokenize_source makes of it in data.cache_folder."""
+    """The corpus of a source: its tokens, or what tokenize_source makes of its text in data.cache_folder."""
     path = source_path(source, data)
+    if files := token_files_of(source, data):
+        return open_token_files(source, files, tokenizer, data)
     if is_hub(source) or not is_tokenized(path):
         # The folder was just found by the content of its text, which is not checked a second time.
         return open_corpus(tokenize_source(source, tokenizer, data), tokenizer.fingerprint, check_text=False)
@@ -31,6 +35,26 @@ def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
     corpus = open_corpus(path, tokenizer.fingerprint)
     _check_chat(source, path, metadata, corpus, tokenizer)
     return corpus
+
+
+def token_files_of(source: Source, data: Data) -> list[Path]:
+    """The files of token ids that a source is read from in place; [] if it is something else. UserError if a key that
+    speaks of such files is given, and the source is something else."""
+    path = source_path(source, data)
+    tokenized = not is_hub(source) and is_tokenized(path)
+    if tokenized and source.format != "auto":
+        raise UserError(
+            f'Data source {source.name!r} has format = "{source.format}", but {path} is a tokenized folder of Arrow '
+            "files: leave format out."
+        )
+    files = [] if tokenized else find_token_files(source, data)
+    for key in ("document_end", "document_start"):
+        if not files and getattr(source, key) is not None:
+            raise UserError(
+                f"Data source {source.name!r} has {key} = {getattr(source, key)}, which is read for files of token ids "
+                f"(.bin, .npy) alone, but {source.path} is something else: leave it out, or correct path."
+            )
+    return files
 
 
 def _check_chat(source: Source, path: Path, metadata: dict[str, Any], corpus: Corpus, tokenizer: Tokenizer) -> None:
