@@ -31,6 +31,14 @@ Corpora that are made now tell only `assistant` and `other` apart; older ones kn
 
 ASSISTANT = ROLES.index("assistant")
 
+CONVERSATIONS_LEFT_OUT = {
+    "no_response": "without a message of the assistant",
+    "empty_response": "with an empty message of the assistant",
+    "special_token": "that spell a special token of the tokenizer or the end of a turn, e.g. <|im_end|>",
+    "not_trained": "whose messages of the assistant all say that they are not trained (weight 0, train or loss false)",
+}
+"""Why conversations are left out, by the key of `left_out`."""
+
 MAKE_AGAIN = "Delete the folder and make it again."
 
 

@@ -32,6 +32,7 @@ from torchtitan.datasets.corpus import ASSISTANT, CORPUS_FORMAT
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.chat_template import MARKS, ChatTemplate
 from torchtitan.extensions.ingest.encoder import tokenizer_metadata
+from torchtitan.extensions.ingest.message_weights import WEIGHTS, is_trained, trained_marks
 from torchtitan.extensions.ingest.text import Fields
 from torchtitan.extensions.ingest.tool_calls import Messages, Tools, called, forms, suits, undecodable
 
@@ -43,6 +44,9 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 
 _SAID = (*THOUGHTS, "tool_calls", "function_call")
 """Keys of a message, beside content, that hold what the model says: a template must write them."""
+
+_BESIDE = ("system", "system_prompt", *WEIGHTS)
+"""Fields of a record that others read beside the messages, and that are not read here."""
 
 _ROLES = ("system", "developer", "user", "tool", "assistant")
 
@@ -61,7 +65,7 @@ class ChatEncoder:
     """Conversations to documents, int32[2, n]: tokens, and their roles (assistant, or 0 for other)."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, messages_field: str) -> None:
-        self.fields = Fields("messages_field", messages_field, ("tools",))
+        self.fields = Fields("messages_field", messages_field, ("tools", *_BESIDE))
         self.key = [CORPUS_FORMAT, tokenizer.fingerprint, "chat", CHAT_FORMAT, template.fingerprint, messages_field]
         source = {"messages_field": messages_field, "chat_template": template.fingerprint}
         self.metadata = tokenizer_metadata(tokenizer) | source
@@ -76,10 +80,12 @@ class ChatEncoder:
     def read(self, record: dict[str, Any]) -> Rendered | None:
         """A record's conversation as text, None for one that is left out; ValueError says what is wrong with it."""
         messages, tools = _conversation(record, self.fields.name)
+        asked = [is_trained(message, number, self.fields.name) for number, message in enumerate(messages, 1)]
+        trained = [is_asked is not False for is_asked, m in zip(asked, messages) if _is_answer(m)]
         spelled = forms(messages, tools)
         _check_text(spelled, self.fields.name)
         reasons = [self._reason(*form) for form in spelled]
-        if reason := next(filter(None, reasons), ""):
+        if reason := next(filter(None, reasons), "" if any(trained) else "not_trained"):
             self._left_out[reason] += 1
             self._changed += not reasons[0]
             return None
@@ -95,7 +101,10 @@ class ChatEncoder:
             self._changed += 1
             return None
         self._note_not_written(text, messages, tools)
-        self._changed += bool(ends) or messages is not spelled[0][0]
+        self._note_not_read(record, asked, messages)
+        self._changed += bool(ends) or messages is not spelled[0][0] or not all(trained)
+        if not all(trained):
+            responses = self._trained(text, responses, messages, tools, trained)
         return Rendered(text, responses, self._template.has_marks(tools))
 
     def _form(self, spelled: list[tuple[Messages, Tools]]) -> tuple[Messages, Tools]:
@@ -137,7 +146,7 @@ class ChatEncoder:
         a key that the template does not write, by key; and of how many older versions made other tokens."""
         counts = {"left_out": dict(self._left_out), "not_written": dict(self._not_written), "changed": self._changed}
         self._reset()
-        return counts
+        return counts | {"message_weights": True}
 
     def _reset(self) -> None:
         self._left_out: Counter[str] = Counter()
@@ -197,6 +206,27 @@ class ChatEncoder:
             self._check_end(text, stop)
         return text, spans
 
+    def _trained(
+        self, text: str, spans: list[tuple[int, int]], messages: Messages, tools: Tools, trained: list[bool]
+    ) -> list[tuple[int, int]]:
+        """The spans of the messages that are to be trained. ValueError if marks cannot be told apart."""
+        if not self._template.has_marks(tools):
+            return [span for span, wanted in zip(spans, trained, strict=True) if wanted]
+        responses: list[list[tuple[int, int]]] = [[]]  # the marks of a response, of which the last has its end
+        for span, (following, _) in zip(spans, [*spans[1:], (len(text), 0)]):
+            responses[-1].append(span)
+            if self._end_of(text, span[1]) or self._special.search(text, span[1], following):
+                responses.append([])
+        answers = list(filter(_is_answer, messages))
+        if (of_trained := trained_marks(text, list(filter(None, responses)), answers, trained)) is not None:
+            return of_trained
+        keys = [key for key in WEIGHTS if any(m.get(key) is not None for m in answers)]
+        raise ValueError(
+            f"a message is not to be trained ({', '.join(keys)}), but it cannot be told which marks of the chat "
+            f"template in {self._template.path} are of it. Let the template mark each message of the assistant "
+            "whole, or take the key out of the messages."
+        )
+
     def _check_written(self, text: str, message: dict[str, Any]) -> None:
         """ValueError unless the text holds what a message of the assistant says, white space aside. Some templates
         leave out a chain of thought, or tool calls."""
@@ -212,7 +242,7 @@ class ChatEncoder:
     def _note_not_written(self, text: str, messages: Messages, tools: Tools) -> None:
         """Count the keys of messages that change nothing in the text; ValueError for tools, and for keys that hold what
         the assistant says."""
-        keys = {key for m in messages for key in m if _holds(m, key)} - {"role", "content"}
+        keys = {key for m in messages for key in m if _holds(m, key)} - {"role", "content", *WEIGHTS}
         unwritten = keys if keys and self._is_same(text, messages, tools, keys) else set()
         if keys and not unwritten:
             unwritten = {key for key in keys if self._is_same(text, messages, tools, {key})}
@@ -232,6 +262,13 @@ class ChatEncoder:
             unwritten |= {key for key in THOUGHTS if "".join(str(message.get(key) or "").split()) not in dense}
         self._not_written.update(unwritten)
 
+    def _note_not_read(self, record: dict[str, Any], asked: list[bool | None], messages: Messages) -> None:
+        """Count what stands beside the messages and is not read, and conversations that ask to train other messages
+        than the assistant's."""
+        self._not_written.update(f"{key} beside the messages" for key in _BESIDE if _holds(record, key))
+        if any(is_asked and not _is_answer(m) for is_asked, m in zip(asked, messages)):
+            self._not_written["to be trained, not the assistant's"] += 1
+
     def _is_same(self, text: str, messages: Messages, tools: Tools, without: set[str]) -> bool:
         """Whether the text would be the same without these keys of messages."""
         fewer = [{key: value for key, value in m.items() if key not in without} for m in messages]
@@ -248,10 +285,16 @@ class ChatEncoder:
     def _check_end(self, text: str, stop: int) -> None:
         if not self._end_of(text, stop):
             raise ValueError(
-                f"the chat template in {self._template.path} ends a response with {text[max(0, stop - 30) : stop]!r}, "
+                f"the chat template in {self._template.path} ends a response with {self._tail(text, stop)!r}, "
                 "which is no special token of the tokenizer: the model would not learn to stop. Let the template write "
                 "one, as eos_token, after each message of the assistant (and inside {% generation %}, if it has that)."
             )
+
+    def _tail(self, text: str, stop: int) -> str:
+        """The last 30 characters or so before `stop`, from the beginning of a token of the vocabulary's additions."""
+        start = max(0, stop - 30)
+        cut = (m.start() for m in self._added.finditer(text, max(0, start - 100), stop) if m.start() < start < m.end())
+        return text[next(cut, start) : stop]
 
     def _to_end_of_turn(self, text: str, start: int, stop: int, may_grow: bool) -> tuple[int, int]:
         last = max(self._added.finditer(text, start, stop), key=re.Match.start, default=None)
@@ -268,7 +311,7 @@ def _is_answer(message: dict[str, Any]) -> bool:
 def _holds(message: dict[str, Any], key: str) -> bool:
     """Whether the message has anything under the key."""
     value = message.get(key)
-    return bool(value.strip() if isinstance(value, str) else value)
+    return isinstance(value, (bool, int, float)) or bool(value.strip() if isinstance(value, str) else value)
 
 
 def _holds_more(message: dict[str, Any], key: str) -> bool:

@@ -40,6 +40,11 @@ class Fields:
         """What to do about a record that has the fields `names` but lacks `self.name`."""
         if self.key == "text_field" and "messages" in names:
             return 'Conversations are read with messages_field = "messages".'
+        if self.key == "messages_field":
+            hint = "A conversation is a list of messages, each with role and content."
+            if {"instruction", "prompt", "chosen", "output", "completion", "response"} & set(names):
+                return f"{hint} Rewrite these records so (a question as user, its answer as assistant)."
+            return f"{hint} Set {self.key} to the field that has it."
         return f"Set {self.key} to the right one."
 
 

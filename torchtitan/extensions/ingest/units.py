@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from torchtitan.datasets.corpus import CORPUS_FILE, STATE_FILE
+from torchtitan.datasets.corpus import CONVERSATIONS_LEFT_OUT, CORPUS_FILE, STATE_FILE
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import lock, read_json, sync, written
 
@@ -224,10 +224,10 @@ def finish(corpus: CorpusInProgress, units: int, metadata: dict[str, Any]) -> li
         left_out: Counter[str] = sum((Counter(done[i].get("left_out", {})) for i in range(units)), Counter())
         if not kept:
             _delete_unfinished(corpus.cache, corpus.name)
-            why = ", ".join(f"{reason} {count}" for reason, count in left_out.items()) or "empty or blank"
+            why = "; ".join(f"{count} {CONVERSATIONS_LEFT_OUT[reason]}" for reason, count in left_out.items())
             raise UserError(
                 f"Data source {corpus.source!r} holds no document with text: everything that its path "
-                f"{metadata['path']!r} names is left out ({why})."
+                f"{metadata['path']!r} names is left out ({why or 'empty or blank'})."
             )
         names = [f"data-{number:05d}-of-{len(kept):05d}.arrow" for number in range(len(kept))]
         metadata = metadata | {
@@ -240,6 +240,7 @@ def finish(corpus: CorpusInProgress, units: int, metadata: dict[str, Any]) -> li
         if "left_out" in done[0]:
             not_written: Counter[str] = sum((Counter(done[i].get("not_written", {})) for i in range(units)), Counter())
             metadata |= {"left_out": dict(left_out), "not_written": dict(not_written)}
+            metadata["message_weights"] = all(done[i].get("message_weights") for i in range(units))
             if any(
                 done[i].get("changed") for i in range(units)
             ):  # no longer what a checkpoint may have been trained on

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torchtitan.components.hooks import Hook
 from torchtitan.config.checks import dp_degree
 from torchtitan.config.schema import JobConfig
-from torchtitan.datasets.corpus import ASSISTANT, CORPUS_FILE, ROLES, Corpus
+from torchtitan.datasets.corpus import ASSISTANT, CONVERSATIONS_LEFT_OUT, CORPUS_FILE, ROLES, Corpus
 from torchtitan.datasets.dealing import deal, imbalance, undealt
 from torchtitan.datasets.mixture import piece_limit
 from torchtitan.datasets.plan import Plan
@@ -117,7 +117,9 @@ def _not_written(corpus: Corpus) -> dict[str, int] | None:
     """How many conversations have a key of a message that the chat template does not write, by key; None if the corpus
     is of an older version, which did not look."""
     metadata = json_if_present(Path(corpus.folder) / CORPUS_FILE) if corpus.has_roles else {}
-    return metadata.get("not_written", None if metadata.get("messages_field") else {})
+    if metadata.get("messages_field") and not metadata.get("message_weights"):
+        return None
+    return metadata.get("not_written", {})
 
 
 def _roles_report(corpus: Corpus, document: np.ndarray, start: np.ndarray, length: np.ndarray) -> dict[str, Any]:
@@ -242,13 +244,6 @@ LEFT_OUT = {
 }
 """Why documents are left out, by the key of `left_out`."""
 
-CONVERSATIONS_LEFT_OUT = {
-    "no_response": "without a message of the assistant",
-    "empty_response": "with an empty message of the assistant",
-    "special_token": "that spell a special token",
-}
-"""Why conversations are left out, by the key of `conversations_left_out`."""
-
 
 def format_report(report: dict[str, Any]) -> str:
     """The report as a short table for the log, with a line for everything that a user should not miss."""
@@ -297,6 +292,20 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _of_conversations(name: str, key: str, count: int) -> str:
+    """A line for one key of `conversations_not_written`."""
+    if key == "to be trained, not the assistant's":
+        return (
+            f"warning: {count:,} conversations of {name} ask by weight, train or loss to train messages that are not "
+            "the assistant's: they are not trained"
+        )
+    if key.endswith(" beside the messages"):
+        field = key.removesuffix(" beside the messages")
+        way = ": make it the first message, with the role system, if it should be" if "system" in field else ""
+        return f"warning: the field {field!r} beside the messages of {count:,} conversations of {name} is not read{way}"
+    return f"warning: the chat template does not write {key!r} of the messages of {count:,} conversations of {name}"
+
+
 def _source_notes(report: dict[str, Any], s: dict[str, Any]) -> Iterator[str]:
     """What of one source is repeated, uneven, masked or left out."""
     name = s["name"]
@@ -322,12 +331,12 @@ def _source_notes(report: dict[str, Any], s: dict[str, Any]) -> Iterator[str]:
         yield f"left out of {name}: {count:,} conversations {CONVERSATIONS_LEFT_OUT[reason]}"
     if s["conversations_not_written"] is None:
         yield (
-            f"warning: {name}: {s['folder']} was made by an older version, which did not check that the chat template "
-            "writes all keys of a conversation and ends its responses, and could write calls of tools wrong. Delete "
-            "that folder to have it made again."
+            f"warning: {name}: {s['folder']} was made by an older version, which trained messages with weight 0 or "
+            "train = false, did not check that the chat template writes all keys of a conversation and ends its "
+            "responses, and could write calls of tools wrong. Delete that folder to have it made again."
         )
     for key, count in (s["conversations_not_written"] or {}).items():
-        yield f"warning: the chat template does not write {key!r} of the messages of {count:,} conversations of {name}"
+        yield _of_conversations(name, key, count)
     for key, reason in LEFT_OUT.items():
         documents, tokens = s["left_out"][key]
         if documents:

@@ -303,6 +303,16 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "a text": (TEMPLATES["chatml"], {"messages": "hello"}, "line 2: the field 'messages' is a str"),
     "no messages": (TEMPLATES["chatml"], {"messages": []}, "line 2: the field 'messages' is an empty list"),
     "another field": (TEMPLATES["chatml"], {"chat": CHAT}, "line 2: no field 'messages'; .*'chat'.* messages_field"),
+    "Alpaca": (
+        TEMPLATES["chatml"],
+        {"instruction": "Add 2 and 3.", "input": "", "output": "5"},
+        "line 2: no field 'messages'; .*'output'. A conversation is a list of messages.* Rewrite these records so",
+    ),
+    "preferences": (
+        TEMPLATES["chatml"],
+        {"prompt": "Add 2 and 3.", "chosen": CHAT, "rejected": CHAT},
+        "line 2: no field 'messages'; .* each with role and content. Rewrite these records so",
+    ),
     "an image": (
         TEMPLATES["chatml"],
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
@@ -373,7 +383,7 @@ def test_other_things_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was tokenized as text"):
         resolve_source(replace(tokenized, path=text.folder), tokenizer, data)
     worthless = chat_source(tmp_path / "none.jsonl", {"messages": CHAT[:1]})
-    with pytest.raises(UserError, match="left out .no_response 1"):
+    with pytest.raises(UserError, match="left out .1 without a message of the assistant"):
         resolve_source(worthless, tokenizer, data)
 
 
@@ -460,7 +470,7 @@ def test_the_loss_is_on_the_responses_and_on_plain_text(mixed: tuple[Plan, list[
     assert sum(roles.values()) == report["sources"][0]["tokens_read"]
     assert roles["system"] == roles["tool"] == roles["user"] == 0 and roles["other"] > 0
     lines = format_report(report)
-    assert "left out of chat: 2 conversations that spell a special token" in lines
+    assert "left out of chat: 2 conversations that spell a special token of the tokenizer" in lines
     dropped = int((chat.lengths > plan.seq_len).sum())
     assert 1 <= dropped < 20 and f'left out of chat: {dropped} documents dropped by long_document = "drop"' in lines
     assert f"chat: the loss is on {expected['chat']:,} tokens" in lines
@@ -509,5 +519,7 @@ def test_conversations_that_are_read_as_text_are_told_how(tmp_path: Path) -> Non
         (span,) = spans_of(str(tmp_path / name), 1 << 20)
         with pytest.raises(UserError, match=r"no (field|column) 'text'.* messages_field = \"messages\"\.$"):
             list(read_documents(span, "text"))
-        with pytest.raises(UserError, match=r"no (field|column) 'chat'.* Set messages_field to the right one\.$"):
+        with pytest.raises(
+            UserError, match=r"no (field|column) 'chat'.* Set messages_field to the field that has it\.$"
+        ):
             list(read_records(span, Fields("messages_field", "chat"), str))

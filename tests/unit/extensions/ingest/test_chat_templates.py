@@ -173,7 +173,12 @@ def test_an_end_that_is_not_marked_special(tmp_path: Path) -> None:
     encoder = encoder_of(folder)
     assert encoder.closing()["changed"] == 1
     assert encoder.read({"messages": [USER | {"content": "<|im_end|>"}, ANSWER]}) is None
-    assert encoder.closing() == {"left_out": {"special_token": 1}, "not_written": {}, "changed": 1}
+    assert encoder.closing() == {
+        "left_out": {"special_token": 1},
+        "not_written": {},
+        "changed": 1,
+        "message_weights": True,
+    }
 
 
 # calls of tools
@@ -334,20 +339,24 @@ def test_other_keys_that_are_not_written_are_counted(tmp_path: Path) -> None:
     template = CHATML.replace("m.role + '\\n'", "m.role + (' ' + m.name if m.name else '') + '\\n'")
     folder = assets(tmp_path / "assets", template, TOKENS)
     tokenizer = load_tokenizer(folder)
-    named = [USER | {"name": "Ada", "id": "7"}, ANSWER | {"weight": 1}, USER | {"id": "8", "empty": None}, ANSWER]
-    records = [{"messages": TALK}, {"messages": named}, {"messages": [USER, ANSWER | {"weight": 2}], "tools": []}]
+    named = [USER | {"name": "Ada", "id": "7"}, ANSWER | {"score": 0}, USER | {"id": "8", "empty": None}, ANSWER]
+    records = [
+        {"messages": TALK},
+        {"messages": named},
+        {"messages": [USER, ANSWER | {"score": 2, "weight": 1}], "tools": []},
+    ]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     source = Source(name="chat", path=str(tmp_path / "chat.jsonl"), messages_field="messages", long_document="drop")
     data = Data(sources=(source,), cache_folder=str(tmp_path / "cache"))
     corpus = resolve_source(source, tokenizer, data)
     file = Path(corpus.folder) / "corpus.json"
     content = json.loads(file.read_text())
-    assert content["not_written"] == {"id": 1, "weight": 2} and content["left_out"] == {}
+    assert content["not_written"] == {"id": 1, "score": 2} and content["left_out"] == {}
     report = make_report(Plan(data, [corpus], seq_len=96, rows_per_step=2, steps=2, seed=1), 1, 1, 1.0, 0.0)
-    assert report["sources"][0]["conversations_not_written"] == {"id": 1, "weight": 2}
+    assert report["sources"][0]["conversations_not_written"] == {"id": 1, "score": 2}
     lines = format_report(report)
-    assert "does not write 'weight' of the messages of 2 conversations of chat" in lines and "older" not in lines
-    del content["not_written"]  # as an older version wrote it
+    assert "does not write 'score' of the messages of 2 conversations of chat" in lines and "older" not in lines
+    del content["message_weights"]  # as an older version wrote it
     file.write_text(json.dumps(content))
     report = make_report(Plan(data, [corpus], seq_len=96, rows_per_step=2, steps=2, seed=1), 1, 1, 1.0, 0.0)
     assert "was made by an older version" in format_report(report)
