@@ -23,7 +23,7 @@ from typing import NoReturn
 from torchtitan.config import load_config
 from torchtitan.config.manager import config_file
 from torchtitan.extensions.cluster.check_config import check_tables
-from torchtitan.extensions.cluster.rope_report import rope_report
+from torchtitan.extensions.cluster.rope_report import REFUSED, is_refused, rope_report
 from torchtitan.extensions.cluster.slurm import replicas
 from torchtitan.tools.errors import UserError
 
@@ -36,7 +36,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(args: list[str]) -> int:
-    """Exit code 0: it fits, or a change that fits was found; 2: no change that is tried here fits; 1: a mistake."""
+    """Exit code 0: it fits, or a change that fits was found; 2: no change that is tried here fits, or training would
+    refuse the RoPE; 1: a mistake."""
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -130,7 +131,7 @@ def estimate(own: argparse.Namespace, overrides: list[str]) -> int:
         print(f"wrote {own.fit}", file=sys.stderr)
     elif own.fit is not None and code == 0:
         print(f"it fits as it is: {own.fit} is not written", file=sys.stderr)
-    return code
+    return REFUSED if is_refused(result["rope"]) else code
 
 
 def check_fit(fit: Path, gpu: str, file: str | None) -> None:

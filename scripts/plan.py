@@ -3,7 +3,8 @@
     python scripts/plan.py --job.config_file stage.toml [--world-size 16] [--training.steps 100] [--out plan.json]
 
 The report that training logs at its start: shares asked for and got, epochs, what is left out, what packing cuts, the
-work of the ranks; and the RoPE that the stage will have, with what training would refuse about it. Text that is not in
+work of the ranks; and the RoPE that the stage will have, with what training would refuse about it (the exit code is then
+2). Text that is not in
 data.cache_folder yet is tokenized into it; the plan is kept there too, where training finds it. scripts/plot_plan.py
 draws what --out writes. Without --world-size, the number of processes is NGPU, or else 8. If the stage cannot run on 8,
 it is the nearest smaller number on which it can, or else the nearest larger.
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from torchtitan.config import JobConfig, load_config
 from torchtitan.extensions.cluster.check_config import check_tables
+from torchtitan.extensions.cluster.rope_report import REFUSED, is_refused, rope_report
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import check_can_be_written, make_writable
 
@@ -29,7 +31,7 @@ MOST_PROCESSES = 1024
 
 
 def main(args: list[str]) -> int:
-    """Exit code 1, and one line, for a mistake of the user."""
+    """Exit code 1, and one line, for a mistake of the user; 2 if training would refuse the RoPE of the stage."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -46,14 +48,14 @@ def main(args: list[str]) -> int:
         world_size, why = choose_world_size(config, own.world_size, os.environ.get("NGPU"))
         if own.out is not None:
             check_can_be_written(own.out, "--out")
-        text, report = plan_stage(config, world_size)
+        text, report, refused = plan_stage(config, world_size)
         print(f"stage {config.stage.name} on {world_size} process{'' if world_size == 1 else 'es'} ({why})\n{text}")
         if own.out is not None:
             own.out.write_text(json.dumps(report, indent=1) + "\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return REFUSED if refused else 0
 
 
 def choose_world_size(config: JobConfig, asked: int | None, ngpu: str | None) -> tuple[int, str]:
@@ -78,12 +80,11 @@ def choose_world_size(config: JobConfig, asked: int | None, ngpu: str | None) ->
         raise error from None
 
 
-def plan_stage(config: JobConfig, world_size: int) -> tuple[str, dict]:
-    """The report as text and as JSON values."""
+def plan_stage(config: JobConfig, world_size: int) -> tuple[str, dict, bool]:
+    """The report as text and as JSON values; whether training would refuse the RoPE."""
     # Importing PyTorch takes seconds: a mistake in the TOML must not.
     from torchtitan.components.setup import make_plan, model_args
     from torchtitan.datasets.tokenizer import load_tokenizer
-    from torchtitan.extensions.cluster.rope_report import rope_report
     from torchtitan.extensions.ingest.resolve import resolve_source
     from torchtitan.extensions.ingest.stand_in import MARK
     from torchtitan.extensions.planner.data_report import format_report, report_of
@@ -104,7 +105,7 @@ def plan_stage(config: JobConfig, world_size: int) -> tuple[str, dict]:
             f"note: stand-ins of random tokens were read for {which}: shares, cutting and packing hold for lengths "
             "that are made up; epochs and the unigram model mean nothing"
         )
-    return "\n".join(lines), report
+    return "\n".join(lines), report, is_refused(rope)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ data.long_threshold, data.target_seq_len, RoPE's original length. The model beco
 sources become stand-ins of random tokens (scripts/build_stand_in.py), and a step has two rows per process. RoPE,
 packing, masks, positions, mixture, schedule and context parallelism (as far as --processes allows) stay the recipe's.
 There is no previous stage, and nothing is evaluated; what training would say of the RoPE of the recipe itself is
-printed first. So this finds what cannot work; it says nothing about memory, speed or learning. Lists that depend on the
+printed first, and the exit code is 2 if it would refuse that. So this finds what cannot work; it says nothing about memory, speed or learning. Lists that depend on the
 heads (rope.long_factor, rope.bases) are thinned to the size for debugmodel, and theta = "auto" becomes debugmodel's own
 base.
 
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from torchtitan.config import JobConfig, dump_toml, load_config
 from torchtitan.config.schema import Data, Evaluation, Rope, Source
-from torchtitan.extensions.cluster.rope_report import rope_report
+from torchtitan.extensions.cluster.rope_report import REFUSED, is_refused, rope_report
 from torchtitan.extensions.ingest.stand_in import build as build_stand_ins
 from torchtitan.tools.errors import UserError
 
@@ -39,7 +39,8 @@ SHORTEST_ORIGINAL = 64
 
 
 def main(args: list[str]) -> int:
-    """Exit code 1, and one line, for a mistake of the user's; otherwise training's exit code."""
+    """Exit code 1, and one line, for a mistake of the user's; otherwise training's exit code; if that is 0, 2 if the
+    recipe itself would be refused for its RoPE."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -63,7 +64,10 @@ def main(args: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print("\n".join(f"{own.recipe}: {line}" for line in rope_report(config)), flush=True)
+    rope = rope_report(config)
+    if config.rope.theta == "auto":
+        rope.append('rehearsed with the base of debugmodel: rope.theta = "auto" goes on from weights, and here are none')
+    print("\n".join(f"{own.recipe}: {line}" for line in rope), flush=True)
     trainer = [
         "torchtitan.extensions.cluster.launch",
         "--nproc",
@@ -75,8 +79,9 @@ def main(args: list[str]) -> int:
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     code = subprocess.run([sys.executable, "-m", *trainer], env=environment).returncode
-    print(f"{own.recipe}: {f'{own.steps} small steps trained' if code == 0 else 'FAILED'}; see {folder}")
-    return code
+    refused = "; but the recipe itself WOULD BE REFUSED for its RoPE, as said above" if is_refused(rope) else ""
+    print(f"{own.recipe}: {f'{own.steps} small steps trained' if code == 0 else 'FAILED'}; see {folder}{refused}")
+    return code or (REFUSED if refused else 0)
 
 
 def write_small(config: JobConfig, folder: Path, seq_len: int, steps: int, processes: int) -> Path:

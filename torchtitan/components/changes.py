@@ -51,7 +51,14 @@ def shown(value: Any) -> str:
 def changes(was: dict[str, Any], now: dict[str, Any], show: Callable[[Any], str] = str) -> list[str]:
     """The differences of two flat dictionaries, as 'rope.theta 10000.0 -> 20000.0'."""
     keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
-    return [f"{key} {show(was.get(key))} -> {show(now.get(key))}" for key in keys]
+    lines = []
+    for key in keys:
+        values = was.get(key), now.get(key)
+        before, after = map(show, values)
+        if before == after:  # shortened, they are no longer two: 22081.79 and 22081.81
+            before, after = map(repr, values)
+        lines.append(f"{key} {before} -> {after}")
+    return lines
 
 
 def changed_inputs(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -15,9 +15,10 @@ def check_rope(config: JobConfig) -> None:
     for method in rope_scaling.methods():
         keys_of |= method.toml()
     needed, optional = keys_of[rope.type]
-    for key in needed:
-        if not getattr(rope, key):
-            raise UserError(f'rope.type = "{rope.type}" needs rope.{key}, which is not set.')
+    if missing := [f"rope.{key}" for key in needed if not getattr(rope, key)]:
+        raise UserError(
+            f'rope.type = "{rope.type}" needs {" and ".join(missing)}, which {"are" if missing[1:] else "is"} not set.'
+        )
     for key, value in vars(rope).items():
         if key not in ("type", "theta", "layers", "allow", *needed, *optional) and value != getattr(default, key):
             readers = [kind for kind, keys in keys_of.items() if key in keys.needed + keys.optional]

@@ -146,6 +146,12 @@ def test_the_printed_difference_has_what_matters_to_training(name: str) -> None:
     assert all(line.startswith(f"{name} ") for line in lines)
 
 
+def test_numbers_that_differ_are_shown_so_that_they_do() -> None:
+    architecture = {"rope": {"theta": 22081.790273}}
+    [line] = differences(manifest(make()) | {"architecture": architecture}, make(), {"rope": {"theta": 22081.8}})
+    assert line == "rope.theta 22081.790273 -> 22081.8"
+
+
 def test_the_printed_difference_of_a_mixture() -> None:
     books, code = SOURCES
     now = (dataclasses.replace(books, weight=0.5, path="b", min_length=5), Source("web", "w", 0.5))

@@ -389,6 +389,14 @@ def test_a_factor_too_small_for_the_length_is_warned_of():
     assert "covers 32,768" in rope_warnings(yarn, 128, 131072)[0]
 
 
+def test_all_missing_keys_are_named_at_once():
+    both = "needs rope.factor and rope.original_max_position_embeddings, which are not set"
+    with pytest.raises(UserError, match=both):
+        check_rope(JobConfig(rope=Rope(type="yarn")))
+    with pytest.raises(UserError, match="needs rope.original_max_position_embeddings, which is not set"):
+        check_rope(JobConfig(rope=Rope(type="yarn", factor=2.0)))
+
+
 @dataclass(frozen=True)
 class HalvedScaling(Scaling):
     """A method that nobody has: every frequency is divided by factor and by 2."""

@@ -54,7 +54,7 @@ def test_advice_when_applied_fits_by_its_own_count(
     """And comes in less than 10 s; the written stage, read by itself, is the one that was promised."""
     stage = [*LLAMA, "--model.flavor", flavor, "--training.seq_len", str(length)]
     stage += ["--parallelism.context_parallel_degree", str(cp), "--activation_checkpoint.mode", "none"]
-    stage += ["--training.global_batch_tokens", str(length * ranks)]
+    stage += ["--training.global_batch_tokens", str(length * ranks), "--rope.allow", "beyond_trained"]
     fit = tmp_path / "fit.toml"
     start = time.perf_counter()
     code, plan = run(capsys, *stage, "--world-size", str(ranks), "--fit", str(fit))

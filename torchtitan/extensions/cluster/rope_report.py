@@ -2,8 +2,8 @@
 
     python -m torchtitan.extensions.cluster.rope_report <arguments of torchtitan.train>
 
-prints it for every stage up to the one that the arguments name, as multinode/submit.sh --dry-run does. A stage goes on
-from its own or the previous stage's checkpoint, if there is one; if not, from what the previous stage's TOML leads to.
+prints it for every stage up to the one that the arguments name, as multinode/submit.sh --dry-run does; the exit code is
+2 if one of them would be refused. A stage goes on from its own or the previous stage's checkpoint, if there is one; if not, from what the previous stage's TOML leads to.
 PyTorch, which computes the frequencies, is imported when it is asked for; a login node without it is told so.
 """
 
@@ -20,6 +20,10 @@ from torchtitan.config.manager import previous_stage
 from torchtitan.config.schema import JobConfig
 from torchtitan.extensions.cluster.stages import chain, without_flags
 from torchtitan.tools.errors import FAILED, UserError
+
+REFUSED = 2
+"""Exit code of what prints a report in which a stage would be refused; 1 is for a mistake that leaves no report."""
+MARK = "WOULD BE REFUSED: "
 
 
 def rope_report(config: JobConfig, earlier: Sequence[JobConfig] = ()) -> list[str]:
@@ -48,7 +52,12 @@ def rope_report(config: JobConfig, earlier: Sequence[JobConfig] = ()) -> list[st
         ]
     lines += [f"allowed: {text}" for check, text in found.refused.items() if check in config.rope.allow]
     refused = not_allowed(config, found)
-    return [*lines, f"WOULD BE REFUSED: {refused}"] if refused else lines
+    return [*lines, f"{MARK}{refused}"] if refused else lines
+
+
+def is_refused(lines: Sequence[str]) -> bool:
+    """Whether rope_report() says that training would refuse the stage."""
+    return any(line.startswith(MARK) for line in lines)
 
 
 def _resumed(config: JobConfig) -> dict[str, Any] | None:
@@ -98,17 +107,19 @@ def _weights(config: JobConfig, earlier: Sequence[JobConfig]) -> tuple[Any, str]
 
 
 def main(args: list[str]) -> int:
-    """Print the report of each stage; exit code 1 for a mistake."""
+    """Print the report of each stage; exit code 1 for a mistake, 2 if a stage would be refused."""
+    code = 0
     args = without_flags(args, "stage.run_chain")
     try:
         stages = [stage.config for stage in chain(args)]
         for number, config in enumerate(stages):
-            for line in rope_report(config, stages[:number]):
-                print(f"stage {config.stage.name}: {line}")
+            lines = rope_report(config, stages[:number])
+            print("\n".join(f"stage {config.stage.name}: {line}" for line in lines))
+            code = REFUSED if is_refused(lines) else code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
-    return 0
+    return code
 
 
 if __name__ == "__main__":

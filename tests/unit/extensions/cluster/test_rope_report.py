@@ -75,6 +75,8 @@ def test_every_stage_of_a_chain_with_its_overrides(stages: Path, capsys: pytest.
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("stage first: RoPE: theta 4e+06; positions reach 32,768; the weights have theta 500000")
     assert second.startswith("stage second: RoPE: theta 4e+06; positions reach 32,768; the weights have theta 4e+06")
+    assert main(["--job.config_file", "second.toml"]) == 2, "the second is refused"
+    capsys.readouterr()
     assert main(["--job.config_file", "missing.toml"]) == 1
     assert "missing.toml" in capsys.readouterr().err
 
@@ -120,7 +122,7 @@ def test_the_dry_run_of_submit(stages: Path):
     lines(stages, "theta = 8e6")
     command = [str(REPO / "multinode/submit.sh"), "--dry-run", "--job.config_file", "second.toml"]
     found = subprocess.run(command, capture_output=True, text=True)
-    assert found.returncode == 0 and len(found.stdout.splitlines()) == 2, found
+    assert found.returncode == 2 and len(found.stdout.splitlines()) == 2, found
     assert "stage first: RoPE: theta 8e+06" in found.stderr and "stage second: WOULD BE REFUSED" in found.stderr
 
 
@@ -130,15 +132,22 @@ def test_plan_estimate_and_rehearsal_print_it(
     monkeypatch.chdir(tmp_path)
     beyond = ["--training.seq_len", "1048576"]
     estimate, plan, rehearsal = (load_script(name) for name in ("estimate", "plan", "try_recipe"))
-    estimate.main([*LLAMA, *beyond, "--world-size", "8"])
+    assert estimate.main([*LLAMA, *beyond, "--world-size", "8", "--gpu", "cpu"]) == 2
     assert "WOULD BE REFUSED: The weights were trained to 8,192" in capsys.readouterr().out
-    estimate.main([*LLAMA, "--world-size", "8", "--json"])
+    assert estimate.main([*LLAMA, "--world-size", "8", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rope"][0].startswith("RoPE: theta 2e+07; positions reach 131,072")
 
     monkeypatch.setattr(rehearsal.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0))
     monkeypatch.setattr(rehearsal, "write_small", lambda *_: tmp_path / "small.toml")
-    assert rehearsal.main([LLAMA[1], *beyond]) == 0
-    assert "128k.toml: WOULD BE REFUSED: The weights were trained to 8,192" in capsys.readouterr().out
+    assert rehearsal.main([LLAMA[1], *beyond]) == 2
+    printed = capsys.readouterr().out
+    assert "128k.toml: WOULD BE REFUSED: The weights were trained to 8,192" in printed
+    assert printed.splitlines()[-1].endswith("; but the recipe itself WOULD BE REFUSED for its RoPE, as said above")
+    assert rehearsal.main([LLAMA[1], "--rope.theta", "auto"]) == 0
+    assert "128k.toml: rehearsed with the base of debugmodel" in capsys.readouterr().out
+    monkeypatch.setattr(rehearsal.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
+    assert rehearsal.main([LLAMA[1], *beyond]) == 1, "training's own code comes first"
+    capsys.readouterr()
 
     (tmp_path / "text.jsonl").write_text('{"text": "a few words"}\n' * 100)
     (tmp_path / "stage.toml").write_text(
@@ -147,6 +156,6 @@ def test_plan_estimate_and_rehearsal_print_it(
         "[checkpoint]\ninitial_load_in_hf = true\n"
         '[[data.sources]]\nname = "text"\npath = "text.jsonl"\n[data]\ncache_folder = "cache"\n'
     )
-    assert plan.main(["--job.config_file", "stage.toml", "--world-size", "1"]) == 0
+    assert plan.main(["--job.config_file", "stage.toml", "--world-size", "1", "--out", "plan.json"]) == 2 and Path("plan.json").is_file()
     printed = capsys.readouterr()
     assert "WOULD BE REFUSED: The weights were trained to 8,192 tokens, and rows reach position 16,384" in printed.out
