@@ -3,11 +3,10 @@
     python scripts/plan.py --job.config_file stage.toml [--world-size 16] [--training.steps 100] [--out plan.json]
 
 The report that training logs at its start: shares asked for and got, epochs, what is left out, what packing cuts, the
-work of the ranks; and the RoPE that the stage will have, with what training would refuse about it (the exit code is then
-2). Text that is not in
-data.cache_folder yet is tokenized into it; the plan is kept there too, where training finds it. scripts/plot_plan.py
-draws what --out writes. Without --world-size, the number of processes is NGPU, or else 8. If the stage cannot run on 8,
-it is the nearest smaller number on which it can, or else the nearest larger.
+work of the ranks; and the RoPE that the stage will have, with what training would refuse about it (the exit code is
+then 2). Text that is not in data.cache_folder yet is tokenized into it; the plan is kept there too, where training
+finds it. scripts/plot_plan.py draws what --out writes. Without --world-size, the number of processes is NGPU, or else
+8. If the stage cannot run on 8, it is the nearest smaller number on which it can, or else the nearest larger.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ data.long_threshold, data.target_seq_len, RoPE's original length. The model beco
 sources become stand-ins of random tokens (scripts/build_stand_in.py), and a step has two rows per process. RoPE,
 packing, masks, positions, mixture, schedule and context parallelism (as far as --processes allows) stay the recipe's.
 There is no previous stage, and nothing is evaluated; what training would say of the RoPE of the recipe itself is
-printed first, and the exit code is 2 if it would refuse that. So this finds what cannot work; it says nothing about memory, speed or learning. Lists that depend on the
-heads (rope.long_factor, rope.bases) are thinned to the size for debugmodel, and theta = "auto" becomes debugmodel's own
-base.
+printed first, and the exit code is 2 if it would refuse that. So this finds what cannot work; it says nothing about
+memory, speed or learning. Lists that depend on the heads (rope.long_factor, rope.bases) are thinned to the size for
+debugmodel, and theta = "auto" becomes debugmodel's own base.
 
 Everything is written to a temporary folder, or to --folder, which must not exist: small.toml, data/, out/.
 """

@@ -3,8 +3,9 @@
     python -m torchtitan.extensions.cluster.rope_report <arguments of torchtitan.train>
 
 prints it for every stage up to the one that the arguments name, as multinode/submit.sh --dry-run does; the exit code is
-2 if one of them would be refused. A stage goes on from its own or the previous stage's checkpoint, if there is one; if not, from what the previous stage's TOML leads to.
-PyTorch, which computes the frequencies, is imported when it is asked for; a login node without it is told so.
+2 if one of them would be refused. A stage goes on from its own or the previous stage's checkpoint, if there is one; if
+not, from what the previous stage's TOML leads to. PyTorch, which computes the frequencies, is imported when it is asked
+for; a login node without it is told so.
 """
 
 from __future__ import annotations

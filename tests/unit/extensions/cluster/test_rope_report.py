@@ -156,6 +156,7 @@ def test_plan_estimate_and_rehearsal_print_it(
         "[checkpoint]\ninitial_load_in_hf = true\n"
         '[[data.sources]]\nname = "text"\npath = "text.jsonl"\n[data]\ncache_folder = "cache"\n'
     )
-    assert plan.main(["--job.config_file", "stage.toml", "--world-size", "1", "--out", "plan.json"]) == 2 and Path("plan.json").is_file()
+    assert plan.main(["--job.config_file", "stage.toml", "--world-size", "1", "--out", "plan.json"]) == 2
+    assert (tmp_path / "plan.json").is_file()
     printed = capsys.readouterr()
     assert "WOULD BE REFUSED: The weights were trained to 8,192 tokens, and rows reach position 16,384" in printed.out
