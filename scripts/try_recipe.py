@@ -66,7 +66,9 @@ def main(args: list[str]) -> int:
         return 1
     rope = rope_report(config)
     if config.rope.theta == "auto":
-        rope.append('rehearsed with the base of debugmodel: rope.theta = "auto" goes on from weights, and here are none')
+        rope.append(
+            'rehearsed with the base of debugmodel: rope.theta = "auto" goes on from weights, and here are none'
+        )
     print("\n".join(f"{own.recipe}: {line}" for line in rope), flush=True)
     trainer = [
         "torchtitan.extensions.cluster.launch",
