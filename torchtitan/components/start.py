@@ -17,7 +17,7 @@ from torchtitan.config.manager import previous_folder, previous_stage
 from torchtitan.config.schema import JobConfig
 from torchtitan.models.architecture import args_from_manifest, as_json
 from torchtitan.models.hf.config_in import read_config
-from torchtitan.models.hf.folder import is_hugging_face, weight_files
+from torchtitan.models.hf.folder import in_hub_cache, is_hugging_face, weight_files
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.errors import UserError
 
@@ -116,6 +116,7 @@ def _elsewhere(config: JobConfig) -> Start:
         )
     raise UserError(
         f"{key} holds neither a checkpoint (manifest.json, or folders step-N) nor a Hugging Face model (*.safetensors)."
+        + in_hub_cache(path)
     )
 
 

@@ -15,7 +15,7 @@ from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.convert.torchtitan_and_meta import open_meta, open_torchtitan
 from torchtitan.extensions.convert.weights import Weights, open_checkpoint, open_hugging_face
 from torchtitan.models.hf.config_in import read_config
-from torchtitan.models.hf.folder import is_hugging_face
+from torchtitan.models.hf.folder import in_hub_cache, is_hugging_face
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.tools.errors import UserError
@@ -36,7 +36,7 @@ def open_any(folder: Path, architecture: str | None = None) -> Weights:
     raise UserError(
         f"{folder} is none of: a checkpoint of ours (manifest.json), of torchtitan (.metadata), of Meta "
         f"(consolidated.*.pth), a Hugging Face folder (*.safetensors). "
-        f"It holds: {', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}."
+        f"It holds: {', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}." + in_hub_cache(folder)
     )
 
 

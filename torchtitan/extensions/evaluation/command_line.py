@@ -18,7 +18,7 @@ from torchtitan.config.checks import check_ranges, resolve_shard_degree
 from torchtitan.config.manager import config_file, flag_name
 from torchtitan.config.schema import Data, Rope
 from torchtitan.datasets.tokenizer import load_tokenizer
-from torchtitan.models.hf.folder import is_hugging_face, weight_files
+from torchtitan.models.hf.folder import in_hub_cache, is_hugging_face, weight_files
 from torchtitan.models.rope_checks import check_rope
 from torchtitan.tools.errors import UserError
 
@@ -69,7 +69,7 @@ def check_model_folder(folder: Path) -> None:
     what = "has neither config.json nor manifest.json" if folder.is_dir() else "is not a folder"
     raise UserError(
         f"--model {folder} {what}{instead}. It should be a Hugging Face folder, or a checkpoint of a run "
-        "(outputs/checkpoint/step-1000)."
+        "(outputs/checkpoint/step-1000)." + in_hub_cache(folder)
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.models.hf.config_keys import Key, misspelt, read_keys, refuse_other_models, shown, typed
+from torchtitan.models.hf.folder import in_hub_cache
 from torchtitan.models.hf.rope_in import rope_from_hf
 from torchtitan.models.rope_method import ORIGINAL
 from torchtitan.models.transformer import LayerType, TransformerArgs
@@ -38,7 +39,7 @@ def read_config(folder: Path) -> TransformerArgs:
     except FileNotFoundError:
         raise UserError(
             f'model.flavor = "auto" reads the architecture from {path}, which does not exist. '
-            "Give model.hf_assets_path a Hugging Face folder, or name a flavor."
+            f"Give model.hf_assets_path a Hugging Face folder, or name a flavor.{in_hub_cache(folder)}"
         ) from None
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}.") from None
@@ -60,6 +61,8 @@ def args_from_hf(config: dict[str, Any], where: str) -> TransformerArgs:
         return UserError(f"{where}: {key} = {shown(config.get(key))} is not supported; {works}.")
 
     kind = config.get("model_type")
+    if kind is None:
+        raise UserError(f"{where} has no model_type, which says how the model is built; {', '.join(CLASSES)} are read.")
     if not isinstance(kind, str) or kind not in CLASSES:
         raise refuse("model_type", f"supported are {', '.join(CLASSES)}")
     values = {"model_type": kind, **read_keys(config, kind, where)}

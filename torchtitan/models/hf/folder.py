@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from os.path import isfile, islink  # which answer for every text, a file name or not
@@ -58,8 +59,24 @@ class StoredWeights:
 
 def is_hugging_face(folder: Path) -> bool:
     """Whether the folder holds a model or an adapter in Hugging Face's form, whole or not, that can be read or not."""
-    patterns = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "pytorch_model*.bin*")
+    patterns = (
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "*.safetensors.incomplete",
+        "adapter_config.json",
+        "pytorch_model*.bin*",
+    )
     return any(path.name[0] != "." for pattern in patterns for path in folder.glob(pattern))
+
+
+def in_hub_cache(folder: Path) -> str:
+    """For a message: which folder is meant, if this one is of the hub's cache and holds the models' folders."""
+    snapshots = sorted(path for path in (folder / "snapshots").glob("*") if path.is_dir())
+    if not snapshots and folder.name == "snapshots":
+        snapshots = sorted(path for path in folder.glob("*") if path.is_dir())
+    if not snapshots:
+        return ""
+    return f" It is of the hub's cache, in which each version has its own folder: name {snapshots[-1]}."
 
 
 def weight_files(folder: Path, asked: str = "") -> list[Path]:
@@ -168,13 +185,23 @@ def _choose(folder: Path, asked: str) -> tuple[list[str], dict[str, str]]:
 def _refuse_incomplete(folder: Path, expected: list[str], by_index: bool) -> None:
     missing = [name for name in expected if not isfile(folder / name)]
     if missing:
-        why = f"{INDEX} names them" if by_index else "the names of the others say that there are more"
+        why = f"{INDEX} names" if by_index else "the names of the others tell of"
         links = [name for name in missing if islink(folder / name)]
         link = f" {links[0]} is a link to {(folder / links[0]).readlink()}, which is not there." if links else ""
         more = f", ... ({len(missing)} files)" if len(missing) > 3 else ""
+        partial = _partial_file(folder)
+        cut = f" {partial} is the beginning of a file: a download was interrupted." if partial else ""
         raise UserError(
-            f"{folder} is not whole, {why}. Missing: {', '.join(missing[:3])}{more}.{link} Fetch the folder again."
+            f"{folder} is not whole: {why} files that are not there. Missing: {', '.join(missing[:3])}{more}."
+            f"{link}{cut} Fetch the folder again."
         )
+
+
+def _partial_file(folder: Path) -> str:
+    """What an interrupted download left, where hf download and browsers put it; "" for nothing."""
+    places = (folder, folder / ".cache" / "huggingface" / "download")
+    found = [path for place in places for path in sorted(place.glob("*.incomplete"))]
+    return str(found[0].relative_to(folder)) if found else ""
 
 
 def _safetensors(folder: Path) -> list[str]:
@@ -214,8 +241,13 @@ def _no_weights(folder: Path, asked: str) -> UserError:
             "*.safetensors. Convert it with transformers: AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto')"
             ".save_pretrained(OUT), then copy the tokenizer's files to OUT."
         )
+    if partial := _partial_file(folder):
+        return UserError(
+            f"{asked or folder}: the folder has no *.safetensors, but {partial}, the beginning of a file: a download "
+            "was interrupted. Fetch the folder again."
+        )
     return UserError(
-        f"{asked or folder}: the folder has no *.safetensors. Name a folder with the weights"
+        f"{asked or folder}: the folder has no *.safetensors.{in_hub_cache(folder)} Name a folder with the weights"
         + (", or leave the first key out to train from scratch." if asked else ".")
     )
 
@@ -223,14 +255,17 @@ def _no_weights(folder: Path, asked: str) -> UserError:
 def _refuse_adapter(folder: Path) -> None:
     for path in sorted(folder.glob("adapter_*")):
         if path.name == "adapter_config.json" or path.name.startswith("adapter_model."):
-            raise _adapter(str(path))
+            base = None
+            with suppress(OSError, UserError):  # the file is named anyway
+                base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+            raise _adapter(str(path), f" adapter_config.json names the model that it is of: {base}." if base else "")
 
 
-def _adapter(what: str) -> UserError:
+def _adapter(what: str, base: str = "") -> UserError:
     return UserError(
         f"{what} belongs to an adapter (LoRA or another of PEFT's), which is not read here: the model without it is "
         "another model. Merge it first (with PEFT: merge_and_unload, save_pretrained), or move it out of the folder to "
-        "take the weights without it."
+        f"take the weights without it.{base}"
     )
 
 

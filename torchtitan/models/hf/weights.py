@@ -98,8 +98,13 @@ def check_weights(folder: Path, args: TransformerArgs, say: Callable[[str], None
     if wrong or extra:
         untied = "lm_head.weight" in expected and "lm_head.weight" not in tensors
         tie = " There is no lm_head.weight: is the model tied? Then tie_word_embeddings must be true in config.json."
+        numbers = [int(match[1]) for name in tensors if (match := re.match(r"model\.layers\.(\d+)\.", name))]
+        layers = max(numbers, default=-1) + 1
+        count = f"the files have {layers} layers, config.json or the flavor says {args.n_layers}; " * (
+            0 < layers != args.n_layers
+        )
         raise UserError(
-            f"The weights in {folder} do not fit the model: {len(wrong)} of {len(expected)} tensors differ, "
+            f"The weights in {folder} do not fit the model: {count}{len(wrong)} of {len(expected)} tensors differ, "
             f"{len(extra)} are left over. First: {'; '.join(wrong[:4] + extra[:2])}.{tie * untied}"
         )
     for sentence in stored.passed_over:

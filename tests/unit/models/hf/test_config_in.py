@@ -141,7 +141,7 @@ def test_what_is_no_number_is_refused_with_file_key_and_value(key: str, tmp_path
         ({"rope_scaling": []}, r"rope_scaling = \[\]"),
         ({"rope_parameters": [LINEAR]}, "rope_parameters = "),
         ({"model_type": ["llama"]}, "model_type = "),
-        ({"model_type": DROP}, "model_type = null"),
+        ({"model_type": DROP}, "config.json has no model_type"),
         ({"hidden_act": 3}, "hidden_act = 3 must be a text"),
         ({"tie_word_embeddings": "false"}, 'tie_word_embeddings = "false" must be true or false'),
         ({"attention_bias": 0}, "attention_bias = 0 must be true or false"),

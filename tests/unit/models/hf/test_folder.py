@@ -315,6 +315,18 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
         lambda folder: [sharded(folder), index(folder, {**halves(), ONE: [*FIRST, "model.x"]})][0],
         [f"says that model.x is in {ONE}", "no file"],
     ),
+    "a download that was interrupted": (
+        with_file(lambda f: folder_of(f, {}), "model.safetensors.incomplete", b"12"),
+        ["model.safetensors.incomplete, the beginning of a file: a download was interrupted"],
+    ),
+    "a shard that is not all there": (
+        lambda folder: with_file(with_file(sharded, TWO, {}), f"{TWO}.incomplete", b"12")(folder),
+        ["index.json names files that are not there. Missing: " + TWO, f"{TWO}.incomplete is the beginning of a file"],
+    ),
+    "another number of layers": (
+        lambda folder: edit_config(single(folder), num_hidden_layers=1),
+        ["the files have 2 layers, config.json or the flavor says 1; 0 of 12 tensors differ"],
+    ),
     "no weights": (lambda folder: folder_of(folder, {}), ["*.safetensors"]),
     "an index alone": (
         with_file(lambda f: folder_of(f, {}), INDEX, b'{"weight_map": {"a": "a.safetensors"}}'),
@@ -336,6 +348,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
         [f"{EMBEDDING} should be [4096, 16] and is [0, 16]"],
     ),
     "an adapter beside": (with_file(single, "adapter_config.json", b"{}"), ["adapter_config.json", "Merge it first"]),
+    "an adapter of a model": (
+        with_file(single, "adapter_config.json", b'{"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M"}'),
+        ["Merge it first", "names the model that it is of: HuggingFaceTB/SmolLM2-135M."],
+    ),
     "an adapter's weights beside": (
         with_file(single, "adapter_model.safetensors", LORA),
         ["adapter_model.safetensors"],
@@ -395,6 +411,15 @@ def test_an_adapter_alone_is_named_as_one(tmp_path: Path):
     save_file(LORA, tmp_path / "adapter_model.safetensors")
     for reader in READERS:
         assert "Merge it first" in refusal(reader, tmp_path), reader.__name__
+
+
+def test_the_root_of_a_model_in_the_hubs_cache_names_the_folder(tmp_path: Path):
+    inner = sharded(tmp_path / "models--a--b" / "snapshots" / ("3" * 40))
+    for reader in READERS:
+        for folder in (inner.parents[1], inner.parent):
+            assert f"each version has its own folder: name {inner}." in refusal(reader, folder), reader.__name__
+    with pytest.raises(UserError, match=f"does not exist.* name {inner}"):
+        read_config(inner.parents[1])
 
 
 def test_weights_without_a_config_are_not_guessed_at(tmp_path: Path):
