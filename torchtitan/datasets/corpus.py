@@ -80,7 +80,19 @@ class Corpus:
         """Tokens [start, stop) of a document, int32; all lengths[index] of them by default. A read-only view into the
         file if that holds int32 too."""
         shard, tokens = self._place(index)
-        return self._values[shard][tokens][start:stop].astype(np.int32, copy=False)
+        values = self._values[shard][tokens][start:stop]
+        ids = values.astype(np.int32, copy=False)
+        if ids is not values and values.itemsize >= 4 and not np.array_equal(ids, values):
+            raise UserError(f"Document {index} of {self.folder} holds {values.max()}, which is no token id.")
+        return ids
+
+    def id_range(self, most: int) -> tuple[int, int, bool]:
+        """The smallest and the largest id; and whether there are more than `most`, and a sample was looked at."""
+        tokens = [values[offsets[0] : offsets[-1]] for offsets, values in zip(self._offsets, self._values)]
+        step = max(1, -(-sum(map(len, tokens)) // most))
+        chunks = [part[at : at + 65536] for part in tokens for at in range(0, len(part), 65536)][::step]
+        lowest, highest = min((c.min() for c in chunks), default=0), max((c.max() for c in chunks), default=0)
+        return int(lowest), int(highest), step > 1
 
     def roles(self, index: int) -> np.ndarray:
         """The role of each of its tokens, int8[lengths[index]]; only if has_roles."""

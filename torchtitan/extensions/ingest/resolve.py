@@ -3,6 +3,7 @@ first."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from torchtitan.extensions.ingest.token_files import find_token_files, open_toke
 from torchtitan.extensions.ingest.tokenize import tokenize_source
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import read_json
+
+logger = logging.getLogger(__name__)
+
+IDS_LOOKED_AT = 1 << 30
+"""Of a folder of Arrow files that someone else wrote, at every start."""
 
 
 def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
@@ -34,7 +40,25 @@ def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
             )
     corpus = open_corpus(path, tokenizer.fingerprint)
     _check_chat(source, path, metadata, corpus, tokenizer)
+    if corpus.max_token_id is None:
+        _check_ids(source, path, corpus, tokenizer)
     return corpus
+
+
+def _check_ids(source: Source, path: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """UserError unless a folder that someone else wrote holds ids of the tokenizer; a huge one is sampled."""
+    lowest, highest, sampled = corpus.id_range(IDS_LOOKED_AT)
+    if lowest < 0 or highest >= tokenizer.vocab_size:
+        raise UserError(
+            f"{path} of data source {source.name!r} holds ids from {lowest} to {highest}, but the tokenizer in "
+            f"{tokenizer.folder} has those from 0 to {tokenizer.vocab_size - 1}: set model.hf_assets_path to the "
+            "tokenizer that made it."
+        )
+    corpus.max_token_id = highest
+    if sampled:
+        logger.info(
+            "%s: of %d tokens some %d were compared with the tokenizer's ids", source.name, corpus.tokens, IDS_LOOKED_AT
+        )
 
 
 def token_files_of(source: Source, data: Data) -> list[Path]:

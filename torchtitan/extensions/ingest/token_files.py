@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = {"megatron": (".bin", ".idx"), "llm.c": (".bin",), "npy": (".npy",)}  # in a folder; of the others both
 TEXT = re.compile(r".*\.(jsonl?|txt|parquet)(\.\w+)?|.*\.mds(\.\w+)?|.*\.arrow")
+MASK = re.compile(r"(^|[\W_])(mask|labels?)s?([\W_]|$)")  # of Olmo's conversations: labels_mask_part_0000.npy
 HELD_OUT = {"val", "valid", "validation", "test", "dev", "eval"}
 PROBE = 1 << 20  # bytes at the beginning of a file, by which its width is found out
 PROBED = 64  # files
@@ -87,30 +88,15 @@ def find_token_files(source: Source, data: Data) -> list[Path]:
             raise UserError(f'{named} has format = "{source.format}", but {source.path} is read as text: leave it out.')
         return []
     path = source_path(source, data)
-    other = ""
     if path.is_dir():
-        below = files_below(path)
-        wanted = SUFFIXES.get(source.format, (".bin", ".npy", ".idx"))
-        files = [p for p in below if p.suffix in wanted]
-        other = next((p.name for p in below if TEXT.fullmatch(p.name)), "")
-        held_out = [p for p in files if HELD_OUT & set(re.split(r"[\W_]+", p.stem))]
-        if held_out and len(held_out) < len(files):
-            rest = next(p for p in files if p not in held_out)
-            raise UserError(
-                f"{path} of {named} holds {held_out[0].name}, which looks held out, beside {rest.name}: name the files "
-                f'to train on, such as path = "{source.path}/{rest.name}", or a glob.'
-            )
+        files, other = _in_folder(source, path)
     else:
-        files = [p for p in matching_files(source, data) if not p.name.endswith(".csv.gz")]
+        files, other = [p for p in matching_files(source, data) if not p.name.endswith(".csv.gz")], ""
         if not files and path.with_name(path.name + ".idx").is_file():
             files = [path.with_name(path.name + ".bin")]
         if source.format == "auto" and (strange := [p for p in files if p.suffix not in (".bin", ".npy", ".idx")]):
             files, other = [p for p in files if p not in strange], strange[0].name
     bins = {p.with_suffix(".bin") for p in files if p.suffix == ".idx"}
-    if path.is_dir() and any(p.suffix == ".npy" for p in files):
-        for lists in (p for p in below if p.name.endswith(".csv.gz")):
-            if not (tokens := lists.with_name(lists.name.removesuffix(".csv.gz") + ".npy")).is_file():
-                raise UserError(f"{lists} lists the documents of {tokens.name}, which is missing. Copy it again.")
     for missing in sorted(p for p in bins if not p.is_file()):
         raise UserError(f"{missing.with_suffix('.idx')} is the index of a Megatron dataset, but {missing} is missing.")
     files = sorted({p.absolute() for p in files if p.suffix != ".idx"} | {p.absolute() for p in bins})
@@ -130,6 +116,37 @@ def find_token_files(source: Source, data: Data) -> list[Path]:
     return files
 
 
+def _in_folder(source: Source, path: Path) -> tuple[list[Path], str]:
+    """The .bin, .npy and .idx files of a folder, and the name of a file of text or of another kind."""
+    below = files_below(path)
+    files = [p for p in below if p.suffix in SUFFIXES.get(source.format, (".bin", ".npy", ".idx"))]
+    held_out = [p for p in files if HELD_OUT & set(re.split(r"[\W_]+", str(p.relative_to(path).with_suffix(""))))]
+    if held_out and len(held_out) < len(files):
+        rest = next(p for p in files if p not in held_out)
+        raise UserError(
+            f"{path} of data source {source.name!r} holds {held_out[0].relative_to(path)}, which looks held out, and "
+            f"{rest.relative_to(path)}: name the files to train on, such as path = "
+            f'"{source.path}/{rest.relative_to(path)}", or a glob.'
+        )
+    if any(p.suffix == ".npy" for p in files):
+        for lists in (p for p in below if p.name.endswith(".csv.gz")):
+            if not (tokens := lists.with_name(lists.name.removesuffix(".csv.gz") + ".npy")).is_file():
+                raise UserError(f"{lists} lists the documents of {tokens.name}, which is missing. Copy it again.")
+    return files, next((p.name for p in below if TEXT.fullmatch(p.name)), "")
+
+
+def _check_masks(source: Source, paths: Sequence[Path]) -> None:
+    """UserError if files beside the ids say which of them are trained on."""
+    for folder in sorted({path.parent for path in paths}):
+        masks = (p for p in sorted(folder.iterdir()) if p.suffix in (".npy", ".bin", ".npz") and MASK.search(p.stem))
+        if (mask := next(masks, None)) is not None:
+            raise UserError(
+                f"{mask} beside the token ids of data source {source.name!r} seems to say which of them have a loss, "
+                "and is not read: all would. Name the conversations, with messages_field; or move the file away to "
+                "train on every token."
+            )
+
+
 def open_token_files(source: Source, paths: list[Path], tokenizer: Tokenizer, data: Data) -> Corpus:
     """The corpus of a source's files, which find_token_files has found; UserError for whatever does not fit."""
     if source.messages_field:
@@ -137,6 +154,7 @@ def open_token_files(source: Source, paths: list[Path], tokenizer: Tokenizer, da
             f"Data source {source.name!r} has messages_field = {source.messages_field!r}, but {paths[0]} holds token "
             "ids, and does not say which are the assistant's: leave messages_field out to train on all of them."
         )
+    _check_masks(source, paths)
     encoder = make_encoder(source, tokenizer, data)
     guessed = source.format == "auto"
     layout = _guess(source, paths, tokenizer) if guessed else source.format

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 
@@ -24,6 +25,7 @@ from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.loader import micro_batch
 from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.tokenizer import Tokenizer
+from torchtitan.extensions.ingest import resolve as resolve_module
 from torchtitan.extensions.ingest import token_index
 from torchtitan.extensions.ingest.resolve import resolve_source
 from torchtitan.tools.errors import UserError
@@ -429,7 +431,20 @@ WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "two splits": (
         lambda f: (write_raw(f / "train.bin", flat(ENDED)), write_raw(f / "val.bin", flat(ENDED))),
         {},
-        r"holds val\.bin, which looks held out, beside train\.bin",
+        r"holds val\.bin, which looks held out, and train\.bin",
+    ),
+    "two splits in folders": (
+        lambda f: [(f / n).mkdir() or write_raw(f / n / "0.bin", flat(ENDED)) for n in ("train", "validation")],
+        {},
+        r"holds validation/0\.bin, which looks held out, and train/0\.bin",
+    ),
+    "a mask of the loss": (
+        lambda f: (
+            write_raw(f / "token_ids_part_0000.npy", flat(ENDED)),
+            np.ones(len(flat(ENDED)), bool).tofile(f / "labels_mask_part_0000.npy"),
+        ),
+        {},
+        r"labels_mask_part_0000\.npy beside the token ids .* is not read: all would",
     ),
     "a list that does not fit": (
         lambda f: (write_raw(f / "a.npy", flat(ENDED)), write_list(f / "a.csv.gz", ENDED[:-1])),
@@ -481,6 +496,32 @@ def test_what_does_not_fit_is_named(tmp_path: Path, tokenizer: Tokenizer, data: 
     write(folder)
     with pytest.raises(UserError, match=message):
         resolve(folder, tokenizer, data, **keys)
+
+
+@pytest.mark.parametrize("token", [2**32 + 5, -100, 300])
+def test_ids_of_a_folder_of_datasets_are_compared_with_the_tokenizer(
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    data: Data,
+    token: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """int32 would wrap the first to 5. What a sample has not met is refused when it is read."""
+    caplog.set_level(logging.INFO)
+    rows = [[1, 2, 257]] * 40_000
+    for name, row in (("good", [1, 9]), ("bad", [token, 9])):
+        datasets.Dataset.from_dict({"input_ids": [*rows, row]}).save_to_disk(str(tmp_path / name))
+    corpus = resolve(tmp_path / "good", tokenizer, data)
+    assert corpus.max_token_id == 257 and "compared" not in caplog.text
+    with pytest.raises(UserError, match=rf"bad of data source 'ids' holds ids from .*{token}.* but the tokenizer in"):
+        resolve(tmp_path / "bad", tokenizer, data)
+    monkeypatch.setattr(resolve_module, "IDS_LOOKED_AT", 45_000)
+    corpus = resolve(tmp_path / "bad", tokenizer, data)
+    assert "of 120002 tokens some 45000 were compared with the tokenizer's ids" in caplog.text
+    if token > 2**32:
+        with pytest.raises(UserError, match="Document 40000 of .* holds 4294967301, which is no token id"):
+            corpus.document(40_000)
 
 
 def test_text_stays_text(tmp_path: Path, tokenizer: Tokenizer, data: Data) -> None:
