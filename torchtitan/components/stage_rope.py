@@ -37,6 +37,8 @@ class StageRope(NamedTuple):
     """Check (as in rope.allow) -> what it found."""
 
     warnings: list[str]
+    change: str = ""
+    """The RoPE of the weights -> that of the stage."""
 
 
 def rope_of_weights(
@@ -60,10 +62,12 @@ def stage_rope(config: JobConfig, args: TransformerArgs, before: RopeArgs | None
     windows: Windows = (None,)
     if args.sliding_window is not None:
         windows = (args.sliding_window,) if args.sliding_share == 1 else (None, args.sliding_window)
-    line = f"{describe_rope(rope)}; positions reach {to:,}"
+    magnitude = changed_magnitude(before, rope) if before else None
+    line = f"{describe_rope(rope, magnitude is None)}; positions reach {to:,}"
     refused: dict[str, str] = {}
-    warnings = rope_warnings(rope, args.head_dim, to)
-    if piled := piled_up(model.rope, rope, args.head_dim, to):
+    compared = before is not None and lengths_covered(before) is not None
+    warnings = rope_warnings(rope, args.head_dim, to, compared)
+    if piled := piled_up(before or model.rope, rope, args.head_dim, to):
         warnings.append(piled)
     if before is None:
         own = lengths_covered(model.rope)
@@ -78,7 +82,8 @@ def stage_rope(config: JobConfig, args: TransformerArgs, before: RopeArgs | None
     known = lengths_covered(before)
     trained = before.max_position_embeddings
     line += (
-        f"; the weights have {describe_rope(before)}, trained to {f'{trained:,}' if trained else 'an unknown length'}"
+        f"; the weights have {describe_rope(before, False)}, trained to "
+        f"{f'{trained:,}' if trained else 'an unknown length'}"
     )
     line += f" and good for {known:,} by their factor" if known and known != trained else ""
     if known is None:
@@ -87,22 +92,26 @@ def stage_rope(config: JobConfig, args: TransformerArgs, before: RopeArgs | None
             f"takes them to {to:,} is not checked."
         )
     elif (covered := coverage(before, rope, args.head_dim, windows, to)) != float("inf"):
-        line += f"; from there these frequencies cover {covered:,.0f}"
-    if text := changed_magnitude(before, rope):
-        line += f"; {text}"
-    if text := beyond_trained(before, rope, args.head_dim, to, windows):
+        line += f"; starting from them, this is enough for {covered:,.0f} tokens"
+    if magnitude:
+        line += f"; {magnitude}"
+    lost = lost_rope(before, rope, args.head_dim, to, windows)
+    if known and (beyond := beyond_trained(before, rope, args.head_dim, to, windows)):
         length = config.data.target_seq_len or config.training.seq_len
         build = partial(_built, model=model, length=length, before=before)
         ways = ways_out(config.rope, build, before, args.head_dim, to, windows)
-        ways.append(f"documents or rows of at most {known:,} tokens")
-        refused["beyond_trained"] = f"{text} What would do: {'; or '.join(ways)}."
-    if text := lost_rope(before, rope, args.head_dim, to, windows):
+        shorter = partial(build, length=known)(config.rope)
+        only_short = getattr(rope.scaling, "short_factor", ()) != getattr(rope.scaling, "long_factor", ())
+        if not lost and not only_short and not lost_rope(before, shorter, args.head_dim, known, windows):
+            ways.append(f"documents or rows of at most {known:,} tokens")
+        would_do = f" What would do: {'; or '.join(ways)}." if ways else ""
+        refused["beyond_trained"] = f"{beyond[0]}{would_do} {beyond[1]}"
+    if lost:
         refused["faster_than_trained"] = (
-            f"The weights were trained with RoPE that this stage would take back: {text}. A stage takes its RoPE from "
-            f'its own TOML (rope.type = "{config.rope.type}") and model.flavor, never from a checkpoint: write there '
-            "what the weights were trained with, or more."
+            f"{lost} A stage takes its RoPE from its own TOML (rope.type = \"{config.rope.type}\") and model.flavor, "
+            "never from a checkpoint: write there what the weights were trained with, or more."
         )
-    return StageRope(line, refused, warnings)
+    return StageRope(line, refused, warnings, f"{describe_rope(before, False)} -> {describe_rope(rope, False)}")
 
 
 def check_stage_rope(
@@ -124,7 +133,7 @@ def not_allowed(config: JobConfig, found: StageRope) -> str | None:
     if not left:
         return None
     names = ", ".join(f'"{check}"' for check in (*config.rope.allow, *left))
-    return f"{' '.join(left.values())} If it is meant, set rope.allow = [{names}]."
+    return f"{' '.join(left.values())} This changes RoPE ({found.change}). If it is meant, set rope.allow = [{names}]."
 
 
 def _built(table: Rope, model: TransformerArgs, length: int, before: RopeArgs) -> RopeArgs:

@@ -35,6 +35,10 @@ SHORT_BY = 0.02
 262,144); one that is not there may not."""
 
 
+MUCH = 1.5
+"""A raised base and a method together may slow the slowest pair by so many times what the rows need, unsaid."""
+
+
 def lengths_covered(old: RopeArgs) -> int | None:
     """The length in tokens that weights know: what they were trained to, or what their own rescaling covers by its
     keys (a YaRN in config.json that was switched on after training; GeNE, which trains short rows for its factor).
@@ -69,9 +73,11 @@ def coverage(old: RopeArgs, new: RopeArgs, head_dim: int, windows: Windows = (No
     return covered
 
 
-def beyond_trained(old: RopeArgs, new: RopeArgs, head_dim: int, reach: int, windows: Windows = (None,)) -> str | None:
-    """How rows whose positions go up to `reach` go beyond what `new` covers of these weights, if they do, in sentences
-    with the arithmetic. None also if it is not known what the weights were trained to."""
+def beyond_trained(
+    old: RopeArgs, new: RopeArgs, head_dim: int, reach: int, windows: Windows = (None,)
+) -> tuple[str, str] | None:
+    """How rows whose positions go up to `reach` go beyond what `new` covers of these weights, if they do: a sentence
+    that says it, and the arithmetic. None also if it is not known what the weights were trained to."""
     known = lengths_covered(old)
     if known is None or reach <= known:
         return None
@@ -80,21 +86,19 @@ def beyond_trained(old: RopeArgs, new: RopeArgs, head_dim: int, reach: int, wind
     same = any(_same(was, now, head_dim) for was, now in kinds)
     if covered == math.inf or (covered * (1 + SHORT_BY) >= reach and not same):
         return None
-    own = "" if known == old.max_position_embeddings else f" by their factor ({describe_rope(old)})"
+    own = "" if known == old.max_position_embeddings else " by their factor"
     f_old, f_new = (_frequencies(rope, head_dim)[-1].amax(0) for rope in (old, _least_drawn(new, reach)))
     never = int((f_old * known < 2 * math.pi).sum())
-    slowest = f"the slowest of {head_dim // 2} pairs turns once in {2 * math.pi / float(f_new[-1]):,.0f} tokens"
-    if same:
-        how = f"with the same frequencies as before ({describe_rope(new)}): {slowest}"
-    else:
-        how = (
-            f"while its frequencies ({describe_rope(old)} -> {describe_rope(new)}) are slowed for {covered:,.0f} only: "
-            f"{slowest}, {float(f_old[-1] / f_new[-1]):.3g} times as slowly as before"
-        )
+    slower = f"{float(f_old[-1] / f_new[-1]):.3g}"
+    slower = "" if slower == "1" else f", {slower} times as slowly as in the weights' own RoPE"
+    how = "the same frequencies as the weights" if same else f"frequencies that are enough for {covered:,.0f}"
+    have = "pair of {} has" if never == 1 else "pairs of {} have"
     return (
         f"The weights were trained to {known:,} tokens{own}, and rows reach position {reach:,}, {reach / known:.3g} "
-        f"times as far, {how}. {never} pairs have not turned once within {known:,} tokens, so beyond it they reach "
-        "angles that the weights have never seen."
+        f"times as far, but this stage's RoPE has {how}.",
+        f"{never} {have.format(head_dim // 2)} not turned once within {known:,} tokens, so beyond it they reach "
+        f"angles that the weights have never seen; the slowest turns once in {2 * math.pi / float(f_new[-1]):,.0f} "
+        f"tokens{slower}.",
     )
 
 
@@ -105,7 +109,6 @@ def lost_rope(old: RopeArgs, new: RopeArgs, head_dim: int, reach: int = 0, windo
     LongRoPE's two lists are compared each with the list for the same rows, HARPE's bases head by head, GeNE at its
     factor, or, after another method, at the least that a micro-batch of `reach` tokens draws.
     """
-    change = f"{describe_rope(old)} -> {describe_rope(new)}"
     least = new if isinstance(old.scaling, GeneScaling) else _least_drawn(new, reach)
     for was, now, window in _kinds_of_layer(old, least, windows):
         f_old, f_new = torch.broadcast_tensors(_frequencies(was, head_dim), _frequencies(now, head_dim))
@@ -120,34 +123,59 @@ def lost_rope(old: RopeArgs, new: RopeArgs, head_dim: int, reach: int = 0, windo
         which = "the slowest pair" if worst == head_dim // 2 - 1 else f"pair {worst}"
         layers = ", in layers with a sliding window" if window is not None and len(windows) > 1 else ""
         return (
-            f"{faster} of {head_dim // 2} pairs would turn faster{layers}; {which} turned once in {turns[0]:,.0f} "
-            f"tokens and would in {turns[1]:,.0f} ({change})"
+            f"{faster} of {head_dim // 2} pairs would turn faster{layers} than the weights were trained with; {which} "
+            f"turned once in {turns[0]:,.0f} tokens and would in {turns[1]:,.0f}{_list(was, now, ratio, worst)}."
+            f"{_counts_from_more(old, new)}"
         )
-    a, b = (getattr(r.scaling, "original_max_position_embeddings", None) for r in (old, new))
     same = old.scaling and new.scaling and old.scaling.rope_type == new.scaling.rope_type
-    if same and a and b and b > a:
-        return (
-            f"original_max_position_embeddings {a} -> {b}, while a factor is always against the length before any "
-            f"rescaling, {a} in every stage ({change})"
-        )
-    return None
+    return _counts_from_more(old, new).strip() or None if same else None
 
 
-def piled_up(model: RopeArgs, new: RopeArgs, head_dim: int, reach: int) -> str | None:
-    """What becomes of the frequencies if a raised base and a method both slow them, in a sentence with the numbers.
-
-    model: the RoPE of the architecture, before any [rope]."""
-    if new.scaling is None or isinstance(new.scaling, HarpeScaling) or new.theta <= model.theta * (1 + ROUNDING):
-        return None
-    ropes = RopeArgs(model.theta), RopeArgs(new.theta), RopeArgs(model.theta, new.scaling), model, new
-    plain, raised, rescaled, own, both = (_slowest(rope, head_dim) for rope in ropes)
-    length = model.max_position_embeddings
-    rows = f"; rows are {reach / length:.3g} times as long as its {length:,} tokens" if length else ""
+def _list(old: RopeArgs, new: RopeArgs, ratio: torch.Tensor, pair: int) -> str:
+    """Which number of LongRoPE's lists makes the pair faster, in brackets. ratio: [2, heads, D / 2]."""
+    if not isinstance(new.scaling, LongRopeScaling):
+        return ""
+    long = int(ratio[:, 0, pair].argmax())
+    name = ("short_factor", "long_factor")[long]
+    now, was = (getattr(r.scaling, name)[pair] if isinstance(r.scaling, LongRopeScaling) else None for r in (new, old))
+    rows = "rows longer than" if long else "rows up to"
+    before = "is" if was is None else f"was {was:g} and is"
     return (
-        f"Two rescalings multiply: theta {new.theta:g} in place of the model's {model.theta:g} slows the slowest pair "
+        f" (in {rows} the original length: number {pair + 1} of {name} {before} {now:g}"
+        f"{'' if new.theta == old.theta else f'; theta {old.theta:g} -> {new.theta:g}'})"
+    )
+
+
+def _counts_from_more(old: RopeArgs, new: RopeArgs) -> str:
+    """That a factor is against the length of the previous stage, if it is; the cause of faster pairs."""
+    a, b = (getattr(r.scaling, "original_max_position_embeddings", None) for r in (old, new))
+    if not a or not b or b <= a:
+        return ""
+    return (
+        f" original_max_position_embeddings was {a} and is {b}: a factor is always against the length before any "
+        f"rescaling, {a} in every stage."
+    )
+
+
+def piled_up(old: RopeArgs, new: RopeArgs, head_dim: int, reach: int) -> str | None:
+    """What becomes of the frequencies if a stage raises the base of its weights and rescales too, in sentences with the
+    numbers. None if together they slow the slowest pair by no more than MUCH times what rows of `reach` need.
+
+    old: of the weights; if they are random, of the architecture."""
+    if new.scaling is None or isinstance(new.scaling, HarpeScaling) or new.theta <= old.theta * (1 + ROUNDING):
+        return None
+    ropes = RopeArgs(old.theta), RopeArgs(new.theta), RopeArgs(old.theta, new.scaling), old, new
+    plain, raised, rescaled, own, both = (_slowest(rope, head_dim) for rope in ropes)
+    known = lengths_covered(old)
+    if known and own / both <= MUCH * max(reach / known, 1):
+        return None
+    rows = f"; rows are {reach / known:.3g} times as long as the {known:,} tokens that they know" if known else ""
+    no_method = "" if old.scaling else ', or rope.type = "none"'
+    return (
+        f"Two rescalings multiply: theta {new.theta:g} in place of the weights' {old.theta:g} slows the slowest pair "
         f"{plain / raised:.3g} times, {new.scaling.rope_type} {plain / rescaled:.3g} times. It turns once in "
-        f"{2 * math.pi / both:,.0f} tokens, {own / both:.3g} times as slowly as in the model itself{rows}. If only one "
-        'is meant, leave rope.theta out, or set rope.type = "none".'
+        f"{2 * math.pi / both:,.0f} tokens, {own / both:.3g} times as slowly as in the weights' own RoPE{rows}. If only "
+        f"one is meant, set rope.theta = {old.theta:g}{no_method}."
     )
 
 
@@ -180,9 +208,9 @@ def changed_magnitude(old: RopeArgs, new: RopeArgs) -> str | None:
 def ways_out(
     table: Rope, build: Callable[[Rope], RopeArgs], old: RopeArgs, head_dim: int, reach: int, windows: Windows
 ) -> list[str]:
-    """Values of [rope] under which nothing would be refused, each tried: 'rope.theta = "auto" (which is 8.36e+06)'.
+    """Values of [rope] under which nothing would be refused, each tried: 'rope.theta = "auto" (which is 8.36021e+06)'.
 
-    build: what makes RopeArgs of a table for this stage."""
+    build: what makes RopeArgs of a table for this stage. LongRoPE's long list is slowed by the NTK-aware rule."""
 
     def tried(changes: dict[str, Any]) -> str | None:
         """The changes in words, if they do."""
@@ -192,16 +220,21 @@ def ways_out(
             return None
         if beyond_trained(old, new, head_dim, reach, windows) or lost_rope(old, new, head_dim, reach, windows):
             return None
-        number = f" (which is {new.theta:.4g})" if changes.get("theta") == "auto" else ""
+        number = f" (which is {new.theta:g})" if changes.get("theta") == "auto" else ""
         return f"rope.{', '.join(f'{k} = {_toml(v)}' for k, v in changes.items())}{number}"
 
     known = lengths_covered(old)
     assert known is not None
     growth, rope = reach / known, build(table)
     tries: list[dict[str, Any]] = []
-    if table.factor:
-        # without the base of the weights no sensible factor would do
-        base: dict[str, Any] = {"theta": old.theta} if old.theta != rope.theta else {}
+    # without the base of the weights no sensible factor would do
+    base: dict[str, Any] = {"theta": old.theta} if old.theta != rope.theta else {}
+    if isinstance(rope.scaling, LongRopeScaling) and table.long_factor:
+        short = max(reach / coverage(old, build(replace(table, **base)), head_dim, windows, reach), 1.0)
+        last = len(table.long_factor) - 1
+        longer = tuple(float(f"{v * short ** (j / last) * 1.001:.4g}") for j, v in enumerate(table.long_factor))
+        tries += [{"long_factor": longer, **base}, {"theta": "auto"}]
+    elif table.factor:
         short = reach / coverage(old, build(replace(table, **base)), head_dim, windows, reach)
         factor = max(table.factor * short, reach / _original(rope, reach))
         usual = max(growth * (getattr(old.scaling, "factor", None) or 1), reach / _original(rope, reach))
@@ -209,7 +242,7 @@ def ways_out(
     elif isinstance(old.scaling, HarpeScaling) and table.type == "harpe":
         power = growth ** (head_dim / (head_dim - 2))
         tries += [{"bases": tuple(float(f"{base * power:.4g}") for base in old.scaling.bases)}]
-    elif table.type in ("model", "none", "longrope"):
+    elif table.type in ("model", "none"):
         tries += [{"theta": "auto"}]
     values: dict[str, Any] = {"type": "yarn", "factor": growth, "original_max_position_embeddings": known}
     if own := old.scaling:

@@ -104,20 +104,29 @@ def check_mixed_window(mixed_window: bool, rope: RopeArgs) -> None:
         )
 
 
-def describe_rope(rope: RopeArgs) -> str:
-    """One line for the log: theta, the method and its numbers."""
+def describe_rope(rope: RopeArgs, magnitude: bool = True) -> str:
+    """One line for the log: theta, the method and its numbers; by what cos and sin are multiplied, if they are."""
     text = f"theta {rope.theta:g}"
     if rope.scaling:
         values = {k: v for k, v in vars(rope.scaling).items() if k != "rope_type" and v is not None}
-        shown = (f"{k} ({len(v)} numbers)" if isinstance(v, tuple) else f"{k} {v:g}" for k, v in values.items())
-        text += f", {rope.scaling.rope_type}: {', '.join(shown)}; cos and sin times {rope.scaling.magnitude():g}"
+        text += f", {rope.scaling.rope_type}: {', '.join(f'{k} {_shown(v)}' for k, v in values.items())}"
+        times = rope.scaling.magnitude()
+        text += f"; cos and sin times {times:g}" if magnitude and times != 1 else ""
     return text + (", on full-attention layers only" if rope.scaling and rope.layers == "full_attention" else "")
 
 
-def rope_warnings(rope: RopeArgs, head_dim: int, length: int) -> list[str]:
-    """What looks wrong about a RoPE for rows that reach position `length`, in sentences with the arithmetic."""
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"{value[0]:g} to {value[-1]:g} ({len(value)} numbers)"
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
+
+
+def rope_warnings(rope: RopeArgs, head_dim: int, length: int, compared: bool = False) -> list[str]:
+    """What looks wrong about a RoPE for rows that reach position `length`, in sentences with the arithmetic.
+
+    compared: with that of its weights (rope_change.py), which says how far its factor takes them."""
     warnings = []
-    if isinstance(rope.scaling, YarnScaling):
+    if isinstance(rope.scaling, YarnScaling) and not compared:
         covered = rope.scaling.factor * rope.scaling.original_max_position_embeddings
         if covered < length:
             warnings.append(

@@ -48,12 +48,15 @@ class Export(Hook):
             return
         ranks = dist.get_world_size()
         dist.barrier(checkpointer.group)  # every rank has seen that it does not exist
-        weights = open_checkpoint(checkpointer.folder / f"step-{trainer.step}").cast(config.checkpoint.export_dtype)
+        stored = open_checkpoint(checkpointer.folder / f"step-{trainer.step}")
+        weights = stored.cast(config.checkpoint.export_dtype)
         notes = write_hugging_face(weights, out, Path(config.model.hf_assets_path), part=rank, parts=ranks)
         dist.barrier(checkpointer.group)
         if rank == 0 and ranks > 1:
             publish(out)
-        logger.info(f"Hugging Face folder: {out}")
+        before, after = (" and ".join(sorted({str(d)[6:] for d in w.dtypes.values()})) for w in (stored, weights))
+        rounded = f", rounded from the checkpoint's {before}" * (before != after)
+        logger.info(f"Hugging Face folder: {out}, weights in {after} (checkpoint.export_dtype){rounded}")
         for note in notes:
             logger.info(f"Export: {note}")
 
@@ -202,6 +205,10 @@ def _other_files(weights: Weights, assets: Path | None) -> tuple[dict[str, dict[
         named := as_ids(generation.get("eos_token_id"))
     ):  # base models name EOS alone
         generation["eos_token_id"] = [*named, *sorted(new)]
+    if weights.manifest.get("ends_of_turn"):
+        spelled = {number: text for text, number in tokenizer.added.items()} if tokenizer else {}
+        ends = [f"{spelled.get(e, 'token')} ({e})" for e in as_ids(generation["eos_token_id"])]
+        notes.append(f"Generation stops at {' and '.join(ends)}: eos_token_id in generation_config.json.")
     files: dict[str, dict[str, Any] | Path] = {"config.json": config, "generation_config.json": generation, **copied}
     if assets is not None and (changed := tokenizer_config(assets, length, add_bos)):
         files["tokenizer_config.json"] = changed

@@ -185,15 +185,16 @@ def _choose(folder: Path, asked: str) -> tuple[list[str], dict[str, str]]:
 def _refuse_incomplete(folder: Path, expected: list[str], by_index: bool) -> None:
     missing = [name for name in expected if not isfile(folder / name)]
     if missing:
-        why = f"{INDEX} names" if by_index else "the names of the others tell of"
+        why = (
+            f"{INDEX} names files that are not there" if by_index else "the names of the others say that there are more"
+        )
         links = [name for name in missing if islink(folder / name)]
         link = f" {links[0]} is a link to {(folder / links[0]).readlink()}, which is not there." if links else ""
         more = f", ... ({len(missing)} files)" if len(missing) > 3 else ""
         partial = _partial_file(folder)
         cut = f" {partial} is the beginning of a file: a download was interrupted." if partial else ""
         raise UserError(
-            f"{folder} is not whole: {why} files that are not there. Missing: {', '.join(missing[:3])}{more}."
-            f"{link}{cut} Fetch the folder again."
+            f"{folder} is not whole: {why}. Missing: {', '.join(missing[:3])}{more}.{link}{cut} Fetch the folder again."
         )
 
 

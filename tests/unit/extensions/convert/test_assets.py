@@ -169,6 +169,26 @@ def test_every_export_says_that_bos_must_be_written(tmp_path: Path):
         assert not begins and any("which its tokenizer does not add by itself" in note for note in notes), generation
 
 
+def test_an_export_of_conversations_says_where_a_generation_stops(tmp_path: Path):
+    args = with_rope(None, replace(LLAMA, vocab_size=4096))
+    spelled = {t["id"]: t["content"] for t in json.loads((TOKENIZER / "tokenizer.json").read_text())["added_tokens"]}
+    for number, (ends, assets, says) in enumerate(
+        (
+            (
+                [0, 7],
+                TOKENIZER,
+                f"Generation stops at {spelled[1]} (1) and {spelled[0]} (0) and token (7): eos_token_id",
+            ),
+            ([1], TOKENIZER, f"Generation stops at {spelled[1]} (1): eos_token_id"),
+            ([], TOKENIZER, ""),
+            ([5], None, "Generation stops at token (5): eos"),
+        )
+    ):
+        weights = replace(random_weights(args), manifest={"ends_of_turn": ends})
+        notes = "\n".join(write_hugging_face(weights, tmp_path / str(number), assets))
+        assert says in notes and ("stops at" in notes) == bool(says), notes
+
+
 def test_a_tokenizer_that_cuts_or_has_more_tokens_than_the_model_is_said(tmp_path: Path):
     description = json.loads((TOKENIZER / "tokenizer.json").read_text())
     cut = {"direction": "Right", "max_length": 512, "strategy": "LongestFirst", "stride": 0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -248,6 +249,13 @@ def test_the_end_of_a_stage_says_how_its_export_must_be_served(
         f"Export: vLLM takes LongRoPE's original length as its longest context: serve with --max-model-len {TRAINED}."
         in (caplog.messages)
     )
+    exported = f"Hugging Face folder: {tmp_path / 'export' / 'step-0'}, weights in"
+    assert f"{exported} float32 (checkpoint.export_dtype)" in caplog.messages
+    shutil.rmtree(tmp_path / "export")
+    trainer.config = replace(config, checkpoint=replace(config.checkpoint, export_dtype="bfloat16"))
+    with caplog.at_level("INFO"):
+        export_module.Export().ended(trainer)
+    assert f"{exported} bfloat16 (checkpoint.export_dtype), rounded from the checkpoint's float32" in caplog.messages
 
 
 @pytest.mark.parametrize("to", ["hugging_face", "checkpoint", "torchtitan"])
