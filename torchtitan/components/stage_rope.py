@@ -108,7 +108,7 @@ def stage_rope(config: JobConfig, args: TransformerArgs, before: RopeArgs | None
         refused["beyond_trained"] = f"{beyond[0]}{would_do} {beyond[1]}"
     if lost:
         refused["faster_than_trained"] = (
-            f"{lost} A stage takes its RoPE from its own TOML (rope.type = \"{config.rope.type}\") and model.flavor, "
+            f'{lost} A stage takes its RoPE from its own TOML (rope.type = "{config.rope.type}") and model.flavor, '
             "never from a checkpoint: write there what the weights were trained with, or more."
         )
     return StageRope(line, refused, warnings, f"{describe_rope(before, False)} -> {describe_rope(rope, False)}")

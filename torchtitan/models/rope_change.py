@@ -21,7 +21,6 @@ import torch
 
 from torchtitan.config.schema import Rope
 from torchtitan.models.rope import RopeArgs, inverse_frequencies
-from torchtitan.models.rope_config import describe_rope
 from torchtitan.models.rope_scaling import GeneScaling, HarpeScaling, LongRopeScaling, YarnScaling
 from torchtitan.tools.errors import UserError
 
@@ -174,8 +173,8 @@ def piled_up(old: RopeArgs, new: RopeArgs, head_dim: int, reach: int) -> str | N
     return (
         f"Two rescalings multiply: theta {new.theta:g} in place of the weights' {old.theta:g} slows the slowest pair "
         f"{plain / raised:.3g} times, {new.scaling.rope_type} {plain / rescaled:.3g} times. It turns once in "
-        f"{2 * math.pi / both:,.0f} tokens, {own / both:.3g} times as slowly as in the weights' own RoPE{rows}. If only "
-        f"one is meant, set rope.theta = {old.theta:g}{no_method}."
+        f"{2 * math.pi / both:,.0f} tokens, {own / both:.3g} times as slowly as in the weights' own RoPE{rows}. If "
+        f"only one is meant, set rope.theta = {old.theta:g}{no_method}."
     )
 
 
