@@ -38,7 +38,7 @@ class StageRope(NamedTuple):
 
     warnings: list[str]
     change: str = ""
-    """The RoPE of the weights -> that of the stage."""
+    """Of RoPE from the weights to the stage, in a sentence."""
 
 
 def rope_of_weights(
@@ -105,13 +105,16 @@ def stage_rope(config: JobConfig, args: TransformerArgs, before: RopeArgs | None
         if not lost and not only_short and not lost_rope(before, shorter, args.head_dim, known, windows):
             ways.append(f"documents or rows of at most {known:,} tokens")
         would_do = f" What would do: {'; or '.join(ways)}." if ways else ""
-        refused["beyond_trained"] = f"{beyond[0]}{would_do} {beyond[1]}"
+        refused["beyond_trained"] = f"{beyond[0]}{would_do}{'' if lost else f' {beyond[1]}'}"
     if lost:
         refused["faster_than_trained"] = (
             f'{lost} A stage takes its RoPE from its own TOML (rope.type = "{config.rope.type}") and model.flavor, '
             "never from a checkpoint: write there what the weights were trained with, or more."
         )
-    return StageRope(line, refused, warnings, f"{describe_rope(before, False)} -> {describe_rope(rope, False)}")
+    was, now = describe_rope(before, False), describe_rope(rope, False)
+    return StageRope(
+        line, refused, warnings, f"RoPE stays ({was})." if was == now else f"RoPE changes ({was} -> {now})."
+    )
 
 
 def check_stage_rope(
@@ -133,7 +136,7 @@ def not_allowed(config: JobConfig, found: StageRope) -> str | None:
     if not left:
         return None
     names = ", ".join(f'"{check}"' for check in (*config.rope.allow, *left))
-    return f"{' '.join(left.values())} This changes RoPE ({found.change}). If it is meant, set rope.allow = [{names}]."
+    return f"{' '.join(left.values())} {found.change} If it is meant, set rope.allow = [{names}]."
 
 
 def _built(table: Rope, model: TransformerArgs, length: int, before: RopeArgs) -> RopeArgs:

@@ -91,6 +91,7 @@ def beyond_trained(
     slower = f"{float(f_old[-1] / f_new[-1]):.3g}"
     slower = "" if slower == "1" else f", {slower} times as slowly as in the weights' own RoPE"
     how = "the same frequencies as the weights" if same else f"frequencies that are enough for {covered:,.0f}"
+    how = "pairs that turn faster, and is not enough even for those" if covered < known * (1 - SHORT_BY) else how
     have = "pair of {} has" if never == 1 else "pairs of {} have"
     return (
         f"The weights were trained to {known:,} tokens{own}, and rows reach position {reach:,}, {reach / known:.3g} "
@@ -151,8 +152,8 @@ def _counts_from_more(old: RopeArgs, new: RopeArgs) -> str:
     if not a or not b or b <= a:
         return ""
     return (
-        f" original_max_position_embeddings was {a} and is {b}: a factor is always against the length before any "
-        f"rescaling, {a} in every stage."
+        f" original_max_position_embeddings {a} -> {b}: a factor is always against the length before any rescaling, "
+        f"{a} in every stage."
     )
 
 
@@ -207,7 +208,7 @@ def changed_magnitude(old: RopeArgs, new: RopeArgs) -> str | None:
 def ways_out(
     table: Rope, build: Callable[[Rope], RopeArgs], old: RopeArgs, head_dim: int, reach: int, windows: Windows
 ) -> list[str]:
-    """Values of [rope] under which nothing would be refused, each tried: 'rope.theta = "auto" (which is 8.36021e+06)'.
+    """Values of [rope] under which nothing would be refused, each tried: 'rope.theta = "auto" (which is 8.35994e+06)'.
 
     build: what makes RopeArgs of a table for this stage. LongRoPE's long list is slowed by the NTK-aware rule."""
 
@@ -231,8 +232,14 @@ def ways_out(
     if isinstance(rope.scaling, LongRopeScaling) and table.long_factor:
         short = max(reach / coverage(old, build(replace(table, **base)), head_dim, windows, reach), 1.0)
         last = len(table.long_factor) - 1
-        longer = tuple(float(f"{v * short ** (j / last) * 1.001:.4g}") for j, v in enumerate(table.long_factor))
-        tries += [{"long_factor": longer, **base}, {"theta": "auto"}]
+        longer = [_rounded_up(v * short ** (j / last)) for j, v in enumerate(table.long_factor)]
+        lists = {"long_factor": tuple(longer)}
+        if isinstance(old.scaling, LongRopeScaling):  # no number becomes less than it was
+            lists["long_factor"] = tuple(map(max, longer, old.scaling.long_factor))
+            shorter = tuple(map(max, rope.scaling.short_factor, old.scaling.short_factor))
+            if table.mixed_window and shorter != rope.scaling.short_factor:
+                lists["short_factor"] = shorter
+        tries += [{**lists, **base}, {"theta": "auto"}]
     elif table.factor:
         short = reach / coverage(old, build(replace(table, **base)), head_dim, windows, reach)
         factor = max(table.factor * short, reach / _original(rope, reach))

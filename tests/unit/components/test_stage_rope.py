@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from torchtitan.components.lineage import lineage
 from torchtitan.components.reach import reach, trained_length
 from torchtitan.components.setup import model_args
-from torchtitan.components.stage_rope import StageRope, check_stage_rope, rope_of_weights
+from torchtitan.components.stage_rope import StageRope, check_stage_rope, not_allowed, rope_of_weights, stage_rope
 from torchtitan.components.start import Start
 from torchtitan.config import JobConfig, as_tables, load_config
 from torchtitan.config.keys import keys_of
@@ -19,7 +20,7 @@ from torchtitan.models.architecture import as_json
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_config import build_rope
-from torchtitan.models.rope_scaling import YarnScaling
+from torchtitan.models.rope_scaling import LongRopeScaling, YarnScaling
 from torchtitan.tools.errors import UserError
 
 K = 1024
@@ -66,6 +67,65 @@ def test_both_checks_are_named_and_one_does_not_allow_the_other():
     checked(stage("llama3.1_8b", 256 * K, *keys, "--rope.allow", "beyond_trained", "faster_than_trained"))
 
 
+def test_a_chain_of_small_stages_is_told_what_it_should_do():
+    """Heads of 64, trained to 128, and then with the base that 256 needs: 1e4 * 2^(64/62) = 20452.2."""
+    args = FLAVORS["debugmodel"]
+    raised = RopeArgs(1e4 * 2 ** (64 / 62), max_position_embeddings=256)
+
+    def found(before: RopeArgs, length: int, *keys: str) -> StageRope:
+        config = stage("debugmodel", length, *keys)
+        rope = build_rope(config.rope, args.rope, 64, args.n_kv_heads, length, before)
+        return stage_rope(config, replace(args, rope=rope), before)
+
+    def yarn(factor: int, original: int) -> list[str]:
+        return ["--rope.type", "yarn", f"--rope.factor={factor}", f"--rope.original_max_position_embeddings={original}"]
+
+    refused = not_allowed(stage("debugmodel", 512), found(raised, 512, "--rope.theta", "20452.2"))
+    assert (
+        refused
+        and 'rope.type = "yarn", factor = 2, original_max_position_embeddings = 256, theta = 20452.2; or' in refused
+    )
+    assert "RoPE stays (theta 20452.2)." in refused
+    assert refused.index("What would do") < refused.index("have not turned once")
+    way_out = found(raised, 512, *yarn(2, 256), "--rope.theta", "20452.2")
+    assert (way_out.refused, way_out.warnings) == ({}, [])
+
+    # YaRN's factor 2 of 128 and a base for twice as much: together 4 times, which is what 512 needs
+    plain = RopeArgs(1e4, max_position_embeddings=128)
+    both = found(plain, 512, *yarn(2, 128), "--rope.theta", "20452.2")
+    assert (both.refused, both.warnings) == ({}, []) and "enough for 512 tokens" in both.line
+
+    # a factor counted from the previous stage: both checks, each RoPE named once, and shorter rows are no way out
+    scaled = RopeArgs(1e4, YarnScaling(4.0, 128), max_position_embeddings=512)
+    text = not_allowed(stage("debugmodel", 1024), found(scaled, 1024, *yarn(2, 512)))
+    assert text and "a factor is always against the length before any rescaling, 128 in every stage" in text
+    assert text.count("theta 10000, yarn: factor 4, original") == 1 and text.count("yarn: factor 2, original") == 1
+    assert "factor = 8" in text and "documents or rows" not in text and len(text) < 1050
+    assert "is not enough even for those. What would do" in text
+    assert "truncate true" in text and "cos and sin" not in text
+
+
+def test_longrope_that_changes_its_short_list_is_told_which_number():
+    args = FLAVORS["debugmodel"]
+    grown = tuple(4 ** (j / 31) for j in range(32))
+    before = RopeArgs(1e4, LongRopeScaling(128, grown, grown), max_position_embeddings=512)
+    mixed = ["--rope.type", "longrope", "--rope.original_max_position_embeddings", "128", "--rope.mixed_window"]
+    mixed += ["--rope.long_factor", *map(str, grown), "--data.packing", "best_fit"]
+
+    def found(length: int) -> StageRope:
+        config = stage("debugmodel", length, *mixed)
+        rope = build_rope(config.rope, args.rope, 64, args.n_kv_heads, length, before)
+        return stage_rope(config, replace(args, rope=rope), before)
+
+    text = not_allowed(stage("debugmodel", 512), found(512))
+    assert text and "in rows up to the original length: number 32 of short_factor was 4 and is 1)" in text
+    assert "short_factor 1 to 4 (32 numbers) -> " in text and "short_factor 1 to 1 (32 numbers))" in text
+    # for twice the rows: the long list by the NTK-aware rule, 2^(j / 31), and the short one as it was
+    refused = found(1024).refused["beyond_trained"]
+    assert "rope.long_factor = [1, 1.07, 1.15, " in refused and "8], short_factor = [1, 1.04573, " in refused
+    assert "documents or rows" not in refused
+
+
 def test_from_random_weights_nothing_is_refused():
     config = stage("llama3_8b", 128 * K)
     found = check_stage_rope(config, model_args(config), None, None)
@@ -84,7 +144,7 @@ def test_the_line_says_reach_and_coverage():
     """ProLong's 8e6 at 64K: 8,192 * 16^(126/128) tokens by the slowest pair."""
     line = checked(stage("llama3_8b", 64 * K, "--rope.theta", "8e6")).line
     assert line.startswith("theta 8e+06; positions reach 65,536; the weights have theta 500000, trained to 8,192")
-    assert line.endswith(f"cover {8192 * 16 ** (126 / 128):,.0f}")
+    assert line.endswith(f"enough for {8192 * 16 ** (126 / 128):,.0f} tokens")
 
 
 def test_a_factor_that_was_switched_on_in_config_json_counts():
@@ -94,9 +154,10 @@ def test_a_factor_that_was_switched_on_in_config_json_counts():
     start = Start(Path("hf"), ("model",), None, FLAVORS["qwen2.5_7b"])
     config = stage("qwen2.5_7b", 128 * K, *keys)
     line = check_stage_rope(config, model_args(config, weights), weights, start).line
-    assert "trained to 32,768 and good for 131,072 by their factor; from there these frequencies cover 131,072" in line
+    assert "trained to 32,768 and good for 131,072 by their factor; starting from them" in line
+    assert "this is enough for 131,072 tokens" in line
     config = stage("qwen2.5_7b", 256 * K, *keys)
-    with pytest.raises(UserError, match="trained to 131,072 tokens by their factor .* What would do: rope.factor = 8;"):
+    with pytest.raises(UserError, match="to 131,072 tokens by their factor, .* What would do: rope.factor = 8;"):
         check_stage_rope(config, model_args(config, weights), weights, start)
 
 

@@ -92,7 +92,7 @@ LONG = LongRopeScaling(8 * K, (16.0,) * 64, (1.0,) * 64)
 )
 def test_rows_beyond_what_rope_covers(old: RopeArgs, new: RopeArgs, reach: int, covers: float | None):
     text = beyond_trained(old, new, 128, reach)
-    assert text and f"position {reach:,}" in text and f"trained to {lengths_covered(old):,} tokens" in text
+    assert text and f"position {reach:,}" in text[0] and f"trained to {lengths_covered(old):,} tokens" in text[0]
     if covers is not None:
         assert coverage(old, new, 128, reach=reach) == pytest.approx(covers, rel=1e-9)
 
@@ -132,10 +132,14 @@ def test_the_arithmetic_of_the_message():
     text = beyond_trained(LLAMA3, LLAMA3, 128, 128 * K)
     wavelengths = [2 * math.pi * 5e5 ** (2 * j / 128) for j in range(64)]
     never = sum(w > 8192 for w in wavelengths)
-    assert text and f"{wavelengths[-1]:,.0f} tokens" in text and f"{never} pairs have not turned once" in text
-    assert "16 times as far, with the same frequencies" in text and never == 29
+    assert text and f"{wavelengths[-1]:,.0f} tokens." in text[1]
+    assert text[1].startswith(f"{never} pairs of 64 have not turned once within 8,192") and never == 29
+    assert "16 times as far, but this stage's RoPE has the same frequencies" in text[0]
     partial = beyond_trained(LLAMA3, RopeArgs(5.05e5), 128, 128 * K)
-    assert partial and "slowed for 8,273 only" in partial and "1.01 times as slowly" in partial
+    assert partial and "frequencies that are enough for 8,273." in partial[0] and "1.01 times as slowly" in partial[1]
+    # "1 times as slowly" is not said
+    partial = beyond_trained(LLAMA3, RopeArgs(5.005e5), 128, 128 * K)
+    assert partial and "as slowly" not in partial[1]
 
 
 def test_layers_with_a_window_see_no_farther_than_it():
@@ -250,7 +254,18 @@ def test_methods_with_more_than_one_list(old: RopeArgs, new: RopeArgs, reach: in
         # against Llama 3.1, whose own factor 8 is in both
         (LLAMA3_1, replace(LLAMA3_1, theta=8e6), ["15.3 times, llama3 8 times", "15.3 times as slowly"]),
         (LLAMA2, RopeArgs(5e5, LinearScaling(4.0)), ["47 times, linear 4 times"]),
-        (LLAMA2, RopeArgs(1e5, NTKScaling(4.0)), ["ntk 4 times"]),
+        (LLAMA2, RopeArgs(1e6, NTKScaling(4.0)), ["ntk 4 times", "set rope.theta = 10000, or"]),
+        (LLAMA2, RopeArgs(1e5, NTKScaling(4.0)), None),  # 38.6 times for rows that are 32 times as long
+        # the base is the weights' own, whatever the architecture has
+        (trained(8e6, 64 * K), RopeArgs(8e6, YarnScaling(2.0, 64 * K)), None),
+        # 4 times each for rows that are 16 times as long
+        (LLAMA3, RopeArgs(ntk(5e5, 4), YarnScaling(4.0, 8 * K)), None),
+        (
+            trained(5e5, 32 * K),
+            RopeArgs(ntk(5e5, 16), YarnScaling(4.0, 32 * K)),
+            ["16 times, yarn 4 times"],
+        ),  # 64 for 4
+        (trained(5e5, None), RopeArgs(ntk(5e5, 2), YarnScaling(2.0, 8 * K)), ["own RoPE. If only"]),
         (LLAMA3, RopeArgs(8e6), None),
         (LLAMA3, RopeArgs(5e5, YarnScaling(16.0, 8 * K)), None),
         (LLAMA2, RopeArgs(1e4, HarpeScaling((1e6, 5e6))), None),
@@ -279,7 +294,7 @@ def test_a_changed_attention_factor_is_said():
             "llama3_8b",
             128 * K,
             Rope(),
-            ['theta = "auto" (which is 8.36e+06)', 'type = "yarn", factor = 16, original_max'],
+            ['theta = "auto" (which is 8.35994e+06)', 'type = "yarn", factor = 16, original_max'],
         ),
         (
             "llama3_8b",
