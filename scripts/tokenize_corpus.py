@@ -33,7 +33,7 @@ class Single:
     """One source without a TOML file; every key is one of the TOML's."""
 
     path: str | None = None
-    """File, folder or glob of .jsonl, .parquet or .txt text, folder of MDS shards, or hub:OWNER/NAME."""
+    """File, folder or glob of text (docs/data.md), folder of MDS shards, or hub:OWNER/NAME."""
 
     out_name: str = "text"
     """Beginning of the folder's name; a key of content and tokenizer follows."""
@@ -49,6 +49,9 @@ class Single:
 
     text_field: str = "text"
     """Field of a jsonl, parquet or hub record that holds the text."""
+
+    where: str = ""
+    """Only records for which this expression holds (docs/data.md)."""
 
     messages_field: str = ""
     """Or: field that holds a conversation, for the chat template of the tokenizer's folder."""
@@ -107,6 +110,7 @@ def sources_of(arguments: Arguments) -> tuple[list[Source], Data, str]:
             path=one.path,
             format=one.format,
             text_field=one.text_field,
+            where=one.where,
             messages_field=one.messages_field,
             hub_subset=one.hub_subset,
             hub_split=one.hub_split,

@@ -149,6 +149,7 @@ def small_data(data: Data, folder: Path, factor: float) -> Data:
         return dataclasses.replace(
             s,
             path=f"source-{number}",
+            where="",
             max_documents=None,
             min_length=less(s.min_length) or 0,
             max_length=less(s.max_length),

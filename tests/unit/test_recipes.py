@@ -5,10 +5,12 @@ The tables below are typed from the publications (docs/recipes.md says which), n
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -395,6 +397,38 @@ def test_its_model_is_built(name: str) -> None:
 
 
 SIZES = {"qwen2.5_7b": 7.616, "olmo3_7b": 7.298, "llama2_13b": 13.02, "_7b": 6.738, "_8b": 8.030, "135m": 0.1345}
+
+
+SLIMPAJAMA = {
+    "c4": "C4",
+    "commoncrawl": "CommonCrawl",
+    "stackexchange": "StackExchange",
+    "wikipedia": "Wikipedia",
+    "github": "Github",
+    "arxiv": "ArXiv",
+    "books": "Book",
+}
+"""meta.redpajama_set_name, less RedPajama, as the card of cerebras/SlimPajama-627B names them."""
+
+
+def test_slimpajama_is_read_as_published(tmp_path: Path) -> None:
+    """Chunks of compressed lines, beside the other splits; every record is in one source."""
+    files = tmp_path / "train" / "chunk1", tmp_path / "train" / "chunk2", tmp_path / "validation"
+    for folder, kinds in zip(files, ([*SLIMPAJAMA.values()][:4], [*SLIMPAJAMA.values()][4:], ["C4"])):
+        folder.mkdir(parents=True)
+        lines = [{"text": f"one of {kind}", "meta": {"redpajama_set_name": f"RedPajama{kind}"}} for kind in kinds]
+        with pa.CompressedOutputStream(str(folder / "example_train_0.jsonl.zst"), "zstd") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+    tokenizer = load_tokenizer(str(REPOSITORY / "assets/tokenizer"))
+    for name in ("data_engineering_128k/base", "ultralong_8b/1m_llama3"):
+        data = replace(config_of(name).data, folder=str(tmp_path), cache_folder=str(tmp_path / "cache"))
+        assert [source.name for source in data.sources] == list(SLIMPAJAMA)
+        for source in data.sources:
+            corpus = resolve_source(source, tokenizer, data)
+            assert len(corpus) == 1 and f"one of {SLIMPAJAMA[source.name]}" in tokenizer.decode(
+                corpus.document(0).tolist()
+            )
+            assert corpus.left_out == {"where": 6}
 
 
 @pytest.mark.parametrize("name", RECIPES)

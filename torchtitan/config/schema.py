@@ -395,8 +395,9 @@ class Source:
 
     path: Annotated[str, Decides("documents")] = ""
     """A folder written by scripts/tokenize_corpus.py or by datasets' save_to_disk; a file, folder or glob of .jsonl,
-    .parquet or .txt text, or of .bin or .npy token ids; a folder of MDS shards; or hub:OWNER/NAME, a dataset of the
-    Hugging Face hub, which is downloaded and tokenized into the cache. Relative to data.folder."""
+    .json, .parquet, .txt or source code, perhaps compressed, or of .bin or .npy token ids; a folder of MDS shards; or
+    hub:OWNER/NAME, a dataset of the Hugging Face hub, which is downloaded and tokenized into the cache. Relative to
+    data.folder."""
 
     weight: Annotated[float, Range(min=0), Decides("rows")] = 1.0
     """Share of the training tokens, relative to the weights of the other sources."""
@@ -415,7 +416,10 @@ class Source:
     """Instead of document_end: the id that begins a document."""
 
     text_field: Annotated[str, Decides("documents")] = "text"
-    """Field of a jsonl, parquet or hub record that holds the text."""
+    """Field of a jsonl, json, parquet or hub record that holds the text; "a.b": the field b of the object a."""
+
+    where: Annotated[str, Decides("documents")] = ""
+    """Only records for which this holds, such as "meta.source == 'books' and score >= 0.65" (docs/data.md)."""
 
     messages_field: Annotated[str, Decides("documents")] = ""
     """Instead of text_field: the field that holds a conversation, a list of messages with role and content (usually

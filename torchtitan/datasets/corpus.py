@@ -36,8 +36,9 @@ CONVERSATIONS_LEFT_OUT = {
     "empty_response": "with an empty message of the assistant",
     "special_token": "that spell a special token of the tokenizer or the end of a turn, e.g. <|im_end|>",
     "not_trained": "whose messages of the assistant all say that they are not trained (weight 0, train or loss false)",
+    "where": "for which where does not hold",
 }
-"""Why conversations are left out, by the key of `left_out`."""
+"""Why conversations (by where, records) are left out, by the key of `left_out`."""
 
 MAKE_AGAIN = "Delete the folder and make it again."
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 from torchtitan.config.schema import JobConfig, Source
+from torchtitan.datasets.where import Where
 from torchtitan.tools.errors import UserError
 
 HUB_PATH = re.compile(r"hub:([\w.-]+(/[\w.-]+)?|[./~].*)")
@@ -58,6 +59,8 @@ def check_names(sources: Sequence[Source]) -> None:
 
 
 def _check_source(source: Source, where: str, config: JobConfig) -> None:
+    if source.where:
+        Where(source.where, where)
     if source.max_length is not None and source.min_length > source.max_length:
         raise UserError(
             f"{where}: min_length = {source.min_length} is more than max_length = {source.max_length}, so that no "

@@ -42,6 +42,7 @@ ANOTHER_SOURCE: dict[str, tuple[dict[str, Any], Any]] = {
     "document_end": ({}, 3),
     "document_start": ({}, 3),
     "text_field": ({}, "body"),
+    "where": ({}, "score > 1"),
     "messages_field": ({}, "messages"),
     "hub_subset": ({}, "part"),
     "hub_split": ({}, "validation"),

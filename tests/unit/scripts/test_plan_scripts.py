@@ -171,7 +171,7 @@ def test_the_fates_of_a_sources_tokens_sum_to_them(stand_ins: Path, tmp_path: Pa
         ("cut off by truncate", "dropped, too long", "no part of the mix", "below min_length", "above max_length")
     ):
         assert fates[number][fate] > 0 and not fates[6][fate]
-    lengths = open_corpus(data_of(recipe, stand_ins) / "arxiv").lengths
+    lengths = open_corpus(data_of(recipe, stand_ins) / "train").lengths
     assert fates[5]["no part of the mix"] == pytest.approx(lengths[40:].sum())
     assert fates[2]["no part of the mix"] == sources[2]["tokens"]
 
@@ -189,12 +189,12 @@ def test_a_stand_in_is_as_its_source_asks(stand_ins: Path, tmp_path: Path) -> No
 
 
 def test_a_stand_in_is_the_same_for_the_same_seed(tmp_path: Path) -> None:
-    config = f"--job.config_file={REPOSITORY / 'train_configs/data_engineering_128k/base.toml'}"
+    config = f"--job.config_file={REPOSITORY / 'train_configs/prolong_8b/64k.toml'}"
     contents = []
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         folder = tmp_path / name
         assert build_stand_in.main([config, f"--data.folder={folder}", "--tokens=20000", f"--seed={seed}"]) == 0
-        corpora = [open_corpus(folder / source) for source in ("c4", "books")]
+        corpora = [open_corpus(folder / source) for source in ("book-65536", "fineweb-edu")]
         contents.append([np.concatenate([c.document(i) for i in range(len(c))]).tolist() for c in corpora])
     assert contents[0] == contents[1] != contents[2]
     assert contents[0][0][:100] != contents[0][1][:100]

@@ -10,7 +10,8 @@ import torch
 from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import is_tokenized, open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
-from torchtitan.extensions.ingest.text import find_text_files, read_documents, spans_of
+from torchtitan.extensions.ingest.find_text import find_text_files
+from torchtitan.extensions.ingest.text import read_documents, spans_of
 from torchtitan.tools.errors import UserError
 
 SPAN = 64 << 20  # bytes of a .jsonl file that are read at once

@@ -30,6 +30,7 @@ import numpy as np
 
 from torchtitan.datasets.corpus import ASSISTANT, CORPUS_FORMAT
 from torchtitan.datasets.tokenizer import Tokenizer
+from torchtitan.datasets.where import Where
 from torchtitan.extensions.ingest.chat_template import MARKS, ChatTemplate
 from torchtitan.extensions.ingest.encoder import tokenizer_metadata
 from torchtitan.extensions.ingest.message_weights import WEIGHTS, is_trained, trained_marks
@@ -64,11 +65,14 @@ class Rendered:
 class ChatEncoder:
     """Conversations to documents, int32[2, n]: tokens, and their roles (assistant, or 0 for other)."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, messages_field: str) -> None:
-        self.fields = Fields("messages_field", messages_field, ("tools", *_BESIDE))
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate, messages_field: str, where: Where | None = None
+    ) -> None:
+        self.fields = Fields("messages_field", messages_field, ("tools", *_BESIDE), where)
         self.key = [CORPUS_FORMAT, tokenizer.fingerprint, "chat", CHAT_FORMAT, template.fingerprint, messages_field]
+        self.key += [["where", where.text]] if where else []
         source = {"messages_field": messages_field, "chat_template": template.fingerprint}
-        self.metadata = tokenizer_metadata(tokenizer) | source
+        self.metadata = tokenizer_metadata(tokenizer) | source | ({"where": where.text} if where else {})
         self._tokenizer = tokenizer
         self._template = template
         spelled = [*sorted(tokenizer.special, key=len, reverse=True), *MARKS]
@@ -144,7 +148,9 @@ class ChatEncoder:
     def closing(self) -> dict[str, Any]:
         """For the counts of a unit, since the last call: how many conversations were left out, by reason; how many have
         a key that the template does not write, by key; and of how many older versions made other tokens."""
-        counts = {"left_out": dict(self._left_out), "not_written": dict(self._not_written), "changed": self._changed}
+        counts = self.fields.where.counts() if self.fields.where else {"left_out": {}}
+        counts["left_out"] |= self._left_out
+        counts |= {"not_written": dict(self._not_written), "changed": self._changed}
         self._reset()
         return counts | {"message_weights": True}
 

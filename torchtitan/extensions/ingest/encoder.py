@@ -14,6 +14,7 @@ import numpy as np
 from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import CORPUS_FORMAT
 from torchtitan.datasets.tokenizer import Tokenizer
+from torchtitan.datasets.where import Where
 from torchtitan.extensions.ingest.text import Fields, as_text
 from torchtitan.tools.errors import UserError
 
@@ -32,13 +33,15 @@ class Encoder:
     @property
     def key(self) -> list[Any]:
         """What the tokens depend on beside the content, as JSON."""
-        return [CORPUS_FORMAT, self.tokenizer.fingerprint, bool(self.bos), bool(self.eos)]
+        where = [["where", self.fields.where.text]] if self.fields.where else []
+        return [CORPUS_FORMAT, self.tokenizer.fingerprint, bool(self.bos), bool(self.eos), *where]
 
     @property
     def metadata(self) -> dict[str, Any]:
         """The same in words, for corpus.json."""
         ends = {"add_bos": bool(self.bos), "add_eos": bool(self.eos), "text_field": self.fields.name}
-        return tokenizer_metadata(self.tokenizer) | ends
+        where = {"where": self.fields.where.text} if self.fields.where else {}
+        return tokenizer_metadata(self.tokenizer) | ends | where
 
     def read(self, record: dict[str, Any]) -> str | None:
         """The text of a record, None if it is blank; ValueError if the field is not text."""
@@ -51,8 +54,8 @@ class Encoder:
         return np.array(self.bos + ids + self.eos, np.int32) if ids else EMPTY
 
     def closing(self) -> dict[str, Any]:
-        """Nothing: text adds nothing to the counts of a unit."""
-        return {}
+        """What `where` adds to the counts of a unit."""
+        return self.fields.where.counts() if self.fields.where else {}
 
     def add_ends(self, document: np.ndarray) -> np.ndarray:
         """A tokenized document, int32[n] or, with roles, [2, n], with the BOS and EOS that it lacks."""
@@ -66,11 +69,12 @@ class Encoder:
 def make_encoder(source: Source, tokenizer: Tokenizer, data: Data) -> Any:
     """The source's Encoder or ChatEncoder; UserError if data.add_bos or add_eos asks for a token that the tokenizer
     lacks, or if chat data have no template."""
+    where = Where(source.where, f"Data source {source.name!r}") if source.where else None
     if source.messages_field:
         from torchtitan.extensions.ingest.chat import ChatEncoder
         from torchtitan.extensions.ingest.chat_template import load_chat_template
 
-        return ChatEncoder(tokenizer, load_chat_template(tokenizer), source.messages_field)
+        return ChatEncoder(tokenizer, load_chat_template(tokenizer), source.messages_field, where)
     ends = []
     for wanted, token, name in ((data.add_bos, tokenizer.bos_id, "bos"), (data.add_eos, tokenizer.eos_id, "eos")):
         if wanted and token is None:
@@ -80,7 +84,7 @@ def make_encoder(source: Source, tokenizer: Tokenizer, data: Data) -> Any:
                 f"data.add_{name} = false, or name the token in one of these files."
             )
         ends.append([token] if wanted and token is not None else [])
-    return Encoder(tokenizer, Fields("text_field", source.text_field), *ends)
+    return Encoder(tokenizer, Fields("text_field", source.text_field, where=where), *ends)
 
 
 def tokenizer_metadata(tokenizer: Tokenizer) -> dict[str, Any]:

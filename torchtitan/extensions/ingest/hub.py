@@ -47,6 +47,9 @@ ANSWER_SECONDS = 60.0
 """How long an answer of the hub holds for all processes with the same cache folder, so that a job's ranks ask once."""
 
 
+LEFT_OUT = object()
+
+
 class UnreachableError(Exception):
     """The hub did not answer."""
 
@@ -100,7 +103,8 @@ def hub_material(source: Source, data: Data, cache: Path, encoder: Any) -> Mater
         if most is not None:
             return encoded_documents(part, encoder)
         records = dataset().select(range(part.start, part.stop))
-        return (encoder.encode(document) for _, document in _read(records, part.start, encoder, part.path))
+        read = _read(records, part.start, encoder, part.path)
+        return (encoder.encode(document) for _, document in read if document is not LEFT_OUT)
 
     what = request["name"] + (f" at commit {commit}" if commit else "")
     return Material(name, metadata, what, units, documents, encoder.closing)
@@ -123,7 +127,7 @@ def _finished(source: Source, cache: Path, request: Request, metadata: dict[str,
     """Finished corpora of the same request and policy, with the commit each was made of; the newest first."""
     prefix = folder_name(source.name, []).rpartition("-")[0]
     corpora = (p for p in cache.glob(f"*/{CORPUS_FILE}") if p.parent.name.rpartition("-")[0] == prefix)
-    asked = request | {k: v for k, v in metadata.items() if k not in ("path", "tokenizer_folder")}
+    asked = {"where": None} | request | {k: v for k, v in metadata.items() if k not in ("path", "tokenizer_folder")}
     finished = []
     for corpus in sorted(corpora, key=lambda path: path.stat().st_mtime, reverse=True):
         made = read_json(corpus)
@@ -207,12 +211,7 @@ def _open(request: Request, commit: str, fields: Fields, streaming: bool) -> Any
     paths = [] if streaming else [Path(entry["filename"]) for entry in dataset.cache_files]
     if commit and not all(commit in path.parts for path in paths):  # without a network: the newest that it has
         raise UserError(f"The hub cannot be reached, and {paths[0].parent} is {name} at another commit than {commit}.")
-    if fields.name not in columns:
-        raise UserError(
-            f"The dataset {name} has no column {fields.name!r} (the source's {fields.key}); it has "
-            f"{', '.join(map(repr, columns)) or 'none'}. {fields.hint(columns)}"
-        )
-    return dataset.select_columns([fields.name, *(beside for beside in fields.beside if beside in columns)])
+    return dataset.select_columns(fields.columns(dict.fromkeys(columns), f"The dataset {name}"))
 
 
 def _first_documents(request: Request, commit: str, encoder: Any, most: int, cache: Path, corpus: str) -> Path:
@@ -225,7 +224,7 @@ def _first_documents(request: Request, commit: str, encoder: Any, most: int, cac
                 kept = 0
                 for record, document in _read(dataset, 0, encoder, request["name"]):
                     file.write(json.dumps(record, default=str) + "\n")
-                    kept += document is not None
+                    kept += document is not None and document is not LEFT_OUT
                     if kept == most:
                         break
             encoder.closing()  # what it left out is counted when the units are made
@@ -233,7 +232,8 @@ def _first_documents(request: Request, commit: str, encoder: Any, most: int, cac
 
 
 def _read(records: Any, first: int, encoder: Any, name: str) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Each record, and its document before it is encoded; first: how many records come before them, for messages."""
+    """Each record, and its document before it is encoded, or LEFT_OUT by `where`; first: how many come
+    before them, for messages."""
     iterator = iter(records)
     for number in itertools.count(first + 1):
         try:
@@ -242,12 +242,12 @@ def _read(records: Any, first: int, encoder: Any, name: str) -> Iterator[tuple[d
         except Exception as error:  # from the network, or from files that are not what they seem
             what = f"The download of {name} broke after {number - 1} records"
             raise _refusal(name, what, error, "Start again.") from error
-        record = {field: without_nulls(value) for field, value in record.items()}
         try:
-            document = encoder.read(record)
+            chosen = encoder.fields.of_columns(record.__getitem__, list(record))
+            document = LEFT_OUT if chosen is None else encoder.read(chosen)
         except ValueError as error:
             raise UserError(f"{name}, record {number}: {error}") from error
-        yield record, document
+        yield chosen or {field: without_nulls(value) for field, value in record.items()}, document
 
 
 def _refusal(name: str, what: str, error: BaseException, mend: str) -> UserError:

@@ -11,6 +11,7 @@ from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import CORPUS_FILE, MAKE_AGAIN, Corpus, is_tokenized, open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.source_files import is_hub, source_path
+from torchtitan.extensions.ingest.stand_in import check_where
 from torchtitan.extensions.ingest.token_files import find_token_files, open_token_files
 from torchtitan.extensions.ingest.tokenize import tokenize_source
 from torchtitan.tools.errors import UserError
@@ -26,11 +27,13 @@ def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
     """The corpus of a source: its tokens, or what tokenize_source makes of its text in data.cache_folder."""
     path = source_path(source, data)
     if files := token_files_of(source, data):
+        check_where(source, path, {})
         return open_token_files(source, files, tokenizer, data)
     if is_hub(source) or not is_tokenized(path):
         # The folder was just found by the content of its text, which is not checked a second time.
         return open_corpus(tokenize_source(source, tokenizer, data), tokenizer.fingerprint, check_text=False)
     metadata = read_json(path / CORPUS_FILE, MAKE_AGAIN) if (path / CORPUS_FILE).is_file() else {}
+    check_where(source, path, metadata)
     for key, wanted in (("add_bos", data.add_bos), ("add_eos", data.add_eos)):
         if metadata.get(key, wanted) != wanted:
             has, asked = str(metadata[key]).lower(), str(wanted).lower()

@@ -7,12 +7,13 @@ time, so that a file is hashed once, and again only if its size or time has chan
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import glob
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,13 +86,64 @@ def matching_files(source: Source, data: Data) -> list[Path]:
         pattern = str(path)
     else:  # the name of data.folder is not a pattern
         pattern = os.path.join(glob.escape(os.path.expanduser(data.folder)), source.path)
-    return [Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return _files([Path(p) for p in glob.glob(pattern)])
+    # Not by glob's own "**", which goes round in circles of links for ever.
+    above, below = "/".join(parts[: parts.index("**")]), parts[parts.index("**") :]
+    hidden = any(part.startswith(".") for part in below)
+    roots = [Path(p) for p in glob.glob(above or "/") if os.path.isdir(p)]
+    return _files([p for root in roots for p in _walk(root, hidden) if _matches(p.relative_to(root).parts, below)])
+
+
+def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether the parts of a glob take a path, as glob does: "**" is any folders; hidden names must be asked for."""
+    if not parts or not names:
+        return not names and all(part == "**" for part in parts)
+    shown = parts[0].startswith(".") or not names[0].startswith(".")
+    if parts[0] == "**":
+        return _matches(names, parts[1:]) or (shown and _matches(names[1:], parts))
+    return shown and fnmatch.fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:])
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files in a folder and its subfolders, without hidden ones; sorted."""
-    paths = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    return sorted(p for p in paths if p.is_file())
+    """All files in a folder and its subfolders, also linked ones, without hidden ones; sorted. UserError for a link
+    that leads nowhere."""
+    return sorted(_files(list(_walk(folder))))
+
+
+def _walk(folder: Path, hidden: bool = False, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """What is in a folder and its subfolders, hidden or not; links are followed, but not to where it comes from."""
+    above = (*above, os.path.realpath(folder))
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be listed: {error}. Make it readable, or move it away.") from error
+    for entry in entries:
+        if entry.name.startswith(".") and not hidden:
+            continue
+        if not entry.is_dir():
+            yield folder / entry.name
+        elif not entry.is_symlink() or os.path.realpath(entry.path) not in above:
+            yield from _walk(folder / entry.name, hidden, above)
+
+
+def _files(paths: list[Path]) -> list[Path]:
+    """The files among the paths; of those in a folder that several links lead to, each once. UserError for a link that
+    leads nowhere."""
+    real: dict[Path, str] = {}
+    files: dict[tuple[str, str], Path] = {}
+    for path in sorted(paths):
+        if path.is_symlink() and not path.exists():
+            raise UserError(
+                f"{path} is a link to {os.readlink(path)}, which does not exist: is a disk or a download missing? Mend "
+                "the link or take it out."
+            )
+        if path.is_file():
+            if path.parent not in real:
+                real[path.parent] = os.path.realpath(path.parent)
+            files.setdefault((real[path.parent], path.name), path)
+    return list(files.values())
 
 
 def hash_files(paths: list[Path], cache: Path) -> list[SourceFile]:

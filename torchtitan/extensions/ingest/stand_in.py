@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,6 +58,15 @@ def folders_of(config: JobConfig) -> dict[Path, Source]:
                     "if you know what it is."
                 )
     return folders
+
+
+def check_where(source: Source, path: Path, metadata: dict[str, Any]) -> None:
+    """UserError if `where` would choose from a tokenized folder, which has no fields: only a stand-in needs none."""
+    if source.where and metadata.get("where") != source.where.strip() and not (path / MARK).is_file():
+        raise UserError(
+            f"Data source {source.name!r} has where = {source.where!r}, but {path} is tokenized, and its documents "
+            "have no fields: leave where out, or name the text."
+        )
 
 
 def make_documents(source: Source, data: Data, seq_len: int, tokens: int, seed: int) -> list[np.ndarray]:

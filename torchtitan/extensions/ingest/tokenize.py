@@ -21,6 +21,8 @@ import numpy as np
 from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.encoder import make_encoder
+from torchtitan.extensions.ingest.find_text import find_text_files
+from torchtitan.extensions.ingest.open_text import kind_of, whole_suffix
 from torchtitan.extensions.ingest.source_files import (
     ChangedError,
     Material,
@@ -29,7 +31,7 @@ from torchtitan.extensions.ingest.source_files import (
     is_hub,
     source_path,
 )
-from torchtitan.extensions.ingest.text import Span, encoded_documents, find_text_files, spans_of
+from torchtitan.extensions.ingest.text import Span, encoded_documents, spans_of
 from torchtitan.extensions.ingest.units import (
     CorpusInProgress,
     Counts,
@@ -53,7 +55,7 @@ logger = logging.getLogger(__name__)
 def tokenize_source(source: Source, tokenizer: Tokenizer, data: Data, num_proc: int | None = None) -> Path:
     """The folder of a source's corpus in data.cache_folder; the source is tokenized if the folder is missing.
 
-    source.path is text (a file, folder or glob of .jsonl, .parquet, .txt), a folder of MDS shards, or hub:NAME.
+    source.path is text (a file, folder or glob, find_text.py), a folder of MDS shards, or hub:NAME.
     Documents keep the order of the sorted files and of the documents in them, whatever num_proc (default: the cores
     this process may use). Empty documents are left out and counted. A run that was killed is continued. If several
     processes ask for the same corpus, one works and the others wait. UserError for what cannot be read.
@@ -101,6 +103,11 @@ def _material(source: Source, tokenizer: Tokenizer, data: Data, cache: Path) -> 
         from torchtitan.extensions.ingest.mds import find_mds, mds_documents, read_index
 
         if indexes := find_mds(path):
+            if source.where:
+                raise UserError(
+                    f"Data source {source.name!r} has where = {source.where!r}, but its path {source.path!r} is a "
+                    "folder of MDS shards, which hold tokens: where reads the fields of text records. Leave it out."
+                )
             if source.messages_field:
                 raise UserError(
                     f"Data source {source.name!r} has messages_field = {source.messages_field!r}, but its path "
@@ -113,6 +120,11 @@ def _material(source: Source, tokenizer: Tokenizer, data: Data, cache: Path) -> 
             what = f"{len(shards)} MDS shards"
             return _of_files(source, cache, encoder, paths, kind, what, lambda target: shards, mds_documents)
     files = find_text_files(source, data)
+    if source.where and (plain := [file for file in files if kind_of(file) not in (".jsonl", ".json", ".parquet")]):
+        raise UserError(
+            f"Data source {source.name!r} has where = {source.where!r}, but {plain[0]} is a text without fields: leave "
+            "where out, or name files of records (.jsonl, .json, .parquet)."
+        )
 
     def spans(target: int) -> list[Span]:
         return [span for file in files for span in spans_of(str(file), target)]
@@ -134,7 +146,7 @@ def _of_files(
     """The material of local files. parts(bytes of a unit): what they are cut into; read(part, encoder): documents."""
     files = {file.path: file for file in hash_files(paths, cache)}
     total = sum(file.size for file in files.values())
-    content = [(Path(file.path).suffix, file.sha256) for file in files.values()]
+    content = [(whole_suffix(file.path), file.sha256) for file in files.values()]
     name = folder_name(source.name, [[*encoder.key, kind], content])
     metadata = encoder.metadata | {
         "path": source.path,

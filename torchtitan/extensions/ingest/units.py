@@ -222,9 +222,17 @@ def finish(corpus: CorpusInProgress, units: int, metadata: dict[str, Any]) -> li
             return missing
         kept = [index for index in range(units) if done[index]["documents"]]
         left_out: Counter[str] = sum((Counter(done[i].get("left_out", {})) for i in range(units)), Counter())
+        records = sum(done[i].get("records", 0) for i in range(units))
+        lacking: Counter[str] = sum((Counter(done[i].get("lacking", {})) for i in range(units)), Counter())
+        if never := [field for field, count in lacking.items() if count == records]:
+            _delete_unfinished(corpus.cache, corpus.name)
+            raise UserError(
+                f"Data source {corpus.source!r}: where = {metadata['where']!r} names the field {never[0]!r}, which "
+                f"none of the {records} records of {metadata['path']!r} has. Mend its name."
+            )
         if not kept:
             _delete_unfinished(corpus.cache, corpus.name)
-            why = "; ".join(f"{count} {CONVERSATIONS_LEFT_OUT[reason]}" for reason, count in left_out.items())
+            why = "; ".join(f"{count} {CONVERSATIONS_LEFT_OUT[reason]}" for reason, count in left_out.items() if count)
             raise UserError(
                 f"Data source {corpus.source!r} holds no document with text: everything that its path "
                 f"{metadata['path']!r} names is left out ({why or 'empty or blank'})."

@@ -328,7 +328,9 @@ def _source_notes(report: dict[str, Any], s: dict[str, Any]) -> Iterator[str]:
         share = s["trained_tokens"] / max(1, s["tokens_read"])
         yield f"{name}: the loss is on {s['trained_tokens']:,} tokens ({share:.1%}); by role: {roles}"
     for reason, count in s["conversations_left_out"].items():
-        yield f"left out of {name}: {count:,} conversations {CONVERSATIONS_LEFT_OUT[reason]}"
+        what = "records" if reason == "where" else "conversations"
+        if count:
+            yield f"left out of {name}: {count:,} {what} {CONVERSATIONS_LEFT_OUT[reason]}"
     if s["conversations_not_written"] is None:
         yield (
             f"warning: {name}: {s['folder']} was made by an older version, which trained messages with weight 0 or "
