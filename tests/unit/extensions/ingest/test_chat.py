@@ -387,6 +387,17 @@ def test_other_things_that_are_refused(tmp_path: Path) -> None:
         resolve_source(worthless, tokenizer, data)
 
 
+def test_where_chooses_conversations(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(assets(tmp_path / "assets", TEMPLATES["chatml"]))
+    data = Data(cache_folder=str(tmp_path / "cache"))
+    records = [{"messages": CHAT[:2], "lang": lang} for lang in ("en", "de", "en")] + [{"messages": 7, "lang": "de"}]
+    source = chat_source(tmp_path / "chat.jsonl", *records)
+    chosen = resolve_source(replace(source, where="lang == 'en'"), tokenizer, data)
+    whole = resolve_source(chat_source(tmp_path / "one.jsonl", *records[:1]), tokenizer, data)
+    assert len(chosen) == 2 and chosen.left_out == {"where": 2} and chosen.fingerprint != whole.fingerprint
+    assert chosen.document(1).tolist() == whole.document(0).tolist()
+
+
 def conversations(count: int) -> list[dict[str, Any]]:
     """Of 1 to 4 turns, a few words each."""
     random = np.random.default_rng(0)
