@@ -11,8 +11,13 @@ mlx-lm and llama.cpp (xllamacpp, and the converter out of the source package of 
 its own, also in float32. Prompts are random token ids, below the model's original length and beyond it; the largest and
 the mean difference over the whole vocabulary are printed, in nats.
 
-Exit code 1 if a server that is installed cannot load the folder, or is off by more than --tolerance, and the notes on
-that server (docs/servers.md) do not say so. A server that is not installed is named, and is no fault.
+A model whose answers hardly depend on where a token stands (an untrained one) agrees with every server, whatever RoPE
+that computes. So it is also printed how far ours moves with another RoPE; if that is not beyond --tolerance, the
+verdict is "cannot tell".
+
+Exit code 3 if nothing is worse than such a verdict. Exit code 1 if a server that is installed cannot load the folder,
+or is off by more than --tolerance, and the notes on that server (docs/servers.md) do not say so. A server that is not
+installed is named, and is no fault.
 """
 
 from __future__ import annotations
@@ -31,13 +36,14 @@ from typing import Any
 import torch
 
 from torchtitan.attention.backends import choose_backend
+from torchtitan.distributed.context_parallel.local_batch import LocalBatch
 from torchtitan.extensions.convert import ask_server
 from torchtitan.extensions.convert.conversion import open_any
 from torchtitan.extensions.convert.servers import notes_on_answers
 from torchtitan.extensions.convert.weights import Weights
 from torchtitan.extensions.evaluation.command_line import text_table
 from torchtitan.extensions.evaluation.forward import Ranks, lay_out, logits_of
-from torchtitan.models.rope import rope_for
+from torchtitan.models.rope import RopeArgs, rope_for
 from torchtitan.models.transformer import Transformer
 from torchtitan.tools.errors import UserError
 
@@ -48,6 +54,9 @@ NAMES = {"vllm": "vLLM"}
 """What the notes call a server, if it is another name than here."""
 
 REPEATED = "--override-kv"
+
+CANNOT_TELL = 3
+"""Exit code, if no answer of the model shows which RoPE a server computes."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,8 @@ class Model:
     prompts: list[list[int]]
     ours: torch.Tensor
     """Log-probabilities of the next token, float32 [prompts, vocabulary]."""
+    moved: dict[str, float] = field(default_factory=dict)
+    """How far, in nats, our answers move with another RoPE: to prompts "below" the original length, and "beyond" it."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ class Row:
     options: dict[str, str]
     """Of the server's command line: none, or those of the notes on it."""
     verdict: str
-    """agrees; off; fails; not installed"""
+    """agrees; cannot tell; off; fails; not installed"""
     below: list[float] | None = None
     """Mean and largest difference in nats, of prompts up to the original length."""
     beyond: list[float] | None = None
@@ -115,9 +126,18 @@ def main(argv: list[str] | None = None) -> int:
     print(as_table(rows, models))
     if options.out:
         options.out.write_text(
-            json.dumps({"tolerance": options.tolerance, "rows": [asdict(r) for r in rows]}, indent=1)
+            json.dumps(
+                {
+                    "tolerance": options.tolerance,
+                    "moved": {str(m.folder): m.moved for m in models},
+                    "rows": [asdict(r) for r in rows],
+                },
+                indent=1,
+            )
         )
-    return int(any(row.verdict in ("off", "fails") and not row.explained for row in rows))
+    if any(row.verdict in ("off", "fails") and not row.explained for row in rows):
+        return 1
+    return CANNOT_TELL if any(row.verdict == "cannot tell" for row in rows) else 0
 
 
 def interpreters(given: list[str]) -> dict[str, str]:
@@ -159,7 +179,8 @@ def ask_ours(folder: Path, options: argparse.Namespace) -> Model:
         raise UserError(f"--lengths {min(lengths)}: a prompt has at least one token.")
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(weights.args.vocab_size, (n,), generator=generator) for n in lengths]
-    return Model(folder, original, [p.tolist() for p in prompts], our_log_probs(weights, prompts))
+    ours, moved = our_log_probs(weights, prompts, original, options.tolerance)
+    return Model(folder, original, [p.tolist() for p in prompts], ours, moved)
 
 
 def lengths_of(weights: Weights, original: int | None) -> tuple[int, int]:
@@ -178,8 +199,11 @@ def lengths_of(weights: Weights, original: int | None) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def our_log_probs(weights: Weights, prompts: list[torch.Tensor]) -> torch.Tensor:
-    """float32 [prompts, vocabulary]: after each prompt's last token."""
+def our_log_probs(
+    weights: Weights, prompts: list[torch.Tensor], original: int, tolerance: float
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """float32 [prompts, vocabulary]: after each prompt's last token. And Model.moved, from the first prompts (the
+    shortest) that move further than `tolerance`, if there are such."""
     ranks = Ranks(backend=choose_backend("auto", "cpu"))
     with torch.device("meta"):
         model = Transformer(weights.args, ranks.backend)
@@ -187,12 +211,22 @@ def our_log_probs(weights: Weights, prompts: list[torch.Tensor]) -> torch.Tensor
     model.tie_embeddings()
     for name, parameter in model.named_parameters():
         parameter.copy_(weights.read(name))
-    rows = []
+    rope = weights.args.rope
+    plain = 1e4 if rope.scaling or rope.theta > 1e5 else 1e6  # far from the model's own
+    rows, moved = [], {}
     for prompt in prompts:
         last = torch.tensor([len(prompt) - 1])
         local = lay_out(model, ranks, [prompt])
-        rows.append(logits_of(model.eval(), ranks, local, last, rope_for(weights.args.rope, len(prompt)))[0])
-    return torch.stack(rows).log_softmax(-1)
+
+        def answer(of: RopeArgs, local: LocalBatch = local, last: torch.Tensor = last) -> torch.Tensor:
+            return logits_of(model.eval(), ranks, local, last, of)[0].log_softmax(-1)
+
+        rows.append(answer(rope_for(rope, len(prompt))))
+        side = "below" if len(prompt) <= original else "beyond"
+        if moved.get(side, 0.0) <= tolerance:
+            further = (answer(replace(rope, theta=plain, scaling=None)) - rows[-1]).abs().max().item()
+            moved[side] = max(moved.get(side, 0.0), further)
+    return torch.stack(rows), moved
 
 
 def with_notes(name: str, python: str, converter: str | None, models: list[Model], tolerance: float) -> list[Row]:
@@ -216,7 +250,9 @@ def with_notes(name: str, python: str, converter: str | None, models: list[Model
         )
         rows[i] = replace(row, notes=[text for text, _ in notes[i]], explained=explained)
         noted = [
-            replace(other, explained=explained and other.verdict != "agrees") if other in own else other
+            replace(other, explained=explained and other.verdict not in ("agrees", "cannot tell"))
+            if other in own
+            else other
             for other in noted
         ]
     return rows + noted
@@ -307,7 +343,8 @@ def judge(row: Row, model: Model, entry: dict[str, Any], answers: Path, toleranc
     )
     agrees = (difference.amax(1) <= tolerance).tolist()
     lengths = [len(prompt) for prompt, right in zip(model.prompts[:prompts], agrees, strict=True) if right]
-    verdict = "fails" if prompts < len(model.prompts) else "agrees" if all(agrees) else "off"
+    same = "agrees" if all(further > tolerance for further in model.moved.values()) else "cannot tell"
+    verdict = "fails" if prompts < len(model.prompts) else same if all(agrees) else "off"
     return replace(row, verdict=verdict, below=below, beyond=beyond, agrees_at=lengths, remarks=remarks)
 
 
@@ -316,7 +353,12 @@ def as_table(rows: list[Row], models: list[Model]) -> str:
     lines = []
     for model in models:
         lengths = ", ".join(f"{len(prompt):,}" for prompt in model.prompts)
-        lines += [f"{model.folder}: prompts of {lengths} tokens; original length {model.original:,}", ""]
+        lines += [f"{model.folder}: prompts of {lengths} tokens; original length {model.original:,}"]
+        moved = " and ".join(f"{further:.1e} {side} the original length" for side, further in model.moved.items())
+        lines += [
+            f"With another RoPE our own answers differ by {moved}: a server's should differ by far less.",
+            "",
+        ]
         own = [row for row in rows if row.model == str(model.folder)]
         cells = [["server", "below: mean", "largest", "beyond: mean", "largest", ""]]
         for row in own:

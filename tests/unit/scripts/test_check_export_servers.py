@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,8 +15,9 @@ import pytest
 import torch
 
 from tests.scripts import load_script
-from tests.unit.extensions.convert.models import ARCHITECTURES, SCALINGS, export, save, with_rope
+from tests.unit.extensions.convert.models import ARCHITECTURES, SCALINGS, export, random_weights, save, with_rope
 from torchtitan.extensions.convert import ask_server
+from torchtitan.extensions.convert.export import write_hugging_face
 from torchtitan.models.rope_scaling import YarnScaling
 
 # Stands for another server's Python: without options its answers are uniform; with them they are transformers'.
@@ -75,7 +78,11 @@ def test_transformers_agrees_and_others_are_named(
     assert run(script, exports / "yarn", "--checkpoint", checkpoint, "--out", tmp_path / "out.json") == 0
     said = capsys.readouterr().out
     assert "prompts of 16, 32, 63, 65, 160, 255 tokens; original length 64" in said
-    first, *others = json.loads((tmp_path / "out.json").read_text())["rows"]
+    content = json.loads((tmp_path / "out.json").read_text())
+    moved = content["moved"][str(exports / "yarn")]
+    assert min(moved["below"], moved["beyond"]) > 0.1, "one prompt may be enough, of each side"
+    assert "With another RoPE our own answers differ by" in said
+    first, *others = content["rows"]
     assert (first["server"], first["verdict"]) == ("transformers", "agrees")
     for mean, largest in (first["below"], first["beyond"]):
         assert 0 < mean < largest < 1e-4
@@ -130,6 +137,30 @@ def test_a_note_accounts_for_a_server_that_agrees_with_the_options_it_names(
     assert run(script, exports / "yarn", *own) == 1
     [row] = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert row["verdict"] == "off" and not row["notes"]
+
+
+def test_a_model_that_does_not_look_at_positions_cannot_tell(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """Without queries every token sees all before it alike, whatever the RoPE: transformers, which computes another
+    one by the wrong config.json, gives our answers."""
+    args = with_rope(SCALINGS["yarn"])
+    weights = random_weights(args)
+
+    def read(name: str) -> torch.Tensor:
+        return weights.read(name) * (0.0 if ".wq." in name else 1.0)
+
+    write_hugging_face(replace(weights, read=read), tmp_path / "right", None)
+    shutil.copytree(tmp_path / "right", tmp_path / "wrong")
+    config = json.loads((tmp_path / "wrong" / "config.json").read_text())
+    config |= {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_scaling": None}
+    (tmp_path / "wrong" / "config.json").write_text(json.dumps(config))
+    options = ("--checkpoint", tmp_path / "right", "--lengths", 30, 200, "--servers", "transformers")
+    assert run(script, tmp_path / "wrong", *options, "--original-length", 64, "--out", tmp_path / "out.json") == 3
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["rows"][0]["verdict"] == "cannot tell"
+    assert content["moved"][str(tmp_path / "wrong")] == pytest.approx({"below": 0, "beyond": 0}, abs=1e-5)
+    assert "cannot tell" in capsys.readouterr().out
 
 
 def test_a_server_that_dies_is_a_fault_and_the_other_models_are_asked(
