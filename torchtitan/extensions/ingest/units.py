@@ -249,10 +249,8 @@ def finish(corpus: CorpusInProgress, units: int, metadata: dict[str, Any]) -> li
             not_written: Counter[str] = sum((Counter(done[i].get("not_written", {})) for i in range(units)), Counter())
             metadata |= {"left_out": dict(left_out), "not_written": dict(not_written)}
             metadata["message_weights"] = all(done[i].get("message_weights") for i in range(units))
-            if any(
-                done[i].get("changed") for i in range(units)
-            ):  # no longer what a checkpoint may have been trained on
-                metadata["fingerprint"] += "-2"
+            if any(done[i].get("changed") for i in range(units)):
+                metadata["fingerprint"] += "-2"  # an older version made other tokens or roles of the same files
         with written(corpus.aside / CORPUS_FILE, durable=True, unique=True) as path:
             path.write_text(json.dumps(metadata, indent=1))
         whole = corpus.aside / "whole"  # a folder of its own: nothing that a late worker writes gets into the corpus
