@@ -26,7 +26,8 @@ def waves(theta: float, head_dim: int, dtype: Any = None) -> Tensor:
     """1 / f_j = theta^(2j/D), [D / 2]; dtype: a torch.dtype, None: float64."""
     import torch
 
-    return theta ** (torch.arange(0, head_dim, 2, dtype=dtype or torch.float64) / head_dim)
+    # on the CPU whatever the default device: a model is built on the meta device, and its RoPE is looked at
+    return theta ** (torch.arange(0, head_dim, 2, dtype=dtype or torch.float64, device="cpu") / head_dim)
 
 
 def plain_frequencies(theta: float, head_dim: int, dtype: Any = None) -> Tensor:
