@@ -1,9 +1,10 @@
-"""Small tokenizers and corpora for the tests of the data room, and one of 10,000 documents in four domains."""
+"""Small tokenizers and corpora for the tests of the data room, one of 10,000 documents in four domains; and a process
+group of one process."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,16 @@ from torchtitan.datasets.tokenizer import Tokenizer
 
 def encode_bytes(texts: list[str]) -> list[list[int]]:
     return [list(text.encode()) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    """What is collective works in this process alone."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -120,8 +120,7 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
         check_start(weights, args, tokenizer.fingerprint)
     weights_digest = None
     if weights and weights.manifest is None:
-        check_weights(weights.path, args)
-        weights_digest = sampled_digest(weights.path)
+        weights_digest = sampled_digest(check_weights(weights.path, args))
     rope = check_stage_rope(config, args, rope_before, weights)
     if config.checkpoint.last_save_in_hf:
         # refuses a model that has no form there

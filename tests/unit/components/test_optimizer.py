@@ -13,12 +13,7 @@ from torchtitan.components.lr_scheduler import lr_factor
 from torchtitan.components.optimizer import build_optimizer, clip_gradients, optimizer_state
 from torchtitan.config.schema import LRScheduler, Optimizer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def two_layers() -> nn.Module:

@@ -201,9 +201,8 @@ def _other_files(weights: Weights, assets: Path | None) -> tuple[dict[str, dict[
             f"{weights.where} was trained on conversations by an older version, which did not write down what ends a "
             "response: add the id of that token to eos_token_id in generation_config.json."
         )
-    if new := set(known_ends(weights)) - set(
-        named := as_ids(generation.get("eos_token_id"))
-    ):  # base models name EOS alone
+    named = as_ids(generation.get("eos_token_id"))
+    if new := set(known_ends(weights)) - set(named):  # base models name EOS alone
         generation["eos_token_id"] = [*named, *sorted(new)]
     if weights.manifest.get("ends_of_turn"):
         spelled = {number: text for text, number in tokenizer.added.items()} if tokenizer else {}

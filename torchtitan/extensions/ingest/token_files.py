@@ -19,6 +19,7 @@ from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.encoder import Encoder, make_encoder
+from torchtitan.extensions.ingest.find_text import SPLITS
 from torchtitan.extensions.ingest.source_files import files_below, is_hub, matching_files, source_path
 from torchtitan.extensions.ingest.token_index import Cut, TokenIndex, index_files
 from torchtitan.extensions.ingest.token_layouts import RAW, TokenFile, layout_of, open_tokens
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 SUFFIXES = {"megatron": (".bin", ".idx"), "llm.c": (".bin",), "npy": (".npy",)}  # in a folder; of the others both
 TEXT = re.compile(r".*\.(jsonl?|txt|parquet)(\.\w+)?|.*\.mds(\.\w+)?|.*\.arrow")
 MASK = re.compile(r"(^|[\W_])(mask|labels?)s?([\W_]|$)")  # of Olmo's conversations: labels_mask_part_0000.npy
-HELD_OUT = {"val", "valid", "validation", "test", "dev", "eval"}
+HELD_OUT = {word for word, split in SPLITS.items() if split != "train"}
 PROBE = 1 << 20  # bytes at the beginning of a file, by which its width is found out
 PROBED = 64  # files
 

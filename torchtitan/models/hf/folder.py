@@ -119,13 +119,13 @@ def read_folder(folder: Path) -> StoredWeights:
     return StoredWeights(folder, tensors, tuple(passed_over))
 
 
-def sampled_digest(folder: Path) -> str:
-    """SHA-256 of the names and sizes of the files that hold the model, and of 4 KiB at 16 places of each.
+def sampled_digest(stored: StoredWeights) -> str:
+    """SHA-256 of the names and sizes of the files that hold the tensors, and of 4 KiB at 16 places of each.
 
     Tells nodes with copies of different models apart without reading them; not a few bytes changed in one copy.
     """
     digest = hashlib.sha256()
-    for path in weight_files(folder):
+    for path in sorted({tensor.file for tensor in stored.tensors.values()}):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:

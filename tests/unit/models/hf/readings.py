@@ -1,6 +1,6 @@
 """What a config.json means to transformers, and what it means here: the same facts of both, to be compared.
 
-Nothing is allocated but RoPE, so that files of 405B parameters can be read too.
+For the facts nothing is allocated but RoPE, so that files of 405B parameters can be read too.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from transformers import AutoConfig
 
 from torchtitan.models.hf.config_in import read_config
+from torchtitan.models.hf.weights import check_weights, load_weights
 from torchtitan.models.rope import RopeArgs, inverse_frequencies, rope_for
-from torchtitan.models.transformer import TransformerArgs
+from torchtitan.models.transformer import Transformer, TransformerArgs
 
 Facts = dict[str, Any]
 
@@ -100,3 +101,12 @@ def differences(theirs: Facts, ours: Facts) -> list[str]:
         if not same or abs(scale / their_scale - 1) > 1e-6:
             found.append(f"RoPE of {key}: {their_frequencies[-3:]} * {their_scale}, here {frequencies[-3:]} * {scale}")
     return found
+
+
+def ours(folder: Path) -> Transformer:
+    """The model in a folder, with its weights. Collective."""
+    args = read_config(folder)
+    check_weights(folder, args)
+    model = Transformer(args)
+    load_weights(model, folder)
+    return model

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
 
+from tests.distributed import harness
 from torchtitan.models.hf.config_in import CLASSES, read_config
 from torchtitan.models.hf.config_keys import KEYS, NEEDED, default_of
 from torchtitan.models.rope import inverse_frequencies, rope_for
@@ -21,17 +22,7 @@ from torchtitan.tools import logging as logs
 from torchtitan.tools.errors import UserError
 
 DROP = object()
-TINY = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 4096,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 128,
-}
+TINY = {key: value for key, value in harness.TINY.items() if key != "head_dim"} | {"max_position_embeddings": 128}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SHORT, LONG = [1.0 + 0.1 * i for i in range(8)], [1.0 + 2.0 * i for i in range(8)]

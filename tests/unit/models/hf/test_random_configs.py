@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.unit.models.hf.random_configs import COUNT, Case, random_case
+from tests.unit.models.hf.readings import ours
 from torchtitan.attention.segments import Segments
 from torchtitan.extensions.convert.export import write_hugging_face
 from torchtitan.extensions.convert.weights import open_hugging_face
 from torchtitan.models.hf.config_in import read_config
-from torchtitan.models.hf.weights import check_weights, hf_name, load_weights
+from torchtitan.models.hf.weights import hf_name
 from torchtitan.models.rope import rope_for
 from torchtitan.models.transformer import Transformer
 from torchtitan.tools.errors import UserError
@@ -25,12 +25,7 @@ from torchtitan.tools.errors import UserError
 CASES = [random_case(number) for number in range(COUNT)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    """load_weights is collective."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_process")  # load_weights is collective
 
 
 def write_config(folder: Path, config: dict) -> None:
@@ -64,14 +59,6 @@ def write_weights(case: Case, folder: Path) -> None:
 
 def in_transformers(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
-def ours(folder: Path) -> Transformer:
-    args = read_config(folder)
-    check_weights(folder, args)
-    model = Transformer(args)
-    load_weights(model, folder)
-    return model
 
 
 def our_logits(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:

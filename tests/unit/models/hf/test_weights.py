@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +24,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.unit.models.hf.readings import ours
 from torchtitan.attention.backends import Mask
 from torchtitan.attention.segments import Segments
 from torchtitan.config.schema import Rope
@@ -32,7 +32,7 @@ from torchtitan.distributed.tensor_parallel import check_tensor_parallel
 from torchtitan.extensions.convert.export import write_hugging_face
 from torchtitan.extensions.convert.weights import open_hugging_face
 from torchtitan.models.hf.config_in import read_config
-from torchtitan.models.hf.weights import check_weights, load_weights
+from torchtitan.models.hf.weights import check_weights
 from torchtitan.models.registry import FLAVORS
 from torchtitan.models.rope import RopeArgs
 from torchtitan.models.rope_config import build_rope
@@ -95,12 +95,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    """load_weights is collective."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_process")  # load_weights is collective
 
 
 def save_hf(kind: str, folder: Path, shard: str = "10GB") -> torch.nn.Module:
@@ -110,14 +105,6 @@ def save_hf(kind: str, folder: Path, shard: str = "10GB") -> torch.nn.Module:
         if "bias" in name or "norm" in name:  # born as 0 and 1, which would hide a mistake
             torch.nn.init.normal_(param, mean=1.0 if "norm" in name else 0.0, std=0.3)
     model.save_pretrained(folder, max_shard_size=shard)
-    return model
-
-
-def ours(folder: Path) -> Transformer:
-    args = read_config(folder)
-    check_weights(folder, args)
-    model = Transformer(args)
-    load_weights(model, folder)
     return model
 
 
