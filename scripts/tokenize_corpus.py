@@ -18,7 +18,7 @@ import tyro
 
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.checks import check_ranges
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import is_tokenized, open_corpus
 from torchtitan.datasets.data_checks import check_names
 from torchtitan.datasets.tokenizer import load_tokenizer

@@ -26,7 +26,8 @@ import tempfile
 from pathlib import Path
 
 from torchtitan.config import JobConfig, dump_toml, load_config
-from torchtitan.config.schema import Data, Evaluation, Rope, Source
+from torchtitan.config.data_schema import Data, Source
+from torchtitan.config.schema import Evaluation, Rope
 from torchtitan.extensions.cluster.rope_report import REFUSED, is_refused, rope_report
 from torchtitan.extensions.ingest.stand_in import build as build_stand_ins
 from torchtitan.tools.errors import UserError

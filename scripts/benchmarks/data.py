@@ -80,7 +80,7 @@ def time_planning(documents: int, tokens: int) -> dict[str, Any]:
     os.sched_setaffinity(0, {core})
     import numpy as np
 
-    from torchtitan.config.schema import Data, Source
+    from torchtitan.config.data_schema import Data, Source
     from torchtitan.datasets.mixture import build_streams
     from torchtitan.datasets.row_table import build_table
 
@@ -130,7 +130,7 @@ def imbalance(args: argparse.Namespace) -> None:
     """60% of the tokens are in documents of at least 64K tokens, 40% in short ones, as in ProLong."""
     import numpy as np
 
-    from torchtitan.config.schema import Data, Source
+    from torchtitan.config.data_schema import Data, Source
     from torchtitan.datasets import dealing
     from torchtitan.datasets.plan import Plan
     from torchtitan.models.work import training_flops
@@ -184,7 +184,7 @@ def split_readings(plan: Plan) -> tuple[int, int]:
 def packing(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from torchtitan.config.schema import Data, Source
+    from torchtitan.config.data_schema import Data, Source
     from torchtitan.datasets.plan import Plan
 
     row, rows_per_step = 32768, 16
@@ -273,7 +273,7 @@ def plain_loader(folder: Path, seq_len: int, workers: int) -> Iterable[Any]:
 
 def our_loader(folder: Path, seq_len: int, workers: int) -> Iterable[Any]:
     """A folder's tokens, except the tail, through build_loader, as a training rank reads them."""
-    from torchtitan.config.schema import Data, Source
+    from torchtitan.config.data_schema import Data, Source
     from torchtitan.datasets.corpus import open_corpus
     from torchtitan.datasets.loader import build_loader
     from torchtitan.datasets.plan import Plan

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import Corpus, open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
 

@@ -362,7 +362,7 @@ CORPORA: dict[str, tuple[Callable[[Path, Path], None], list[str]]] = {
 def test_a_corpus_that_is_not_what_it_was(
     case: str, folder: Path, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from torchtitan.config.schema import Data, Source
+    from torchtitan.config.data_schema import Data, Source
     from torchtitan.datasets.tokenizer import load_tokenizer
     from torchtitan.extensions.ingest.tokenize import tokenize_source
 

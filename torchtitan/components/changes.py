@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.config.checks import rows_per_step
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.config.keys import Decision, keys_of
 from torchtitan.config.manager import from_tables
-from torchtitan.config.schema import Data, JobConfig, Source
+from torchtitan.config.schema import JobConfig
 from torchtitan.config.toml_file import known_keys, values_of
 from torchtitan.datasets.same_data import data_keys, keys_that_decide, shares, source_options
 from torchtitan.tools.errors import UserError

@@ -22,7 +22,8 @@ from torchtitan.components.stage_rope import StageRope, check_stage_rope, rope_o
 from torchtitan.components.start import Start, check_start, find_start, hugging_face_start
 from torchtitan.config import JobConfig, as_tables
 from torchtitan.config.checks import rows_per_step
-from torchtitan.config.schema import Data, Source, Training
+from torchtitan.config.data_schema import Data, Source
+from torchtitan.config.schema import Training
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.ends_of_turn import begins_with_bos, ends_of_turn, named_ends
 from torchtitan.datasets.plan import Plan

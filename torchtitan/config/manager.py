@@ -17,8 +17,9 @@ from typing import Annotated, Any, cast
 import tomli_w
 import tyro
 
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.config.keys import element_table, keys_of
-from torchtitan.config.schema import Data, Gate, JobConfig, Source, Stage
+from torchtitan.config.schema import Gate, JobConfig, Stage
 from torchtitan.config.toml_file import known_keys, load_tables, own_keys, suggest
 from torchtitan.tools.errors import UserError
 

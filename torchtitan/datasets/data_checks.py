@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from torchtitan.config.schema import JobConfig, Source
+from torchtitan.config.data_schema import Source
+from torchtitan.config.schema import JobConfig
 from torchtitan.datasets.where import Where
 from torchtitan.tools.errors import UserError
 

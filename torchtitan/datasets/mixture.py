@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.same_data import normalize
 from torchtitan.tools.constants import CUT_AT
 from torchtitan.tools.errors import UserError

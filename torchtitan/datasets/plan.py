@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from torchtitan.config.schema import Data
+from torchtitan.config.data_schema import Data
 from torchtitan.datasets.corpus import ASSISTANT, Corpus
 from torchtitan.datasets.mixture import Stream, build_streams, check_epochs
 from torchtitan.datasets.row_table import RowTable, build_table, load_table, save_table

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from torchtitan.config.schema import Data
+from torchtitan.config.data_schema import Data
 from torchtitan.datasets.mixture import Merged, Stream, merge
 from torchtitan.datasets.packing import CHOICE, Rows, order_rows, pack, tokens_wanted
 from torchtitan.tools.errors import UserError

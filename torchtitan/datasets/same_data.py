@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.config.keys import Decision, keys_of
-from torchtitan.config.schema import Data, Source
 
 
 def keys_that_decide(table: Any, *decisions: Decision) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import torchtitan.components.changes as changes_module
 from tests.unit.config.test_manager import other_value
 from torchtitan.components.changes import BY_CONTENT, changed_keys, changed_since, differences
 from torchtitan.config import JobConfig, as_tables
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.config.keys import keys_of
 from torchtitan.config.manager import from_tables
-from torchtitan.config.schema import Data, Source
 from torchtitan.config.toml_file import known_keys
 
 SOURCES = (Source("books", "books.jsonl", 0.25), Source("code", "code.jsonl", 0.75))

@@ -16,8 +16,9 @@ from torchtitan.config.checks import (
     resolve_shard_degree,
     rows_per_step,
 )
+from torchtitan.config.data_schema import Source
 from torchtitan.config.keys import Key, Range, element_table, keys_of
-from torchtitan.config.schema import Gate, JobConfig, Source
+from torchtitan.config.schema import Gate, JobConfig
 from torchtitan.config.toml_file import known_keys
 from torchtitan.tools.errors import UserError
 

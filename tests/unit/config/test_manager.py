@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from torchtitan.config import JobConfig, dump_toml, load_config
+from torchtitan.config import JobConfig, data_schema, dump_toml, load_config
 from torchtitan.config import schema as job_config
 from torchtitan.config.checks import check_ranges
 from torchtitan.config.keys import Decision, element_table, keys_of
@@ -51,7 +51,7 @@ def other_value(hint: Any, default: Any) -> Any:
         return (job_config.Gate(metric="loss", at_most=3.5), job_config.Gate(metric="loss_by_position.64", over=2))
     if element_table(hint):
         return tuple(
-            job_config.Source(name=f'a "{i}" \\ é\n', path=f"data/{i}/*.jsonl", weight=0.1 + i) for i in range(2)
+            data_schema.Source(name=f'a "{i}" \\ é\n', path=f"data/{i}/*.jsonl", weight=0.1 + i) for i in range(2)
         )
     if get_origin(hint) is tuple:
         of = arguments[0]
@@ -396,9 +396,9 @@ def test_a_wrong_command_line(arguments: list[str], expected: str, capsys: pytes
 
 
 def docstrings() -> dict[str, dict[str, str]]:
-    """Class name -> field -> the string under it in schema.py."""
+    """Class name -> field -> the string under it in schema.py and data_schema.py."""
     result: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(job_config)).body:
+    for node in [node for module in (job_config, data_schema) for node in ast.parse(inspect.getsource(module)).body]:
         if isinstance(node, ast.ClassDef) and node.name != "JobConfig":
             result[node.name] = {}
             for item, following in zip(node.body, [*node.body[1:], None], strict=True):

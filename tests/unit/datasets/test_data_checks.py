@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from torchtitan.config.schema import Data, JobConfig, Source
+from torchtitan.config.data_schema import Data, Source
+from torchtitan.config.schema import JobConfig
 from torchtitan.datasets.data_checks import check_data
 from torchtitan.tools.errors import UserError
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from torchtitan.attention.segments import Segments
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.batch import PADDING_SOURCE, PackedBatch
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.loader import MicroBatches, build_loader, micro_batch

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.unit.conftest import DOMAINS, domain_data
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.mixture import Stream, build_streams, check_epochs, merge
 from torchtitan.tools.errors import UserError

@@ -12,8 +12,8 @@ import pytest
 
 from tests.unit.conftest import DOMAINS, domain_data, expected_tokens
 from torchtitan.components.changes import changed_inputs
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.config.keys import keys_of
-from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.row_table import PADDING_SEGMENT

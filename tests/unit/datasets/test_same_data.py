@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from torchtitan.components.changes import changed_inputs
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.config.keys import keys_of
-from torchtitan.config.schema import Data, Source
 from torchtitan.datasets.batch import PackedBatch
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.loader import micro_batch

@@ -15,8 +15,9 @@ from pathlib import Path
 from torchtitan.components.manifest import MANIFEST, complete_steps, read_manifest, results_file
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.checks import check_ranges, resolve_shard_degree
+from torchtitan.config.data_schema import Data
 from torchtitan.config.manager import config_file, flag_name
-from torchtitan.config.schema import Data, Rope
+from torchtitan.config.schema import Rope
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.models.hf.folder import in_hub_cache, is_hugging_face, weight_files
 from torchtitan.models.rope_checks import check_rope

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import is_tokenized, open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.find_text import find_text_files

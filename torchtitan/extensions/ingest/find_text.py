@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.extensions.ingest.open_text import compression, kind_of
 from torchtitan.extensions.ingest.source_files import files_below, matching_files, source_path
 from torchtitan.tools.errors import UserError

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import CORPUS_FILE
 from torchtitan.extensions.ingest.source_files import (
     HUB,

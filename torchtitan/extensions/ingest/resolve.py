@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import CORPUS_FILE, MAKE_AGAIN, Corpus, is_tokenized, open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.source_files import is_hub, source_path

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import hash_file, lock, read_json, write_text
 

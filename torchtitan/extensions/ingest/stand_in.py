@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan.config import JobConfig
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import ASSISTANT
 from torchtitan.extensions.ingest.source_files import is_hub, source_path
 from torchtitan.tools.errors import UserError

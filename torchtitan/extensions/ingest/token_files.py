@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.encoder import Encoder, make_encoder

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.encoder import make_encoder
 from torchtitan.extensions.ingest.find_text import find_text_files

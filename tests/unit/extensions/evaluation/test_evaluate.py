@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from tests.distributed.harness import ASSETS, TINY
 from tests.scripts import load_script, run_script
 from tests.unit.extensions.evaluation.full_logits import losses_of_all_logits
-from torchtitan.config.schema import Data, Evaluation, Job, JobConfig, Rope, Training
+from torchtitan.config.data_schema import Data
+from torchtitan.config.schema import Evaluation, Job, JobConfig, Rope, Training
 from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.evaluation import evaluate as asking

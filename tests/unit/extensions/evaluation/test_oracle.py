@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests.distributed.harness import ASSETS
-from torchtitan.config.schema import Data, Evaluation, JobConfig, Training
+from torchtitan.config.data_schema import Data
+from torchtitan.config.schema import Evaluation, JobConfig, Training
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.evaluation.checks import GROUPS, is_answered
 from torchtitan.extensions.evaluation.evaluate import evaluate, prepare

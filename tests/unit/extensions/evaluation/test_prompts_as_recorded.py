@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from tests.distributed.harness import ASSETS
-from torchtitan.config.schema import Data, Evaluation, JobConfig
+from torchtitan.config.data_schema import Data
+from torchtitan.config.schema import Evaluation, JobConfig
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.evaluation.evaluate import Prepared, prepare
 from torchtitan.extensions.evaluation.needle import needle_question

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import ROLES, Corpus
 from torchtitan.datasets.loader import MicroBatches
 from torchtitan.datasets.plan import Plan

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import ASSISTANT, open_corpus
 from torchtitan.datasets.ends_of_turn import ends_of_turn
 from torchtitan.datasets.plan import Plan

@@ -21,7 +21,7 @@ import huggingface_hub
 import pytest
 
 from tests.unit.extensions.ingest.hub_server import COMMIT, serve
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest import hub, units
 from torchtitan.extensions.ingest.resolve import resolve_source
@@ -452,7 +452,7 @@ def test_gated_files(tokenizer: Tokenizer, data: Data, monkeypatch: pytest.Monke
 PROGRAM = """
 import json, sys
 from torchtitan.datasets.tokenizer import Tokenizer
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.extensions.ingest.resolve import resolve_source
 from torchtitan.tools.errors import UserError
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import ASSISTANT, open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest import tokenize, units

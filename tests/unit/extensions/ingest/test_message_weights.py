@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.unit.extensions.ingest.test_chat_templates import CHATML, TALK, USER, assets, encoder_of, trained
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.ingest.resolve import resolve_source

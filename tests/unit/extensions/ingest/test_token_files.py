@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 import pytest
 
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.loader import micro_batch
 from torchtitan.datasets.plan import Plan

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest import source_files, units
@@ -193,7 +193,7 @@ def test_text_needs_no_other_format(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     program = f"""
 import sys
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.resolve import resolve_source
 tokenizer = Tokenizer("bytes", 258, 256, 257, "f" * 64, lambda texts: [list(text.encode()) for text in texts], None)

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest import source_files, tokenize, units, workers
 from torchtitan.extensions.ingest.tokenize import tokenize_shard, tokenize_source

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.unit.conftest import DOMAINS, domain_data
-from torchtitan.config.schema import Data, Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.plan import Plan
 from torchtitan.extensions.planner.data_report import format_report, make_report, unigram_nats

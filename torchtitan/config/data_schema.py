@@ -1,0 +1,158 @@
+"""The tables of a stage's data: [data], and a [[data.sources]] table per source; a part of schema.py, by its rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from torchtitan.config.keys import Decides, Range
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of documents: text that is tokenized once into the cache, or a tokenized folder."""
+
+    name: Annotated[str, Decides("rows")] = ""
+    """Name in reports and metrics."""
+
+    path: Annotated[str, Decides("documents")] = ""
+    """A folder written by scripts/tokenize_corpus.py or by datasets' save_to_disk; a file, folder or glob of .jsonl,
+    .json, .parquet, .txt or source code, perhaps compressed, or of .bin or .npy token ids; a folder of MDS shards; or
+    hub:OWNER/NAME, a dataset of the Hugging Face hub, which is downloaded and tokenized into the cache. Relative to
+    data.folder."""
+
+    weight: Annotated[float, Range(min=0), Decides("rows")] = 1.0
+    """Share of the training tokens, relative to the weights of the other sources."""
+
+    format: Annotated[
+        Literal["auto", "text", "megatron", "npy", "llm.c", "raw_uint16", "raw_uint32"], Decides("documents")
+    ] = "auto"
+    """Layout of files that hold token ids, which are read in place: a .bin with its .idx, a .npy with NumPy's header, a
+    .bin with llm.c's header, or ids without any header (nanoGPT's .bin, Dolma's .npy). auto: found out, and logged."""
+
+    document_end: Annotated[int | None, Range(min=-1), Decides("documents")] = None
+    """Id that ends a document, where files of token ids say it in no other way. Unset: the tokenizer's EOS (of llm.c,
+    document_start). -1: each file is one document."""
+
+    document_start: Annotated[int | None, Range(min=0), Decides("documents")] = None
+    """Instead of document_end: the id that begins a document."""
+
+    text_field: Annotated[str, Decides("documents")] = "text"
+    """Field of a jsonl, json, parquet or hub record that holds the text; "a.b": the field b of the object a."""
+
+    where: Annotated[str, Decides("documents")] = ""
+    """Only records for which this holds, such as "meta.source == 'books' and score >= 0.65" (docs/data.md)."""
+
+    messages_field: Annotated[str, Decides("documents")] = ""
+    """Instead of text_field: the field that holds a conversation, a list of messages with role and content (usually
+    "messages"). The model's chat template makes the text, and only the assistant's responses have a loss."""
+
+    hub_subset: Annotated[str, Decides("documents")] = ""
+    """Configuration of a hub dataset, such as sample-10BT. Empty: its default."""
+
+    hub_split: Annotated[str, Decides("documents")] = "train"
+    """Split of a hub dataset."""
+
+    hub_revision: Annotated[str, Decides("documents")] = "main"
+    """Branch, tag or commit of a hub dataset. Only a commit can be relied on to stay the same."""
+
+    max_documents: Annotated[int | None, Range(min=1), Decides("rows")] = None
+    """Use only the first max_documents documents. Of a hub dataset, no others are downloaded."""
+
+    min_length: Annotated[int, Range(min=0), Decides("rows")] = 0
+    """Leave out documents of fewer tokens."""
+
+    max_length: Annotated[int | None, Range(min=1), Decides("rows")] = None
+    """Leave out documents of more tokens."""
+
+    chunk_length: Annotated[int | None, Range(min=1), Decides("rows")] = None
+    """Longest piece of a document, in tokens, if it should be shorter than a row. Pieces do not see each other."""
+
+    long_document: Annotated[Literal["split", "truncate", "drop"], Decides("rows")] = "split"
+    """What happens to a document longer than a row (or chunk_length). split: it is cut into pieces, and every token is
+    used. truncate: only its beginning is used. drop: it is left out."""
+
+    upsample: Annotated[float | None, Range(min=1), Decides("rows")] = None
+    """How many times as often documents of more than data.long_threshold tokens occur as shorter ones."""
+
+    upsample_to: Annotated[float | None, Range(above=0, below=1), Decides("rows")] = None
+    """Instead of upsample: the share of the source's tokens in such documents, if it is not that high already."""
+
+    separator: Annotated[str, Decides("rows")] = ""
+    """Text after each document, as ordinary tokens (UltraLong's "<s>"), beside or instead of BOS and EOS."""
+
+    max_epochs: Annotated[float | None, Range(above=0), Decides("nothing")] = None
+    """Refuse a plan that reads the source more often than this. Unset: it is repeated in a new order, and the report
+    says how often."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the stage reads."""
+
+    sources: Annotated[tuple[Source, ...], Decides("rows")] = ()
+    """The sources, each a [[data.sources]] table."""
+
+    folder: Annotated[str, Decides("nothing")] = "."
+    """Folder to which the paths of sources are relative: a part of each path, when paths are compared."""
+
+    add_bos: Annotated[bool, Decides("documents")] = True
+    """Begin every document with the tokenizer's BOS token."""
+
+    add_eos: Annotated[bool, Decides("documents")] = True
+    """End every document with the tokenizer's EOS token."""
+
+    strategy: Annotated[
+        Literal[
+            "original",
+            "cut_4k",
+            "cut_128k",
+            "per_source_upsampling",
+            "global_upsampling",
+            "domain_upsampling",
+        ],
+        Decides("rows"),
+    ] = "original"
+    """How lengths are mixed (Fu et al., arXiv 2402.10171). cut_4k, cut_128k: no piece is longer than that.
+    per_source_upsampling: in every source, documents over long_threshold are raised to long_share of its tokens.
+    global_upsampling: they are raised to long_share of all tokens, and sources with more of them gain weight.
+    domain_upsampling: each of upsampled_sources gets upsampled_weight."""
+
+    long_threshold: Annotated[int, Range(min=0), Decides("rows")] = 4096
+    """Upsampling calls documents of more tokens long."""
+
+    long_share: Annotated[float, Range(above=0, below=1), Decides("rows")] = 0.7
+    """Share of tokens in long documents under per_source_upsampling and global_upsampling."""
+
+    upsampled_sources: Annotated[tuple[str, ...], Decides("rows")] = ()
+    """Names of the sources that domain_upsampling raises."""
+
+    upsampled_weight: Annotated[float, Range(above=0), Decides("rows")] = 0.6
+    """The weight of each of them. The other sources keep theirs, and all are then scaled to a sum of 1."""
+
+    packing: Annotated[Literal["best_fit", "concat", "single"], Decides("rows")] = "best_fit"
+    """best_fit: whole pieces, the longest first, each into the row that it fills best. concat: documents laid end to
+    end and cut every seq_len tokens. single: one piece per row. Padding fills the rest of a row, masked."""
+
+    cross_document_attention: Annotated[bool, Decides("rows")] = False
+    """Let the documents of a row attend to each other, but not to padding."""
+
+    anchor_attention: Annotated[bool, Decides("rows")] = False
+    """Documents also see the first token of their row (AnchorAttention, arXiv 2411.13476). Use it with positions =
+    "continue"."""
+
+    positions: Annotated[Literal["reset", "continue", "pose", "longrecipe", "cream", "random"], Decides("rows")] = (
+        "reset"
+    )
+    """The positions that RoPE is given. reset: from 0 in each document. continue: from 0 in each row. The others train
+    short rows for a longer context: positions below target_seq_len, drawn anew for each row (PoSE, LongRecipe, CREAM,
+    RPES)."""
+
+    target_seq_len: Annotated[int | None, Range(min=1), Decides("rows")] = None
+    """The length that pose, longrecipe, cream and random train for."""
+
+    cache_folder: Annotated[str, Decides("nothing")] = "./data_cache"
+    """Folder for tokenized text and plans, named by content and tokenizer."""
+
+    num_workers: Annotated[int, Range(min=0, max=1024), Decides("nothing")] = 1
+    """Loader processes per rank. 0: the training process builds the batches itself."""
