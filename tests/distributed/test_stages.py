@@ -357,6 +357,9 @@ def test_chains(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert stages[2].config.stage.after_dump_folder == "x/b"
     assert config_main(["1", "--job.config_file", str(c), "--stage.run_chain"]) == 1  # a has nothing to train on
     assert "There is nothing to train on" in capsys.readouterr().err
+    for key in ("stage.name", "stage.after_dump_folder"):  # neither dropped without a word nor given to every stage
+        with pytest.raises(UserError, match=f"--{key} is .* of one stage, .*c.toml is the last of a chain of 3"):
+            chain(["--job.config_file", str(c), f"--{key}", "x"])
     (alone,) = chain(["--job.config_file", str(c), "--stage.after", ""])
     assert not alone.config.stage.after and not alone.config.stage.after_dump_folder
     write("a", '[stage]\nafter = "c.toml"\n')

@@ -38,6 +38,13 @@ def chain(args: list[str]) -> list[ChainedStage]:
             raise UserError(f"{files[-1]} has stage.after = {after}, which does not exist.")
         files.append(Path(after))
         after = load_config(["--job.config_file", after]).stage.after
+    for key, what in (("stage.name", "the name"), ("stage.after_dump_folder", "the folder before it")):
+        if len(files) > 1 and flag_value(args, key) is not None:
+            raise UserError(
+                f"--{key} is {what} of one stage, and {path} is the last of a chain of {len(files)}, which would not "
+                "go by it: leave it out, or train that stage alone. --job.dump_folder gives each stage of a chain a "
+                "folder of its own."
+            )
     shared = without_flags(args, "job.config_file", *OF_ONE_STAGE)
     top, first_after = flag_value(args, "job.dump_folder"), flag_value(args, "stage.after")
     stages: list[ChainedStage] = []
