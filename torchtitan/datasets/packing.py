@@ -1,6 +1,6 @@
 """Pieces of documents -> rows of at most seq_len tokens, in an order in which any stretch of the stage has its shares.
 
-The pieces come merged (mixture.py) and are packed in groups of some rows, so that a row's contents depend on its
+The pieces come merged (reading_order.py) and are packed in groups of some rows, so that a row's contents depend on its
 neighbourhood only, and a longer stage begins like a shorter one. What does not fill a row waits for the next group.
 """
 

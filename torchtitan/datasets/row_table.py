@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from torchtitan.config.data_schema import Data
-from torchtitan.datasets.mixture import Merged, Stream, merge
+from torchtitan.datasets.mixture import Stream
 from torchtitan.datasets.packing import CHOICE, Rows, order_rows, pack, tokens_wanted
+from torchtitan.datasets.reading_order import Merged, merge
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import sync, written
 

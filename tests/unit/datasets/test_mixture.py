@@ -10,7 +10,8 @@ import pytest
 from tests.unit.conftest import DOMAINS, domain_data
 from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import Corpus
-from torchtitan.datasets.mixture import Stream, build_streams, check_epochs, merge
+from torchtitan.datasets.mixture import Stream, build_streams, check_epochs
+from torchtitan.datasets.reading_order import merge
 from torchtitan.tools.errors import UserError
 
 SEQ_LEN = 32768
