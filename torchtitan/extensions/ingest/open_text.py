@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from torchtitan.extensions.ingest.bad_records import DamagedError
 from torchtitan.tools.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -113,27 +114,30 @@ class _Chunks(io.RawIOBase):
 
 
 def _decompressed(path: str) -> Any:
-    """A generator of a compressed file's bytes, with a line in the log now and then. UserError if it is damaged."""
+    """A generator of a compressed file's bytes, with a line in the log now and then. DamagedError if it is damaged."""
     import pyarrow as pa
 
-    size, said = os.path.getsize(path), time.monotonic()
+    size, said, at = os.path.getsize(path), time.monotonic(), 0
     try:
         with open(path, "rb") as raw:
             for chunk in _readers(pa)[compression(path)](raw):
                 yield chunk
+                at = raw.tell()
                 if time.monotonic() - said >= PROGRESS_SECONDS:
                     said = time.monotonic()
-                    logger.info("reading %s: %.2f of %.2f GB, compressed", path, raw.tell() / 1e9, size / 1e9)
+                    logger.info("reading %s: %.2f of %.2f GB, compressed", path, at / 1e9, size / 1e9)
     except (EOFError, OSError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         if "too much memory" in str(error):
             raise UserError(
                 f"{path} was compressed with a window of more than 128 MiB (zstd --long): write it again without that "
                 "option (zstd -d --long=31, then zstd)."
             ) from error
-        raise UserError(
+        damaged = DamagedError(
             f"{path} cannot be decompressed to its end: {' '.join(str(error).split()).rstrip('.')}. It is damaged or "
             "not whole: fetch it again, or take it out of the source."
-        ) from error
+        )
+        damaged.rest = size - max(0, at - CHUNK)  # what was read ahead may be lost too
+        raise damaged from error
 
 
 def _readers(pa: Any) -> dict[str, Callable[[BinaryIO], Iterator[bytes]]]:

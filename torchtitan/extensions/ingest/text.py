@@ -11,13 +11,14 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
 from torchtitan.datasets.where import MISSING, Where, look_up
+from torchtitan.extensions.ingest.bad_records import BadRecords, DamagedError, RecordError
 from torchtitan.extensions.ingest.open_text import beginning, compression, kind_of, open_text
 from torchtitan.tools.errors import UserError
 
@@ -27,12 +28,21 @@ Document = TypeVar("Document")
 @dataclass(frozen=True)
 class Fields:
     """Which fields of a record are read: `name`, the value of the source's key `key`, perhaps "a.b", the field b of the
-    object a; and those of `beside` that the record has. where: of which records."""
+    object a; and those of `beside` that the record has. where: of which records. bad: what becomes of those that cannot
+    be read."""
 
     key: str
     name: str
     beside: tuple[str, ...] = ()
     where: Where | None = None
+    bad: BadRecords = field(default_factory=BadRecords, compare=False)
+
+    def keeps(self, record: Mapping[str, Any]) -> bool:
+        """Whether `where` takes the record; RecordError if it cannot compare its values."""
+        try:
+            return self.where is None or self.where.keeps(record)
+        except ValueError as error:
+            raise RecordError("where cannot compare", str(error)) from error
 
     def columns(self, types: Mapping[str, Any], place: str) -> list[str]:
         """The columns to read of a table that has those of `types` (name -> type, None if it is not known); UserError,
@@ -60,7 +70,7 @@ class Fields:
         """A row as a record, without nulls; None if `where` leaves it out. value(column): that of the row."""
         if self.where:
             roots = [name for name in columns if any(f"{f}.".startswith(f"{name}.") for f in self.where.fields)]
-            if not self.where.keeps({name: value(name) for name in roots}):
+            if not self.keeps({name: value(name) for name in roots}):
                 return None
         record = {name: without_nulls(value(name)) for name in columns}
         return record if self.name in record else record | {self.name: look_up(record, self.name)}
@@ -117,7 +127,8 @@ def read_documents(span: Span, text_field: str) -> Iterator[str]:
 
 
 def read_records(span: Span, fields: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
-    """What `read` makes of each record of a span, in order; its ValueError becomes a UserError that says where."""
+    """What `read` makes of each record of a span, in order. fields.bad gets the records of which it makes a ValueError,
+    and those that cannot be read; DamagedError if the rest of the file cannot."""
     kind = kind_of(span.path)
     if kind == ".parquet":
         return _read_parquet(span, fields, read)
@@ -132,16 +143,19 @@ def _read_txt(span: Span, fields: Fields, read: Callable[[dict[str, Any]], Docum
     with open_text(span.path) as file:
         content = file.read()
     try:
-        text = content.decode("utf-8-sig")  # -sig: a byte order mark is not text
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{span.path} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}. Convert it "
-            "(e.g. iconv -f latin1 -t utf-8) or take it out of the source."
-        ) from error
-    try:
-        yield read({fields.name: text})
+        try:
+            text = content.decode("utf-8-sig")  # -sig: a byte order mark is not text
+        except UnicodeDecodeError as error:
+            raise RecordError(
+                "not UTF-8",
+                f"not UTF-8: byte {error.start} is 0x{content[error.start]:02x}. Convert it (e.g. iconv -f latin1 -t "
+                "utf-8) or take it out of the source.",
+            ) from error
+        document = read({fields.name: text})
     except ValueError as error:
-        raise UserError(f"{span.path}: {error}") from error
+        fields.bad.add(span.path, lambda: "", error)
+    else:
+        yield document
 
 
 def _read_lines(span: Span, fields: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
@@ -153,15 +167,15 @@ def _read_lines(span: Span, fields: Fields, read: Callable[[dict[str, Any]], Doc
         first, lines = at, 0
         while (at < span.stop or compression(span.path)) and (line := file.readline()):
             lines += 1
+            is_first, at = at == 0, at + len(line)
             try:
-                record = _parse_line(line, fields, first=at == 0)
-                if record is not None:
-                    document = read(record)
+                record = _parse_line(line, fields, is_first)
+                if record is None:
+                    continue
+                document = read(record)
             except ValueError as error:
-                number = _lines_before(span.path, first) + lines
-                raise UserError(f"{span.path} line {number}: {error}") from error
-            at += len(line)
-            if record is not None:
+                fields.bad.add(span.path, lambda: f"line {_lines_before(span.path, first) + lines}", error)  # noqa: B023
+            else:
                 yield document
 
 
@@ -175,14 +189,20 @@ def _read_array(span: Span, fields: Fields, read: Callable[[dict[str, Any]], Doc
     line = 1
     with open_text(span.path) as file:
         try:
-            for record, line in _array_items(io.TextIOWrapper(file, "utf-8-sig", newline="")):  # noqa: B007
-                if (chosen := _chosen(record, fields)) is not None:
-                    yield read(chosen)
+            for record, line in _array_items(io.TextIOWrapper(file, "utf-8-sig", newline="")):
+                try:
+                    if (chosen := _chosen(record, fields)) is None:
+                        continue
+                    document = read(chosen)
+                except ValueError as error:
+                    fields.bad.add(span.path, lambda: f"line {line}", error)  # noqa: B023
+                else:
+                    yield document
         except UnicodeDecodeError as error:
-            raise UserError(f"{span.path} is not UTF-8 after line {line}: {error.reason}. Convert it.") from error
-        except ValueError as error:
-            line, why = error.args if isinstance(error, _BrokenArray) else (line, error)
-            raise UserError(f"{span.path} line {line}: {why}") from error
+            raise DamagedError(f"{span.path} is not UTF-8 after line {line}: {error.reason}. Convert it.") from error
+        except _BrokenArray as error:
+            line, why = error.args
+            raise DamagedError(f"{span.path} line {line}: {why}") from error
 
 
 class _BrokenArray(ValueError):
@@ -237,9 +257,10 @@ def _parse_line(line: bytes, fields: Fields, first: bool) -> dict[str, Any] | No
     try:
         decoded = line.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise RecordError(
+            "not UTF-8",
             f"not UTF-8: byte {error.start} of the line is 0x{line[error.start]:02x}. Convert the file (e.g. iconv -f "
-            "latin1 -t utf-8) or take the line out."
+            "latin1 -t utf-8) or take the line out.",
         ) from error
     if not decoded.strip():
         return None
@@ -247,26 +268,31 @@ def _parse_line(line: bytes, fields: Fields, first: bool) -> dict[str, Any] | No
         record = json.loads(decoded)
     except json.JSONDecodeError as error:
         what = error.msg.removesuffix(" at")
-        raise ValueError(
+        raise RecordError(
+            "broken JSON",
             f"broken JSON: {what} at character {error.pos} of {len(decoded)}. A .jsonl file has one whole JSON object "
-            "per line (a .json file too, or one array of objects); mend the line or take it out."
+            "per line (a .json file too, or one array of objects); mend the line or take it out.",
         ) from error
     except RecursionError as error:
-        raise ValueError("the record is nested too deeply to be read: take the line out.") from error
+        raise RecordError(
+            "nested too deeply", "the record is nested too deeply to be read: take the line out."
+        ) from error
     return _chosen(record, fields)
 
 
 def _chosen(record: Any, fields: Fields) -> dict[str, Any] | None:
     """A JSON record with the field that is read, by its whole name; None if `where` leaves it out."""
     if not isinstance(record, dict):
-        raise ValueError(f"the record is a JSON {type(record).__name__}, not an object with a field {fields.name!r}.")
-    if fields.where and not fields.where.keeps(record):
+        what = f"the record is a JSON {type(record).__name__}, not an object with a field {fields.name!r}."
+        raise RecordError("not an object", what)
+    if not fields.keeps(record):
         return None
     if fields.name in record:
         return record
     if (value := look_up(record, fields.name, MISSING)) is MISSING:
         names = ", ".join(map(repr, record)) or "none"
-        raise ValueError(f"no field {fields.name!r}; the record has {names}. {fields.hint(record)}")
+        what = f"no field {fields.name!r}; the record has {names}. {fields.hint(record)}"
+        raise RecordError("missing field", what)
     return record | {fields.name: value}
 
 
@@ -281,17 +307,16 @@ def without_nulls(value: Any) -> Any:
 
 
 def as_text(value: Any, text_field: str) -> str:
-    """A field of a record as text, "" for None; ValueError if it is not text."""
+    """A field of a record as text, "" for None; RecordError if it is not text."""
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"the field {text_field!r} is a {type(value).__name__}, not text.")
+        raise RecordError("wrong type", f"the field {text_field!r} is a {type(value).__name__}, not text.")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        raise ValueError(
-            f"not UTF-8: character {error.start} of {text_field!r} is half of a surrogate pair."
-        ) from error
+        what = f"not UTF-8: character {error.start} of {text_field!r} is half of a surrogate pair."
+        raise RecordError("not UTF-8", what) from error
     return value
 
 
@@ -307,7 +332,7 @@ def _open_parquet(path: str) -> Any:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a Parquet file that can be read: {error}.") from error
+        raise DamagedError(f"{path} is not a Parquet file that can be read: {error}.") from error
 
 
 def _cell(batch: Any, index: int, column: str) -> Any:
@@ -325,14 +350,19 @@ def _read_parquet(span: Span, fields: Fields, read: Callable[[dict[str, Any]], D
         for batch in file.iter_batches(64, row_groups=list(range(span.start, span.stop)), columns=columns):
             for index in range(len(batch)):
                 row += 1
-                record = fields.of_columns(partial(_cell, batch, index), columns)
-                if record is not None:
-                    yield read(record)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{span.path} row {row}: {fields.name!r} is not UTF-8 at byte {error.start}.") from error
-    except ValueError as error:
-        if isinstance(error, pa.ArrowException):
-            raise UserError(f"{span.path} is damaged near row {row}: {error}.") from error
-        raise UserError(f"{span.path} row {row}: {error}") from error
+                try:
+                    record = fields.of_columns(partial(_cell, batch, index), columns)
+                    if record is None:
+                        continue
+                    document = read(record)
+                except pa.ArrowException:  # some of them are ValueErrors too
+                    raise
+                except ValueError as error:
+                    if isinstance(error, UnicodeDecodeError):
+                        what = f"{fields.name!r} is not UTF-8 at byte {error.start}."
+                        error = RecordError("not UTF-8", what)
+                    fields.bad.add(span.path, lambda: f"row {row}", error)  # noqa: B023
+                else:
+                    yield document
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{span.path} is damaged near row {row}: {error}.") from error
+        raise DamagedError(f"{span.path} is damaged near row {row}: {error}.") from error
