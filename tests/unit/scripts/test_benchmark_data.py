@@ -1,4 +1,4 @@
-"""scripts/benchmarks/data.py at tiny sizes: it runs, prints every figure, and what it compares with packs correctly."""
+"""scripts/benchmarks/{data,tokenizing}.py at tiny sizes: they run and print every figure; what is compared is right."""
 
 from __future__ import annotations
 
@@ -53,6 +53,20 @@ def test_it_prints_every_figure(tmp_path: Path) -> None:
     for name, figures in ROWS.items():
         assert all(re.match(NUMBER, cell) for cell in printed[name][:figures]), (name, printed[name])
     assert list(tmp_path.iterdir()) == []  # the corpus is gone
+
+
+def test_tokenizing_is_compared_with_datasets_token_by_token(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT.with_name("tokenizing.py")), "--megabytes=1", "--turns=1", f"--scratch={tmp_path}"],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr  # it compares the ids of both sides itself
+    for name in ("tokenize_source", "load_dataset, map, save_to_disk", "its map alone"):
+        assert re.search(rf"\| {name} +\| +{NUMBER}", done.stdout), done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("seq_len", [4, 7, 100])
