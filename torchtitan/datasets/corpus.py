@@ -1,9 +1,9 @@
 """A tokenized source on disk: memory-mapped Arrow with a column `input_ids`, one document per row, and perhaps `roles`.
 
 open_corpus is all that the core knows of where data come from; extensions/ingest makes such folders. Opening reads
-Arrow's metadata and offsets, never the tokens: all lengths are known at once and a document is a view into the mapped
-file. A folder of ours (with corpus.json) is checked against what it says of itself; a folder that someone else wrote
-with datasets' save_to_disk is taken as it is.
+Arrow's metadata and offsets, never the tokens: all lengths are known at once and a document is a view into a file that
+is mapped when it is read (mapped.py). A folder of ours (with corpus.json) is checked against what it says of itself; a
+folder that someone else wrote with datasets' save_to_disk is taken as it is.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from torchtitan.datasets.mapped import ArrowFile, MappedNumbers, cannot_read, is_limit
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import hash_file, read_json
 
@@ -42,6 +44,9 @@ CONVERSATIONS_LEFT_OUT = {
 
 MAKE_AGAIN = "Delete the folder and make it again."
 
+Numbers = np.ndarray | MappedNumbers
+"""What is read by slices: an array, or numbers in a file."""
+
 
 class Corpus:
     """Documents of a source; made by open_corpus.
@@ -49,16 +54,17 @@ class Corpus:
     folder: str. lengths: int64[n], tokens of every document. tokens: their sum. fingerprint: hex, of the content.
     max_token_id: the largest id in the corpus, None if the folder does not say. has_roles: whether its tokens have
     roles (ROLES), so that only the assistant's are trained on. left_out: how many conversations were left out, by
-    reason.
+    reason. shards: of each its bounds and tokens. Bounds: int64[documents + 1] if the documents lie one behind the
+    other; if not, int64[2, documents], their starts and stops.
     """
 
     def __init__(
         self,
         folder: str,
-        shards: list[tuple[np.ndarray, np.ndarray]],
+        shards: Sequence[tuple[np.ndarray, Numbers]],
         fingerprint: str,
         max_token_id: int | None,
-        roles: list[np.ndarray] | None = None,
+        roles: Sequence[Numbers] | None = None,
         left_out: dict[str, int] | None = None,
     ) -> None:
         self.folder = folder
@@ -68,9 +74,9 @@ class Corpus:
         self.left_out = left_out or {}
         self._values = [values for _, values in shards]
         self._roles = roles or []
-        self._offsets = [offsets for offsets, _ in shards]
-        self._first = np.cumsum([0] + [len(offsets) - 1 for offsets in self._offsets])
-        self.lengths = np.concatenate([np.diff(offsets) for offsets in self._offsets]).astype(np.int64)
+        self._bounds = [bounds if bounds.ndim == 2 else (bounds[:-1], bounds[1:]) for bounds, _ in shards]
+        self._first = np.cumsum([0] + [len(starts) for starts, _ in self._bounds])
+        self.lengths = np.concatenate([stops - starts for starts, stops in self._bounds]).astype(np.int64)
         self.tokens = int(self.lengths.sum())
 
     def __len__(self) -> int:
@@ -89,11 +95,14 @@ class Corpus:
 
     def id_range(self, most: int) -> tuple[int, int, bool]:
         """The smallest and the largest id; and whether there are more than `most`, and a sample was looked at."""
-        tokens = [values[offsets[0] : offsets[-1]] for offsets, values in zip(self._offsets, self._values)]
-        step = max(1, -(-sum(map(len, tokens)) // most))
-        chunks = [part[at : at + 65536] for part in tokens for at in range(0, len(part), 65536)][::step]
-        lowest, highest = min((c.min() for c in chunks), default=0), max((c.max() for c in chunks), default=0)
-        return int(lowest), int(highest), step > 1
+        step = max(1, -(-self.tokens // most))
+        chunks = [
+            (values, slice(at, min(at + 65536, int(stops[-1]))))
+            for (starts, stops), values in zip(self._bounds, self._values)
+            for at in range(int(starts[0]), int(stops[-1]), 65536)
+        ][::step]
+        ends = [(c.min(), c.max()) for c in (values[tokens] for values, tokens in chunks)]
+        return int(min((low for low, _ in ends), default=0)), int(max((high for _, high in ends), default=0)), step > 1
 
     def roles(self, index: int) -> np.ndarray:
         """The role of each of its tokens, int8[lengths[index]]; only if has_roles."""
@@ -105,7 +114,8 @@ class Corpus:
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)} in {self.folder}")
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
-        return shard, slice(*self._offsets[shard][index - self._first[shard] :][:2])
+        starts, stops = self._bounds[shard]
+        return shard, slice(int(starts[index - self._first[shard]]), int(stops[index - self._first[shard]]))
 
 
 def is_tokenized(path: Path) -> bool:
@@ -133,7 +143,7 @@ def open_corpus(
     if metadata is not None:
         _check(path, metadata, tokenizer_fingerprint, check_text)
     names = [str(entry["filename"]) for entry in read_json(path / STATE_FILE, MAKE_AGAIN).get("_data_files", [])]
-    mapped = [batch for name in names for batch in _map_shard(path / name)]
+    mapped = [batch for name in names for batch in _shards_of(path / name)]
     shards = [(offsets, values) for offsets, values, _ in mapped]
     roles = [values for _, _, values in mapped if values is not None]
     if len(roles) not in (0, len(mapped)):
@@ -156,10 +166,11 @@ def open_corpus(
     identity = hashlib.sha256(json.dumps([[name, os.path.getsize(path / name)] for name in names]).encode())
     for offsets, values in shards:
         identity.update(np.diff(offsets).tobytes())  # a plan made for other lengths would read beyond documents
-        for begin in np.linspace(0, max(0, len(values) - 1024), 16).astype(int):  # a sample: all would take minutes
-            identity.update(values[begin : begin + 1024].tobytes())
+        tokens = values[:]
+        for begin in np.linspace(0, max(0, len(tokens) - 1024), 16).astype(int):  # a sample: all would take minutes
+            identity.update(tokens[begin : begin + 1024].tobytes())
     for values in roles:
-        identity.update(values.tobytes())
+        identity.update(values[:].tobytes())
     return Corpus(str(path), shards, identity.hexdigest()[:16], None, roles or None)
 
 
@@ -196,20 +207,19 @@ def _check(path: Path, metadata: dict[str, Any], tokenizer_fingerprint: str | No
         )
 
 
-def _map_shard(file: Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-    """(offsets int64[rows + 1], tokens, roles or None) of every record batch; these are views into the mapped file."""
+def _shards_of(file: Path) -> list[tuple[np.ndarray, MappedNumbers, MappedNumbers | None]]:
+    """(offsets int64[rows + 1], tokens, roles or None) of every record batch; no map is kept."""
     import pyarrow as pa
 
     if not file.is_file():
         raise UserError(f"{file} is missing from the corpus: delete the folder and make it again.")
     try:
-        with pa.ipc.open_stream(pa.memory_map(str(file))) as reader:
-            if "input_ids" not in reader.schema.names:
-                names = ", ".join(reader.schema.names)
-                raise UserError(f"{file} has no column input_ids (it has {names}): it is not a tokenized corpus.")
-            batches = list(reader)
-        mapped = []
-        for batch in batches:
+        arrow = ArrowFile(file)
+        if "input_ids" not in arrow.schema.names:
+            names = ", ".join(arrow.schema.names)
+            raise UserError(f"{file} has no column input_ids (it has {names}): it is not a tokenized corpus.")
+        shards = []
+        for batch in arrow.batches:
             column = batch.column("input_ids")
             if len(column) == 0:
                 continue
@@ -218,16 +228,19 @@ def _map_shard(file: Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | No
             if not pa.types.is_integer(column.type.value_type) or column.null_count or column.values.null_count:
                 raise UserError(f"{file}: the column input_ids ({column.type}) must hold integers without nulls.")
             offsets = column.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
-            values = column.values.to_numpy(zero_copy_only=True)
-            if not (offsets[0] >= 0 and (np.diff(offsets) >= 0).all() and offsets[-1] <= len(values)):
+            if not (offsets[0] >= 0 and (np.diff(offsets) >= 0).all() and offsets[-1] <= len(column.values)):
                 raise UserError(f"{file} is a damaged Arrow file: its offsets are out of order.")
-            roles = None
+            ids, roles = arrow.numbers(column.values), None
             if "roles" in batch.schema.names:
                 role_column = batch.column("roles")
-                roles = role_column.values.to_numpy(zero_copy_only=True)
                 if role_column.type.value_type != pa.int8() or not role_column.offsets.equals(column.offsets):
                     raise UserError(f"{file}: the column roles must hold an int8 for each of the input_ids.")
-            mapped.append((offsets, values, roles))
-        return mapped
+                roles = arrow.numbers(role_column.values)
+            if ids is None or ("roles" in batch.schema.names and roles is None):
+                raise UserError(f"{file} is compressed, and cannot be mapped. {MAKE_AGAIN}")
+            shards.append((offsets, ids, roles))
+        return shards
     except (pa.ArrowException, OSError, EOFError) as error:
+        if is_limit(error):
+            raise cannot_read(file, error) from error
         raise UserError(f"{file} is a damaged Arrow file ({error}): delete the corpus and tokenize again.") from error

@@ -167,15 +167,16 @@ class Plan:
 
     def tokens(self, row: Row) -> np.ndarray:
         """int32[sum of the row's lengths], read from the corpora; no padding."""
-        parts = []
-        for source, document, start, length in zip(row.sources, row.documents, row.starts, row.lengths):
+        tokens = np.empty(int(row.lengths.sum()), np.int32)  # filled part by part: no view keeps a file mapped
+        ends = np.cumsum(row.lengths)
+        for end, source, document, start, length in zip(ends, row.sources, row.documents, row.starts, row.lengths):
             stop = int(start) + int(length)
-            parts.append(self.corpora[source].document(int(document), int(start), stop))
-            beyond = stop - int(self.corpora[source].lengths[document])
-            if beyond > 0:  # into the separator, or wholly within it
-                separator = self.separators[source][:beyond]
-                parts.append(separator[max(0, beyond - int(length)) :])
-        return np.concatenate(parts)
+            part = self.corpora[source].document(int(document), int(start), stop)
+            tokens[end - length : end - length + len(part)] = part
+            if len(part) < length:  # into the separator, or wholly within it
+                beyond = stop - int(self.corpora[source].lengths[document])
+                tokens[end - length + len(part) : end] = self.separators[source][beyond - length + len(part) : beyond]
+        return tokens
 
     def trained(self, row: Row) -> np.ndarray:
         """bool[sum of the row's lengths]: the tokens that the loss may be on; of conversations the assistant's."""

@@ -46,7 +46,7 @@ def corpus(*documents: str) -> Corpus:
 
 def text(*documents: str) -> Corpus:
     made = corpus(*documents)
-    return Corpus("text", [(made._offsets[0], made._values[0])], "print", None)
+    return Corpus("text", [(np.stack(made._bounds[0]), made._values[0])], "print", None)
 
 
 def test_the_token_after_which_nothing_is_trained(tokenizer: Tokenizer) -> None:

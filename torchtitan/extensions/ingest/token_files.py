@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from torchtitan.config.data_schema import Data, Source
-from torchtitan.datasets.corpus import Corpus
+from torchtitan.datasets.corpus import Corpus, Numbers
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.encoder import Encoder, make_encoder
 from torchtitan.extensions.ingest.find_text import SPLITS
@@ -45,7 +45,7 @@ class TokenCorpus(Corpus):
     def __init__(
         self,
         folder: str,
-        shards: list[tuple[np.ndarray, np.ndarray]],
+        shards: Sequence[tuple[np.ndarray, Numbers]],
         fingerprint: str,
         max_token_id: int,
         lacks: np.ndarray,

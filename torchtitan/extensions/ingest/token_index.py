@@ -115,7 +115,7 @@ def _write(cache: Path, name: str, state: list[Any], index: TokenIndex) -> None:
 
 
 def _index(file: TokenFile, cut: Cut, sampled: bool) -> TokenIndex:
-    values = file.map()
+    values = file.map()[:]
     offsets = file.bounds()
     token = cut.token if offsets is None else None
     if sampled:

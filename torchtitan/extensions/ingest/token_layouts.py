@@ -8,7 +8,7 @@ llm.c       256 int32 (magic, version, number of tokens, zeros), then uint16 (20
 raw_uint16  ids without any header: nanoGPT's .bin, and what Dolma (Olmo) calls .npy. NAME.csv.gz beside NAME.npy, which
 raw_uint32  Dolma writes, has a line per document that begins with its first token and the token behind its last.
 
-Nothing is copied: a file becomes a view into its memory map.
+Nothing is copied: ids are views into a file's memory map.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from torchtitan.datasets.mapped import FileState, MappedNumbers
 from torchtitan.tools.errors import UserError
 
 MEGATRON_MAGIC = b"MMIDIDX\0\0"
@@ -47,12 +48,9 @@ class TokenFile:
     tokens: int
     beside: Path | None
 
-    def map(self) -> np.ndarray:
-        """The ids, dtype[tokens], a read-only view into the mapped file. It keeps no file open: there may be
-        thousands."""
-        import pyarrow as pa
-
-        return np.frombuffer(pa.memory_map(str(self.path)).read_buffer(), self.dtype, self.tokens, self.begin)
+    def map(self) -> MappedNumbers:
+        """The ids, dtype[tokens], which are mapped when they are read."""
+        return MappedNumbers(FileState.of(self.path), np.dtype(self.dtype), self.begin, self.tokens)
 
     def bounds(self) -> np.ndarray | None:
         """The tokens at which documents begin, and the end of the last: int64[documents + 1]; None if no file says."""

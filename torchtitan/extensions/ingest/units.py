@@ -33,7 +33,7 @@ from torchtitan.tools.folders import lock, read_json, sync, written
 logger = logging.getLogger(__name__)
 
 UNIT_BYTES = 4 << 20  # a unit of work and a shard: small enough that the cores end together and a kill costs little ...
-MOST_UNITS = 2048  # ... but their number stays bounded: each is a map of every process, and Linux gives it 65,530
+MOST_UNITS = 2048  # ... but their number stays bounded: each is a file to open at every start
 """How a source is cut into units. Neither may depend on the machine or on how many processes work."""
 
 RECORD_BATCH_TOKENS = 4 << 20  # what a worker holds in memory
