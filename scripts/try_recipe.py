@@ -155,6 +155,8 @@ def small_data(data: Data, folder: Path, factor: float) -> Data:
             min_length=less(s.min_length) or 0,
             max_length=less(s.max_length),
             chunk_length=less(s.chunk_length),
+            long_threshold=less(s.long_threshold),
+            length_bins=tuple(less(length) or 1 for length in s.length_bins),
             max_epochs=None,
         )
 

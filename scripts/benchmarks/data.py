@@ -92,7 +92,7 @@ def time_planning(documents: int, tokens: int) -> dict[str, Any]:
     data = Data(sources=tuple(Source(name, name, values[3]) for name, values in STAGE_SOURCES.items()))
     rows = -(-tokens // ROW)
     start = time.perf_counter()
-    streams, _ = build_streams(data, lengths, [0] * len(lengths), ROW)
+    streams, _ = build_streams(data, lengths, [0] * len(lengths), ROW, steps=1)
     made = build_table(streams, data, ROW, rows, seed=0)
     seconds = time.perf_counter() - start
     return {

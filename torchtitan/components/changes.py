@@ -17,7 +17,8 @@ from torchtitan.config.keys import Decision, keys_of
 from torchtitan.config.manager import from_tables
 from torchtitan.config.schema import JobConfig
 from torchtitan.config.toml_file import known_keys, values_of
-from torchtitan.datasets.same_data import data_keys, keys_that_decide, shares, source_options
+from torchtitan.datasets.curriculum import weights_at
+from torchtitan.datasets.same_data import data_keys, keys_that_decide, normalize, shares, source_options
 from torchtitan.tools.errors import UserError
 
 ANOTHER_STAGE: tuple[Decision, ...] = ("documents", "rows", "model")
@@ -173,11 +174,19 @@ def differences(manifest: dict[str, Any], config: JobConfig, architecture: dict[
 
 
 def _mixture(data: Data) -> dict[str, dict[str, Any]]:
-    """Source -> its options that decide its documents or rows, and its share of the tokens."""
+    """Source -> its options that decide its documents or rows, and its share of the tokens at the schedules' points."""
+    steps = sorted({p.step for source in data.sources for p in source.schedule if p.weight is not None}) or [0]
+    at_steps = [normalize(weights_at(data, step)) for step in steps]
     return {
-        source.name: {"share": f"{share:.1%}"} | _options(data, source, "documents", "rows")
-        for source, share in zip(data.sources, shares(data))
+        source.name: {"share": _share_text(steps, at)} | _options(data, source, "documents", "rows")
+        for source, *at in zip(data.sources, *at_steps)
     }
+
+
+def _share_text(steps: list[int], shares: list[float]) -> str:
+    """10.0%, or 10.0% at step 0, 20.0% at step 1000."""
+    texts = [f"{share:.1%}" for share in shares]
+    return texts[0] if len({*texts}) == 1 else ", ".join(f"{text} at step {step}" for text, step in zip(texts, steps))
 
 
 def _described(source: dict[str, Any] | None, other: dict[str, Any] | None) -> str:

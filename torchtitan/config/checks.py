@@ -145,17 +145,20 @@ def check_ranges(config: JobConfig) -> None:
     """UserError for a number outside the range that the schema gives its key."""
     keys = known_keys()
     for name, value in values_of(config).items():
-        key = keys[name]
-        if element := element_table(key.hint):
-            for i, item in enumerate(value):
-                which = f' ("{item.name}")' if hasattr(item, "name") else ""
-                for inner, of in keys_of(element).items():
-                    _check_range(f"{name}[{i}]{which}: {inner}", getattr(item, inner), of)
-        elif isinstance(value, tuple):
-            for i, item in enumerate(value):
-                _check_range(f"{name}[{i}]", item, key)
-        else:
-            _check_range(name, value, key)
+        _check_ranges(name, value, keys[name])
+
+
+def _check_ranges(name: str, value: Any, key: Key) -> None:
+    if element := element_table(key.hint):
+        for i, item in enumerate(value):
+            which = f' ("{item.name}")' if hasattr(item, "name") else ""
+            for inner, of in keys_of(element).items():
+                _check_ranges(f"{name}[{i}]{which}: {inner}", getattr(item, inner), of)
+    elif isinstance(value, tuple):
+        for i, item in enumerate(value):
+            _check_range(f"{name}[{i}]", item, key)
+    else:
+        _check_range(name, value, key)
 
 
 def _check_range(name: str, value: Any, key: Key) -> None:

@@ -9,6 +9,20 @@ from torchtitan.config.keys import Decides, Range
 
 
 @dataclass(frozen=True)
+class Point:
+    """What a source's schedule asks for at a step."""
+
+    step: Annotated[int, Range(min=0), Decides("rows")] = 0
+    """How many steps are finished. No two points have the same."""
+
+    weight: Annotated[float | None, Range(min=0, max=1e15), Decides("rows")] = None
+    """The source's weight there, instead of its key weight."""
+
+    length_shares: Annotated[tuple[float, ...], Range(min=0, max=1), Decides("rows")] = ()
+    """The shares of its length_bins there, instead of its key length_shares."""
+
+
+@dataclass(frozen=True)
 class Source:
     """A source of documents: text that is tokenized once into the cache, or a tokenized folder."""
 
@@ -21,7 +35,7 @@ class Source:
     hub:OWNER/NAME, a dataset of the Hugging Face hub, which is downloaded and tokenized into the cache. Relative to
     data.folder."""
 
-    weight: Annotated[float, Range(min=0), Decides("rows")] = 1.0
+    weight: Annotated[float, Range(min=0, max=1e15), Decides("rows")] = 1.0
     """Share of the training tokens, relative to the weights of the other sources."""
 
     format: Annotated[
@@ -73,10 +87,24 @@ class Source:
     used. truncate: only its beginning is used. drop: it is left out."""
 
     upsample: Annotated[float | None, Range(min=1), Decides("rows")] = None
-    """How many times as often documents of more than data.long_threshold tokens occur as shorter ones."""
+    """How many times as often documents of more than long_threshold tokens occur as shorter ones."""
 
     upsample_to: Annotated[float | None, Range(above=0, below=1), Decides("rows")] = None
     """Instead of upsample: the share of the source's tokens in such documents, if it is not that high already."""
+
+    long_threshold: Annotated[int | None, Range(min=0), Decides("rows")] = None
+    """Instead of data.long_threshold, for this source."""
+
+    length_bins: Annotated[tuple[int, ...], Range(min=1), Decides("rows")] = ()
+    """Instead of upsample: lengths in tokens that divide the documents. [8192, 65536] makes three bins: up to 8,192
+    tokens, up to 65,536, and longer."""
+
+    length_shares: Annotated[tuple[float, ...], Range(min=0, max=1), Decides("rows")] = ()
+    """The share of the source's tokens in each bin of length_bins, one more than these; their sum is 1."""
+
+    schedule: Annotated[tuple[Point, ...], Decides("rows")] = ()
+    """weight or length_shares, or both, at some steps, each at two at least: [{step = 0, weight = 1.0}, {step = 1000,
+    weight = 3.0}]. Linear between, constant before and after."""
 
     separator: Annotated[str, Decides("rows")] = ""
     """Text after each document, as ordinary tokens (UltraLong's "<s>"), beside or instead of BOS and EOS."""
@@ -119,7 +147,7 @@ class Data:
     domain_upsampling: each of upsampled_sources gets upsampled_weight."""
 
     long_threshold: Annotated[int, Range(min=0), Decides("rows")] = 4096
-    """Upsampling calls documents of more tokens long."""
+    """Upsampling calls documents of more tokens long, in sources without a long_threshold of their own."""
 
     long_share: Annotated[float, Range(above=0, below=1), Decides("rows")] = 0.7
     """Share of tokens in long documents under per_source_upsampling and global_upsampling."""

@@ -17,10 +17,10 @@ from typing import Annotated, Any, cast
 import tomli_w
 import tyro
 
-from torchtitan.config.data_schema import Data, Source
+from torchtitan.config.data_schema import Data, Point, Source
 from torchtitan.config.keys import element_table, keys_of
 from torchtitan.config.schema import Gate, JobConfig, Stage
-from torchtitan.config.toml_file import known_keys, load_tables, own_keys, suggest
+from torchtitan.config.toml_file import known_keys, load_tables, own_keys, suggest, values_of
 from torchtitan.tools.errors import UserError
 
 _NAME_WITHOUT_FILE = "defaults"
@@ -176,7 +176,8 @@ def _override(config: JobConfig, args: list[str]) -> JobConfig:
     if "--help" in args or "-h" in args:
         args = ["--help"]
         if not config.data.sources:  # one of each array, so that its keys are explained too
-            config = dataclasses.replace(config, data=Data(sources=(Source(),)), stage=Stage(gates=(Gate(),)))
+            data = Data(sources=(Source(schedule=(Point(),)),))
+            config = dataclasses.replace(config, data=data, stage=Stage(gates=(Gate(),)))
         config = _with_hints(config)
     else:
         args = _check_flags(config, args)
@@ -249,14 +250,19 @@ def _check_flags(config: JobConfig, args: list[str]) -> list[str]:
 def _flags(config: JobConfig) -> dict[str, Any]:
     """Every flag that tyro offers for `config`, without the dashes, and its type."""
     flags: dict[str, Any] = {}
-    for name, key in known_keys().items():
-        element = element_table(key.hint)
+
+    def add(name: str, hint: Any, value: Any) -> None:
+        element = element_table(hint)
         if element is None:
-            flags[name] = key.hint
-            continue
-        table, _, array = name.partition(".")
-        for i in range(len(getattr(getattr(config, table), array))):
-            flags.update({f"{name}.{i}.{inner}": of.hint for inner, of in keys_of(element).items()})
+            flags[name] = hint
+            return
+        for i, item in enumerate(value):
+            for inner, of in keys_of(element).items():
+                add(f"{name}.{i}.{inner}", of.hint, getattr(item, inner))
+
+    values = values_of(config)
+    for name, key in known_keys().items():
+        add(name, key.hint, values[name])
     switches = [name.rpartition(".") for name, hint in flags.items() if hint is bool]
     return flags | {f"{table}.no_{switch}": bool for table, _, switch in switches}
 

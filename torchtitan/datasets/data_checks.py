@@ -8,13 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from torchtitan.config.data_schema import Source
+from torchtitan.config.data_schema import Data, Source
 from torchtitan.config.schema import JobConfig
+from torchtitan.datasets.curriculum import schedule_steps, weights_at
+from torchtitan.datasets.same_data import BY_LENGTH, reads_threshold
 from torchtitan.datasets.where import Where
 from torchtitan.tools.errors import UserError
 
 HUB_PATH = re.compile(r"hub:([\w.-]+(/[\w.-]+)?|[./~].*)")
 """A dataset of the Hugging Face hub, or the folder of a local copy."""
+
+SUM_TOLERANCE = 1.001e-3
+"""How far the sum of length_shares may be from 1: three shares of a third can be 0.333."""
 
 
 def check_data(config: JobConfig) -> None:
@@ -34,9 +39,11 @@ def check_data(config: JobConfig) -> None:
                 f"data.sources[{first}] ({sources[first].path}) and data.sources[{i}] ({source.path}) have the same "
                 f'name "{source.name}": reports and metrics are kept by name, so give each its own.'
             )
-    if all(source.weight == 0 for source in sources):
-        names = ", ".join(source.name for source in sources)
-        raise UserError(f"Every source has weight = 0 ({names}): at least one must be above 0.")
+    for step in schedule_steps(config.data) or [0]:
+        if not any(weights_at(config.data, step)):
+            names = ", ".join(source.name for source in sources)
+            when = f" at step {step}" if schedule_steps(config.data) else ""
+            raise UserError(f"Every source has weight = 0{when} ({names}): at least one must be above 0.")
     _check_strategy(config)
     _check_positions(config)
 
@@ -75,11 +82,13 @@ def _check_source(source: Source, where: str, config: JobConfig) -> None:
     raised = source.upsample is not None or source.upsample_to is not None
     if source.upsample is not None and source.upsample_to is not None:
         raise UserError(f"{where}: upsample and upsample_to say the same in two ways; give one of them.")
-    if raised and config.data.strategy in ("per_source_upsampling", "global_upsampling"):
+    if raised and config.data.strategy in BY_LENGTH:
         raise UserError(
             f'{where}: upsample and upsample_to raise one source, data.strategy = "{config.data.strategy}" raises all; '
             'give one of the two (strategy = "original" leaves it to the sources).'
         )
+    _check_lengths(source, where, config.data)
+    _check_points(source, where, config.data)
     if source.messages_field and source.long_document == "split":
         raise UserError(
             f'{where}: a conversation (messages_field = "{source.messages_field}") that is longer than a row cannot be '
@@ -91,6 +100,92 @@ def _check_source(source: Source, where: str, config: JobConfig) -> None:
             f'{where}: data.packing = "concat" cuts conversations (messages_field = "{source.messages_field}") '
             'wherever a row ends: use "best_fit", which leaves them whole.'
         )
+
+
+def _check_lengths(source: Source, where: str, data: Data) -> None:
+    """long_threshold, length_bins and length_shares."""
+    bins, raised = list(source.length_bins), source.upsample is not None or source.upsample_to is not None
+    if source.long_threshold is not None and not reads_threshold(source, data):
+        raise UserError(
+            f"{where}: long_threshold = {source.long_threshold} is read by upsample, upsample_to and data.strategy = "
+            f'"per_source_upsampling" and "global_upsampling" only: give one of these, or leave long_threshold out.'
+        )
+    shares = [("length_shares", source.length_shares)] if source.length_shares else []
+    in_points = [(f"schedule[{i}].length_shares", p.length_shares) for i, p in enumerate(source.schedule)]
+    in_points = [(name, given) for name, given in in_points if given]
+    if not bins:
+        for name, given in [*shares, *in_points]:
+            raise UserError(
+                f"{where}: {name} = {list(given)} are the shares of length_bins, which is not given: length_bins = "
+                "[8192, 65536] makes three bins."
+            )
+        return
+    if any(low >= high for low, high in zip(bins, bins[1:])):
+        raise UserError(f"{where}: length_bins = {bins} must rise: they are the largest lengths of the bins, in order.")
+    if raised or data.strategy in BY_LENGTH:
+        by = (
+            "upsample"
+            if source.upsample is not None
+            else "upsample_to"
+            if raised
+            else f'data.strategy = "{data.strategy}"'
+        )
+        raise UserError(f"{where}: length_bins and {by} both decide the shares of lengths; give one of the two.")
+    if shares and in_points:
+        raise UserError(
+            f"{where}: length_shares stands in the source and in its schedule; leave the first out, or make it a point "
+            "of the schedule."
+        )
+    if not shares and not in_points:
+        raise UserError(
+            f"{where}: length_bins = {bins} has no length_shares: give the share of the tokens in each of the "
+            f"{len(bins) + 1} bins, as length_shares = {_even(len(bins) + 1)}."
+        )
+    for name, given in [*shares, *in_points]:
+        if len(given) != len(bins) + 1:
+            raise UserError(
+                f"{where}: {name} = {list(given)} has {len(given)} shares, but length_bins = {bins} makes "
+                f"{len(bins) + 1} bins: up to each of these lengths, and longer."
+            )
+        if abs(sum(given) - 1) > SUM_TOLERANCE:
+            raise UserError(f"{where}: {name} = {list(given)} must sum to 1, not to {sum(given):g}.")
+
+
+def _even(count: int) -> list[float]:
+    """Shares with a sum of 1, for an example."""
+    share = round(1 / count, 2)
+    return [*[share] * (count - 1), round(1 - share * (count - 1), 2)]
+
+
+def _check_points(source: Source, where: str, data: Data) -> None:
+    """schedule."""
+    if source.schedule:  # until row_table.py reads curves
+        raise UserError(f"{where}: schedule is not read yet.")
+    steps = [point.step for point in source.schedule]
+    if any(first >= second for first, second in zip(steps, steps[1:])):
+        raise UserError(
+            f"{where}: the points of schedule stand at the steps {', '.join(map(str, steps))}: they must rise, and no "
+            "two can be the same (a jump is two points one step apart)."
+        )
+    for i, point in enumerate(source.schedule):
+        if point.weight is None and not point.length_shares:
+            raise UserError(f"{where}: schedule[{i}] (step {point.step}) gives neither weight nor length_shares.")
+    for key, unset in (("weight", None), ("length_shares", ())):
+        given = [point for point in source.schedule if getattr(point, key) != unset]
+        if len(given) == 1:
+            raise UserError(
+                f"{where}: schedule gives {key} at step {given[0].step} only, so that it never moves: give it at "
+                f"another step too, or write {key} in the source."
+            )
+        if given and key == "weight" and source.weight != Source.weight:
+            raise UserError(
+                f"{where}: weight = {source.weight:g} stands in the source and in its schedule; leave the first out."
+            )
+        if given and key == "weight" and data.strategy in ("domain_upsampling", "global_upsampling"):
+            raise UserError(
+                f'{where}: a schedule of weight and data.strategy = "{data.strategy}" both decide the shares of the '
+                'sources; give one of the two (strategy = "original" leaves it to the schedule).'
+            )
 
 
 def _check_strategy(config: JobConfig) -> None:

@@ -2,7 +2,8 @@
 
 Filters, the long-document policy and the length strategies all come down to streams: a stream is the pieces of some of
 a source's documents, read again and again in new orders, with a share of the stage's tokens. A source whose long
-documents are upsampled is two streams, its long and its short documents, so that the long share holds like any other.
+documents are upsampled is two streams, its long and its short documents, and one with length_bins a stream per bin, so
+that these shares hold like any other. A schedule moves the shares: a stream then has a curve (curriculum.py).
 data.strategy acts in three functions: piece_limit (cut_*), _weights (domain_*) and _split_share (*_upsampling).
 """
 
@@ -10,16 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from torchtitan.config.data_schema import Data, Source
-from torchtitan.datasets.same_data import normalize
+from torchtitan.datasets.curriculum import integral, length_shares_at, resolve, schedule_steps, weights_at
+from torchtitan.datasets.same_data import BY_LENGTH, normalize
 from torchtitan.tools.constants import CUT_AT
 from torchtitan.tools.errors import UserError
 
-Kind = Literal["all", "long", "short"]
+ANY_LENGTH = int(np.iinfo(np.int64).max)
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,13 @@ class Stream:
     """Pieces of documents of one source, with a share of the stage's tokens."""
 
     source: int
-    kind: Kind
+    kind: str
+    """Which documents of the source: all, long or short by its threshold, or "bin 0" and so on by its length_bins. It
+    seeds the order of the pieces, so that another source's options do not reorder this one."""
+
     share: float
-    """Of the tokens in rows, padding not counted; the streams' shares sum to 1."""
+    """Of the tokens in rows, padding not counted; the streams' shares sum to 1. With a curve its mean over the stage,
+    and only that depends on how many steps the stage has."""
 
     documents: np.ndarray
     """int32[P], the document of each piece. The pieces of a document follow each other."""
@@ -39,6 +44,25 @@ class Stream:
 
     tokens: int
     """Sum of the lengths: one epoch."""
+
+    over: int = -1
+    """The documents have more tokens than this,"""
+
+    up_to: int = ANY_LENGTH
+    """and at most this many."""
+
+    curve: np.ndarray | None = None
+    """float64[k, 2], (step, share) at the points of the schedule: linear between them, constant before the first and
+    after the last. None: the share is always the same."""
+
+    @property
+    def name(self) -> str:
+        """all, long, short or, of length_bins, 8,193 to 65,536."""
+        if not self.kind.startswith("bin"):
+            return self.kind
+        if self.up_to == ANY_LENGTH:
+            return f"over {self.over:,}"
+        return f"up to {self.up_to:,}" if self.over < 0 else f"{self.over + 1:,} to {self.up_to:,}"
 
 
 @dataclass(frozen=True)
@@ -68,49 +92,83 @@ class _Eligible:
 
 
 def build_streams(
-    data: Data, lengths: Sequence[np.ndarray], separators: Sequence[int], seq_len: int
+    data: Data, lengths: Sequence[np.ndarray], separators: Sequence[int], seq_len: int, steps: int
 ) -> tuple[list[Stream], list[LeftOut]]:
     """The streams of data.sources (of those with a weight) and what each source leaves out.
 
     lengths: int64[n] per source, tokens of its documents. separators: how many tokens follow each document of a source.
-    UserError if a source has nothing left, or its long documents cannot be upsampled as asked.
+    steps: of the stage. They decide Stream.share where there is a curve, and nothing else.
+    UserError if a source has nothing left, or its documents do not have the lengths that are asked for.
     """
     eligible = [
         _apply_filters(source, data, tokens, separator, seq_len)
         for source, tokens, separator in zip(data.sources, lengths, separators, strict=True)
     ]
-    weights = _weights(data)
-    for source, weight, tokens, left in zip(data.sources, weights, lengths, eligible):
-        if weight > 0 and len(left.documents) == 0:
+    long = [e.lengths > long_threshold(source, data) for source, e in zip(data.sources, eligible)]
+    long_shares = [int(e.used[which].sum()) / max(1, int(e.used.sum())) for which, e in zip(long, eligible)]
+    at = schedule_steps(data) or [0]
+    is_read = np.any([_weights(data, step) for step in at], axis=0)
+    for source, read, tokens, left in zip(data.sources, is_read, lengths, eligible):
+        if read and len(left.documents) == 0:
             raise UserError(_nothing_left(source, data, tokens[: source.max_documents], left, seq_len))
-    long_tokens = [int(e.used[_is_long(e, data)].sum()) for e in eligible]
-    long_shares = [long / max(1, int(e.used.sum())) for long, e in zip(long_tokens, eligible)]
-    if data.strategy in ("per_source_upsampling", "global_upsampling") and not any(
-        weight > 0 and long for weight, long in zip(weights, long_tokens)
-    ):
-        raise UserError(
-            f'data.strategy = "{data.strategy}" upsamples documents of more than data.long_threshold = '
-            f"{data.long_threshold} tokens, but no source has one. Lower the threshold."
-        )
+    _check_upsampled(data, eligible, long_shares, is_read)
+    parts = [_parts(i, data, long_shares) for i in range(len(data.sources))]
+    table = resolve(lambda step: _shares(data, step, long_shares), at)
+    of_parts = np.split(table[:, 1:], np.cumsum([len(p) for p in parts])[:-1], axis=1)
     streams = []
-    for index, (source, left) in enumerate(zip(data.sources, eligible)):
-        if weights[index] == 0:
-            continue
-        split = _split_share(index, data, weights, long_shares)
-        if split is None:
-            streams.append(_stream(index, "all", weights[index], left, np.ones(len(left.documents), bool)))
-            continue
-        if long_tokens[index] == 0 and data.strategy != "global_upsampling":
-            key = "upsample_to" if source.upsample_to is not None else "upsample"
-            raise UserError(
-                f"Data source {source.name!r}: {key} upsamples documents of more than data.long_threshold = "
-                f"{data.long_threshold} tokens, but it has none: its longest has {int(left.lengths.max())}. Lower the "
-                f"threshold, or take {key} out."
-            )
-        long = _is_long(left, data)
-        parts: list[tuple[Kind, float, np.ndarray]] = [("long", split[0], long), ("short", split[1], ~long)]
-        streams += [_stream(index, kind, share, left, which) for kind, share, which in parts if share > 0]
+    for index, (left, shares) in enumerate(zip(eligible, of_parts)):
+        for (kind, over, up_to), share in zip(parts[index], shares.T):
+            if not share.any():
+                continue
+            which = (left.lengths > over) & (left.lengths <= up_to)
+            documents, pieces = _pieces(left, which)
+            curve = None if (share == share[0]).all() else np.stack([table[:, 0], share], axis=1)
+            mean = float(share[0] if curve is None else integral(curve, np.array(steps)) / steps)
+            stream = Stream(index, kind, mean, documents, pieces, int(left.used[which].sum()), over, up_to, curve)
+            if not which.any():
+                raise UserError(_empty_bin(data.sources[index], stream, left))
+            streams.append(stream)
     return streams, [e.left_out for e in eligible]
+
+
+def _check_upsampled(
+    data: Data, eligible: Sequence[_Eligible], long_shares: Sequence[float], is_read: np.ndarray
+) -> None:
+    """UserError if documents are to be upsampled and there are none."""
+    if data.strategy in BY_LENGTH:
+        if not any(read and long for read, long in zip(is_read, long_shares)):
+            raise UserError(
+                f'data.strategy = "{data.strategy}" upsamples documents of more than data.long_threshold = '
+                f"{data.long_threshold} tokens (or a source's own long_threshold), but no source has one. Lower the "
+                "threshold."
+            )
+        return
+    for source, left, long, read in zip(data.sources, eligible, long_shares, is_read):
+        key = "upsample_to" if source.upsample_to is not None else "upsample"
+        if read and not long and getattr(source, key) is not None:
+            threshold = "data.long_threshold" if source.long_threshold is None else "its long_threshold"
+            raise UserError(
+                f"Data source {source.name!r}: {key} upsamples documents of more than {threshold} = "
+                f"{long_threshold(source, data)} tokens, but it has none: its longest has {int(left.lengths.max())}. "
+                f"Lower the threshold, or take {key} out."
+            )
+
+
+def _empty_bin(source: Source, stream: Stream, left: _Eligible) -> str:
+    edges = [-1, *source.length_bins, np.inf]
+    counts = np.histogram(left.lengths, np.array(edges) + 1)[0]
+    have = ", ".join(f"{n:,} in bin {number}" for number, n in enumerate(counts) if n)
+    return (
+        f"Data source {source.name!r}: length_shares asks for documents of {stream.kind} of length_bins = "
+        f"{list(source.length_bins)} ({stream.name} tokens), but it has none: its documents have "
+        f"{int(left.lengths.min()):,} to {int(left.lengths.max()):,} tokens ({have}). Set that share to 0, or change "
+        "length_bins."
+    )
+
+
+def long_threshold(source: Source, data: Data) -> int:
+    """Documents of more tokens are long where upsampling tells documents apart, and in the report."""
+    return data.long_threshold if source.long_threshold is None else source.long_threshold
 
 
 def check_epochs(data: Data, streams: Sequence[Stream], read: Sequence[int]) -> None:
@@ -118,7 +176,7 @@ def check_epochs(data: Data, streams: Sequence[Stream], read: Sequence[int]) -> 
     for stream, needed in zip(streams, read, strict=True):
         source, epochs = data.sources[stream.source], needed / stream.tokens
         if source.max_epochs is not None and epochs > source.max_epochs:
-            which = "its documents" if stream.kind == "all" else f"its {stream.kind} documents"
+            which = "its documents" if stream.kind == "all" else f"its documents ({stream.name})"
             raise UserError(
                 f"Data source {source.name!r} cannot fill its share: {which} hold {stream.tokens:,} tokens, and "
                 f"{stream.share:.4g} of the stage's {sum(read):,} are {needed:,}, so that they would be read "
@@ -166,17 +224,37 @@ def piece_limit(source: Source, data: Data, seq_len: int) -> int | None:
     return min(limits) if limits else None
 
 
-def _weights(data: Data) -> list[float]:
-    """Of the sources, summing to 1, before lengths are looked at."""
-    weights = [source.weight for source in data.sources]
+def _weights(data: Data, step: float) -> list[float]:
+    """Of the sources at a step, summing to 1, before lengths are looked at."""
+    weights = weights_at(data, step)
     if data.strategy == "domain_upsampling":
         named = data.upsampled_sources
-        weights = [data.upsampled_weight if s.name in named else s.weight for s in data.sources]
+        weights = [data.upsampled_weight if s.name in named else w for s, w in zip(data.sources, weights)]
     return normalize(weights)
 
 
-def _is_long(eligible: _Eligible, data: Data) -> np.ndarray:
-    return eligible.lengths > data.long_threshold
+def _parts(index: int, data: Data, long_shares: list[float]) -> list[tuple[str, int, int]]:
+    """The streams that a source makes: kind, and the lengths of the documents as in Stream."""
+    source = data.sources[index]
+    if source.length_bins:
+        edges = [-1, *source.length_bins, ANY_LENGTH]
+        return [(f"bin {i}", over, up_to) for i, (over, up_to) in enumerate(zip(edges, edges[1:]))]
+    if _split_share(index, data, _weights(data, 0), long_shares) is None:
+        return [("all", -1, ANY_LENGTH)]
+    threshold = long_threshold(source, data)
+    return [("long", threshold, ANY_LENGTH), ("short", -1, threshold)]
+
+
+def _shares(data: Data, step: float, long_shares: list[float]) -> list[float]:
+    """The shares of the stage's tokens at a step of all _parts of all sources."""
+    weights = _weights(data, step)
+    shares: list[float] = []
+    for index, (source, weight) in enumerate(zip(data.sources, weights)):
+        if source.length_bins:
+            shares += [weight * share for share in length_shares_at(source, step)]
+        else:
+            shares += _split_share(index, data, weights, long_shares) or (weight,)
+    return shares
 
 
 def _split_share(index: int, data: Data, weights: list[float], long_shares: list[float]) -> tuple[float, float] | None:
@@ -207,17 +285,16 @@ def _split_share(index: int, data: Data, weights: list[float], long_shares: list
     return weight * wanted, weight * (1 - wanted)
 
 
-def _stream(source: int, kind: Kind, share: float, eligible: _Eligible, which: np.ndarray) -> Stream:
+def _pieces(eligible: _Eligible, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(documents, lengths) int32[P] of the pieces of some eligible documents, bool[n]."""
     documents, used, limit = eligible.documents[which], eligible.used[which], eligible.limit
-    if limit is None or int(used.max()) <= limit:
-        lengths = used.astype(np.int32)
-    else:
-        counts = -(-used // limit)
-        last = np.cumsum(counts) - 1
-        lengths = np.full(int(counts.sum()), limit, np.int32)
-        lengths[last] = used - (counts - 1) * limit
-        documents = np.repeat(documents, counts)
-    return Stream(source, kind, share, documents, lengths, int(used.sum()))
+    if limit is None or int(used.max(initial=0)) <= limit:
+        return documents, used.astype(np.int32)
+    counts = -(-used // limit)
+    last = np.cumsum(counts) - 1
+    lengths = np.full(int(counts.sum()), limit, np.int32)
+    lengths[last] = used - (counts - 1) * limit
+    return np.repeat(documents, counts), lengths
 
 
 def _nothing_left(source: Source, data: Data, tokens: np.ndarray, left: _Eligible, seq_len: int) -> str:

@@ -6,7 +6,7 @@ same step. Steps and slots count from 0: step k comes after k finished steps, sl
 The words of this room, from the text to the step:
     document  what an author wrote, or one conversation; a corpus is a list of documents.
     piece     a document, or a cut of it that is packed as a whole: at most a row, or chunk_length (mixture.py).
-    stream    the pieces of one source, or of its long or short documents, with a share of the tokens (mixture.py).
+    stream    the pieces of one source, or of its documents of some lengths, with a share of the tokens (mixture.py).
     group     the 128 rows that are packed together (packing.py).
     part      the tokens of one piece in one row: the whole piece, unless concat cuts it.
     row       seq_len tokens: parts, then padding.
@@ -88,7 +88,8 @@ class Plan:
         self.short_window = short_window
         rows = steps * rows_per_step
         lengths = [corpus.lengths for corpus in self.corpora]
-        self.streams, self.left_out = build_streams(data, lengths, [len(ids) for ids in self.separators], seq_len)
+        counts = [len(ids) for ids in self.separators]
+        self.streams, self.left_out = build_streams(data, lengths, counts, seq_len, steps)
         if cache is None:
             self.table = build_table(self.streams, data, seq_len, rows, seed, short_window)
         else:
@@ -139,13 +140,15 @@ class Plan:
         """Hex digest of `inputs`."""
         return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()[:16]
 
+    def parts_of(self, stream: Stream) -> np.ndarray:
+        """int64[P]: the numbers of a stream's parts in the table."""
+        mine = np.flatnonzero(self.table.source == stream.source)
+        lengths = self.corpora[stream.source].lengths[self.table.document[mine]]
+        return np.asarray(mine[(lengths > stream.over) & (lengths <= stream.up_to)])
+
     def tokens_of(self, stream: Stream) -> int:
         """Tokens of a stream in all rows."""
-        mine = self.table.source == stream.source
-        if stream.kind != "all":
-            lengths = self.corpora[stream.source].lengths[self.table.document[mine]]
-            mine = np.flatnonzero(mine)[(lengths > self.data.long_threshold) == (stream.kind == "long")]
-        return int(self.table.length[mine].sum(dtype=np.int64))
+        return int(self.table.length[self.parts_of(stream)].sum(dtype=np.int64))
 
     def row(self, step: int, slot: int) -> Row:
         """The row in a slot of a step; reads no tokens."""

@@ -55,7 +55,8 @@ def take_epochs(stream: Stream, tokens: float, seed: int) -> tuple[np.ndarray, n
     tokens += int(stream.lengths.max())
     count = int(tokens // stream.tokens) + 1
     # Seeded by what the stream is, not by its number: another source's options do not reorder this one.
-    kind = ("all", "long", "short").index(stream.kind)
+    named = ("all", "long", "short")
+    kind = named.index(stream.kind) if stream.kind in named else 3 + int(stream.kind.removeprefix("bin "))
     orders = [
         np.random.default_rng([seed, stream.source, kind, epoch, STREAM_SEED])
         .permutation(len(stream.lengths))

@@ -16,7 +16,7 @@ from torchtitan.config.checks import (
     resolve_shard_degree,
     rows_per_step,
 )
-from torchtitan.config.data_schema import Source
+from torchtitan.config.data_schema import Point, Source
 from torchtitan.config.keys import Key, Range, element_table, keys_of
 from torchtitan.config.schema import Gate, JobConfig
 from torchtitan.config.toml_file import known_keys
@@ -66,6 +66,7 @@ def numeric_keys() -> dict[str, Key]:
     for name, key in known_keys().items():
         inner = element_table(key.hint)
         keys |= {f"{name}.{k}": of for k, of in keys_of(inner).items()} if inner else {name: key}
+    keys |= {f"data.sources.schedule.{k}": of for k, of in keys_of(Point).items()}
     return {name: key for name, key in keys.items() if is_number(key.hint)}
 
 
@@ -74,9 +75,13 @@ def with_value(name: str, value: Any) -> tuple[JobConfig, str]:
     table, key, *inner = name.split(".")
     if inner:
         element = SOURCE if key == "sources" else Gate(metric="loss", at_most=3.0)
+        of_tuple = element_type(name) is not None
+        value, called = ((value,), f"{inner[-1]}[0]") if of_tuple else (value, inner[-1])
+        if len(inner) == 2:
+            value, called = (dataclasses.replace(Point(), **{inner[1]: value}),), f"schedule[0]: {called}"
         items = (dataclasses.replace(element, **{inner[0]: value}),)
         which = ' ("books")' if key == "sources" else ""
-        return make(**{f"{table}__{key}": items}), f"{table}.{key}[0]{which}: {inner[0]}"
+        return make(**{f"{table}__{key}": items}), f"{table}.{key}[0]{which}: {called}"
     if element_type(name) is not None:
         return make(**{f"{table}__{key}": (value,)}), f"{name}[0]"
     return make(**{f"{table}__{key}": value}), name

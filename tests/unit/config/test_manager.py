@@ -49,9 +49,18 @@ def other_value(hint: Any, default: Any) -> Any:
         return next((a for a in arguments if a != default), default)
     if element_table(hint) is job_config.Gate:
         return (job_config.Gate(metric="loss", at_most=3.5), job_config.Gate(metric="loss_by_position.64", over=2))
+    if element_table(hint) is data_schema.Point:
+        return (data_schema.Point(3, 0.5, (0.25, 0.75)), data_schema.Point(step=70, weight=2.0))
     if element_table(hint):
         return tuple(
-            data_schema.Source(name=f'a "{i}" \\ é\n', path=f"data/{i}/*.jsonl", weight=0.1 + i) for i in range(2)
+            data_schema.Source(
+                name=f'a "{i}" \\ é\n',
+                path=f"data/{i}/*.jsonl",
+                weight=0.1 + i,
+                length_bins=(5, 7 + i),
+                schedule=(data_schema.Point(3, None, (0.2, 0.3, 0.5)), data_schema.Point(9, 1.0 + i))[: i + 1],
+            )
+            for i in range(2)
         )
     if get_origin(hint) is tuple:
         of = arguments[0]
@@ -376,6 +385,29 @@ def test_one_source_can_be_overridden(tmp_path: Path) -> None:
     assert "there is no [[data.sources]]" in error_of(None, "--data.sources.0.weight", "2")
 
 
+def test_a_point_of_a_schedule_is_written_and_overridden(tmp_path: Path) -> None:
+    """As inline tables or as an array of tables; an override names a point by its number."""
+    inline = "schedule = [{step = 0, weight = 1}, {step = 10, weight = 2.5, length_shares = [0.25, 0.75]}]\n"
+    tables = (
+        "[[data.sources.schedule]]\nstep = 0\nweight = 1\n"
+        "[[data.sources.schedule]]\nstep = 10\nweight = 2.5\nlength_shares = [0.25, 0.75]\n"
+    )
+    for text in (inline, tables):
+        path = write(tmp_path, a='[[data.sources]]\nname = "x"\npath = "p"\n' + text)
+        points = data_schema.Point(0, 1.0), data_schema.Point(10, 2.5, (0.25, 0.75))
+        assert load(path).data.sources[0].schedule == points
+        flag = "--data.sources.0.schedule.1."
+        config = load(path, f"{flag}weight=4", f"{flag}length_shares", "1", "0")
+        assert config.data.sources[0].schedule == (points[0], data_schema.Point(10, 4.0, (1.0, 0.0)))
+        assert load_config([f"--job.config_file={write(tmp_path, b=dump_toml(config))}"]).data == config.data
+        assert f"did you mean {flag}weight?" in error_of(path, f"{flag}weigt", "2")
+    path = write(tmp_path, a='[[data.sources]]\nname = "x"\n[[data.sources.schedule]]\nsteps = 3\n')
+    words = "steps is not a key of [[data.sources[0].schedule]] (number 0 of them, from 0); did you mean step?"
+    assert words in error_of(path)
+    path = write(tmp_path, a='[[data.sources]]\nname = "x"\nschedule = [[0, 1.0]]\n')
+    assert "data.sources[0].schedule is an array of tables" in error_of(path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -419,13 +451,14 @@ def test_help_explains_every_field_of_every_table(capsys: pytest.CaptureFixture[
 
     output = squeezed(capsys.readouterr().out)
     tables = {key.hint.__name__: f"--{table}." for table, key in keys_of(JobConfig).items()}
-    tables |= {"Source": "--data.sources.0.", "Gate": "--stage.gates.0."}
+    tables |= {"Source": "--data.sources.0.", "Gate": "--stage.gates.0.", "Point": "--data.sources.0.schedule.0."}
+    arrays = (("Data", "sources"), ("Stage", "gates"), ("Source", "schedule"))  # shown by the flags of their elements
     found = docstrings()
     assert set(found) == set(tables)
     for cls, prefix in tables.items():
         for field, text in found[cls].items():
             assert text, f"{cls}.{field} has no docstring"
-            if (cls, field) not in (("Data", "sources"), ("Stage", "gates")):  # shown by the flags of its elements
+            if (cls, field) not in arrays:
                 assert f"{prefix}{field}" in output
                 assert squeezed(text) in output, f"{cls}.{field}"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from torchtitan.components.changes import changed_inputs
-from torchtitan.config.data_schema import Data, Source
+from torchtitan.config.data_schema import Data, Point, Source
 from torchtitan.config.keys import keys_of
 from torchtitan.datasets.batch import PackedBatch
 from torchtitan.datasets.corpus import Corpus
@@ -35,6 +35,7 @@ ANOTHER_DATA: dict[str, tuple[dict[str, Any], Any]] = {
     "cache_folder": ({}, "/elsewhere"),
     "num_workers": ({}, 7),
 }
+BINS: dict[str, Any] = {"length_bins": (60,), "length_shares": (0.2, 0.8)}
 ANOTHER_SOURCE: dict[str, tuple[dict[str, Any], Any]] = {
     "path": ({}, "elsewhere"),
     "weight": ({}, 3.0),
@@ -54,9 +55,14 @@ ANOTHER_SOURCE: dict[str, tuple[dict[str, Any], Any]] = {
     "long_document": ({}, "truncate"),
     "upsample": ({}, 9.0),
     "upsample_to": ({}, 0.99),
+    "long_threshold": ({"upsample": 3.0}, 100),
+    "length_bins": (BINS, (100,)),
+    "length_shares": (BINS, (0.5, 0.5)),
+    "schedule": ({}, (Point(0, 0.1), Point(5, 3.0))),
     "separator": ({}, "###"),
     "max_epochs": ({}, 99.0),
 }
+ANOTHER_POINT: dict[str, Any] = {"step": 4, "weight": 0.2, "length_shares": (0.5, 0.5)}
 TOKENS = {"": (), "###": (7, 7)}
 """What a separator is tokenized to."""
 
@@ -104,6 +110,17 @@ def test_what_a_key_of_a_source_decides(key: str) -> None:
     check_decision(keys_of(Source)[key].decides, stage({}, options), stage({}, options | {key: value}))
 
 
+@pytest.mark.parametrize("key", ANOTHER_POINT)
+def test_what_a_key_of_a_point_decides(key: str) -> None:
+    first, second = Point(0, 1.0, (0.2, 0.8)), Point(5, 3.0, (0.8, 0.2))
+    schedules = [(first, second), (first, replace(second, **{key: ANOTHER_POINT[key]}))]
+    was, now = (stage({}, {"weight": 1.0, "length_bins": (60,), "schedule": points}) for points in schedules)
+    check_decision(keys_of(Point)[key].decides, was, now)
+    assert any(
+        line.startswith("source long: ") for line in changed_inputs(make_plan(was).inputs, make_plan(now).inputs)
+    )
+
+
 @pytest.mark.parametrize("changes", [{"seed": 6}, {"seq_len": 64}, {"rows_per_step": 4}])
 def test_what_else_decides_the_rows(changes: dict[str, int]) -> None:
     plan, other = make_plan(stage({}, {})), make_plan(stage({}, {}), **changes)
@@ -112,6 +129,7 @@ def test_what_else_decides_the_rows(changes: dict[str, int]) -> None:
 
 def test_every_key_is_among_them() -> None:
     assert set(ANOTHER_DATA) | {"sources"} == set(keys_of(Data))
+    assert set(ANOTHER_POINT) == set(keys_of(Point))
     assert set(ANOTHER_SOURCE) | {"name"} == set(keys_of(Source))  # a name is what the rows are reported by
 
 

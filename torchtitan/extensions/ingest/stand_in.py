@@ -11,6 +11,7 @@ import numpy as np
 from torchtitan.config import JobConfig
 from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import ASSISTANT
+from torchtitan.datasets.mixture import long_threshold
 from torchtitan.extensions.ingest.source_files import is_hub, source_path
 from torchtitan.tools.errors import UserError
 
@@ -70,7 +71,7 @@ def check_where(source: Source, path: Path, metadata: dict[str, Any]) -> None:
 
 
 def make_documents(source: Source, data: Data, seq_len: int, tokens: int, seed: int) -> list[np.ndarray]:
-    """Documents uint8[n] of `tokens` tokens in all, or a little more; at least FEWEST are long."""
+    """Documents uint8[n] of `tokens` tokens in all, or a little more; at least FEWEST are long, or of each bin."""
     # Seeded by the path, so that a source is the same beside other sources.
     random = np.random.default_rng([seed, zlib.crc32(source.path.encode())])
     shortest = max(source.min_length, SHORTEST)
@@ -79,9 +80,17 @@ def make_documents(source: Source, data: Data, seq_len: int, tokens: int, seed: 
         longest = min(longest, source.max_length)
     shortest = min(shortest, longest)
     ranges = [(shortest, longest, tokens)]
-    if shortest < data.long_threshold < longest:
+    threshold = long_threshold(source, data)
+    if source.length_bins:
+        shortest = max(source.min_length, min(SHORTEST, source.length_bins[0]))
+        edges = [shortest - 1, *source.length_bins, max(longest, 2 * source.length_bins[-1])]
+        ranges = [(low + 1, high, tokens // len(edges)) for low, high in zip(edges, edges[1:])]
+        if source.max_length is not None:
+            ranges = [(low, min(high, source.max_length), n) for low, high, n in ranges if low <= source.max_length]
+        ranges = [(low, high, n) for low, high, n in ranges if low <= high]
+    elif shortest < threshold < longest:
         long = int(tokens * LONG_SHARE)
-        ranges = [(shortest, data.long_threshold, tokens - long), (data.long_threshold + 1, longest, long)]
+        ranges = [(shortest, threshold, tokens - long), (threshold + 1, longest, long)]
     elif source.min_length:
         ranges = [(shortest, min(4 * shortest, longest), tokens)]
     lengths = [n for low, high, wanted in ranges for n in draw_lengths(low, high, wanted, random)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -18,9 +18,16 @@ from torchtitan.config.checks import dp_degree
 from torchtitan.config.schema import JobConfig
 from torchtitan.datasets.corpus import ASSISTANT, CONVERSATIONS_LEFT_OUT, CORPUS_FILE, ROLES, Corpus
 from torchtitan.datasets.dealing import deal, imbalance, undealt
-from torchtitan.datasets.mixture import piece_limit
+from torchtitan.datasets.mixture import Stream, long_threshold, piece_limit
 from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.tokenizer import json_if_present
+from torchtitan.extensions.planner.schedule_report import (
+    WINDOW,
+    asked_of,
+    schedule_notes,
+    schedule_report,
+    tokens_before,
+)
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.models.work import training_flops, work_of
 from torchtitan.tools.folders import write_text
@@ -29,10 +36,8 @@ from torchtitan.tools.logging import logger
 UNIGRAM_SAMPLE = 4_000_000
 """About how many tokens the unigram model is counted on."""
 
-WINDOW = 100
-"""Consecutive steps in which a source's share must be what was asked for, to TOLERANCE."""
-
 TOLERANCE = 0.005
+"""How far a source's share may be from what was asked for in WINDOW consecutive steps."""
 
 STEPS_DEALT = 1000
 """How many steps, spread over the stage, the imbalance between ranks is averaged over."""
@@ -66,6 +71,7 @@ def make_report(
         "imbalance": _busiest_over_mean(plan, dp_degree, local_batch_size, flops_per_token, flops_per_pair),
         "unigram_nats": unigram_nats(plan),
         "sources": sources,
+        "schedule": schedule_report(plan),
     }
 
 
@@ -84,7 +90,7 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
     limit = min(plan.seq_len, piece_limit(options, plan.data, plan.seq_len) or plan.seq_len)
     cut_off = np.maximum(whole[start == 0] - limit, 0) if options.long_document == "truncate" else np.zeros(1)
     streams = [s for s in plan.streams if s.source == source]
-    share_asked = sum(s.share for s in streams)
+    threshold = long_threshold(options, plan.data)
     return {
         "name": plan.names[source],
         "folder": corpus.folder,
@@ -94,7 +100,7 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
         "left_out": asdict(plan.left_out[source]),
         "conversations_left_out": corpus.left_out,
         "conversations_not_written": _not_written(corpus),
-        "share_asked": share_asked,
+        "share_asked": sum(s.share for s in streams),
         "share": tokens / all_tokens,
         "tokens_read": tokens,
         **_roles_report(corpus, document, start, length),
@@ -102,10 +108,11 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
         "documents_split": int((split > limit).sum()),
         "documents_split_that_fit": int((split <= limit).sum()),
         "truncated_tokens": int(cut_off.sum()),
-        "long_share": float(length[whole > plan.data.long_threshold].sum(dtype=np.int64) / max(1, tokens)),
-        "worst_window": _worst_window(plan, mine, share_asked),
+        "long_threshold": threshold,
+        "long_share": float(length[whole > threshold].sum(dtype=np.int64) / max(1, tokens)),
+        "worst_window": _worst_window(plan, mine, streams),
         "epochs": [
-            {"documents": s.kind, "tokens": s.tokens, "share_asked": s.share, "epochs": plan.tokens_of(s) / s.tokens}
+            {"documents": s.name, "tokens": s.tokens, "share_asked": s.share, "epochs": plan.tokens_of(s) / s.tokens}
             for s in streams
         ],
         "documents_by_length_from": _histogram(corpus.lengths),
@@ -140,15 +147,15 @@ def _roles_report(corpus: Corpus, document: np.ndarray, start: np.ndarray, lengt
     return {"trained_tokens": trained, "tokens_by_role": dict(zip(ROLES, counts.tolist()))}
 
 
-def _worst_window(plan: Plan, mine: np.ndarray, share: float) -> float:
-    """How far the share of a source (whose parts are `mine`) is from `share` in the worst WINDOW consecutive steps."""
-    begins = plan.table.offsets[:: plan.rows_per_step][:-1]
+def _worst_window(plan: Plan, mine: np.ndarray, streams: Sequence[Stream]) -> float:
+    """How far the share of a source (whose parts are `mine`) is from what is asked of its streams in the worst WINDOW
+    consecutive steps."""
     width = min(WINDOW, plan.steps)
-    sums = []
-    for column in (plan.table.length * mine, plan.table.length):
-        so_far = np.cumsum(np.append(0, np.add.reduceat(column, begins, dtype=np.int64)))
-        sums.append(so_far[width:] - so_far[:-width])
-    return float(np.abs(sums[0] / sums[1] - share).max())
+    begins = np.arange(plan.steps - width + 1)
+    asked = sum((asked_of(stream, begins, begins + width) for stream in streams), np.zeros(len(begins)))
+    of_source, of_all = (tokens_before(plan, column) for column in (plan.table.length * mine, plan.table.length))
+    share = (of_source[width:] - of_source[:-width]) / (of_all[width:] - of_all[:-width])
+    return float(np.abs(share - asked).max())
 
 
 def _histogram(lengths: np.ndarray) -> dict[str, dict[str, int]]:
@@ -262,12 +269,13 @@ def format_report(report: dict[str, Any]) -> str:
     for s in sources:
         cells = s | {"epochs": " / ".join(_epochs(e["epochs"]) for e in s["epochs"]) or "0"}
         lines.append(" ".join([s["name"].ljust(width), *(f"{cells[key]:>{w}{kind}}" for _, key, w, kind in COLUMNS)]))
+    thresholds = " or ".join(f"{tokens:,}" for tokens in sorted({s["long_threshold"] for s in sources}))
     lines.append(
-        f"(long: share of tokens in documents over {report['long_threshold']:,}; split: documents longer than a "
-        "piece may be; cut: other documents that packing cut; epochs of long / short documents if one of them is "
-        "raised)"
+        f"(long: share of tokens in documents over {thresholds}; split: documents longer than a piece may be; cut: "
+        "other documents that packing cut; epochs of long / short documents if one of them is raised, or by bin)"
     )
-    return "\n".join([*lines, *_notes(report), *(note for s in sources for note in _source_notes(report, s))])
+    notes = (note for s in sources for note in _source_notes(report, s))
+    return "\n".join([*lines, *_notes(report), *schedule_notes(report), *notes])
 
 
 def _epochs(epochs: float) -> str:
@@ -311,9 +319,9 @@ def _source_notes(report: dict[str, Any], s: dict[str, Any]) -> Iterator[str]:
     name = s["name"]
     most = max(s["epochs"], key=lambda entry: entry["epochs"], default=None)
     if most and most["epochs"] > REPEATED:
-        which = "" if most["documents"] == "all" else f"{most['documents']} documents' "
+        which = "" if most["documents"] == "all" else f" ({most['documents']})"
         yield (
-            f"warning: source {name} is read {most['epochs']:.1f} times: its {which}{most['tokens']:,} tokens "
+            f"warning: source {name} is read {most['epochs']:.1f} times: its {most['tokens']:,} tokens{which} "
             f"must make up {most['share_asked']:.1%} of the stage"
         )
     if s["worst_window"] > TOLERANCE:
@@ -322,7 +330,7 @@ def _source_notes(report: dict[str, Any], s: dict[str, Any]) -> Iterator[str]:
             f"{min(WINDOW, report['steps'])} consecutive steps: its pieces are large for so few rows"
         )
     if report["inputs"]["strategy"] == "per_source_upsampling" and s["tokens_read"] and s["long_share"] == 0:
-        yield f"warning: source {name} has no document of more than {report['long_threshold']:,} tokens to raise"
+        yield f"warning: source {name} has no document of more than {s['long_threshold']:,} tokens to raise"
     if "tokens_by_role" in s:
         roles = ", ".join(f"{role} {n:,}" for role, n in s["tokens_by_role"].items() if n)
         share = s["trained_tokens"] / max(1, s["tokens_read"])

@@ -1,0 +1,86 @@
+"""What the schedules of a stage ask for at their points, and what its plan reads around these, for the data report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from torchtitan.datasets.curriculum import integral, schedule_steps
+from torchtitan.datasets.mixture import Stream
+from torchtitan.datasets.plan import Plan
+
+WINDOW = 100
+"""Consecutive steps in which a share must be what was asked for."""
+
+COLUMNS = ("asked", "asked_around", "share_around")
+"""Of a stream's entry: the share asked for at each point, and asked for and got in the steps around it."""
+
+
+def schedule_report(plan: Plan) -> dict[str, Any] | None:
+    """What the schedules ask for at their points (the last step's end if they lie beyond), and the shares in the WINDOW
+    steps around each, asked and got; None without a schedule."""
+    points = np.array(schedule_steps(plan.data))
+    if not len(points):
+        return None
+    at = np.unique(np.minimum(points, plan.steps))
+    begins, ends = np.maximum(at - WINDOW // 2, 0), np.minimum(at + WINDOW // 2, plan.steps)
+    of_all = tokens_before(plan, plan.table.length)
+    streams = []
+    for stream in plan.streams:
+        if stream.curve is None:
+            continue
+        counted = np.zeros_like(plan.table.length)
+        parts = plan.parts_of(stream)
+        counted[parts] = plan.table.length[parts]
+        mine = tokens_before(plan, counted)
+        streams.append(
+            {
+                "source": plan.names[stream.source],
+                "documents": stream.name,
+                "asked": np.interp(at, *stream.curve.T).tolist(),
+                "asked_around": asked_of(stream, begins, ends).tolist(),
+                "share_around": ((mine[ends] - mine[begins]) / (of_all[ends] - of_all[begins])).tolist(),
+            }
+        )
+    return {
+        "steps": at.tolist(),
+        "around": np.stack([begins, ends], axis=1).tolist(),
+        "beyond_the_stage": points[points > plan.steps].tolist(),
+        "streams": streams,
+    }
+
+
+def tokens_before(plan: Plan, tokens: np.ndarray) -> np.ndarray:
+    """int64[steps + 1]: the tokens before each step, and in all; `tokens` has those of each part that are counted."""
+    begins = plan.table.offsets[:: plan.rows_per_step][:-1]
+    return np.cumsum(np.append(0, np.add.reduceat(tokens, begins, dtype=np.int64)))
+
+
+def asked_of(stream: Stream, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """float64[n]: the mean share that is asked of a stream from step begins[i] to before ends[i]."""
+    if stream.curve is None:
+        return np.full(len(begins), stream.share)
+    return (integral(stream.curve, ends) - integral(stream.curve, begins)) / (ends - begins)
+
+
+def schedule_notes(report: dict[str, Any]) -> Iterator[str]:
+    """Each moving stream at the points of the schedules."""
+    schedule = report["schedule"]
+    if schedule is None:
+        return
+    if schedule["beyond_the_stage"]:
+        steps = ", ".join(f"{step:,}" for step in schedule["beyond_the_stage"])
+        yield (
+            f"warning: a schedule has points at the steps {steps}, after the stage's last, {report['steps']:,}: the "
+            "stage ends on the way to them"
+        )
+    for stream in schedule["streams"]:
+        points = zip(*(schedule[key] for key in ("steps", "around")), *(stream[key] for key in COLUMNS))
+        texts = [
+            f"{asked:.2%} at step {step:,} (steps {begin:,} to {end:,}: {around:.2%} asked, {share:.2%} got)"
+            for step, (begin, end), asked, around, share in points
+        ]
+        which = "" if stream["documents"] == "all" else f", {stream['documents']}"
+        yield f"schedule of {stream['source']}{which}: {'; '.join(texts)}"
