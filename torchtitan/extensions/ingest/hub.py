@@ -17,7 +17,6 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from torchtitan.extensions.ingest.source_files import (
     hash_files,
 )
 from torchtitan.extensions.ingest.text import Fields, Span, encoded_documents, spans_of, without_nulls
-from torchtitan.extensions.ingest.units import folder_name, into_units, is_made, unit_bytes
+from torchtitan.extensions.ingest.units import folder_name, is_made, unit_bytes
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import lock, read_json, write_text, written
 
@@ -80,7 +79,7 @@ def hub_material(source: Source, data: Data, cache: Path, encoder: Any) -> Mater
     metadata |= {
         "fingerprint": name.rpartition("-")[2],
         "hub": request | {"commit": commit},
-        "files": [asdict(file) for file in files],
+        "files": [file.metadata for file in files],
     }
 
     @functools.cache  # units() opens it; the processes that are forked then have it
@@ -90,14 +89,16 @@ def hub_material(source: Source, data: Data, cache: Path, encoder: Any) -> Mater
     def units() -> list[list[Any]]:
         if most is not None:
             path = _first_documents(request, commit, encoder, most, cache, name)
-            target = unit_bytes(path.stat().st_size)
-            return into_units(list(spans_of(str(path), target)), target)
+            return [[span] for span in spans_of(str(path), unit_bytes(path.stat().st_size))]
         rows, size = len(dataset()), dataset().data.nbytes
         for file in files:  # the key stands for what was hashed
             check_file_unchanged(file)
         each = max(1, rows * unit_bytes(size) // max(1, size))
         cuts = [*range(0, rows, each), rows]
         return [[Span(request["name"], a, b, size * (b - a) // rows)] for a, b in zip(cuts, cuts[1:])]
+
+    def made_of(part: Span) -> list[Any]:
+        return [*key, encoder.fields.name, most, part.start, part.stop]
 
     def documents(part: Span) -> Iterator[np.ndarray]:
         if most is not None:
@@ -107,7 +108,7 @@ def hub_material(source: Source, data: Data, cache: Path, encoder: Any) -> Mater
         return (encoder.encode(document) for _, document in read if document is not LEFT_OUT)
 
     what = request["name"] + (f" at commit {commit}" if commit else "")
-    return Material(name, metadata, what, units, documents, encoder.closing)
+    return Material(name, made_of, metadata, what, units, documents, encoder.closing)
 
 
 def _parse(source: Source, data: Data, cache: Path) -> tuple[Request, list[SourceFile]]:

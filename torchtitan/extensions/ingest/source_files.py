@@ -1,7 +1,8 @@
 """The files of a source: where its path leads, and what they held when they were read.
 
 A corpus is named by the content of its files: their SHA-256. The cache folder keeps each hash with the file's size and
-time, so that a file is hashed once, and again only if its size or time has changed.
+times, so that a file is hashed once, and again only if one of them has changed. One is the time of the last change of
+the file or its name, which the system alone sets: an edit that puts the other time back is noticed too.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from torchtitan.tools.folders import hash_file, lock, read_json, write_text
 logger = logging.getLogger(__name__)
 
 HUB = "hub:"
+CLOCK_NS = 20_000_000  # by how much the times of files may lag behind; Linux sets them every 1 to 10 ms
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class Material:
 
     name: str
     """NAME-KEY of its corpus (units.folder_name)."""
+
+    made_of: Callable[[Any], Any]
+    """JSON of all that the tokens of a part depend on: its content, tokenizer, options (units.unit_keys)."""
 
     metadata: dict[str, Any]
     """What corpus.json says of the corpus beside the counts."""
@@ -55,12 +61,19 @@ class Material:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file as it was when it was hashed. size: bytes. mtime_ns: time of the last change. sha256: hex."""
+    """A file as it was when it was hashed. size: bytes. mtime_ns, ctime_ns: times of the last change, of its content
+    and of anything about it. sha256: hex."""
 
     path: str
     size: int
     mtime_ns: int
     sha256: str
+    ctime_ns: int
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What corpus.json says of it."""
+        return {name: value for name, value in asdict(self).items() if name != "ctime_ns"}
 
 
 class ChangedError(UserError):
@@ -147,19 +160,26 @@ def _files(paths: list[Path]) -> list[Path]:
 
 
 def hash_files(paths: list[Path], cache: Path) -> list[SourceFile]:
-    """The files with their hashes; only files whose size or time has changed since the last call are read."""
+    """The files with their hashes; only files whose size or times have changed since the last call are read."""
     name = "hashes-" + hashlib.sha256("\n".join(map(str, paths)).encode()).hexdigest()[:16]
     kept = cache / f".{name}.json"  # path -> [size, mtime_ns, sha256]
     stats = [path.stat() for path in paths]
+    if max((stat.st_ctime_ns for stat in stats), default=0) > time.time_ns() - CLOCK_NS:
+        time.sleep(CLOCK_NS / 1e9)  # a change after the hash must give another time
+        stats = [path.stat() for path in paths]
 
     def read_kept() -> tuple[dict[str, Any], list[bool]]:
         known: dict[str, Any] = {}
         with contextlib.suppress(FileNotFoundError, UserError):  # missing, or cut short by a loss of power
             known = read_json(kept)
-        return known, [known.get(str(p), [])[:2] != [s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats)]
+        return known, [known.get(str(p), [])[:3] != _state(s) for p, s in zip(paths, stats)]
 
     def hashed(path: Path, stat: os.stat_result, new: bool) -> SourceFile:
-        return SourceFile(str(path), stat.st_size, stat.st_mtime_ns, hash_file(path) if new else known[str(path)][2])
+        size, mtime_ns, ctime_ns = _state(stat)
+        file = SourceFile(str(path), size, mtime_ns, hash_file(path) if new else known[str(path)][3], ctime_ns)
+        if new and _state(path.stat()) != _state(stat):
+            raise ChangedError(f"{path} was changed while it was being read; start again when it is complete.")
+        return file
 
     known, fresh = read_kept()
     if not any(fresh):  # a thousand ranks need not wait for each other
@@ -172,12 +192,18 @@ def hash_files(paths: list[Path], cache: Path) -> list[SourceFile]:
         with ThreadPoolExecutor(8) as pool:  # hashlib releases the interpreter lock
             files = list(pool.map(hashed, paths, stats, fresh))
         if any(fresh):
-            write_text(kept, json.dumps({f.path: [f.size, f.mtime_ns, f.sha256] for f in files}))
+            write_text(kept, json.dumps({f.path: [f.size, f.mtime_ns, f.ctime_ns, f.sha256] for f in files}))
     return files
 
 
+def _state(stat: os.stat_result) -> list[int]:
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
 def check_file_unchanged(file: SourceFile) -> None:
-    """ChangedError if the file has another size or time than when it was hashed."""
-    stat = os.stat(file.path)
-    if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+    """ChangedError if the file has another size or time than when it was hashed. If only something about it is new
+    (rights, links), it is read again."""
+    size, mtime_ns, ctime_ns = _state(os.stat(file.path))
+    same = (size, mtime_ns) == (file.size, file.mtime_ns)
+    if not same or (ctime_ns != file.ctime_ns and hash_file(file.path) != file.sha256):
         raise ChangedError(f"{file.path} was changed while it was being tokenized; start again when it is complete.")

@@ -8,6 +8,7 @@ the work is laid out and done, whatever the source is; units.py says how it gets
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -24,7 +25,6 @@ from torchtitan.extensions.ingest.encoder import make_encoder
 from torchtitan.extensions.ingest.find_text import find_text_files
 from torchtitan.extensions.ingest.open_text import kind_of, whole_suffix
 from torchtitan.extensions.ingest.source_files import (
-    ChangedError,
     Material,
     check_file_unchanged,
     hash_files,
@@ -36,13 +36,12 @@ from torchtitan.extensions.ingest.units import (
     CorpusInProgress,
     Counts,
     begin,
-    cut_of,
     finish,
     folder_name,
     into_units,
     is_made,
-    unit_bytes,
     unit_counts,
+    unit_keys,
     write_unit,
 )
 from torchtitan.extensions.ingest.workers import Progress, WorkerKilledError, cores, run_units
@@ -118,7 +117,11 @@ def _material(source: Source, tokenizer: Tokenizer, data: Data, cache: Path) -> 
             paths = [*indexes, *(Path(shard.path) for shard in shards)]
             kind = "mds with masks" if any(shard.has_mask for shard in shards) else "mds"
             what = f"{len(shards)} MDS shards"
-            return _of_files(source, cache, encoder, paths, kind, what, lambda target: shards, mds_documents)
+
+            def whole(target: int) -> list[tuple[str, list[Any]]]:
+                return [(shard.path, [shard]) for shard in shards]
+
+            return _of_files(source, cache, encoder, paths, kind, what, whole, mds_documents)
     files = find_text_files(source, data)
     if source.where and (plain := [file for file in files if kind_of(file) not in (".jsonl", ".json", ".parquet")]):
         raise UserError(
@@ -126,8 +129,8 @@ def _material(source: Source, tokenizer: Tokenizer, data: Data, cache: Path) -> 
             "where out, or name files of records (.jsonl, .json, .parquet)."
         )
 
-    def spans(target: int) -> list[Span]:
-        return [span for file in files for span in spans_of(str(file), target)]
+    def spans(target: int) -> list[tuple[str, list[Span]]]:
+        return [(str(file), list(spans_of(str(file), target))) for file in files]
 
     what = f"{len(files)} files of text"
     return _of_files(source, cache, encoder, files, encoder.fields.name, what, spans, encoded_documents)
@@ -140,10 +143,11 @@ def _of_files(
     paths: list[Path],
     kind: str,
     what: str,
-    parts: Callable[[int], Sequence[Any]],
+    parts: Callable[[int], Sequence[tuple[str, Sequence[Any]]]],
     read: Callable[[Any, Any], Iterator[np.ndarray]],
 ) -> Material:
-    """The material of local files. parts(bytes of a unit): what they are cut into; read(part, encoder): documents."""
+    """The material of local files. parts(bytes of a unit): a path and what the file is cut into, for each file; a part
+    has a path and a size. read(part, encoder): its documents."""
     files = {file.path: file for file in hash_files(paths, cache)}
     total = sum(file.size for file in files.values())
     content = [(whole_suffix(file.path), file.sha256) for file in files.values()]
@@ -151,17 +155,21 @@ def _of_files(
     metadata = encoder.metadata | {
         "path": source.path,
         "fingerprint": name.rpartition("-")[2],
-        "files": [asdict(file) for file in files.values()],
+        "files": [file.metadata for file in files.values()],
     }
 
     def units() -> list[list[Any]]:
-        return into_units(parts(unit_bytes(total)), unit_bytes(total))
+        return into_units(lambda target: [(files[path].sha256, cut) for path, cut in parts(target)], total)
+
+    def made_of(part: Any) -> list[Any]:
+        where = {key: value for key, value in asdict(part).items() if key != "path"}
+        return [*encoder.key, kind, whole_suffix(part.path), files[part.path].sha256, where]
 
     def documents(part: Any) -> Iterator[np.ndarray]:
         yield from read(part, encoder)
         check_file_unchanged(files[part.path])  # before the unit counts as done: the key stands for this content
 
-    return Material(name, metadata, f"{what}, {total / 1e6:.1f} MB", units, documents, encoder.closing)
+    return Material(name, made_of, metadata, f"{what}, {total / 1e6:.1f} MB", units, documents, encoder.closing)
 
 
 def _tokenize(material: Material, source: Source, cache: Path, index: int, count: int, num_proc: int) -> Path | None:
@@ -176,18 +184,16 @@ def _tokenize(material: Material, source: Source, cache: Path, index: int, count
         if is_made(cache, name):
             return cache / name
         units = material.units()
-        corpus = CorpusInProgress(cache, name, cut_of(units))
+        corpus = CorpusInProgress(cache, name, unit_keys([list(map(material.made_of, unit)) for unit in units]))
         done = begin(corpus)
         if done is None:
             return corpus.folder
         logger.info("%s: tokenizing %s", source.name, material.what)
         try:
             _make_units(corpus, material, units, range(index, len(units), count), done, num_proc)
-        except ChangedError:
-            raise  # finished units are of the content that was hashed: good if only the file's time has changed
         except UserError:
-            if count == 1:  # the same content would always end so, and other content gets another folder
-                shutil.rmtree(corpus.aside, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty: what is done is used again once the text is mended
+                corpus.aside.rmdir()
             raise
         except WorkerKilledError as error:
             raise UserError(
@@ -199,7 +205,7 @@ def _tokenize(material: Material, source: Source, cache: Path, index: int, count
             if is_made(cache, name):  # another process made the same units and has finished the folder
                 return corpus.folder
             raise
-        missing = finish(corpus, len(units), material.metadata)
+        missing = finish(corpus, material.metadata)
     if not missing:
         return corpus.folder
     shards = ", ".join(map(str, sorted({unit % count for unit in missing})))

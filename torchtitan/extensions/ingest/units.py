@@ -1,10 +1,11 @@
 """A corpus folder while it is made: units of work that outlive a killed run, and the finished folder made of them.
 
 While the corpus NAME-KEY is made, a folder .unfinished-NAME-KEY.CUT stands beside it. A finished unit is two files in
-there: its documents (unit-00012.arrow) and what was counted in them (unit-00012.json). Each is written under another
-name, synced and renamed, the .json last, so that a unit is whole or absent, whenever a process is killed; the next run
-makes the missing units. KEY stands for the content, the tokenizer and the BOS/EOS policy, CUT for how the work is cut
-into units: units of other work have another folder, and making a unit twice only writes the same bytes again.
+there: its documents (unit-00012-ITS_KEY.arrow) and what was counted in them (the same, .json). Each is written under
+another name, synced and renamed, the .json last, so that a unit is whole or absent, whenever a process is killed; the
+next run makes the missing units. A unit's key stands for what it is made of (unit_keys), KEY for the whole content, the
+tokenizer and the BOS/EOS policy, CUT for the units: making a unit twice only writes the same bytes again, and a unit of
+another corpus of the source can be taken over if it has the same key (reused_units.py).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan.datasets.corpus import CONVERSATIONS_LEFT_OUT, CORPUS_FILE, STATE_FILE
+from torchtitan.extensions.ingest.reused_units import UNITS_FILE, left_folders, take_over
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import lock, read_json, sync, written
 
@@ -38,17 +40,20 @@ MOST_UNITS = 2048  # ... but their number stays bounded: each is a file to open 
 
 RECORD_BATCH_TOKENS = 4 << 20  # what a worker holds in memory
 
+UNIT_FORMAT = 1
+"""Version of how a unit is written and counted; part of its key."""
+
 Counts = dict[str, Any]
 """Of one unit: documents, tokens, empty, max_token_id, bytes (of its .arrow file), and what its encoder adds."""
 
 
 @dataclass(frozen=True)
 class CorpusInProgress:
-    """Where a corpus is made. name: that of the finished folder, NAME-KEY. cut: cut_of() its units."""
+    """Where a corpus is made. name: that of the finished folder, NAME-KEY. keys: unit_keys() of its units."""
 
     cache: Path
     name: str
-    cut: str
+    keys: tuple[str, ...]
 
     @property
     def source(self) -> str:
@@ -63,7 +68,8 @@ class CorpusInProgress:
     @property
     def aside(self) -> Path:
         """The unfinished folder."""
-        return self.cache / f".unfinished-{self.name}.{self.cut}"
+        cut = hashlib.sha256("".join(self.keys).encode()).hexdigest()[:8]
+        return self.cache / f".unfinished-{self.name}.{cut}"
 
 
 def folder_name(source_name: str, key: list[Any]) -> str:
@@ -73,27 +79,58 @@ def folder_name(source_name: str, key: list[Any]) -> str:
 
 
 def unit_bytes(total: int) -> int:
-    """About how many bytes of a source of `total` bytes are a unit."""
-    return max(UNIT_BYTES, total // MOST_UNITS)
+    """About how many bytes of a source of `total` bytes are a unit: UNIT_BYTES, twice, four times, ... as many, so that
+    a source that grows a little is cut as before."""
+    target = UNIT_BYTES
+    while total > target * MOST_UNITS:
+        target *= 2
+    return target
 
 
-def into_units(parts: Sequence[Any], target: int) -> list[list[Any]]:
-    """Units of work in document order: consecutive parts, which have a size, of about `target` in all."""
-    units: list[list[Any]] = []
-    held = 0
-    for part in parts:
-        if not units or held + part.size > target:
-            units.append([])
-            held = 0
-        units[-1].append(part)
-        held += part.size
+def into_units(parts_of: Callable[[int], Sequence[tuple[str, Sequence[Any]]]], total: int) -> list[list[Any]]:
+    """At most MOST_UNITS units of work, in document order, over files of `total` bytes in all.
+
+    parts_of(bytes of a unit): of each file the SHA-256 of its content, in hex, and its parts, which have a size.
+    """
+    target = unit_bytes(total)
+    while len(units := _cut(parts_of(target), target)) > MOST_UNITS:
+        target *= 2
     return units
 
 
-def cut_of(units: Sequence[Sequence[Any]]) -> str:
-    """8 hex digits over how the work is cut into units and the units into record batches."""
-    sizes = [[part.size for part in unit] for unit in units]
-    return hashlib.sha256(json.dumps([RECORD_BATCH_TOKENS, sizes]).encode()).hexdigest()[:8]
+def _cut(files: Sequence[tuple[str, Sequence[Any]]], target: int) -> list[list[Any]]:
+    """A file of `target` bytes or more has units of its own, of about so many. Smaller files share units, up to twice
+    as large, that end behind files which their content picks: where a file is mended, added or taken out, the units
+    before and after are what they were."""
+    units: list[list[Any]] = []
+    shared, held = False, 0  # whether the last unit may go on with the next file, and its size
+    for digest, parts in files:
+        size = sum(part.size for part in parts)
+        small = size < target
+        most = 2 * target if small else target
+        if not (small and shared and held + size <= most):
+            shared, held = False, 0
+        for part in parts:
+            if not shared or (not small and held + part.size > most):
+                units.append([])
+                shared, held = True, 0
+            units[-1].append(part)
+            held += part.size
+        # of the files of a unit's size all end it, of those of half that size a half, ...
+        shared = shared and small and int(digest[:16], 16) * target >= size << 64
+    return units
+
+
+def unit_keys(made_of: Sequence[Any]) -> tuple[str, ...]:
+    """The keys of units, 32 hex digits each. made_of: JSON of each, of all that its bytes depend on: the content of its
+    files, where its parts lie in them, tokenizer and options. Units of the same content are told apart by a count."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for one in made_of:
+        text = json.dumps([UNIT_FORMAT, RECORD_BATCH_TOKENS, one])
+        keys.append(hashlib.sha256(f"{text} {seen[text]}".encode()).hexdigest()[:32])
+        seen[text] += 1
+    return tuple(keys)
 
 
 def is_made(cache: Path, name: str) -> bool:
@@ -119,12 +156,18 @@ def begin(corpus: CorpusInProgress) -> dict[int, Counts] | None:
             return None
         corpus.aside.mkdir(exist_ok=True)
         done = finished_units(corpus)
-    if done:
-        logger.info("%s: %d units are done already, in %s", corpus.source, len(done), corpus.aside)
-    others = re.compile(rf"\.unfinished-{re.escape(corpus.source)}-[0-9a-f]{{16}}\.[0-9a-f]{{8}}")
-    for other in sorted(corpus.cache.glob(".unfinished-*")):
-        if other != corpus.aside and others.fullmatch(other.name):
-            logger.info("%s was left by a run over other text or settings: delete it if no run is at work in it", other)
+        if done:
+            logger.info("%s: %d units are done already, in %s", corpus.source, len(done), corpus.aside)
+        left = [folder for folder in left_folders(corpus.cache, corpus.source) if folder != corpus.aside]
+        missing = {key: unit_file(corpus, index) for index, key in enumerate(corpus.keys) if index not in done}
+        if take_over(corpus.cache, corpus.source, left, missing):
+            done = finished_units(corpus)
+    for folder in left:
+        logger.info(
+            "%s was left by a run over other text or settings; what can be used of it is: delete it (rm -r) if no run "
+            "is at work in it and that text is not coming back",
+            folder,
+        )
     return done
 
 
@@ -188,7 +231,7 @@ def _record_batch(documents: list[np.ndarray]) -> Any:
 
 def finished_units(corpus: CorpusInProgress) -> dict[int, Counts]:
     """Counts of the units that are whole, by index."""
-    indices = (int(path.stem.removeprefix("unit-")) for path in sorted(corpus.aside.glob("unit-*.json")))
+    indices = range(len(corpus.keys))
     return {index: counts for index in indices if (counts := unit_counts(corpus, index)) is not None}
 
 
@@ -205,11 +248,11 @@ def unit_counts(corpus: CorpusInProgress, index: int) -> Counts | None:
 
 def unit_file(corpus: CorpusInProgress, index: int) -> Path:
     """The documents of a unit, while the corpus is unfinished."""
-    return corpus.aside / f"unit-{index:05d}.arrow"
+    return corpus.aside / f"unit-{index:05d}-{corpus.keys[index]}.arrow"
 
 
-def finish(corpus: CorpusInProgress, units: int, metadata: dict[str, Any]) -> list[int]:
-    """Make the finished folder of units 0..units-1 if all are done. The missing units; []: the folder is finished.
+def finish(corpus: CorpusInProgress, metadata: dict[str, Any]) -> list[int]:
+    """Make the finished folder if all units are done. The missing units; []: the folder is finished.
 
     metadata: what corpus.json says beside the counts. Units become shards by renaming: no token is written twice. If
     a run is killed in here, the next run continues: the corpus.json beside the units says that none was missing.
@@ -218,38 +261,38 @@ def finish(corpus: CorpusInProgress, units: int, metadata: dict[str, Any]) -> li
         if is_made(corpus.cache, corpus.name):
             return []
         done = finished_units(corpus)
-        if missing := [index for index in range(units) if index not in done]:
+        units = range(len(corpus.keys))
+        if missing := [index for index in units if index not in done]:
             return missing
-        kept = [index for index in range(units) if done[index]["documents"]]
-        left_out: Counter[str] = sum((Counter(done[i].get("left_out", {})) for i in range(units)), Counter())
-        records = sum(done[i].get("records", 0) for i in range(units))
-        lacking: Counter[str] = sum((Counter(done[i].get("lacking", {})) for i in range(units)), Counter())
+        kept = [index for index in units if done[index]["documents"]]
+        left_out: Counter[str] = sum((Counter(done[i].get("left_out", {})) for i in units), Counter())
+        records = sum(done[i].get("records", 0) for i in units)
+        lacking: Counter[str] = sum((Counter(done[i].get("lacking", {})) for i in units), Counter())
         if never := [field for field, count in lacking.items() if count == records]:
-            _delete_unfinished(corpus.cache, corpus.name)
             raise UserError(
                 f"Data source {corpus.source!r}: where = {metadata['where']!r} names the field {never[0]!r}, which "
                 f"none of the {records} records of {metadata['path']!r} has. Mend its name."
             )
         if not kept:
-            _delete_unfinished(corpus.cache, corpus.name)
             why = "; ".join(f"{count} {CONVERSATIONS_LEFT_OUT[reason]}" for reason, count in left_out.items() if count)
             raise UserError(
                 f"Data source {corpus.source!r} holds no document with text: everything that its path "
                 f"{metadata['path']!r} names is left out ({why or 'empty or blank'})."
             )
         names = [f"data-{number:05d}-of-{len(kept):05d}.arrow" for number in range(len(kept))]
+        shards: dict[int, str] = dict(zip(kept, names))
         metadata = metadata | {
             "documents": sum(done[i]["documents"] for i in kept),
             "tokens": sum(done[i]["tokens"] for i in kept),
-            "empty_documents": sum(done[i]["empty"] for i in range(units)),
+            "empty_documents": sum(done[i]["empty"] for i in units),
             "max_token_id": max(done[i]["max_token_id"] for i in kept),
             "shards": [{"name": name, "size": done[i]["bytes"]} for name, i in zip(names, kept)],
         }
         if "left_out" in done[0]:
-            not_written: Counter[str] = sum((Counter(done[i].get("not_written", {})) for i in range(units)), Counter())
+            not_written: Counter[str] = sum((Counter(done[i].get("not_written", {})) for i in units), Counter())
             metadata |= {"left_out": dict(left_out), "not_written": dict(not_written)}
-            metadata["message_weights"] = all(done[i].get("message_weights") for i in range(units))
-            if any(done[i].get("changed") for i in range(units)):
+            metadata["message_weights"] = all(done[i].get("message_weights") for i in units)
+            if any(done[i].get("changed") for i in units):
                 metadata["fingerprint"] += "-2"  # an older version made other tokens or roles of the same files
         with written(corpus.aside / CORPUS_FILE, durable=True, unique=True) as path:
             path.write_text(json.dumps(metadata, indent=1))
@@ -259,6 +302,8 @@ def finish(corpus: CorpusInProgress, units: int, metadata: dict[str, Any]) -> li
             if unit_file(corpus, index).exists():  # else a killed run has moved it
                 os.replace(unit_file(corpus, index), whole / name)
         _write_dataset_files(corpus.aside, whole, names)
+        made_of = [done[i] | {"key": corpus.keys[i], "shard": shards.get(i)} for i in units]
+        (whole / UNITS_FILE).write_text(json.dumps({"units": made_of}))
         shutil.copyfile(corpus.aside / CORPUS_FILE, whole / CORPUS_FILE)
         for path in [*whole.iterdir(), whole]:
             sync(path)
