@@ -303,12 +303,15 @@ def test_ultralongs_two_readings_of_yarn() -> None:
 def test_what_else_is_published() -> None:
     longrope, olmo = config_of("longrope2_8b/128k"), config_of("olmo3_7b/64k")
     assert longrope.rope.mixed_window and longrope.rope.attention_factor == 1.0
-    assert [s.weight for s in longrope.data.sources] == [0.3, 0.3, 0.4]  # up to 8K, to 100K, to 200K
+    (text,) = longrope.data.sources
+    assert (text.length_bins, text.max_length) == ((8192, 102400), 204800)  # up to 8K, to 100K, to 200K
+    assert text.length_shares == (0.3, 0.3, 0.4)
     assert olmo.rope.layers == "full_attention" and olmo.optimizer.no_decay == ("tok_embeddings.*",)
     assert olmo.data.sources[0].weight == 0.661 and {s.long_document for s in olmo.data.sources} == {"truncate"}
     for length in (64, 128, 256):
         qwen = config_of(f"qwen25_1m/{length}k")
-        assert [(s.weight, s.min_length) for s in qwen.data.sources] == [(0.75, length * 1024), (0.25, 0)]
+        (text,) = qwen.data.sources
+        assert (text.length_bins, text.length_shares) == ((length * 1024 - 1,), (0.25, 0.75))
     ultralong = config_of("ultralong_8b/4m_yarn").data
     assert {s.separator for s in ultralong.sources} == {"<s>"} and not (ultralong.add_bos or ultralong.add_eos)
 
