@@ -19,11 +19,11 @@ import tyro
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.checks import check_ranges
 from torchtitan.config.data_schema import Data, Source
-from torchtitan.datasets.corpus import is_tokenized, open_corpus
+from torchtitan.datasets.corpus import open_corpus
 from torchtitan.datasets.data_checks import check_names
 from torchtitan.datasets.tokenizer import load_tokenizer
+from torchtitan.extensions.ingest.find_text import is_tokenized_source
 from torchtitan.extensions.ingest.resolve import resolve_source, token_files_of
-from torchtitan.extensions.ingest.source_files import is_hub, source_path
 from torchtitan.extensions.ingest.tokenize import tokenize_shard
 from torchtitan.tools.errors import UserError
 
@@ -147,7 +147,7 @@ def main() -> None:
                 corpus = resolve_source(source, tokenizer, data)  # finds the ends of documents, and keeps them
                 print(f"{source.name}: {source.path} is read in place: {len(corpus):,} documents")
                 continue
-            if not is_hub(source) and is_tokenized(source_path(source, data)):
+            if is_tokenized_source(source, data):
                 print(f"{source.name}: {source.path} is tokenized already")
                 continue
             folder = tokenize_shard(

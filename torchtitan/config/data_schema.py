@@ -31,9 +31,9 @@ class Source:
 
     path: Annotated[str, Decides("documents")] = ""
     """A folder written by scripts/tokenize_corpus.py or by datasets' save_to_disk; a file, folder or glob of .jsonl,
-    .json, .parquet, .txt or source code, perhaps compressed, or of .bin or .npy token ids; a folder of MDS shards; or
-    hub:OWNER/NAME, a dataset of the Hugging Face hub, which is downloaded and tokenized into the cache. Relative to
-    data.folder."""
+    .json, .parquet, .arrow, .txt or source code, perhaps compressed, or of .bin or .npy token ids; a folder of MDS
+    shards; or hub:OWNER/NAME, a dataset of the Hugging Face hub, which is downloaded and tokenized into the cache.
+    Relative to data.folder."""
 
     weight: Annotated[float, Range(min=0, max=1e15), Decides("rows")] = 1.0
     """Share of the training tokens, relative to the weights of the other sources."""

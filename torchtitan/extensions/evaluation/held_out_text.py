@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from torchtitan.config.data_schema import Data, Source
-from torchtitan.datasets.corpus import is_tokenized, open_corpus
+from torchtitan.datasets.corpus import open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
-from torchtitan.extensions.ingest.find_text import find_text_files
+from torchtitan.extensions.ingest.find_text import find_text_files, is_tokenized_source
 from torchtitan.extensions.ingest.text import read_documents, spans_of
 from torchtitan.tools.errors import UserError
 
@@ -62,12 +62,12 @@ def check_vocabulary(largest: int, vocab_size: int, tokenizer: Tokenizer) -> Non
 
 
 def _documents(path: Path, tokenizer: Tokenizer, bos: list[int], text_field: str) -> Iterator[torch.Tensor]:
-    if is_tokenized(path):
+    source = Source(name="--text", path=str(path.absolute()), text_field=text_field)
+    if is_tokenized_source(source, Data()):
         corpus = open_corpus(path, tokenizer.fingerprint)
         for i in range(len(corpus)):
             yield torch.from_numpy(corpus.document(i).astype("int64"))
         return
-    source = Source(name="--text", path=str(path.absolute()), text_field=text_field)
     for file in find_text_files(source, Data()):
         for span in spans_of(str(file), SPAN):
             for text in read_documents(span, text_field):

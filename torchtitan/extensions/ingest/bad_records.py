@@ -27,6 +27,11 @@ class RecordError(ValueError):
         self.reason = reason
 
 
+def nested_too_deeply() -> RecordError:
+    """For a RecursionError."""
+    return RecordError("nested too deeply", "the record is nested too deeply to be read: take it out.")
+
+
 class BadRecordError(UserError):
     """A record that cannot be read, with its place: the run stops there, and goes on once it is mended."""
 

@@ -34,7 +34,7 @@ from torchtitan.datasets.where import Where
 from torchtitan.extensions.ingest.chat_template import MARKS, ChatTemplate
 from torchtitan.extensions.ingest.encoder import tokenizer_metadata
 from torchtitan.extensions.ingest.message_weights import WEIGHTS, is_trained, trained_marks
-from torchtitan.extensions.ingest.text import Fields
+from torchtitan.extensions.ingest.records import Fields
 from torchtitan.extensions.ingest.tool_calls import Messages, Tools, called, forms, suits, undecodable
 
 CHAT_FORMAT = 3

@@ -15,7 +15,7 @@ from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import CORPUS_FORMAT
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.datasets.where import Where
-from torchtitan.extensions.ingest.text import Fields, as_text
+from torchtitan.extensions.ingest.records import Fields, as_text
 from torchtitan.tools.errors import UserError
 
 EMPTY = np.empty(0, np.int32)

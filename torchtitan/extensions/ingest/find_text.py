@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchtitan.config.data_schema import Data, Source
+from torchtitan.datasets.corpus import CORPUS_FILE, STATE_FILE, is_tokenized
 from torchtitan.extensions.ingest.open_text import compression, kind_of
-from torchtitan.extensions.ingest.source_files import files_below, matching_files, source_path
+from torchtitan.extensions.ingest.source_files import files_below, is_hub, matching_files, source_path
+from torchtitan.extensions.ingest.tables import is_text_folder, saved_files
 from torchtitan.tools.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-RECORDS = (".jsonl", ".parquet", ".txt")
+RECORDS = (".jsonl", ".parquet", ".txt", ".ndjson", ".arrow")
 CODE = tuple(
     re.findall(
         r"\.\w+",
@@ -27,17 +29,25 @@ CODE = tuple(
 TIERS = (RECORDS, (".json",), CODE)
 """Of a folder, the files of the first of these that it has: the scripts and metadata beside data are no documents."""
 
-PACKABLE = {".jsonl", ".json", ".txt", *CODE}
-"""What may be compressed. Parquet compresses its columns itself."""
+PACKABLE = {".jsonl", ".ndjson", ".json", ".txt", *CODE}
+"""What may be compressed. Parquet and Arrow compress their columns themselves."""
 
 ABOUT = re.compile(
-    r"(README|LICEN[CS]E|COPYING|NOTICE|CITATION)([-_.][^.]*)?(\.(txt|md|rst|html))?|dataset_infos?\.json", re.I
+    r"(README|LICEN[CS]E|COPYING|NOTICE|CITATION)([-_.][^.]*)?(\.(txt|md|rst|html))?|dataset_(infos?|dict)\.json|state\.json",
+    re.I,
 )
 """Files about the data, by name."""
 
 SPLITS = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval", "evaluation", "heldout", "holdout"), "validation"
 )
+
+
+def is_tokenized_source(source: Source, data: Data) -> bool:
+    """Whether the source is a folder of tokens rather than text."""
+    path = source_path(source, data)
+    field = (source.messages_field or source.text_field).split(".")[0].removesuffix("[]")
+    return not is_hub(source) and is_tokenized(path) and not is_text_folder(path, field, source.format == "text")
 
 
 def find_text_files(source: Source, data: Data) -> list[Path]:
@@ -57,7 +67,8 @@ def find_text_files(source: Source, data: Data) -> list[Path]:
         if wrong := sorted(p for p in files if _tier(p) is None):
             raise UserError(
                 f"{wrong[0].name} in {where} has the extension {wrong[0].suffix!r}; text is read from "
-                f"{', '.join(RECORDS)}, .json and source code, or any of these but Parquet with .gz, .zst, .bz2 or .xz."
+                f"{', '.join(RECORDS)}, .json and source code, or any of these but Parquet and Arrow with .gz, .zst, "
+                ".bz2 or .xz."
             )
         kinds = sorted({_tier(p): p.name for p in files}.items())
         if len(kinds) > 1:
@@ -76,6 +87,11 @@ def find_text_files(source: Source, data: Data) -> list[Path]:
 
 def _in_folder(source: Source, path: Path, where: str) -> list[Path]:
     below = files_below(path)
+    if saved := {p.parent for p in below if p.name == STATE_FILE and p.with_name("dataset_info.json") in below}:
+        named = {file for folder in saved for file in saved_files(folder)}
+        below = [p for p in below if p.suffix != ".arrow" or p.parent not in saved or p in named]
+    corpora = {p.parent for p in below if p.name == CORPUS_FILE}
+    below = [p for p in below if p.parent not in corpora]
     about = [p for p in below if ABOUT.fullmatch(p.name)]
     data = [p for p in below if p not in set(about)]
     tiers = [_tier(p) for p in data]

@@ -24,6 +24,7 @@ import numpy as np
 
 from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import CORPUS_FILE
+from torchtitan.extensions.ingest.records import Fields, Span, without_nulls
 from torchtitan.extensions.ingest.source_files import (
     HUB,
     Material,
@@ -32,7 +33,7 @@ from torchtitan.extensions.ingest.source_files import (
     files_below,
     hash_files,
 )
-from torchtitan.extensions.ingest.text import Fields, Span, encoded_documents, spans_of, without_nulls
+from torchtitan.extensions.ingest.text import encoded_documents, spans_of
 from torchtitan.extensions.ingest.units import folder_name, is_made, unit_bytes
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import lock, read_json, write_text, written

@@ -37,7 +37,7 @@ BEGINNINGS = {
 OTHERS = {
     "a Parquet file": (re.compile(rb"PAR1[\x00-\x08\x0e-\x1f\x80-\xff]"), ".parquet"),
     "a zip archive": (re.compile(rb"PK\x03\x04"), ""),
-    "an Arrow file": (re.compile(rb"ARROW1\x00"), ""),
+    "an Arrow file": (re.compile(rb"ARROW1\x00|\xff\xff\xff\xff[^\x00]...\x10\x00\x00\x00", re.S), ".arrow"),
 }
 UTF16 = re.compile(rb"\xff\xfe|\xfe\xff|(\x00[^\x00]){4}|([^\x00]\x00){4}", re.S)
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.config.data_schema import Data, Source
-from torchtitan.datasets.corpus import CORPUS_FILE, MAKE_AGAIN, Corpus, is_tokenized, open_corpus
+from torchtitan.datasets.corpus import CORPUS_FILE, MAKE_AGAIN, Corpus, open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
-from torchtitan.extensions.ingest.source_files import is_hub, source_path
+from torchtitan.extensions.ingest.find_text import is_tokenized_source
+from torchtitan.extensions.ingest.source_files import source_path
 from torchtitan.extensions.ingest.stand_in import check_where
 from torchtitan.extensions.ingest.token_files import find_token_files, open_token_files
 from torchtitan.extensions.ingest.tokenize import tokenize_source
@@ -29,7 +30,7 @@ def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
     if files := token_files_of(source, data):
         check_where(source, path, {})
         return open_token_files(source, files, tokenizer, data)
-    if is_hub(source) or not is_tokenized(path):
+    if not is_tokenized_source(source, data):
         # The folder was just found by the content of its text, which is not checked a second time.
         return open_corpus(tokenize_source(source, tokenizer, data), tokenizer.fingerprint, check_text=False)
     metadata = read_json(path / CORPUS_FILE, MAKE_AGAIN) if (path / CORPUS_FILE).is_file() else {}
@@ -68,7 +69,7 @@ def token_files_of(source: Source, data: Data) -> list[Path]:
     """The files of token ids that a source is read from in place; [] if it is something else. UserError if a key that
     speaks of such files is given, and the source is something else."""
     path = source_path(source, data)
-    tokenized = not is_hub(source) and is_tokenized(path)
+    tokenized = is_tokenized_source(source, data)
     if tokenized and source.format != "auto":
         raise UserError(
             f'Data source {source.name!r} has format = "{source.format}", but {path} is a tokenized folder of Arrow '

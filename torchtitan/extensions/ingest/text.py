@@ -1,4 +1,4 @@
-"""Text files -> documents: .jsonl, .json and .parquet (some fields of each record), .txt and code (a file is one).
+"""Text files -> documents: JSON records and tables (some fields of each record), .txt and code (a file is one).
 
 A file is cut into spans; a worker reads a span without looking at the rest. UserError for what cannot be read names
 the file and, if it has lines, the line.
@@ -10,107 +10,36 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from torchtitan.datasets.where import MISSING, Where, look_up
-from torchtitan.extensions.ingest.bad_records import BadRecords, DamagedError, RecordError
+from torchtitan.datasets.where import MISSING, look_up
+from torchtitan.extensions.ingest.bad_records import DamagedError, RecordError, nested_too_deeply
 from torchtitan.extensions.ingest.open_text import beginning, compression, kind_of, open_text
-from torchtitan.tools.errors import UserError
+from torchtitan.extensions.ingest.records import LINES, TABLES, Document, Fields, Span, as_text
+from torchtitan.extensions.ingest.tables import read_table, spans_of_table
 
-Document = TypeVar("Document")
+MOST_BYTES = 1 << 31
+"""A longer line is no record."""
 
-
-@dataclass(frozen=True)
-class Fields:
-    """Which fields of a record are read: `name`, the value of the source's key `key`, perhaps "a.b", the field b of the
-    object a; and those of `beside` that the record has. where: of which records. bad: what becomes of those that cannot
-    be read."""
-
-    key: str
-    name: str
-    beside: tuple[str, ...] = ()
-    where: Where | None = None
-    bad: BadRecords = field(default_factory=BadRecords, compare=False)
-
-    def keeps(self, record: Mapping[str, Any]) -> bool:
-        """Whether `where` takes the record; RecordError if it cannot compare its values."""
-        try:
-            return self.where is None or self.where.keeps(record)
-        except ValueError as error:
-            raise RecordError("where cannot compare", str(error)) from error
-
-    def columns(self, types: Mapping[str, Any], place: str) -> list[str]:
-        """The columns to read of a table that has those of `types` (name -> type, None if it is not known); UserError,
-        which begins with `place`, for one that is missing."""
-        wanted = {self.name: f"the source's {self.key}"}
-        wanted |= dict.fromkeys(self.where.fields if self.where else [], "in the source's where")
-        columns = [name for name in self.beside if name in types]
-        for name, what in wanted.items():
-            ends = [len(name), *(i for i, character in enumerate(name) if character == ".")]
-            if (column := next((name[:end] for end in ends if name[:end] in types), None)) is None:
-                hint = self.hint(types) if name == self.name else "Mend where."
-                for column in types if name == self.name else ():
-                    if re.fullmatch(r"(large_)?list<\w+: u?int\d+.*>", str(types[column])):
-                        hint = (
-                            f"The column {column!r} holds numbers, perhaps tokens: a tokenized data set is read as a "
-                            "source if it is a folder of the datasets library (load_dataset, then save_to_disk)."
-                        )
-                raise UserError(
-                    f"{place} has no column {name!r} ({what}); it has {', '.join(map(repr, types)) or 'none'}. {hint}"
-                )
-            columns.append(column)
-        return list(dict.fromkeys(columns))
-
-    def of_columns(self, value: Callable[[str], Any], columns: Sequence[str]) -> dict[str, Any] | None:
-        """A row as a record, without nulls; None if `where` leaves it out. value(column): that of the row."""
-        if self.where:
-            roots = [name for name in columns if any(f"{f}.".startswith(f"{name}.") for f in self.where.fields)]
-            if not self.keeps({name: value(name) for name in roots}):
-                return None
-        record = {name: without_nulls(value(name)) for name in columns}
-        return record if self.name in record else record | {self.name: look_up(record, self.name)}
-
-    def hint(self, names: Iterable[str]) -> str:
-        """What to do about a record that has the fields `names` but lacks `self.name`."""
-        if self.key == "text_field" and "messages" in names:
-            return 'Conversations are read with messages_field = "messages".'
-        if self.key == "messages_field":
-            hint = "A conversation is a list of messages, each with role and content."
-            if {"instruction", "prompt", "chosen", "output", "completion", "response"} & set(names):
-                return f"{hint} Rewrite these records so (a question as user, its answer as assistant)."
-            return f"{hint} Set {self.key} to the field that has it."
-        return f"Set {self.key} to the right one."
-
-
-@dataclass(frozen=True)
-class Span:
-    """Part of a file: the lines of a .jsonl that begin at bytes [start, stop), the row groups [start, stop) of a
-    .parquet, or a whole .txt, array or compressed file; or rows [start, stop) of a hub dataset, whose name is the path.
-    size: about how many bytes of text it holds, or of its archive, for sharing out the work."""
-
-    path: str
-    start: int
-    stop: int
-    size: int
+_TOO_LONG = f"longer than {MOST_BYTES >> 30} GiB, the most that is read: cut it into records of their own."
 
 
 def spans_of(path: str, target: int) -> Iterator[Span]:
     """The spans of a file in order, each of about `target` bytes at most if the file can be cut. UserError if it begins
     as another kind of file than its name says."""
     size, kind = os.path.getsize(path), kind_of(path)
-    if kind == ".parquet":
-        groups = _open_parquet(path).metadata
-        for index in range(groups.num_row_groups):
-            yield Span(path, index, index + 1, groups.row_group(index).total_byte_size)
+    if kind in TABLES:
+        yield from spans_of_table(path, target)
         return
     head = beginning(path)
-    whole = compression(path) or kind not in (".jsonl", ".json") or is_array(path, head)
-    parts = (1 if whole else -(-size // target)) if size else int(kind not in (".jsonl", ".json"))
+    whole = compression(path) or kind not in LINES or is_array(path, head)
+    parts = (1 if whole else -(-size // target)) if size else int(kind not in LINES)
     cuts = [size * part // parts for part in range(parts + 1)] if parts else []
     for start, stop in zip(cuts, cuts[1:]):
         yield Span(path, start, stop, stop - start)
@@ -130,9 +59,9 @@ def read_records(span: Span, fields: Fields, read: Callable[[dict[str, Any]], Do
     """What `read` makes of each record of a span, in order. fields.bad gets the records of which it makes a ValueError,
     and those that cannot be read; DamagedError if the rest of the file cannot."""
     kind = kind_of(span.path)
-    if kind == ".parquet":
-        return _read_parquet(span, fields, read)
-    if kind not in (".jsonl", ".json"):
+    if kind in TABLES:
+        return read_table(span, fields, read)
+    if kind not in LINES:
         return _read_txt(span, fields, read)
     if span.start == 0 and is_array(span.path, beginning(span.path)):
         return _read_array(span, fields, read)
@@ -143,6 +72,11 @@ def _read_txt(span: Span, fields: Fields, read: Callable[[dict[str, Any]], Docum
     with open_text(span.path) as file:
         content = file.read()
     try:
+        if (nul := content.find(b"\0")) >= 0:
+            what = (
+                f"NUL byte at byte {nul}: it is no text, or was not written to its end. Fetch it again, or take it out."
+            )
+            raise RecordError("no text", what)
         try:
             text = content.decode("utf-8-sig")  # -sig: a byte order mark is not text
         except UnicodeDecodeError as error:
@@ -165,18 +99,31 @@ def _read_lines(span: Span, fields: Fields, read: Callable[[dict[str, Any]], Doc
             file.seek(span.start - 1)
             at = span.start - 1 + len(file.readline())
         first, lines = at, 0
-        while (at < span.stop or compression(span.path)) and (line := file.readline()):
+        while (at < span.stop or compression(span.path)) and (line := file.readline(MOST_BYTES)):
             lines += 1
             is_first, at = at == 0, at + len(line)
             try:
+                if len(line) == MOST_BYTES:
+                    at += _rest_of_line(file)
+                    raise RecordError("too long", f"the line is {_TOO_LONG}")
                 record = _parse_line(line, fields, is_first)
+                line = b""  # a long one should not be held beside its text
                 if record is None:
                     continue
                 document = read(record)
-            except ValueError as error:
-                fields.bad.add(span.path, lambda: f"line {_lines_before(span.path, first) + lines}", error)  # noqa: B023
+            except (ValueError, RecursionError) as error:
+                wrong = _as_record_error(error)
+                fields.bad.add(span.path, lambda: f"line {_lines_before(span.path, first) + lines}", wrong)  # noqa: B023
             else:
                 yield document
+
+
+def _rest_of_line(file: BinaryIO) -> int:
+    """Read to the end of a line; how many bytes that were."""
+    size = 0
+    while (chunk := file.readline(1 << 20)) and chunk[-1:] != b"\n":
+        size += len(chunk)
+    return size + len(chunk)
 
 
 def is_array(path: str, head: bytes) -> bool:
@@ -189,13 +136,13 @@ def _read_array(span: Span, fields: Fields, read: Callable[[dict[str, Any]], Doc
     line = 1
     with open_text(span.path) as file:
         try:
-            for record, line in _array_items(io.TextIOWrapper(file, "utf-8-sig", newline="")):
+            for record, line in _array_items(io.TextIOWrapper(file, "utf-8-sig", newline=""), fields.used):
                 try:
                     if (chosen := _chosen(record, fields)) is None:
                         continue
                     document = read(chosen)
-                except ValueError as error:
-                    fields.bad.add(span.path, lambda: f"line {line}", error)  # noqa: B023
+                except (ValueError, RecursionError) as error:
+                    fields.bad.add(span.path, lambda: f"line {line}", _as_record_error(error))  # noqa: B023
                 else:
                     yield document
         except UnicodeDecodeError as error:
@@ -209,9 +156,9 @@ class _BrokenArray(ValueError):
     """(line, what is wrong there)."""
 
 
-def _array_items(file: io.TextIOBase) -> Iterator[tuple[Any, int]]:
+def _array_items(file: io.TextIOBase, used: frozenset[str]) -> Iterator[tuple[Any, int]]:
     """The items of a JSON array, each with the line on which it begins. _BrokenArray if it is none."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=partial(_object, used))
     text, at, line, size, ended = "", 0, 1, 1 << 16, False
     expected = "["
     while True:
@@ -240,13 +187,15 @@ def _array_items(file: io.TextIOBase) -> Iterator[tuple[Any, int]]:
         except json.JSONDecodeError as error:
             # What is cut off by the end of the chunk is read again with twice as much behind it.
             if not ended and (error.pos >= len(text) - 16 or error.msg.startswith("Unterminated string")):
+                if len(text) - at > MOST_BYTES:
+                    raise _BrokenArray(line, f"the record is {_TOO_LONG}") from error
                 more = file.read(max(size, len(text) - at))
                 text, at, ended = text[at:] + more, 0, not more
                 continue
             line += text.count("\n", at, error.pos)
             raise _BrokenArray(line, f"broken JSON: {error.msg.removesuffix(' at')}. Mend the record.") from error
-        except RecursionError as error:
-            raise _BrokenArray(line, "the record is nested too deeply to be read: take it out.") from error
+        except (ValueError, RecursionError) as error:  # where such a record ends is not known
+            raise _BrokenArray(line, str(_as_record_error(error))) from error
         yield item, line
         line += text.count("\n", at, stop)
         at, expected = stop, ",]"
@@ -265,19 +214,39 @@ def _parse_line(line: bytes, fields: Fields, first: bool) -> dict[str, Any] | No
     if not decoded.strip():
         return None
     try:
-        record = json.loads(decoded)
+        record = json.loads(decoded, object_pairs_hook=partial(_object, fields.used))
     except json.JSONDecodeError as error:
         what = error.msg.removesuffix(" at")
+        if decoded[0] == "\ufeff":
+            what = "a byte order mark, as if files had been joined,"
+        if not line.strip(b"\0\r\n"):
+            what = "NUL bytes, as of a file that was not written to its end,"
         raise RecordError(
             "broken JSON",
             f"broken JSON: {what} at character {error.pos} of {len(decoded)}. A .jsonl file has one whole JSON object "
             "per line (a .json file too, or one array of objects); mend the line or take it out.",
         ) from error
-    except RecursionError as error:
-        raise RecordError(
-            "nested too deeply", "the record is nested too deeply to be read: take the line out."
-        ) from error
     return _chosen(record, fields)
+
+
+def _object(used: frozenset[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; RecordError if it has a key twice that may be one of those `used`."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1 and key in used)
+        if twice:
+            raise RecordError("a key twice", f"the key {twice[0]!r} stands twice in an object: take one of them out.")
+    return made
+
+
+def _as_record_error(error: Exception) -> ValueError:
+    """What a reader of JSON raises, as a sentence."""
+    if isinstance(error, RecursionError):
+        return nested_too_deeply()
+    if "integer string conversion" in str(error):  # Python refuses what would take it hours
+        most = sys.get_int_max_str_digits()
+        return RecordError("a huge number", f"a number has more than {most} digits: take it out, or quote it.")
+    return error if isinstance(error, ValueError) else ValueError(str(error))
 
 
 def _chosen(record: Any, fields: Fields) -> dict[str, Any] | None:
@@ -296,73 +265,6 @@ def _chosen(record: Any, fields: Fields) -> dict[str, Any] | None:
     return record | {fields.name: value}
 
 
-def without_nulls(value: Any) -> Any:
-    """A value without the keys whose value is None, at any depth: in a column every record has the keys of all records,
-    so that absent and null cannot be told apart."""
-    if isinstance(value, dict):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        return [without_nulls(inner) for inner in value]
-    return value
-
-
-def as_text(value: Any, text_field: str) -> str:
-    """A field of a record as text, "" for None; RecordError if it is not text."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise RecordError("wrong type", f"the field {text_field!r} is a {type(value).__name__}, not text.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        what = f"not UTF-8: character {error.start} of {text_field!r} is half of a surrogate pair."
-        raise RecordError("not UTF-8", what) from error
-    return value
-
-
 def _lines_before(path: str, offset: int) -> int:
     with open(path, "rb") as file:
         return sum(file.read(min(1 << 20, offset - at)).count(b"\n") for at in range(0, offset, 1 << 20))
-
-
-def _open_parquet(path: str) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DamagedError(f"{path} is not a Parquet file that can be read: {error}.") from error
-
-
-def _cell(batch: Any, index: int, column: str) -> Any:
-    return batch.column(column)[index].as_py()
-
-
-def _read_parquet(span: Span, fields: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
-    import pyarrow as pa
-
-    file = _open_parquet(span.path)
-    types = {field.name: field.type for field in file.schema_arrow}
-    columns = fields.columns(types, span.path)
-    row = sum(file.metadata.row_group(i).num_rows for i in range(span.start))
-    try:
-        for batch in file.iter_batches(64, row_groups=list(range(span.start, span.stop)), columns=columns):
-            for index in range(len(batch)):
-                row += 1
-                try:
-                    record = fields.of_columns(partial(_cell, batch, index), columns)
-                    if record is None:
-                        continue
-                    document = read(record)
-                except pa.ArrowException:  # some of them are ValueErrors too
-                    raise
-                except ValueError as error:
-                    if isinstance(error, UnicodeDecodeError):
-                        what = f"{fields.name!r} is not UTF-8 at byte {error.start}."
-                        error = RecordError("not UTF-8", what)
-                    fields.bad.add(span.path, lambda: f"row {row}", error)  # noqa: B023
-                else:
-                    yield document
-    except (pa.ArrowException, OSError) as error:
-        raise DamagedError(f"{span.path} is damaged near row {row}: {error}.") from error

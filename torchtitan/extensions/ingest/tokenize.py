@@ -24,6 +24,7 @@ from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.encoder import make_encoder
 from torchtitan.extensions.ingest.find_text import find_text_files
 from torchtitan.extensions.ingest.open_text import kind_of, whole_suffix
+from torchtitan.extensions.ingest.records import LINES, TABLES, Span
 from torchtitan.extensions.ingest.source_files import (
     Material,
     check_file_unchanged,
@@ -31,7 +32,7 @@ from torchtitan.extensions.ingest.source_files import (
     is_hub,
     source_path,
 )
-from torchtitan.extensions.ingest.text import Span, encoded_documents, spans_of
+from torchtitan.extensions.ingest.text import encoded_documents, spans_of
 from torchtitan.extensions.ingest.units import (
     CorpusInProgress,
     Counts,
@@ -123,10 +124,10 @@ def _material(source: Source, tokenizer: Tokenizer, data: Data, cache: Path) -> 
 
             return _of_files(source, cache, encoder, paths, kind, what, whole, mds_documents)
     files = find_text_files(source, data)
-    if source.where and (plain := [file for file in files if kind_of(file) not in (".jsonl", ".json", ".parquet")]):
+    if source.where and (plain := [file for file in files if kind_of(file) not in (*LINES, *TABLES)]):
         raise UserError(
             f"Data source {source.name!r} has where = {source.where!r}, but {plain[0]} is a text without fields: leave "
-            "where out, or name files of records (.jsonl, .json, .parquet)."
+            "where out, or name files of records ({', '.join(LINES + TABLES)})."
         )
 
     def spans(target: int) -> list[tuple[str, list[Span]]]:

@@ -19,8 +19,9 @@ from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.extensions.ingest.chat import ChatEncoder
 from torchtitan.extensions.ingest.chat_template import load_chat_template
 from torchtitan.extensions.ingest.encoder import make_encoder
+from torchtitan.extensions.ingest.records import Fields
 from torchtitan.extensions.ingest.resolve import resolve_source
-from torchtitan.extensions.ingest.text import Fields, read_documents, read_records, spans_of
+from torchtitan.extensions.ingest.text import read_documents, read_records, spans_of
 from torchtitan.extensions.planner.data_report import format_report, make_report
 from torchtitan.tools.constants import IGNORED_LABEL
 from torchtitan.tools.errors import UserError
