@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -168,20 +167,16 @@ def test_the_cache_is_used_until_an_input_changes(
 def test_corpora_of_older_versions_are_found_again(
     tokenizer: Tokenizer, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Names, and digests of all files but corpus.json, as commit 89cc635 wrote them for this input."""
+    """Names as commit 89cc635 wrote them for this input; how it is cut into shards is no part of them."""
     monkeypatch.setattr(units, "UNIT_BYTES", 200)
     (tmp_path / "text").mkdir()
-    lines = [json.dumps({"text": "line é\n" * i}) + "\n" for i in range(20)]
-    (tmp_path / "text" / "a.jsonl").write_text("".join(lines))
+    texts = ["line é\n" * i for i in range(20)]
+    (tmp_path / "text" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "text" / "b.txt").write_text("two\nlines")
     source = Source(name="old text", path=str(tmp_path / "text"))
-    for policy, name, digest in (
-        (data, "old_text-16ddb0b571bff3d5", "0e3c4c185bd7de85"),
-        (replace(data, add_eos=False), "old_text-e145c562b7741f31", "9be413854bb9fc2c"),
-    ):
-        folder = tokenize_source(source, tokenizer, policy, 1)
-        files = [p.name.encode() + p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "corpus.json"]
-        assert (folder.name, hashlib.sha256(b"".join(files)).hexdigest()[:16]) == (name, digest)
+    for eos, name in ((True, "old_text-16ddb0b571bff3d5"), (False, "old_text-e145c562b7741f31")):
+        folder = tokenize_source(source, tokenizer, replace(data, add_eos=eos), 1)
+        assert folder.name == name and documents(folder) == expected([*texts, "two\nlines"], eos=eos)
     mds = Path(__file__).parent / "data"
     for name in ("mds_packed-a8d41dc9e67a840c", "mds_zstd-91cd2d2d56e00b97"):
         source = Source(name=name.partition("-")[0], path=str(mds / name.partition("-")[0]))
