@@ -56,6 +56,12 @@ class Single:
     messages_field: str = ""
     """Or: field that holds a conversation, for the chat template of the tokenizer's folder."""
 
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """skip: leave out records that cannot be read, and count them."""
+
+    max_bad_share: float = Source.max_bad_share
+    """With --on-bad-record skip: the largest share of them."""
+
     hub_subset: str = ""
     """Configuration of a hub dataset."""
 
@@ -112,6 +118,8 @@ def sources_of(arguments: Arguments) -> tuple[list[Source], Data, str]:
             text_field=one.text_field,
             where=one.where,
             messages_field=one.messages_field,
+            on_bad_record=one.on_bad_record,
+            max_bad_share=one.max_bad_share,
             hub_subset=one.hub_subset,
             hub_split=one.hub_split,
             hub_revision=one.hub_revision,

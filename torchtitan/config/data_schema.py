@@ -61,6 +61,14 @@ class Source:
     """Instead of text_field: the field that holds a conversation, a list of messages with role and content (usually
     "messages"). The model's chat template makes the text, and only the assistant's responses have a loss."""
 
+    on_bad_record: Annotated[Literal["stop", "skip"], Decides("documents")] = "stop"
+    """What happens at a record of text that cannot be read (broken JSON, no such field, a conversation that the chat
+    template refuses), or at the damaged rest of a file. stop: the run ends there. skip: it is left out and counted."""
+
+    max_bad_share: Annotated[float, Range(min=0, below=1), Decides("nothing")] = 0.001
+    """With on_bad_record = "skip": end with an error if more than this share of a source's records are bad, or of its
+    bytes damaged."""
+
     hub_subset: Annotated[str, Decides("documents")] = ""
     """Configuration of a hub dataset, such as sample-10BT. Empty: its default."""
 

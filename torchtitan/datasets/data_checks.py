@@ -69,6 +69,11 @@ def check_names(sources: Sequence[Source]) -> None:
 def _check_source(source: Source, where: str, config: JobConfig) -> None:
     if source.where:
         Where(source.where, where)
+    if source.on_bad_record == "stop" and source.max_bad_share != Source.max_bad_share:
+        raise UserError(
+            f'{where}: max_bad_share = {source.max_bad_share} is read with on_bad_record = "skip" only; with '
+            '"stop" the run ends at the first bad record. Leave it out, or set on_bad_record.'
+        )
     if source.max_length is not None and source.min_length > source.max_length:
         raise UserError(
             f"{where}: min_length = {source.min_length} is more than max_length = {source.max_length}, so that no "

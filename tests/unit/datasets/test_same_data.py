@@ -45,6 +45,8 @@ ANOTHER_SOURCE: dict[str, tuple[dict[str, Any], Any]] = {
     "text_field": ({}, "body"),
     "where": ({}, "score > 1"),
     "messages_field": ({}, "messages"),
+    "on_bad_record": ({}, "skip"),
+    "max_bad_share": ({"on_bad_record": "skip"}, 0.5),
     "hub_subset": ({}, "part"),
     "hub_split": ({}, "validation"),
     "hub_revision": ({}, "v2"),

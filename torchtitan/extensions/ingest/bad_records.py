@@ -7,7 +7,7 @@ is damaged from some place on, whose records nobody can count: its bytes are.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torchtitan.tools.errors import UserError
@@ -78,3 +78,51 @@ class BadRecords:
         self._reasons: Counter[str] = Counter()
         self._bytes = 0
         self._examples: list[list[str]] = []
+
+
+def records_in(counts: Mapping[str, Any]) -> int:
+    """Records that a unit has read, good, bad and left out."""
+    bad = sum(n for reason, n in counts.get("bad", {}).get("reasons", {}).items() if reason != DAMAGED)
+    return int(counts["documents"] + counts["empty"] + counts.get("left_out", {}).get("where", 0) + bad)
+
+
+def bad_in_all(units: Iterable[tuple[Mapping[str, Any], list[str]]]) -> dict[str, Any]:
+    """What corpus.json and the data report say of the bad records of units, each with the paths of its parts: records
+    (how many are bad), of (how many there are), reasons, bytes (of damaged rests), the same in_words, and examples,
+    each [place, reason, what is wrong]. {} if all are good."""
+    records, size, reasons = 0, 0, Counter[str]()
+    examples: list[list[str]] = []
+    shown: Counter[str] = Counter()
+    for counts, paths in units:
+        records += records_in(counts)
+        bad = counts.get("bad", {"reasons": {}, "bytes": 0, "examples": []})
+        reasons.update(bad["reasons"])
+        size += bad["bytes"]
+        for part, place, reason, why in bad["examples"]:
+            shown[reason] += 1
+            if shown[reason] <= EXAMPLES:
+                examples.append([f"{paths[part]} {place}".rstrip(), reason, why])
+    if not reasons:
+        return {}
+    of_records = sum(n for reason, n in reasons.items() if reason != DAMAGED)
+    return {
+        "records": of_records,
+        "of": records,
+        "reasons": dict(reasons),
+        "bytes": size,
+        "in_words": f"{of_records:,} of {records:,} records ({of_records / max(1, records):.3%}) are bad"
+        + (f", and up to {size:,} bytes of damaged files" if size else "")
+        + f" ({', '.join(f'{count:,} {reason}' for reason, count in sorted(reasons.items()))})",
+        "examples": examples,
+    }
+
+
+def check_share(source: str, bad: Mapping[str, Any], size: int, most: float, still: float = 0.0) -> None:
+    """UserError if more than `most` (max_bad_share) of the records are bad, or of `size` bytes damaged, even if `still`
+    more good records are to come."""
+    if bad and (bad["records"] > most * (bad["of"] + still) or bad["bytes"] > most * size):
+        place, _, why = bad["examples"][0]
+        raise UserError(
+            f"Data source {source!r}: {bad['in_words']}, which is more than max_bad_share = {most:g}. The first: "
+            f"{place}: {why} Mend the text or the keys of the source, or raise max_bad_share. What is done is kept."
+        )

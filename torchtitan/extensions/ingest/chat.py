@@ -31,6 +31,7 @@ import numpy as np
 from torchtitan.datasets.corpus import ASSISTANT, CORPUS_FORMAT
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.datasets.where import Where
+from torchtitan.extensions.ingest.bad_records import BadRecords
 from torchtitan.extensions.ingest.chat_template import MARKS, ChatTemplate
 from torchtitan.extensions.ingest.encoder import tokenizer_metadata
 from torchtitan.extensions.ingest.message_weights import WEIGHTS, is_trained, trained_marks
@@ -66,9 +67,14 @@ class ChatEncoder:
     """Conversations to documents, int32[2, n]: tokens, and their roles (assistant, or 0 for other)."""
 
     def __init__(
-        self, tokenizer: Tokenizer, template: ChatTemplate, messages_field: str, where: Where | None = None
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        messages_field: str,
+        where: Where | None = None,
+        bad: BadRecords | None = None,
     ) -> None:
-        self.fields = Fields("messages_field", messages_field, ("tools", *_BESIDE), where)
+        self.fields = Fields("messages_field", messages_field, ("tools", *_BESIDE), where, bad or BadRecords())
         self.key = [CORPUS_FORMAT, tokenizer.fingerprint, "chat", CHAT_FORMAT, template.fingerprint, messages_field]
         self.key += [["where", where.text]] if where else []
         source = {"messages_field": messages_field, "chat_template": template.fingerprint}
@@ -152,7 +158,7 @@ class ChatEncoder:
         counts["left_out"] |= self._left_out
         counts |= {"not_written": dict(self._not_written), "changed": self._changed}
         self._reset()
-        return counts | {"message_weights": True}
+        return counts | {"message_weights": True} | self.fields.bad.counts()
 
     def _reset(self) -> None:
         self._left_out: Counter[str] = Counter()

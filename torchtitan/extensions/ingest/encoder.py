@@ -15,6 +15,7 @@ from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import CORPUS_FORMAT
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.datasets.where import Where
+from torchtitan.extensions.ingest.bad_records import BadRecords
 from torchtitan.extensions.ingest.records import Fields, as_text
 from torchtitan.tools.errors import UserError
 
@@ -54,8 +55,8 @@ class Encoder:
         return np.array(self.bos + ids + self.eos, np.int32) if ids else EMPTY
 
     def closing(self) -> dict[str, Any]:
-        """What `where` adds to the counts of a unit."""
-        return self.fields.where.counts() if self.fields.where else {}
+        """What `where` and bad records add to the counts of a unit."""
+        return (self.fields.where.counts() if self.fields.where else {}) | self.fields.bad.counts()
 
     def add_ends(self, document: np.ndarray) -> np.ndarray:
         """A tokenized document, int32[n] or, with roles, [2, n], with the BOS and EOS that it lacks."""
@@ -70,11 +71,12 @@ def make_encoder(source: Source, tokenizer: Tokenizer, data: Data) -> Any:
     """The source's Encoder or ChatEncoder; UserError if data.add_bos or add_eos asks for a token that the tokenizer
     lacks, or if chat data have no template."""
     where = Where(source.where, f"Data source {source.name!r}") if source.where else None
+    bad = BadRecords(source.on_bad_record == "skip")
     if source.messages_field:
         from torchtitan.extensions.ingest.chat import ChatEncoder
         from torchtitan.extensions.ingest.chat_template import load_chat_template
 
-        return ChatEncoder(tokenizer, load_chat_template(tokenizer), source.messages_field, where)
+        return ChatEncoder(tokenizer, load_chat_template(tokenizer), source.messages_field, where, bad)
     ends = []
     for wanted, token, name in ((data.add_bos, tokenizer.bos_id, "bos"), (data.add_eos, tokenizer.eos_id, "eos")):
         if wanted and token is None:
@@ -84,7 +86,7 @@ def make_encoder(source: Source, tokenizer: Tokenizer, data: Data) -> Any:
                 f"data.add_{name} = false, or name the token in one of these files."
             )
         ends.append([token] if wanted and token is not None else [])
-    return Encoder(tokenizer, Fields("text_field", source.text_field, where=where), *ends)
+    return Encoder(tokenizer, Fields("text_field", source.text_field, where=where, bad=bad), *ends)
 
 
 def tokenizer_metadata(tokenizer: Tokenizer) -> dict[str, Any]:

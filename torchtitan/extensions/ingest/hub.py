@@ -34,7 +34,7 @@ from torchtitan.extensions.ingest.source_files import (
     hash_files,
 )
 from torchtitan.extensions.ingest.text import encoded_documents, spans_of
-from torchtitan.extensions.ingest.units import folder_name, is_made, unit_bytes
+from torchtitan.extensions.ingest.units import folder_name, made_folder, unit_bytes
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import lock, read_json, write_text, written
 
@@ -71,7 +71,7 @@ def hub_material(source: Source, data: Data, cache: Path, encoder: Any) -> Mater
     content: list[Any] = [(os.path.relpath(file.path, request["name"]), file.sha256) for file in files]
     key = [*encoder.key, "hub", content or [request["name"], commit], request["subset"], request["split"]]
     name = folder_name(source.name, [*key, encoder.fields.name, most])
-    if finished and not is_made(cache, name):
+    if finished and not made_folder(cache, name, source.on_bad_record == "skip"):
         folder, before = finished[0]
         logger.warning(
             f"data source {source.name}: {folder} was made of {request['name']} at commit {before}, but its "
@@ -248,7 +248,8 @@ def _read(records: Any, first: int, encoder: Any, name: str) -> Iterator[tuple[d
             chosen = encoder.fields.of_columns(record.__getitem__, list(record))
             document = LEFT_OUT if chosen is None else encoder.read(chosen)
         except ValueError as error:
-            raise UserError(f"{name}, record {number}: {error}") from error
+            encoder.fields.bad.add(name, lambda: f"record {number}", error)  # noqa: B023
+            chosen, document = None, LEFT_OUT
         yield chosen or {field: without_nulls(value) for field, value in record.items()}, document
 
 

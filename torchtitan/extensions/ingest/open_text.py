@@ -73,7 +73,8 @@ def beginning(path: str) -> bytes:
         head = raw.read(16)
     if packed and not BEGINNINGS[packed].match(head):
         what = "is empty" if not head else f"begins with {head[:6]!r}, not as {packed} files do"
-        raise UserError(f"{path} {what}: fetch it again, or name it after what it is.")
+        kind = UserError if head else DamagedError
+        raise kind(f"{path} {what}: fetch it again, or name it after what it is.")
     with open_text(path) as file:
         head = file.read(1 << 12)
     for suffix, pattern in BEGINNINGS.items():

@@ -32,16 +32,16 @@ def left_folders(cache: Path, source: str) -> list[Path]:
     return sorted(folder for folder in cache.glob(".unfinished-*") if wanted.fullmatch(folder.name) and folder.is_dir())
 
 
-def take_over(cache: Path, source: str, left: Sequence[Path], missing: Mapping[str, Path]) -> int:
+def take_over(cache: Path, source: str, left: Sequence[Path], missing: Mapping[str, Path], skips: bool) -> int:
     """Make the units that are missing (key -> the file of its documents) out of those of other corpora of the source,
-    finished ones and the unfinished ones `left`. How many were found."""
+    finished ones and the unfinished ones `left`; skips: also units that lack bad records. How many were found."""
     made = re.compile(rf"{re.escape(source)}-[0-9a-f]{{16}}")
     finished = sorted(path.parent for path in cache.glob(f"*/{UNITS_FILE}") if made.fullmatch(path.parent.name))
     wanted = dict(missing)
     for folder in [*finished, *left]:
         taken = 0
         for key, counts, documents in _units_in(folder) if wanted else ():
-            if key in wanted and _take(documents, counts, wanted[key]):
+            if key in wanted and (skips or not counts.get("bad")) and _take(documents, counts, wanted[key]):
                 del wanted[key]
                 taken += 1
         if taken:

@@ -62,7 +62,13 @@ def folders_of(config: JobConfig) -> dict[Path, Source]:
 
 
 def check_where(source: Source, path: Path, metadata: dict[str, Any]) -> None:
-    """UserError if `where` would choose from a tokenized folder, which has no fields: only a stand-in needs none."""
+    """UserError if `where` would choose from tokens, which have no fields, or on_bad_record speaks of their records:
+    only a stand-in needs none."""
+    if source.on_bad_record == "skip" and not (path / MARK).is_file():
+        raise UserError(
+            f'Data source {source.name!r} has on_bad_record = "skip", which is about records of text, but {path} holds '
+            "tokens: leave it out, or name the text."
+        )
     if source.where and metadata.get("where") != source.where.strip() and not (path / MARK).is_file():
         raise UserError(
             f"Data source {source.name!r} has where = {source.where!r}, but {path} is tokenized, and its documents "

@@ -21,6 +21,7 @@ import numpy as np
 
 from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.tokenizer import Tokenizer
+from torchtitan.extensions.ingest.bad_records import BadRecordError, DamagedError, bad_in_all, check_share
 from torchtitan.extensions.ingest.encoder import make_encoder
 from torchtitan.extensions.ingest.find_text import find_text_files
 from torchtitan.extensions.ingest.open_text import kind_of, whole_suffix
@@ -40,7 +41,7 @@ from torchtitan.extensions.ingest.units import (
     finish,
     folder_name,
     into_units,
-    is_made,
+    made_folder,
     unit_counts,
     unit_keys,
     write_unit,
@@ -50,6 +51,9 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import lock, make_writable
 
 logger = logging.getLogger(__name__)
+
+TEN_TIMES = 10
+"""A source is given up early if too many of its records are bad even if the rest has so many times as many per byte."""
 
 
 def tokenize_source(source: Source, tokenizer: Tokenizer, data: Data, num_proc: int | None = None) -> Path:
@@ -108,6 +112,11 @@ def _material(source: Source, tokenizer: Tokenizer, data: Data, cache: Path) -> 
                     f"Data source {source.name!r} has where = {source.where!r}, but its path {source.path!r} is a "
                     "folder of MDS shards, which hold tokens: where reads the fields of text records. Leave it out."
                 )
+            if source.on_bad_record == "skip":
+                raise UserError(
+                    f'Data source {source.name!r} has on_bad_record = "skip", which is about records of text, but its '
+                    f"path {source.path!r} is a folder of MDS shards: leave it out."
+                )
             if source.messages_field:
                 raise UserError(
                     f"Data source {source.name!r} has messages_field = {source.messages_field!r}, but its path "
@@ -131,7 +140,16 @@ def _material(source: Source, tokenizer: Tokenizer, data: Data, cache: Path) -> 
         )
 
     def spans(target: int) -> list[tuple[str, list[Span]]]:
-        return [(str(file), list(spans_of(str(file), target))) for file in files]
+        return [(str(file), cut(str(file), target)) for file in files]
+
+    def cut(file: str, target: int) -> list[Span]:
+        try:
+            return list(spans_of(file, target))
+        except DamagedError:  # at its beginning
+            if not encoder.fields.bad.skip:
+                raise
+            size = os.path.getsize(file)
+            return [Span(file, 0, size, size)]
 
     what = f"{len(files)} files of text"
     return _of_files(source, cache, encoder, files, encoder.fields.name, what, spans, encoded_documents)
@@ -167,7 +185,10 @@ def _of_files(
         return [*encoder.key, kind, whole_suffix(part.path), files[part.path].sha256, where]
 
     def documents(part: Any) -> Iterator[np.ndarray]:
-        yield from read(part, encoder)
+        try:
+            yield from read(part, encoder)
+        except DamagedError as error:
+            encoder.fields.bad.add_rest(part.path, part.size, error)
         check_file_unchanged(files[part.path])  # before the unit counts as done: the key stands for this content
 
     return Material(name, made_of, metadata, f"{what}, {total / 1e6:.1f} MB", units, documents, encoder.closing)
@@ -175,23 +196,31 @@ def _of_files(
 
 def _tokenize(material: Material, source: Source, cache: Path, index: int, count: int, num_proc: int) -> Path | None:
     name = material.name
-    if is_made(cache, name):
-        return cache / name
+    skips = source.on_bad_record == "skip"
+    if made := made_folder(cache, name, skips):
+        return made
     # A shard's lock is held while its units are made: of two processes with the same shard, like the ranks of a job
     # (shard 0 of 1), one works and the other waits. Different shards work at the same time; only the last renaming
     # needs all their units, and finish() has a lock of its own for that. Units are right without any lock: on network
     # file systems that have none they are made twice, with the same bytes.
     with lock(cache, f"{name}.shard-{index}-of-{count}"):
-        if is_made(cache, name):
-            return cache / name
+        if made := made_folder(cache, name, skips):
+            return made
         units = material.units()
-        corpus = CorpusInProgress(cache, name, unit_keys([list(map(material.made_of, unit)) for unit in units]))
+        keys = unit_keys([list(map(material.made_of, unit)) for unit in units])
+        corpus = CorpusInProgress(cache, name, keys, tuple([part.path for part in unit] for unit in units), skips)
         done = begin(corpus)
         if done is None:
-            return corpus.folder
+            return made_folder(cache, name, skips)
         logger.info("%s: tokenizing %s", source.name, material.what)
         try:
-            _make_units(corpus, material, units, range(index, len(units), count), done, num_proc)
+            mine = range(index, len(units), count)
+            _make_units(corpus, material, units, mine, done, num_proc, source.max_bad_share)
+        except BadRecordError as error:
+            raise UserError(
+                f'{error} What is done is kept: start again once that is mended, or set on_bad_record = "skip" for '
+                f"data source {source.name!r} to have such records left out and counted."
+            ) from error
         except UserError:
             with contextlib.suppress(OSError):  # not empty: what is done is used again once the text is mended
                 corpus.aside.rmdir()
@@ -203,12 +232,12 @@ def _tokenize(material: Material, source: Source, cache: Path, index: int, count
                 "Finished units are kept."
             ) from error
         except OSError:
-            if is_made(cache, name):  # another process made the same units and has finished the folder
-                return corpus.folder
+            if made := made_folder(cache, name, skips):  # another process made the same units, and finished the folder
+                return made
             raise
-        missing = finish(corpus, material.metadata)
+        missing = finish(corpus, material.metadata, source.max_bad_share)
     if not missing:
-        return corpus.folder
+        return made_folder(cache, name, skips)
     shards = ", ".join(map(str, sorted({unit % count for unit in missing})))
     done_now = len(units) - len(missing)
     logger.info("%s: units %d of %d done; shards %s are still to come", source.name, done_now, len(units), shards)
@@ -222,16 +251,31 @@ def _make_units(
     mine: Sequence[int],
     done: dict[int, Counts],
     num_proc: int,
+    max_bad_share: float,
 ) -> None:
-    """Make those of the units `mine` that are not done."""
+    """Make those of the units `mine` that are not done. UserError if more than max_bad_share of the records are bad."""
 
     def work(unit: int) -> Counts:
-        documents = (document for part in units[unit] for document in material.documents(part))
-        return unit_counts(corpus, unit) or write_unit(corpus, unit, documents, material.closing)  # perhaps done by now
+        def closing() -> Counts:
+            counts = material.closing()
+            for example in counts.get("bad", {}).get("examples", ()):  # a unit does not know the names of its files
+                example[0] = corpus.paths[unit].index(example[0])
+            return counts
 
-    sizes = {unit: sum(part.size for part in units[unit]) for unit in mine}
+        documents = (document for part in units[unit] for document in material.documents(part))
+        return unit_counts(corpus, unit) or write_unit(corpus, unit, documents, closing)  # perhaps done by now
+
+    all_sizes = [sum(part.size for part in unit) for unit in units]
+    sizes = {unit: all_sizes[unit] for unit in mine}
+    known = dict(done)
     left = [unit for unit in mine if unit not in done]
     total, size_left = sum(sizes.values()), sum(sizes[unit] for unit in left)
     progress = Progress(f"tokenizing {corpus.source}", len(mine), total, len(mine) - len(left), total - size_left)
     for unit, counts in run_units(work, left, min(num_proc, len(left))):
         progress.advance(sizes[unit], counts["tokens"])
+        known[unit] = counts
+        if counts.get("bad"):
+            bad = bad_in_all((known[i], corpus.paths[i]) for i in sorted(known))
+            size, all_size = sum(all_sizes[i] for i in known), sum(all_sizes)
+            still = TEN_TIMES * bad["of"] * (all_size - size) / max(1, size)
+            check_share(corpus.source, bad, all_size, max_bad_share, still)

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan.datasets.corpus import CONVERSATIONS_LEFT_OUT, CORPUS_FILE, STATE_FILE
+from torchtitan.extensions.ingest.bad_records import bad_in_all, check_share
 from torchtitan.extensions.ingest.reused_units import UNITS_FILE, left_folders, take_over
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import lock, read_json, sync, written
@@ -49,21 +50,19 @@ Counts = dict[str, Any]
 
 @dataclass(frozen=True)
 class CorpusInProgress:
-    """Where a corpus is made. name: that of the finished folder, NAME-KEY. keys: unit_keys() of its units."""
+    """Where a corpus is made. name: that of the finished folder, NAME-KEY, if no record is left out as bad. keys:
+    unit_keys() of its units. paths: of the parts of each. skips: units from which bad records are left out are good."""
 
     cache: Path
     name: str
     keys: tuple[str, ...]
+    paths: tuple[list[str], ...]
+    skips: bool
 
     @property
     def source(self) -> str:
         """The source's name: `name` without the key."""
         return self.name.rpartition("-")[0]
-
-    @property
-    def folder(self) -> Path:
-        """The finished folder."""
-        return self.cache / self.name
 
     @property
     def aside(self) -> Path:
@@ -133,12 +132,20 @@ def unit_keys(made_of: Sequence[Any]) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def is_made(cache: Path, name: str) -> bool:
-    """Whether the finished folder exists. If so, what a killed run may have left beside it is deleted."""
-    if not (cache / name).is_dir():
-        return False
-    _delete_unfinished(cache, name)
-    return True
+def made_folder(cache: Path, name: str, skips: bool) -> Path | None:
+    """The finished folder, if it exists; what a killed run may have left beside it is deleted then. skips: it may also
+    be one from which bad records were left out."""
+    for one in (name, _skipped(name))[: 1 + skips]:
+        if (cache / one).is_dir():
+            _delete_unfinished(cache, name)
+            return cache / one
+    return None
+
+
+def _skipped(name: str) -> str:
+    """The name of the corpus that is `name` without its bad records: another content, with another key."""
+    source, _, key = name.rpartition("-")
+    return f"{source}-{hashlib.sha256(f'{key} without bad records'.encode()).hexdigest()[:16]}"
 
 
 def _delete_unfinished(cache: Path, name: str) -> None:
@@ -152,7 +159,7 @@ def _delete_unfinished(cache: Path, name: str) -> None:
 def begin(corpus: CorpusInProgress) -> dict[int, Counts] | None:
     """Make the unfinished folder if it is missing. The counts of the units that are done; None if the corpus is."""
     with lock(corpus.cache, corpus.name):  # not while another process finishes it
-        if is_made(corpus.cache, corpus.name):
+        if made_folder(corpus.cache, corpus.name, corpus.skips):
             return None
         corpus.aside.mkdir(exist_ok=True)
         done = finished_units(corpus)
@@ -160,7 +167,7 @@ def begin(corpus: CorpusInProgress) -> dict[int, Counts] | None:
             logger.info("%s: %d units are done already, in %s", corpus.source, len(done), corpus.aside)
         left = [folder for folder in left_folders(corpus.cache, corpus.source) if folder != corpus.aside]
         missing = {key: unit_file(corpus, index) for index, key in enumerate(corpus.keys) if index not in done}
-        if take_over(corpus.cache, corpus.source, left, missing):
+        if take_over(corpus.cache, corpus.source, left, missing, corpus.skips):
             done = finished_units(corpus)
     for folder in left:
         logger.info(
@@ -236,9 +243,12 @@ def finished_units(corpus: CorpusInProgress) -> dict[int, Counts]:
 
 
 def unit_counts(corpus: CorpusInProgress, index: int) -> Counts | None:
-    """What write_unit returned for the unit; None unless the unit is whole."""
+    """What write_unit returned for the unit; None unless the unit is whole, and bad records are left out of it only if
+    they may be."""
     with contextlib.suppress(OSError, UserError):  # missing, or not written out before the power went
         counts = read_json(unit_file(corpus, index).with_suffix(".json"))
+        if counts.get("bad") and not corpus.skips:
+            return None
         # Once finish() has begun, it has found all units whole and moves their files.
         moved = (corpus.aside / CORPUS_FILE).is_file()
         if moved or unit_file(corpus, index).stat().st_size == counts["bytes"]:
@@ -251,19 +261,22 @@ def unit_file(corpus: CorpusInProgress, index: int) -> Path:
     return corpus.aside / f"unit-{index:05d}-{corpus.keys[index]}.arrow"
 
 
-def finish(corpus: CorpusInProgress, metadata: dict[str, Any]) -> list[int]:
+def finish(corpus: CorpusInProgress, metadata: dict[str, Any], max_bad_share: float) -> list[int]:
     """Make the finished folder if all units are done. The missing units; []: the folder is finished.
 
-    metadata: what corpus.json says beside the counts. Units become shards by renaming: no token is written twice. If
-    a run is killed in here, the next run continues: the corpus.json beside the units says that none was missing.
+    metadata: what corpus.json says beside the counts. Units become shards by renaming: no token is written twice. If a
+    run is killed in here, the next run continues: the corpus.json beside the units says that none was missing.
+    UserError, which costs no unit, if nothing is left, or if more than max_bad_share of the records are bad.
     """
     with lock(corpus.cache, corpus.name):
-        if is_made(corpus.cache, corpus.name):
+        if made_folder(corpus.cache, corpus.name, corpus.skips):
             return []
         done = finished_units(corpus)
         units = range(len(corpus.keys))
         if missing := [index for index in units if index not in done]:
             return missing
+        bad = bad_in_all((done[i], corpus.paths[i]) for i in units)
+        check_share(corpus.source, bad, sum(file["size"] for file in metadata["files"]), max_bad_share)
         kept = [index for index in units if done[index]["documents"]]
         left_out: Counter[str] = sum((Counter(done[i].get("left_out", {})) for i in units), Counter())
         records = sum(done[i].get("records", 0) for i in units)
@@ -288,6 +301,9 @@ def finish(corpus: CorpusInProgress, metadata: dict[str, Any]) -> list[int]:
             "max_token_id": max(done[i]["max_token_id"] for i in kept),
             "shards": [{"name": name, "size": done[i]["bytes"]} for name, i in zip(names, kept)],
         }
+        folder = corpus.cache / (_skipped(corpus.name) if bad else corpus.name)
+        if bad:
+            metadata |= {"bad_records": bad, "fingerprint": folder.name.rpartition("-")[2]}
         if "left_out" in done[0]:
             not_written: Counter[str] = sum((Counter(done[i].get("not_written", {})) for i in units), Counter())
             metadata |= {"left_out": dict(left_out), "not_written": dict(not_written)}
@@ -307,11 +323,13 @@ def finish(corpus: CorpusInProgress, metadata: dict[str, Any]) -> list[int]:
         shutil.copyfile(corpus.aside / CORPUS_FILE, whole / CORPUS_FILE)
         for path in [*whole.iterdir(), whole]:
             sync(path)
-        os.rename(whole, corpus.folder)
+        os.rename(whole, folder)
         _delete_unfinished(corpus.cache, corpus.name)
-    logger.info(
-        "%s: %d documents, %d tokens in %s", corpus.source, metadata["documents"], metadata["tokens"], corpus.folder
-    )
+    logger.info("%s: %d documents, %d tokens in %s", corpus.source, metadata["documents"], metadata["tokens"], folder)
+    if bad:
+        logger.warning(
+            "%s: %s: they are left out; %s has examples", corpus.source, bad["in_words"], folder / CORPUS_FILE
+        )
     return []
 
 

@@ -100,6 +100,7 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
         "left_out": asdict(plan.left_out[source]),
         "conversations_left_out": corpus.left_out,
         "conversations_not_written": _not_written(corpus),
+        "bad_records": json_if_present(Path(corpus.folder) / CORPUS_FILE).get("bad_records", {}),
         "share_asked": sum(s.share for s in streams),
         "share": tokens / all_tokens,
         "tokens_read": tokens,
@@ -229,6 +230,9 @@ class DataReport(Hook):
                 logger.info(line)
 
 
+BAD_SHOWN = 5
+"""Examples of bad records in the log; plan.json has more."""
+
 COLUMNS = (
     ("documents", "documents", 11, ","),
     ("tokens", "tokens", 15, ","),
@@ -339,6 +343,9 @@ def _source_notes(report: dict[str, Any], s: dict[str, Any]) -> Iterator[str]:
         what = "records" if reason == "where" else "conversations"
         if count:
             yield f"left out of {name}: {count:,} {what} {CONVERSATIONS_LEFT_OUT[reason]}"
+    if s["bad_records"]:
+        yield f"warning: left out of {name}: {s['bad_records']['in_words']}"
+        yield from (f"    {place}: {why}" for place, _, why in s["bad_records"]["examples"][:BAD_SHOWN])
     if s["conversations_not_written"] is None:
         yield (
             f"warning: {name}: {s['folder']} was made by an older version, which trained messages with weight 0 or "
