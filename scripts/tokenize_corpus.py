@@ -20,9 +20,10 @@ from torchtitan.config import JobConfig, load_config
 from torchtitan.config.checks import check_ranges
 from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import open_corpus
-from torchtitan.datasets.data_checks import check_names
+from torchtitan.datasets.data_checks import check_sources
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.ingest.find_text import is_tokenized_source
+from torchtitan.extensions.ingest.remote import local_source
 from torchtitan.extensions.ingest.resolve import resolve_source, token_files_of
 from torchtitan.extensions.ingest.tokenize import tokenize_shard
 from torchtitan.tools.errors import UserError
@@ -33,7 +34,7 @@ class Single:
     """One source without a TOML file; every key is one of the TOML's."""
 
     path: str | None = None
-    """File, folder or glob of text (docs/data.md), folder of MDS shards, or hub:OWNER/NAME."""
+    """File, folder or glob of text (docs/data.md), folder of MDS shards, a URL of these, or hub:OWNER/NAME."""
 
     out_name: str = "text"
     """Beginning of the folder's name; a key of content and tokenizer follows."""
@@ -148,18 +149,19 @@ def main() -> None:
     try:
         sources, data, assets = sources_of(arguments)
         check_ranges(JobConfig(data=replace(data, sources=tuple(sources))))
-        check_names(sources)
+        check_sources(replace(data, sources=tuple(sources)))
         tokenizer = load_tokenizer(assets)
-        for source in sources:
+        for given in sources:
+            source = local_source(given, data)
             if token_files_of(source, data):
                 corpus = resolve_source(source, tokenizer, data)  # finds the ends of documents, and keeps them
-                print(f"{source.name}: {source.path} is read in place: {len(corpus):,} documents")
+                print(f"{source.name}: {given.path} is read in place: {len(corpus):,} documents")
                 continue
             if is_tokenized_source(source, data):
-                print(f"{source.name}: {source.path} is tokenized already")
+                print(f"{source.name}: {given.path} is tokenized already")
                 continue
             folder = tokenize_shard(
-                source, tokenizer, data, arguments.shard_index, arguments.num_shards, arguments.num_proc
+                given, tokenizer, data, arguments.shard_index, arguments.num_shards, arguments.num_proc
             )
             if folder is not None:
                 corpus = open_corpus(folder)

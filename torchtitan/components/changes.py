@@ -20,6 +20,7 @@ from torchtitan.config.toml_file import known_keys, values_of
 from torchtitan.datasets.curriculum import weights_at
 from torchtitan.datasets.same_data import data_keys, keys_that_decide, normalize, shares, source_options
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.urls import is_url, join_url
 
 ANOTHER_STAGE: tuple[Decision, ...] = ("documents", "rows", "model")
 """What cannot change in a stage."""
@@ -135,15 +136,17 @@ def _options(data: Data, source: Source, *decisions: Decision) -> dict[str, Any]
     options = source_options(source, *decisions)
     name = source.path.removeprefix("hub:")
     path = Path(data.folder).expanduser() / Path(name).expanduser()
-    if "path" in options and name == source.path:
+    if url := join_url(data.folder, source.path):
+        options["path"] = url
+    elif "path" in options and name == source.path:
         options["path"] = str(path)
     elif name.startswith((".", "/", "~")):
         options["path"] = f"hub:{path.absolute()}"
     return options
 
 
-def _place(path: str) -> Path:
-    return Path(path).expanduser().resolve()
+def _place(path: str) -> Path | str:
+    return path if is_url(path) else Path(path).expanduser().resolve()
 
 
 def _rows_per_step(config: JobConfig, world_size: int) -> int | None:

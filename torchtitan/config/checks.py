@@ -15,6 +15,7 @@ from torchtitan.config.schema import JobConfig
 from torchtitan.config.toml_file import known_keys, values_of
 from torchtitan.tools.constants import BLOCK
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.urls import is_url, join_url, without_secrets
 
 
 def check_config(config: JobConfig, world_size: int) -> None:
@@ -142,10 +143,11 @@ def _degrees_for(rows: int, local_batch_size: int) -> str:
 
 
 def check_ranges(config: JobConfig) -> None:
-    """UserError for a number outside the range that the schema gives its key."""
+    """UserError for a number outside the range that the schema gives its key, and for a URL instead of a local path."""
     keys = known_keys()
     for name, value in values_of(config).items():
         _check_ranges(name, value, keys[name])
+        _check_local(name, value, config.data.folder)
 
 
 def _check_ranges(name: str, value: Any, key: Key) -> None:
@@ -170,6 +172,18 @@ def _check_range(name: str, value: Any, key: Key) -> None:
         raise UserError(f"{name} = {value} is not a finite number.")
     if value not in key.range:
         raise UserError(f"{name} = {value} must be {key.range}.")
+
+
+def _check_local(name: str, value: Any, data_folder: str) -> None:
+    """UserError for a URL, unless sources are read from it."""
+    for path in value if isinstance(value, tuple) else (value,):
+        below = name in ("evaluation.texts", "evaluation.qa_files") and join_url(data_folder, path)
+        if name not in ("data.folder", "job.description") and isinstance(path, str) and (is_url(path) or below):
+            raise UserError(
+                f"{name} is a URL ({without_secrets(below or path)}), but must be on this machine's file systems: only "
+                "the sources of data are read from URLs. Download it, and write the path; if data.folder is a URL, an "
+                "absolute one."
+            )
 
 
 def _check_precision(config: JobConfig) -> None:

@@ -33,7 +33,7 @@ class Source:
     """A folder written by scripts/tokenize_corpus.py or by datasets' save_to_disk; a file, folder or glob of .jsonl,
     .json, .parquet, .arrow, .txt or source code, perhaps compressed, or of .bin or .npy token ids; a folder of MDS
     shards; or hub:OWNER/NAME, a dataset of the Hugging Face hub, which is downloaded and tokenized into the cache.
-    Relative to data.folder."""
+    All but the last can be a URL, such as s3://bucket/books, fetched into the cache. Relative to data.folder."""
 
     weight: Annotated[float, Range(min=0, max=1e15), Decides("rows")] = 1.0
     """Share of the training tokens, relative to the weights of the other sources."""
@@ -130,7 +130,7 @@ class Data:
     """The sources, each a [[data.sources]] table."""
 
     folder: Annotated[str, Decides("nothing")] = "."
-    """Folder to which the paths of sources are relative: a part of each path, when paths are compared."""
+    """Folder, or its URL, to which the paths of sources are relative: a part of each path, when paths are compared."""
 
     add_bos: Annotated[bool, Decides("documents")] = True
     """Begin every document with the tokenizer's BOS token."""

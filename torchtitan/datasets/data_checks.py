@@ -6,7 +6,6 @@ Ranges of single numbers are checked with those of all tables (config/checks.py)
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from torchtitan.config.data_schema import Data, Source
 from torchtitan.config.schema import JobConfig
@@ -14,6 +13,7 @@ from torchtitan.datasets.curriculum import schedule_steps, weights_at
 from torchtitan.datasets.same_data import BY_LENGTH, reads_threshold
 from torchtitan.datasets.where import Where
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.urls import check_not_collapsed, check_url, is_url, join_url
 
 HUB_PATH = re.compile(r"hub:([\w.-]+(/[\w.-]+)?|[./~].*)")
 """A dataset of the Hugging Face hub, or the folder of a local copy."""
@@ -30,7 +30,7 @@ def check_data(config: JobConfig) -> None:
             "There is nothing to train on: the configuration has no [[data.sources]]. Write one table per source into "
             'the TOML file: [[data.sources]], name = "books", path = "books/*.jsonl".'
         )
-    check_names(sources)
+    check_sources(config.data)
     for i, source in enumerate(sources):
         _check_source(source, f'data.sources[{i}] ("{source.name}")', config)
         first = next(j for j, earlier in enumerate(sources) if earlier.name == source.name)
@@ -48,9 +48,15 @@ def check_data(config: JobConfig) -> None:
     _check_positions(config)
 
 
-def check_names(sources: Sequence[Source]) -> None:
-    """UserError for the first source without a name or path, or whose path cannot be that of a dataset of the hub."""
-    for i, source in enumerate(sources):
+def check_sources(data: Data) -> None:
+    """UserError for the first source without a name or path, or whose path cannot be a URL or a dataset of the hub."""
+    if is_url(data.cache_folder):
+        raise UserError("data.cache_folder is a URL: it must be a local folder, which the machines of a job share.")
+    if is_url(data.folder):
+        check_url(f"{data.folder.rstrip('/')}/name", "data.folder")
+    for where, path in [("data.folder", data.folder), *((f"data source {s.name!r}", s.path) for s in data.sources)]:
+        check_not_collapsed(path, where)
+    for i, source in enumerate(data.sources):
         for key in ("name", "path"):
             if not getattr(source, key).strip():
                 other = source.path if key == "name" else source.name
@@ -58,6 +64,13 @@ def check_names(sources: Sequence[Source]) -> None:
                 raise UserError(
                     f'data.sources[{i}]{which} has no {key}: write {key} = "..." into that [[data.sources]].'
                 )
+        if url := join_url(data.folder, source.path):
+            check_url(url, f"data source {source.name!r}")
+        if source.path.startswith(("hub:.", "hub:..")) and is_url(data.folder):
+            raise UserError(
+                f"The path {source.path!r} of data source {source.name!r} is relative to data.folder, which is a URL: "
+                "write it from the root (hub:/...)."
+            )
         if source.path.startswith("hub:") and not HUB_PATH.fullmatch(source.path):
             raise UserError(
                 f"The path {source.path!r} of data source {source.name!r} names no dataset: write hub:OWNER/NAME, or "

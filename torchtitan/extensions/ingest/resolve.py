@@ -11,6 +11,7 @@ from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import CORPUS_FILE, MAKE_AGAIN, Corpus, open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.find_text import is_tokenized_source
+from torchtitan.extensions.ingest.remote import local_source
 from torchtitan.extensions.ingest.source_files import source_path
 from torchtitan.extensions.ingest.stand_in import check_where
 from torchtitan.extensions.ingest.token_files import find_token_files, open_token_files
@@ -26,13 +27,14 @@ IDS_LOOKED_AT = 1 << 30
 
 def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
     """The corpus of a source: its tokens, or what tokenize_source makes of its text in data.cache_folder."""
+    given, source = source, local_source(source, data)
     path = source_path(source, data)
     if files := token_files_of(source, data):
         check_where(source, path, {})
         return open_token_files(source, files, tokenizer, data)
     if not is_tokenized_source(source, data):
         # The folder was just found by the content of its text, which is not checked a second time.
-        return open_corpus(tokenize_source(source, tokenizer, data), tokenizer.fingerprint, check_text=False)
+        return open_corpus(tokenize_source(given, tokenizer, data), tokenizer.fingerprint, check_text=False)
     metadata = read_json(path / CORPUS_FILE, MAKE_AGAIN) if (path / CORPUS_FILE).is_file() else {}
     check_where(source, path, metadata)
     for key, wanted in (("add_bos", data.add_bos), ("add_eos", data.add_eos)):

@@ -26,6 +26,7 @@ import numpy as np
 from torchtitan.config.data_schema import Data, Source
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import hash_file, lock, read_json, write_text
+from torchtitan.tools.urls import join_url
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,12 @@ def is_hub(source: Source) -> bool:
 
 
 def source_path(source: Source, data: Data) -> Path:
-    """source.path, below data.folder if it is relative; ~ is expanded in both. It may be a glob."""
+    """source.path, below data.folder if it is relative; ~ is expanded in both. It may be a glob.
+
+    UserError for a URL, which remote.local_source makes a local path.
+    """
+    if url := join_url(data.folder, source.path):
+        raise UserError(f"{url} of data source {source.name!r} cannot be read here: fetch it, and name a local path.")
     return Path(data.folder).expanduser() / Path(source.path).expanduser()
 
 
@@ -106,17 +112,17 @@ def matching_files(source: Source, data: Data) -> list[Path]:
     above, below = "/".join(parts[: parts.index("**")]), parts[parts.index("**") :]
     hidden = any(part.startswith(".") for part in below)
     roots = [Path(p) for p in glob.glob(above or "/") if os.path.isdir(p)]
-    return _files([p for root in roots for p in _walk(root, hidden) if _matches(p.relative_to(root).parts, below)])
+    return _files([p for root in roots for p in _walk(root, hidden) if matches(p.relative_to(root).parts, below)])
 
 
-def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
+def matches(names: Sequence[str], parts: Sequence[str]) -> bool:
     """Whether the parts of a glob take a path, as glob does: "**" is any folders; hidden names must be asked for."""
     if not parts or not names:
         return not names and all(part == "**" for part in parts)
     shown = parts[0].startswith(".") or not names[0].startswith(".")
     if parts[0] == "**":
-        return _matches(names, parts[1:]) or (shown and _matches(names[1:], parts))
-    return shown and fnmatch.fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:])
+        return matches(names, parts[1:]) or (shown and matches(names[1:], parts))
+    return shown and fnmatch.fnmatchcase(names[0], parts[0]) and matches(names[1:], parts[1:])
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from torchtitan.datasets.corpus import ASSISTANT
 from torchtitan.datasets.mixture import long_threshold
 from torchtitan.extensions.ingest.source_files import is_hub, source_path
 from torchtitan.tools.errors import UserError
+from torchtitan.tools.urls import join_url
 
 VOCABULARY = 256
 SHORTEST = 64
@@ -40,11 +41,11 @@ def folders_of(config: JobConfig) -> dict[Path, Source]:
     if not config.data.sources:
         raise UserError("The configuration has no [[data.sources]]: name a stage's TOML with --job.config_file.")
     for number, source in enumerate(config.data.sources):
-        path = source_path(source, config.data).resolve()
         named = f'Data source "{source.name}"'
         elsewhere = f"Give it one for this trial, here and to scripts/plan.py: --data.sources.{number}.path NAME."
-        if is_hub(source) or any(c in source.path for c in "*?["):
+        if is_hub(source) or join_url(config.data.folder, source.path) or any(c in source.path for c in "*?["):
             raise UserError(f'{named} has path = "{source.path}", which names no folder. {elsewhere}')
+        path = source_path(source, config.data).resolve()
         if folder not in path.parents:
             raise UserError(
                 f'{named} has path = "{source.path}", which does not lie in data.folder = {folder}, and a stand-in is '

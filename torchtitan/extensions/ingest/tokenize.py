@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torchtitan.extensions.ingest.encoder import make_encoder
 from torchtitan.extensions.ingest.find_text import find_text_files
 from torchtitan.extensions.ingest.open_text import kind_of, whole_suffix
 from torchtitan.extensions.ingest.records import LINES, TABLES, Span
+from torchtitan.extensions.ingest.remote import local_source
 from torchtitan.extensions.ingest.source_files import (
     Material,
     check_file_unchanged,
@@ -83,9 +84,10 @@ def tokenize_shard(
     cache = Path(data.cache_folder).expanduser().absolute()
     make_writable("data.cache_folder", cache)
     try:
-        material = _material(source, tokenizer, data, cache)
+        material = _material(local_source(source, data), tokenizer, data, cache)
         if isinstance(material, Path):
             return material
+        material = replace(material, metadata=material.metadata | {"path": source.path})
         return _tokenize(material, source, cache, index, count, num_proc or cores())
     except OSError as error:
         raise UserError(
