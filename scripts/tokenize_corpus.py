@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Literal
 
 import tyro
@@ -152,7 +153,10 @@ def main() -> None:
         check_sources(replace(data, sources=tuple(sources)))
         tokenizer = load_tokenizer(assets)
         for given in sources:
-            source = local_source(given, data)
+            source = local_source(given, tokenizer, data)
+            if isinstance(source, Path):
+                print(f"{given.name}: {given.path} is tokenized already, in {source}")
+                continue
             if token_files_of(source, data):
                 corpus = resolve_source(source, tokenizer, data)  # finds the ends of documents, and keeps them
                 print(f"{source.name}: {given.path} is read in place: {len(corpus):,} documents")

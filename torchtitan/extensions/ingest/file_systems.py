@@ -32,7 +32,7 @@ class RemoteFile:
     """A file of a server. path: as its file system names it. name: its path in the local folder.
 
     size: bytes, None if the server does not say. identity: hex, of its content as far as the server tells; "": only its
-    name is of interest. digest: (kind, hex) of its content if the server gives one, for Mismatch in download.py.
+    name is of interest. digest: (kind, hex) of its content if the server gives one; download.py compares.
     dated: False if neither a checksum nor a time is known, so that a change of the same size would not be noticed.
     """
 

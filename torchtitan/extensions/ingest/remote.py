@@ -16,14 +16,19 @@ import logging
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torchtitan.config.data_schema import Data, Source
+from torchtitan.datasets.corpus import CORPUS_FILE, MAKE_AGAIN
+from torchtitan.datasets.same_data import keys_that_decide
+from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.download import download, is_fetched
+from torchtitan.extensions.ingest.encoder import make_encoder
 from torchtitan.extensions.ingest.file_systems import RemoteFile, list_files, open_file_system, refusal, what_failed
+from torchtitan.extensions.ingest.units import folder_name
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import lock, make_writable, read_json, write_text, written
 from torchtitan.tools.urls import check_url, join_url, without_secrets
@@ -34,18 +39,50 @@ ANSWER_SECONDS = 60.0
 """How long a list of files holds for all processes with the same cache folder, so that a job's ranks ask once."""
 
 
-def local_source(source: Source, data: Data) -> Source:
-    """The source with the path of its local copy, which is fetched first; the source itself if its path is no URL."""
+def local_source(source: Source, tokenizer: Tokenizer, data: Data) -> Source | Path:
+    """The source with the path of its local copy, which is fetched first; the source itself if its path is no URL.
+
+    A Path: the finished corpus of these very files, if the cache does not have them (any more). UserError for what
+    cannot be fetched.
+    """
     url = join_url(data.folder, source.path)
     if not url:
         return source
     check_url(url, f"data source {source.name!r}")
-    return replace(source, path=local_path(url, Path(data.cache_folder).expanduser().absolute()))
+    cache = Path(data.cache_folder).expanduser().absolute()
+    policy = _policy(source, tokenizer, data)
+    local = local_path(url, cache, lambda state: _finished(source, cache, [state, policy]))
+    return local if isinstance(local, Path) else replace(source, path=local)
 
 
-def local_path(url: str, cache: Path) -> str:
+def remote_metadata(source: Source, local: Source, tokenizer: Tokenizer, data: Data) -> dict[str, Any]:
+    """What corpus.json says of a source at a URL beside what it says of its local copy."""
+    if local is source:
+        return {}
+    folder = str(Path(data.cache_folder).expanduser().absolute() / "remote")
+    state = local.path.removeprefix(folder).removeprefix(glob.escape(folder)).lstrip("/")
+    return {"path": join_url(data.folder, source.path), "remote": [state, _policy(source, tokenizer, data)]}
+
+
+def _policy(source: Source, tokenizer: Tokenizer, data: Data) -> str:
+    """Hex, of all that documents depend on beside the files."""
+    keys = {k: v for k, v in keys_that_decide(source, "documents").items() if k != "path" and not k.startswith("hub_")}
+    key = [make_encoder(source, tokenizer, data).key, keys]
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _finished(source: Source, cache: Path, remote: list[str]) -> Path | None:
+    prefix = folder_name(source.name, []).rpartition("-")[0]
+    for corpus in sorted(cache.glob(f"{glob.escape(prefix)}-*/{CORPUS_FILE}")):
+        if read_json(corpus, MAKE_AGAIN).get("remote") == remote:
+            return corpus.parent
+    return None
+
+
+def local_path(url: str, cache: Path, made: Callable[[str], Path | None] = lambda state: None) -> str | Path:
     """The local file, folder or glob that holds what a URL names, after fetching what `cache` lacks of it.
 
+    made: the corpus that was made of a state of the files. If there is one, it is the answer instead of fetching.
     One of the processes with the same cache asks and fetches, the others wait. Without a network, or without the right
     to read, the last state of the files is taken if all are there, with a warning. UserError if one cannot be fetched.
     """
@@ -54,71 +91,71 @@ def local_path(url: str, cache: Path) -> str:
     (folder / "files").mkdir(exist_ok=True)
     name = _folder_name(url, url)
     answer_file = folder / f".{name}.json"
-    if (answer := _kept(answer_file)) is None or not _is_recent(answer) or not _is_whole(answer, folder):
+
+    def known() -> str | Path | None:
+        answer = _kept(answer_file)
+        return _local(answer, folder, made) if answer and 0 <= time.time() - answer["time"] < ANSWER_SECONDS else None
+
+    if (local := known()) is None:
         with lock(folder, name):
-            answer = _kept(answer_file)
-            if answer is None or not _is_recent(answer) or not _is_whole(answer, folder):
-                answer = _ask(url, folder, answer)
+            if (local := known()) is None:
+                answer, local = _ask(url, folder, _kept(answer_file), made)
                 write_text(answer_file, json.dumps(answer | {"time": time.time()}))
-    place = folder / answer["folder"]
-    rest = answer["rest"]
+    return local
+
+
+def _local(answer: dict[str, Any], folder: Path, made: Callable[[str], Path | None]) -> str | Path | None:
+    """The local path of a state of the files; else the corpus that was made of it; else None."""
+    place, rest = folder / answer["folder"], answer["rest"]
+    if not all(os.path.lexists(place / f["name"]) for f in answer["files"]) or not all(
+        is_fetched(RemoteFile(**f), folder / "files") for f in answer["files"] if f["identity"]
+    ):
+        return made(f"{place.name}/{rest}".rstrip("/"))
     return os.path.join(glob.escape(str(place)) if glob.has_magic(rest) else str(place), rest).rstrip("/")
 
 
-def _ask(url: str, folder: Path, before: dict[str, Any] | None) -> dict[str, Any]:
-    """What _kept reads, of the files as they are on the server now, which are fetched; or `before`, with a warning."""
+def _ask(
+    url: str, folder: Path, before: dict[str, Any] | None, made: Callable[[str], Path | None]
+) -> tuple[dict[str, Any], str | Path]:
+    """What _kept reads, of the files as they are on the server now, and where they are, after fetching what is missing;
+    or of the files as they were `before`, with a warning."""
     try:
         fs = open_file_system(url)
         files, rest = list_files(fs, url)
     except UserError:
         raise
     except Exception as error:  # what the libraries raise is of many kinds
-        if what_failed(error) != "missing" and before is not None and _is_whole(before, folder):
+        if what_failed(error) != "missing" and before is not None and (local := _local(before, folder, made)):
             why = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
             logger.warning(
                 f"{url} cannot be listed ({why}); going on with the {len(before['files'])} files that were fetched "
-                f"before, in {folder / before['folder']}"
+                f"before, or the corpus that was made of them: {local}"
             )
-            return before
+            return before, local
         raise refusal(url, error) from error
     if not all(file.dated for file in files):
-        logger.warning(
-            f"{url}: its server gives neither checksums nor times. A change of the same size is not noticed."
-        )
+        logger.warning(f"{url}: its server gives no checksum and no time: a change of the same size is not noticed.")
     _log_changes(url, before, files)
-    whole = [file for file in files if file.identity]
+    key = json.dumps([[file.name, file.identity] for file in files])
+    answer: dict[str, Any] = {"url": url, "folder": _folder_name(url, key), "rest": rest}
+    answer["files"] = [asdict(file) for file in files]
+    if isinstance(corpus := _local(answer, folder, made), Path):
+        logger.info("%s: nothing is fetched, %s was made of the files that are there now", url, corpus)
+        return answer, corpus
     host = re.sub(r"[^\w.-]", "_", "://".join(url.split("/")[0:3:2]))
     with lock(folder, f"download-{host}"):  # two sources may have files in common
-        download(fs, url, whole, folder / "files")
-    key = json.dumps([[file.name, file.identity] for file in files])
-    answer: dict[str, Any] = {
-        "url": url,
-        "folder": _folder_name(url, key),
-        "rest": rest,
-        "files": [asdict(file) for file in files],
-    }
+        download(fs, url, [file for file in files if file.identity], folder / "files")
     _make_links(folder / answer["folder"], files)
-    if not _is_whole(answer, folder):
+    if (local := _local(answer, folder, made)) is None:
         raise UserError(f"Files of {url} were deleted from {folder} while they were fetched: start again.")
-    logger.info("%s: %d files, read from %s", url, len(whole), folder / answer["folder"])
-    return answer
+    logger.info("%s: %d files, read from %s", url, len(files), folder / answer["folder"])
+    return answer, local
 
 
 def _kept(file: Path) -> dict[str, Any] | None:
     with contextlib.suppress(FileNotFoundError, UserError):  # missing, or cut short by a loss of power
         return read_json(file)
     return None
-
-
-def _is_recent(answer: dict[str, Any]) -> bool:
-    return 0 <= time.time() - float(answer["time"]) < ANSWER_SECONDS
-
-
-def _is_whole(answer: dict[str, Any], folder: Path) -> bool:
-    """Whether all files of an earlier answer are still there."""
-    files = [RemoteFile(**file) for file in answer["files"]]
-    place = folder / answer["folder"]
-    return all(os.path.lexists(place / f.name) and (not f.identity or is_fetched(f, folder / "files")) for f in files)
 
 
 def _make_links(place: Path, files: Sequence[RemoteFile]) -> None:

@@ -27,8 +27,10 @@ IDS_LOOKED_AT = 1 << 30
 
 def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
     """The corpus of a source: its tokens, or what tokenize_source makes of its text in data.cache_folder."""
-    given, source = source, local_source(source, data)
-    path = source_path(source, data)
+    given, local = source, local_source(source, tokenizer, data)
+    if isinstance(local, Path):
+        return open_corpus(local, tokenizer.fingerprint, check_text=False)
+    source, path = local, source_path(local, data)
     if files := token_files_of(source, data):
         check_where(source, path, {})
         return open_token_files(source, files, tokenizer, data)

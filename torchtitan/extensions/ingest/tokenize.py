@@ -26,7 +26,7 @@ from torchtitan.extensions.ingest.encoder import make_encoder
 from torchtitan.extensions.ingest.find_text import find_text_files
 from torchtitan.extensions.ingest.open_text import kind_of, whole_suffix
 from torchtitan.extensions.ingest.records import LINES, TABLES, Span
-from torchtitan.extensions.ingest.remote import local_source
+from torchtitan.extensions.ingest.remote import local_source, remote_metadata
 from torchtitan.extensions.ingest.source_files import (
     Material,
     check_file_unchanged,
@@ -84,10 +84,13 @@ def tokenize_shard(
     cache = Path(data.cache_folder).expanduser().absolute()
     make_writable("data.cache_folder", cache)
     try:
-        material = _material(local_source(source, data), tokenizer, data, cache)
+        if isinstance(local := local_source(source, tokenizer, data), Path):
+            return local
+        material = _material(local, tokenizer, data, cache)
         if isinstance(material, Path):
             return material
-        material = replace(material, metadata=material.metadata | {"path": source.path})
+        where_from = remote_metadata(source, local, tokenizer, data)
+        material = replace(material, metadata=material.metadata | where_from)
         return _tokenize(material, source, cache, index, count, num_proc or cores())
     except OSError as error:
         raise UserError(

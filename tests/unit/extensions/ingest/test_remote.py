@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,6 +28,7 @@ import pyarrow.parquet
 import pytest
 import s3fs
 
+from tests.scripts import load_script
 from tests.unit.extensions.ingest import hub_server
 from tests.unit.extensions.ingest.object_server import Store, serve
 from torchtitan.components.changes import changed_since
@@ -609,7 +611,59 @@ def test_credentials_of_the_environment(store: Store, cache: Path, monkeypatch: 
     assert not any(SECRET.encode() in p.read_bytes() for p in cache.rglob("*") if p.is_file())
 
 
-def test_a_corpus_says_where_its_text_came_from(store: Store, tokenizer: Tokenizer, data: Data) -> None:
-    store.files = {"bucket/x/a.txt": b"a text"}
-    folder = tokenize_source(Source(name="s", path="s3://bucket/x"), tokenizer, data)
-    assert json.loads((folder / "corpus.json").read_text())["path"] == "s3://bucket/x"
+def test_files_may_be_deleted_once_the_corpus_is_made(
+    store: Store, tokenizer: Tokenizer, data: Data, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.files = {f"bucket/x/{name}.jsonl": b'{"text": "%s", "body": "b"}' % name.encode() for name in "abc"}
+    source = Source(name="s", path="x/*.jsonl")
+    there = replace(data, folder="s3://bucket")
+    first = resolved(source, tokenizer, there)
+    (folder,) = cache.glob("s-*")
+    assert json.loads((folder / "corpus.json").read_text())["path"] == "s3://bucket/x/*.jsonl"
+
+    def delete() -> None:
+        shutil.rmtree(cache / "remote")
+        store.requests.clear()
+
+    delete()
+    assert resolved(source, tokenizer, there) == first
+    assert tokenize_source(source, tokenizer, there) == folder
+    assert not asked(store) and "nothing is fetched" in caplog.text
+    store.refuse = lambda request: 503
+    assert resolved(source, tokenizer, there) == first  # the list of files was kept
+    store.refuse = lambda request: 0
+    others: list[tuple[Source, Tokenizer, Data]] = [
+        (replace(source, text_field="body"), tokenizer, there),
+        (replace(source, where="text == 'a'"), tokenizer, there),
+        (source, replace(tokenizer, fingerprint="e" * 64), there),
+        (source, tokenizer, replace(there, add_eos=False)),
+    ]
+    for other in others:  # other documents of the same files
+        delete()
+        assert resolved(*other)[1] != first[1] or other[1] != tokenizer
+        assert len(asked(store)) == 3
+    delete()
+    store.files["bucket/x/b.jsonl"] = b'{"text": "another"}'
+    assert resolved(source, tokenizer, there)[1] == [[256, *text, 257] for text in (b"a", b"another", b"c")]
+    assert len(asked(store)) == 3
+    assert len(list(cache.glob("s-*"))) == 6
+
+
+def test_the_script_takes_a_url(
+    store: Store, everything: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upload(store, everything, "bucket")
+    script = load_script("tokenize_corpus")
+
+    def run(path: str) -> str:
+        words = ["tokenize_corpus.py", "--path", path, "--cache-folder", str(cache), "--no-bos", "--no-eos"]
+        monkeypatch.setattr(sys, "argv", words)
+        with contextlib.suppress(SystemExit):
+            script.main()
+        return capsys.readouterr().out
+
+    assert "text: 8 documents" in run("s3://bucket/text")
+    shutil.rmtree(cache / "remote")
+    assert "s3://bucket/text is tokenized already, in" in run("s3://bucket/text")
+    assert "s3://bucket/saved is tokenized already" in run("s3://bucket/saved")
+    assert "s3://bucket/ids/megatron_uint16 is read in place: 4 documents" in run("s3://bucket/ids/megatron_uint16")
