@@ -25,7 +25,8 @@ from torchtitan.datasets.data_checks import check_sources
 from torchtitan.datasets.tokenizer import load_tokenizer
 from torchtitan.extensions.ingest.find_text import is_tokenized_source
 from torchtitan.extensions.ingest.remote import local_source
-from torchtitan.extensions.ingest.resolve import resolve_source, token_files_of
+from torchtitan.extensions.ingest.resolve import open_in_place
+from torchtitan.extensions.ingest.token_tables import find_tables
 from torchtitan.extensions.ingest.tokenize import tokenize_shard
 from torchtitan.tools.errors import UserError
 
@@ -157,11 +158,11 @@ def main() -> None:
             if isinstance(source, Path):
                 print(f"{given.name}: {given.path} is tokenized already, in {source}")
                 continue
-            if token_files_of(source, data):
-                corpus = resolve_source(source, tokenizer, data)  # finds the ends of documents, and keeps them
+            corpus = open_in_place(source, tokenizer, data)  # finds the ends of documents, and keeps them
+            if corpus is not None:
                 print(f"{source.name}: {given.path} is read in place: {len(corpus):,} documents")
                 continue
-            if is_tokenized_source(source, data):
+            if is_tokenized_source(source, data) and not find_tables(source, data):
                 print(f"{source.name}: {given.path} is tokenized already")
                 continue
             folder = tokenize_shard(

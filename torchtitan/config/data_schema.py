@@ -46,10 +46,25 @@ class Source:
 
     document_end: Annotated[int | None, Range(min=-1), Decides("documents")] = None
     """Id that ends a document, where files of token ids say it in no other way. Unset: the tokenizer's EOS (of llm.c,
-    document_start). -1: each file is one document."""
+    document_start). -1: each file is one document. Of tokenized rows: it cuts a row; -1: a row is a document as it
+    stands, and gets no BOS or EOS."""
 
     document_start: Annotated[int | None, Range(min=0), Decides("documents")] = None
     """Instead of document_end: the id that begins a document."""
+
+    ids_field: Annotated[str, Decides("documents")] = ""
+    """Column of tokenized rows (Parquet, Arrow, MDS) that holds the token ids. Unset: input_ids, tokens or token_ids,
+    whichever there is."""
+
+    mask_field: Annotated[str, Decides("documents")] = ""
+    """Column of tokenized rows that is 1 for the tokens to train on and 0 for others, if it has no usual name such as
+    loss_mask or assistant_masks, which are found out (docs/data.md)."""
+
+    labels_field: Annotated[str, Decides("documents")] = ""
+    """Column of tokenized rows with labels, the token's own id or -100 (not shifted), if it is not called labels."""
+
+    ignore_fields: Annotated[tuple[str, ...], Decides("documents")] = ()
+    """Columns of tokenized rows that are not read, though their names say something about the loss."""
 
     text_field: Annotated[str, Decides("documents")] = "text"
     """Field of a jsonl, json, parquet or hub record that holds the text; "a.b": the field b of the object a."""

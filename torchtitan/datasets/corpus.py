@@ -39,6 +39,7 @@ CONVERSATIONS_LEFT_OUT = {
     "special_token": "that spell a special token of the tokenizer or the end of a turn, e.g. <|im_end|>",
     "not_trained": "whose messages of the assistant all say that they are not trained (weight 0, train or loss false)",
     "where": "for which where does not hold",
+    "no_label": "of whose tokens none is trained (labels, masks)",
 }
 """Why conversations (by where, records) are left out, by the key of `left_out`."""
 
@@ -92,17 +93,6 @@ class Corpus:
         if ids is not values and values.itemsize >= 4 and not np.array_equal(ids, values):
             raise UserError(f"Document {index} of {self.folder} holds {values.max()}, which is no token id.")
         return ids
-
-    def id_range(self, most: int) -> tuple[int, int, bool]:
-        """The smallest and the largest id; and whether there are more than `most`, and a sample was looked at."""
-        step = max(1, -(-self.tokens // most))
-        chunks = [
-            (values, slice(at, min(at + 65536, int(stops[-1]))))
-            for (starts, stops), values in zip(self._bounds, self._values)
-            for at in range(int(starts[0]), int(stops[-1]), 65536)
-        ][::step]
-        ends = [(c.min(), c.max()) for c in (values[tokens] for values, tokens in chunks)]
-        return int(min((low for low, _ in ends), default=0)), int(max((high for _, high in ends), default=0)), step > 1
 
     def roles(self, index: int) -> np.ndarray:
         """The role of each of its tokens, int8[lengths[index]]; only if has_roles."""

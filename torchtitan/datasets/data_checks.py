@@ -87,6 +87,7 @@ def _check_source(source: Source, where: str, config: JobConfig) -> None:
             f'{where}: max_bad_share = {source.max_bad_share} is read with on_bad_record = "skip" only; with '
             '"stop" the run ends at the first bad record. Leave it out, or set on_bad_record.'
         )
+    _check_columns(source, where)
     if source.max_length is not None and source.min_length > source.max_length:
         raise UserError(
             f"{where}: min_length = {source.min_length} is more than max_length = {source.max_length}, so that no "
@@ -204,6 +205,33 @@ def _check_points(source: Source, where: str, data: Data) -> None:
                 f'{where}: a schedule of weight and data.strategy = "{data.strategy}" both decide the shares of the '
                 'sources; give one of the two (strategy = "original" leaves it to the schedule).'
             )
+
+
+def _check_columns(source: Source, where: str) -> None:
+    """UserError if keys that speak of the columns of tokenized rows contradict each other or other keys."""
+    columns = {key: getattr(source, key) for key in ("ids_field", "mask_field", "labels_field")}
+    named = {key: name for key, name in columns.items() if name}
+    if not named and not source.ignore_fields:
+        return
+    first = next(iter(named), "ignore_fields")
+    for name in {*named.values(), *source.ignore_fields}:
+        keys = [key for key, other in named.items() if other == name] + ["ignore_fields"] * source.ignore_fields.count(
+            name
+        )
+        if len(keys) > 1:
+            raise UserError(f"{where}: {' and '.join(keys)} name the same column, {name!r}: it can have one meaning.")
+    for key in ("messages_field", "where"):
+        if value := getattr(source, key):
+            raise UserError(
+                f"{where}: {first} speaks of tokenized rows, and {key} = {value!r} of text that is yet to be "
+                "tokenized: leave one of them out."
+            )
+    if source.format != "auto" or source.path.startswith("hub:"):
+        given = f'format = "{source.format}"' if source.format != "auto" else f'path = "{source.path}"'
+        raise UserError(
+            f"{where}: {first} is read for tokenized Parquet, Arrow and MDS, and {given} says that the source is "
+            "something else: leave one of them out. Of a dataset of the hub, download the files and name their folder."
+        )
 
 
 def _check_strategy(config: JobConfig) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
+from torchtitan.extensions.ingest.convert_tables import TokenReader, parts_of, read_part
 from torchtitan.extensions.ingest.find_text import find_text_files, is_tokenized_source
 from torchtitan.extensions.ingest.text import read_documents, spans_of
+from torchtitan.extensions.ingest.token_tables import find_tables
 from torchtitan.tools.errors import UserError
 
 SPAN = 64 << 20  # bytes of a .jsonl file that are read at once
@@ -63,6 +66,12 @@ def check_vocabulary(largest: int, vocab_size: int, tokenizer: Tokenizer) -> Non
 
 def _documents(path: Path, tokenizer: Tokenizer, bos: list[int], text_field: str) -> Iterator[torch.Tensor]:
     source = Source(name="--text", path=str(path.absolute()), text_field=text_field)
+    if tables := find_tables(source, Data()):  # of others; padding and cuts are theirs, a loss is on every token
+        reader = TokenReader(tables.columns, tokenizer, [], [])
+        for part in (part for file in tables.files for part in parts_of(file)):
+            for document in read_part(part, reader):
+                yield torch.from_numpy(np.atleast_2d(document)[0].astype("int64"))
+        return
     if is_tokenized_source(source, Data()):
         corpus = open_corpus(path, tokenizer.fingerprint)
         for i in range(len(corpus)):

@@ -58,14 +58,6 @@ class Encoder:
         """What `where` and bad records add to the counts of a unit."""
         return (self.fields.where.counts() if self.fields.where else {}) | self.fields.bad.counts()
 
-    def add_ends(self, document: np.ndarray) -> np.ndarray:
-        """A tokenized document, int32[n] or, with roles, [2, n], with the BOS and EOS that it lacks."""
-        if document.ndim == 2:  # a conversation, which ends as its template says
-            return document
-        bos = self.bos if document[0] not in self.bos else []
-        eos = self.eos if document[-1] not in self.eos else []
-        return np.concatenate([np.array(bos, np.int32), document, np.array(eos, np.int32)])
-
 
 def make_encoder(source: Source, tokenizer: Tokenizer, data: Data) -> Any:
     """The source's Encoder or ChatEncoder; UserError if data.add_bos or add_eos asks for a token that the tokenizer

@@ -113,7 +113,7 @@ def _in_folder(source: Source, path: Path, where: str) -> list[Path]:
             f"{len(files)} files are read; to read others, name them by a glob.",
         )
     if first != TIERS.index(CODE):
-        _check_splits(files, path, where)
+        check_splits(files, path, where)
     return files
 
 
@@ -124,7 +124,7 @@ def _tier(path: Path) -> int | None:
     return next((number for number, kinds in enumerate(TIERS) if kind in kinds), None)
 
 
-def _check_splits(files: Sequence[Path], folder: Path, where: str) -> None:
+def check_splits(files: Sequence[Path], folder: Path, where: str) -> None:
     """UserError if the files are of several splits, as their folders or names say."""
     splits: dict[str, Path] = {}
     for file in files:

@@ -11,18 +11,17 @@ from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import CORPUS_FILE, MAKE_AGAIN, Corpus, open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.find_text import is_tokenized_source
+from torchtitan.extensions.ingest.mapped_tables import open_tables
 from torchtitan.extensions.ingest.remote import local_source
 from torchtitan.extensions.ingest.source_files import source_path
 from torchtitan.extensions.ingest.stand_in import check_where
 from torchtitan.extensions.ingest.token_files import find_token_files, open_token_files
+from torchtitan.extensions.ingest.token_tables import find_tables, refuse_column_keys, warn_of_chunks
 from torchtitan.extensions.ingest.tokenize import tokenize_source
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import read_json
 
 logger = logging.getLogger(__name__)
-
-IDS_LOOKED_AT = 1 << 30
-"""Of a folder of Arrow files that someone else wrote, at every start."""
 
 
 def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
@@ -31,12 +30,26 @@ def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
     if isinstance(local, Path):
         return open_corpus(local, tokenizer.fingerprint, check_text=False)
     source, path = local, source_path(local, data)
-    if files := token_files_of(source, data):
-        check_where(source, path, {})
-        return open_token_files(source, files, tokenizer, data)
+    if (corpus := open_in_place(source, tokenizer, data)) is not None:
+        return corpus
+    if tables := find_tables(source, data):
+        corpus = open_corpus(tokenize_source(given, tokenizer, data), tokenizer.fingerprint, check_text=False)
+        logger.info(
+            "%s: tokenized rows of %d files, copied into %s because %s cannot be mapped; %s; documents: %d, tokens: %d",
+            source.name,
+            len(tables.files),
+            corpus.folder,
+            "they" if len(tables.files) > 1 else "it",
+            tables.columns.describe(),
+            len(corpus),
+            corpus.tokens,
+        )
+        warn_of_chunks(source, tables.columns, corpus)
+        return corpus
     if not is_tokenized_source(source, data):
         # The folder was just found by the content of its text, which is not checked a second time.
         return open_corpus(tokenize_source(given, tokenizer, data), tokenizer.fingerprint, check_text=False)
+    refuse_column_keys(source, f"{path} was written by scripts/tokenize_corpus.py, or for a trial")
     metadata = read_json(path / CORPUS_FILE, MAKE_AGAIN) if (path / CORPUS_FILE).is_file() else {}
     check_where(source, path, metadata)
     for key, wanted in (("add_bos", data.add_bos), ("add_eos", data.add_eos)):
@@ -48,25 +61,35 @@ def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
             )
     corpus = open_corpus(path, tokenizer.fingerprint)
     _check_chat(source, path, metadata, corpus, tokenizer)
-    if corpus.max_token_id is None:
-        _check_ids(source, path, corpus, tokenizer)
     return corpus
 
 
-def _check_ids(source: Source, path: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
-    """UserError unless a folder that someone else wrote holds ids of the tokenizer; a huge one is sampled."""
-    lowest, highest, sampled = corpus.id_range(IDS_LOOKED_AT)
-    if lowest < 0 or highest >= tokenizer.vocab_size:
+def open_in_place(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus | None:
+    """The corpus of a source that is read where it lies, ids or tokenized Arrow of others; None if it is something
+    else, or must be tokenized or copied first."""
+    path = source_path(source, data)
+    if files := token_files_of(source, data):
+        check_where(source, path, {})
+        refuse_column_keys(source, f"{files[0]} holds ids alone")
+        return open_token_files(source, files, tokenizer, data)
+    if (tables := find_tables(source, data)) is None:
+        return None
+    check_where(source, path, {})
+    if source.messages_field and tables.columns.loss is None:
         raise UserError(
-            f"{path} of data source {source.name!r} holds ids from {lowest} to {highest}, but the tokenizer in "
-            f"{tokenizer.folder} has those from 0 to {tokenizer.vocab_size - 1}: set model.hf_assets_path to the "
-            "tokenizer that made it."
+            f"Data source {source.name!r} has messages_field = {source.messages_field!r}, but {tables.files[0]} was "
+            "tokenized as text: none of its columns says which tokens are the assistant's. Name the conversations as "
+            "the source, or leave messages_field out to train on every token."
         )
-    corpus.max_token_id = highest
-    if sampled:
-        logger.info(
-            "%s: of %d tokens some %d were compared with the tokenizer's ids", source.name, corpus.tokens, IDS_LOOKED_AT
-        )
+    if (corpus := open_tables(source, tables, tokenizer, data)) is not None:
+        warn_of_chunks(source, tables.columns, corpus)
+    return corpus
+
+
+def _is_mds(path: Path) -> bool:
+    from torchtitan.extensions.ingest.mds import find_mds
+
+    return bool(find_mds(path))
 
 
 def token_files_of(source: Source, data: Data) -> list[Path]:
@@ -80,12 +103,13 @@ def token_files_of(source: Source, data: Data) -> list[Path]:
             "files: leave format out."
         )
     files = [] if tokenized else find_token_files(source, data)
-    for key in ("document_end", "document_start"):
-        if not files and getattr(source, key) is not None:
-            raise UserError(
-                f"Data source {source.name!r} has {key} = {getattr(source, key)}, which is read for files of token ids "
-                f"(.bin, .npy) alone, but {source.path} is something else: leave it out, or correct path."
-            )
+    given = [key for key in ("document_end", "document_start") if getattr(source, key) is not None]
+    if given and not files and not find_tables(source, data) and (tokenized or not _is_mds(path)):
+        raise UserError(
+            f"Data source {source.name!r} has {given[0]} = {getattr(source, given[0])}, which is read for token ids of "
+            f"others (.bin, .npy, Parquet, Arrow, MDS) alone, but {source.path} is something else: leave it out, or "
+            "correct path."
+        )
     return files
 
 

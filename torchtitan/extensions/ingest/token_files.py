@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,8 +52,10 @@ class TokenCorpus(Corpus):
         lacks: np.ndarray,
         ends: tuple[list[int], list[int]],
         vocab_size: int,
+        roles: Sequence[Any] | None = None,
+        left_out: dict[str, int] | None = None,
     ) -> None:
-        super().__init__(folder, shards, fingerprint, max_token_id)
+        super().__init__(folder, shards, fingerprint, max_token_id, roles, left_out)
         self._lacks, self._ends, self._vocab_size = lacks, ends, vocab_size
         self.lengths += lacks.sum(0)
         self.tokens = int(self.lengths.sum())

@@ -98,20 +98,32 @@ def _key(file: TokenFile, cut: Cut, sampled: bool) -> tuple[str, list[Any]]:
 
 
 def _read(cache: Path, name: str, state: list[Any]) -> TokenIndex | None:
+    kept = read_kept(cache, name, state)
+    return None if kept is None else TokenIndex(**kept)
+
+
+def _write(cache: Path, name: str, state: list[Any], index: TokenIndex) -> None:
+    names = ("lowest", "highest", "found", "empty", "sampled", "digest")
+    about = {name: getattr(index, name) for name in names}
+    write_kept(cache, name, state, about, offsets=index.offsets, first=index.first, last=index.last)
+
+
+def read_kept(cache: Path, name: str, state: list[Any]) -> dict[str, Any] | None:
+    """What write_kept was given, by name; None if it is missing or of another state of the file."""
     missing_or_cut_short = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
     path = cache / "token_index" / f"{name}.npz"
     with contextlib.suppress(*missing_or_cut_short), np.load(path, allow_pickle=False) as kept:
         about = json.loads(str(kept["about"]))
         if about.pop("state") == state:
-            return TokenIndex(kept["offsets"], kept["first"], kept["last"], **about)
+            return about | {key: kept[key] for key in kept.files if key != "about"}
     return None
 
 
-def _write(cache: Path, name: str, state: list[Any], index: TokenIndex) -> None:
-    names = ("lowest", "highest", "found", "empty", "sampled", "digest")
-    about = json.dumps({"state": state} | {name: getattr(index, name) for name in names})
+def write_kept(cache: Path, name: str, state: list[Any], about: dict[str, Any], **arrays: np.ndarray) -> None:
+    """Keep what is known of a file whose size and time are `state`. about: JSON."""
+    text = json.dumps({"state": state} | about)
     with written(cache / "token_index" / f"{name}.npz", durable=True, unique=True) as path, open(path, "wb") as file:
-        np.savez(file, offsets=index.offsets, first=index.first, last=index.last, about=np.array(about))
+        np.savez(file, about=np.array(text), **arrays)  # type: ignore[arg-type]
 
 
 def _index(file: TokenFile, cut: Cut, sampled: bool) -> TokenIndex:

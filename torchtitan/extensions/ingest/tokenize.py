@@ -9,6 +9,7 @@ the work is laid out and done, whatever the source is; units.py says how it gets
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -22,6 +23,7 @@ import numpy as np
 from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.bad_records import BadRecordError, DamagedError, bad_in_all, check_share
+from torchtitan.extensions.ingest.convert_tables import TablePart, TokenReader, parts_of, read_part
 from torchtitan.extensions.ingest.encoder import make_encoder
 from torchtitan.extensions.ingest.find_text import find_text_files
 from torchtitan.extensions.ingest.open_text import kind_of, whole_suffix
@@ -35,6 +37,7 @@ from torchtitan.extensions.ingest.source_files import (
     source_path,
 )
 from torchtitan.extensions.ingest.text import encoded_documents, spans_of
+from torchtitan.extensions.ingest.token_tables import Tables, ends_of, find_tables, refuse_column_keys
 from torchtitan.extensions.ingest.units import (
     CorpusInProgress,
     Counts,
@@ -102,46 +105,39 @@ def tokenize_shard(
 
 def _material(source: Source, tokenizer: Tokenizer, data: Data, cache: Path) -> Material | Path:
     """What must be tokenized; or, if the hub cannot be reached, the finished corpus of an earlier run."""
-    encoder = make_encoder(source, tokenizer, data)
+    if not is_hub(source) and (tables := find_tables(source, data)):
+        return _of_tables(source, tables, tokenizer, data, cache)
     if is_hub(source):
         from torchtitan.extensions.ingest.hub import hub_material
 
-        return hub_material(source, data, cache, encoder)
+        return hub_material(source, data, cache, make_encoder(source, tokenizer, data))
     path = source_path(source, data).absolute()
     if any("index.json" in names for _, _, names in os.walk(path)):
-        from torchtitan.extensions.ingest.mds import find_mds, mds_documents, read_index
+        from torchtitan.extensions.ingest.mds import find_mds, read_index
+        from torchtitan.extensions.ingest.mds_rows import mds_reader
 
         if indexes := find_mds(path):
-            if source.where:
-                raise UserError(
-                    f"Data source {source.name!r} has where = {source.where!r}, but its path {source.path!r} is a "
-                    "folder of MDS shards, which hold tokens: where reads the fields of text records. Leave it out."
-                )
             if source.on_bad_record == "skip":
                 raise UserError(
                     f'Data source {source.name!r} has on_bad_record = "skip", which is about records of text, but its '
                     f"path {source.path!r} is a folder of MDS shards: leave it out."
                 )
-            if source.messages_field:
-                raise UserError(
-                    f"Data source {source.name!r} has messages_field = {source.messages_field!r}, but its path "
-                    f"{source.path!r} is a folder of MDS shards, which hold tokens: leave messages_field out. Their "
-                    "column mask is used."
-                )
             shards = [shard for index in indexes for shard in read_index(index)]
+            reader, kind, read = mds_reader(source, shards, tokenizer, data)
             paths = [*indexes, *(Path(shard.path) for shard in shards)]
-            kind = "mds with masks" if any(shard.has_mask for shard in shards) else "mds"
             what = f"{len(shards)} MDS shards"
 
             def whole(target: int) -> list[tuple[str, list[Any]]]:
                 return [(shard.path, [shard]) for shard in shards]
 
-            return _of_files(source, cache, encoder, paths, kind, what, whole, mds_documents)
+            return _of_files(source, cache, reader, paths, kind, what, whole, read)
+    encoder = make_encoder(source, tokenizer, data)
     files = find_text_files(source, data)
+    refuse_column_keys(source, f"{files[0]} is text")
     if source.where and (plain := [file for file in files if kind_of(file) not in (*LINES, *TABLES)]):
         raise UserError(
             f"Data source {source.name!r} has where = {source.where!r}, but {plain[0]} is a text without fields: leave "
-            "where out, or name files of records ({', '.join(LINES + TABLES)})."
+            f"where out, or name files of records ({', '.join(LINES + TABLES)})."
         )
 
     def spans(target: int) -> list[tuple[str, list[Span]]]:
@@ -158,6 +154,17 @@ def _material(source: Source, tokenizer: Tokenizer, data: Data, cache: Path) -> 
 
     what = f"{len(files)} files of text"
     return _of_files(source, cache, encoder, files, encoder.fields.name, what, spans, encoded_documents)
+
+
+def _of_tables(source: Source, tables: Tables, tokenizer: Tokenizer, data: Data, cache: Path) -> Material:
+    reader = TokenReader(tables.columns, tokenizer, *ends_of(source, tables.columns, tokenizer, data))
+
+    def parts(target: int) -> list[tuple[str, list[TablePart]]]:
+        return [(str(file), parts_of(file)) for file in tables.files]
+
+    what = f"{len(tables.files)} files of tokens, which cannot be mapped"
+    kind = json.dumps(["tokens", tables.columns.key])
+    return _of_files(source, cache, reader, list(tables.files), kind, what, parts, read_part)
 
 
 def _of_files(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,21 @@ from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import ASSISTANT, open_corpus
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest import tokenize, units
-from torchtitan.extensions.ingest.mds import find_mds, read_index, read_shard
+from torchtitan.extensions.ingest.convert_tables import TokenReader
+from torchtitan.extensions.ingest.mds import MdsShard, find_mds, read_index
+from torchtitan.extensions.ingest.mds_rows import read_tokens
 from torchtitan.extensions.ingest.resolve import resolve_source
+from torchtitan.extensions.ingest.token_columns import Columns
 from torchtitan.extensions.ingest.tokenize import tokenize_source
 from torchtitan.tools.errors import UserError
 
 FIXTURES = Path(__file__).parent / "data"  # make_mds.py in there wrote them
+
+
+@pytest.fixture
+def tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """With ids up to 999, which the folders of make_mds.py hold."""
+    return replace(tokenizer, vocab_size=1000)
 
 
 def unpacked(bos: bool, eos: bool) -> list[list[int]]:
@@ -32,6 +42,12 @@ def unpacked(bos: bool, eos: bool) -> list[list[int]]:
     documents[1] = [256, *documents[1][1:-1], 257]
     documents[2][0] = 256
     return [[256] * (bos and d[0] != 256) + d + [257] * (eos and d[-1] != 257) for d in documents]
+
+
+def read_shard(shard: MdsShard) -> Iterator[np.ndarray]:
+    """Its documents as they are."""
+    any_id = Tokenizer("all", 1 << 31, None, None, "f" * 64, lambda texts: [], lambda ids: "")
+    return read_tokens(shard, TokenReader(Columns("input_ids", (), (), False), any_id, [], []))
 
 
 def packed() -> list[list[int]]:
@@ -116,7 +132,7 @@ def test_gz_and_a_raw_shard_beside_its_compressed_one(tmp_path: Path) -> None:
     index.write_text(json.dumps(metadata))
     shards = read_index(index)
     assert [shard.compression for shard in shards] == ["gz", ""]
-    assert [ids.tolist() for shard in shards for ids, _ in read_shard(shard)] == unpacked(False, False)
+    assert [ids.tolist() for shard in shards for ids in read_shard(shard)] == unpacked(False, False)
 
 
 def write_masked(folder: Path, ids: list[int], indices: list[list[int]] | None, mask: list[int]) -> None:
@@ -153,7 +169,7 @@ def test_a_loss_mask_becomes_roles(tmp_path: Path, tokenizer: Tokenizer, data: D
             assert corpus.document(index).tolist() == ids[start:stop]
             assert (corpus.roles(index) == ASSISTANT).astype(int).tolist() == mask[start:stop]
     write_masked(tmp_path / "short", ids, None, mask[1:])
-    with pytest.raises(UserError, match=r"shard.00000.mds row 0: mask must be 0 or 1 for each of its 9 tokens"):
+    with pytest.raises(UserError, match=r"shard.00000.mds row 0: mask has 8 values for 9 ids"):
         resolve_source(Source(name="short", path=str(tmp_path / "short")), tokenizer, data)
     with pytest.raises(UserError, match=r"'packed' has messages_field = 'messages', but .* MDS shards"):
         source = Source(name="packed", path=str(tmp_path / "packed"), messages_field="messages")
@@ -164,6 +180,77 @@ def chat_assets(folder: Path) -> Path:
     folder.mkdir()
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     return folder
+
+
+def test_ids_in_bytes_and_under_other_names(
+    tokenizer: Tokenizer, data: Data, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """As llm-foundry writes them: chunks of a stream as bytes, whose type is found out; a uint16 array and its mask."""
+    chunks = [[10 * i + n for i in range(16)] for n in range(20)]
+    with caplog.at_level(logging.INFO):
+        assert read(FIXTURES / "mds_bytes", tokenizer, data) == [[256, *c, 257] for c in chunks]
+    assert (
+        "ids from the column 'tokens' (found out)" in caplog.text and "bytes, found out to be of int64" in caplog.text
+    )
+    source = Source(name="mds", path=str(FIXTURES / "mds_bytes"), document_end=-1)
+    corpus = resolve_source(source, tokenizer, data)
+    assert [corpus.document(i).tolist() for i in range(20)] == chunks
+    for dtype in (np.uint32, np.int32, np.uint16):  # the same ids in other bytes
+        folder = tmp_path / np.dtype(dtype).name
+        shutil.copytree(FIXTURES / "mds_bytes", folder)
+        write_bytes(folder, [np.array(c, dtype).tobytes() for c in chunks])
+        assert read(folder, tokenizer, data) == [[256, *c, 257] for c in chunks]
+    with pytest.raises(UserError, match=r"the bytes of tokens are not ids of the tokenizer"):
+        read(FIXTURES / "mds_bytes", replace(tokenizer, vocab_size=100), data)
+    rows = [list(range(n, 2 * n + 4)) for n in range(5)]
+    for keys in ({}, {"ids_field": "tokens", "mask_field": "loss_mask"}):
+        corpus = resolve_source(Source(name="mask", path=str(FIXTURES / "mds_mask"), **keys), tokenizer, data)
+        assert [corpus.document(i).tolist() for i in range(len(corpus))] == rows
+        assert [(corpus.roles(i) == ASSISTANT).tolist() for i in range(5)] == [[t % 3 == 0 for t in r] for r in rows]
+    source = Source(name="mask", path=str(FIXTURES / "mds_mask"), ignore_fields=("loss_mask",))
+    assert not resolve_source(source, tokenizer, data).has_roles
+    with pytest.raises(UserError, match=r"no column 'gold' \(mask_field\); it has loss_mask, source, tokens"):
+        resolve_source(replace(source, ignore_fields=(), mask_field="gold"), tokenizer, data)
+
+
+def write_bytes(folder: Path, rows: list[bytes]) -> None:
+    """One shard of one column without a fixed size, by hand."""
+    samples = [np.array([len(row)], "<u4").tobytes() + row for row in rows]
+    begin = 4 * (len(rows) + 2)
+    offsets = begin + np.cumsum([0, *map(len, samples)])
+    content = np.array([len(rows), *offsets], "<u4").tobytes() + b"".join(samples)
+    (folder / "shard.00000.mds").write_bytes(content)
+    index = json.loads((folder / "index.json").read_text())
+    del index["shards"][1:]
+    index["shards"][0]["samples"] = len(rows)
+    index["shards"][0]["raw_data"]["bytes"] = len(content)
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def test_text(tokenizer: Tokenizer, data: Data, tmp_path: Path) -> None:
+    def texts(**keys: Any) -> list[str]:
+        corpus = resolve_source(Source(name="text", path=str(FIXTURES / "mds_text"), **keys), tokenizer, data)
+        return [bytes(corpus.document(i)[1:-1].astype("uint8")).decode() for i in range(len(corpus))]
+
+    assert texts() == ["one", "zwei ä", "three\nlines", "five"]
+    assert texts(where="meta.lang == 'de' or (score > 0.5 and n < 4)") == ["zwei ä", "three\nlines"]
+    assert texts(text_field="meta.lang") == ["en", "de", "en", "en", "en"]
+    for keys, words in (
+        ({"text_field": "body"}, r"no column 'body' \(text_field\).*it has meta, n, score, text, turns"),
+        ({"text_field": "n"}, r"row 0: the field 'n' is a int, not text"),
+        ({"where": "nothing == 1"}, "nothing"),
+        ({"ids_field": "text"}, "the column 'text' is str; token ids are"),
+        ({"mask_field": "n"}, "mask_field = 'n', which is read for tokenized"),
+        ({"document_end": 3}, "document_end, which is read for token ids, but its MDS shards hold text"),
+    ):
+        with pytest.raises(UserError, match=words):
+            texts(**keys)
+    assets = chat_assets(tmp_path / "assets")
+    template = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '|' }}{% endfor %}"
+    (assets / "chat_template.jinja").write_text(template)
+    source = Source(name="chat", path=str(FIXTURES / "mds_text"), messages_field="turns", long_document="drop")
+    with pytest.raises(UserError, match=r"row 0: the chat template .* ends a response with '<user>a\|<assistant>b\|'"):
+        resolve_source(source, replace(tokenizer, folder=str(assets)), data)
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -262,8 +349,8 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], list[str]]] = {
     ),
     "no input_ids": (
         "mds_unpacked",
-        lambda f: edit(f / "index.json", lambda s: s.update(column_names=["domain", "tokens", "length"])),
-        ["no column input_ids", "domain, tokens, length"],
+        lambda f: edit(f / "index.json", lambda s: s.update(column_names=["domain", "numbers", "length"])),
+        ["no column 'text' (text_field)", "input_ids, tokens, token_ids", "domain, numbers, length", "ids_field"],
     ),
     "an unknown compression": (
         "mds_zstd",
@@ -318,7 +405,7 @@ def test_no_damage_of_a_shard_gets_out_of_hand(tmp_path: Path) -> None:
         bad[at] ^= int(rng.integers(1, 256))
         Path(shard.path).write_bytes(bad)
         try:
-            for ids, _ in read_shard(shard):
+            for ids in read_shard(shard):
                 assert ids.dtype == np.int32 and len(ids) <= 64
         except UserError:
             refused += 1

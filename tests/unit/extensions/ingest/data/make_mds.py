@@ -70,5 +70,30 @@ def main() -> None:
                 out.write({"input_ids": ids, "indices": indices, "length": np.int32(len(ids)), "domain": "books"})
 
 
+def more() -> None:
+    """As llm-foundry writes tokens (bytes of int64, chunks of one length); a mask by another name; and text."""
+    columns = {"tokens": "bytes"}
+    write("mds_bytes", columns, [{"tokens": (np.arange(16) * 10 + n).astype(np.int64).tobytes()} for n in range(20)])
+    columns = {"tokens": "ndarray:uint16", "loss_mask": "ndarray:uint8", "source": "str"}
+    rows = [{"tokens": np.arange(n, 2 * n + 4, dtype=np.uint16), "source": "chat"} for n in range(5)]
+    for row in rows:
+        row["loss_mask"] = (row["tokens"] % 3 == 0).astype(np.uint8)
+    write("mds_mask", columns, rows)
+    columns = {"text": "str", "meta": "json", "score": "float32", "n": "int", "turns": "json"}
+    texts = ["one", "zwei \u00e4", "", "three\nlines", "five"]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"text": t, "meta": {"lang": "de" if "z" in t else "en"}, "turns": turns} for t in texts]
+    write("mds_text", columns, [row | {"score": np.float32(n / 4), "n": n} for n, row in enumerate(rows)])
+
+
+def write(name: str, columns: dict[str, str], rows: list[dict[str, object]]) -> None:
+    """A folder of its own."""
+    shutil.rmtree(HERE / name, ignore_errors=True)
+    with MDSWriter(columns=columns, out=str(HERE / name), size_limit=2000) as out:
+        for row in rows:
+            out.write(row)
+
+
 if __name__ == "__main__":
+    more()
     main()
