@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from torchtitan.datasets.long_text import find_cuts
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import lfs_pointer, read_json
 
@@ -71,10 +72,24 @@ class Tokenizer:
     """Whether BOS is put before a text unasked: as tokenizer_config.json says, else as tokenizer.json does."""
     file_adds_bos: bool = False
     """Whether tokenizer.json does by itself: most of transformers 5's tokenizers go by that alone."""
+    pieces: Callable[[Iterable[str]], Iterator[str]] | None = None
+    """A text, given in parts, in pieces that have its tokens; None if it can only be encoded whole (long_text.py)."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without BOS and EOS; the spelling of a special token is ordinary text."""
         return self._encode_batch([text])[0]
+
+    def encode_long(self, parts: Iterable[str], before: Sequence[int], after: Sequence[int]) -> np.ndarray:
+        """Ids of a text that is given in parts, between those of `before` and `after`: int32[n], or empty if the text
+        has none. Beside them no more is held than a piece."""
+        ids = bytearray(np.array(before, np.int32).tobytes())
+        size = len(ids)
+        for piece in self.pieces(parts) if self.pieces else ["".join(parts)]:
+            ids += np.array(self.encode(piece), np.int32).tobytes()
+        if len(ids) == size:
+            return np.empty(0, np.int32)
+        ids += np.array(after, np.int32).tobytes()
+        return np.frombuffer(ids, np.int32)
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of a text that continues another: tokenizers of the SentencePiece kind (Llama 2, Mistral) put a space
@@ -169,7 +184,8 @@ def _load_hugging_face(folder: Path) -> Tokenizer:
     by_file = bos is not None and library.encode("a").ids[:1] == [bos]
     adds_bos = bos is not None and setting if isinstance(setting, bool) else by_file
     made = Tokenizer(str(folder), size, bos, eos, fingerprint, encode_batch, decode, special, added, encode_template)
-    return replace(made, adds_bos=adds_bos, file_adds_bos=by_file)
+    cuts = find_cuts(json.loads(library.to_str()))
+    return replace(made, adds_bos=adds_bos, file_adds_bos=by_file, pieces=cuts.pieces if cuts else None)
 
 
 def _load_tiktoken(folder: Path) -> Tokenizer:
@@ -212,8 +228,9 @@ def _load_tiktoken(folder: Path) -> Tokenizer:
 
     size = len(ranks) + LLAMA3_SPECIAL_TOKENS
     fingerprint = _fingerprint(content, bos, eos)
+    ends = (True, True, lambda parts: bounded_parts("".join(parts)))
     return Tokenizer(
-        str(folder), size, bos, eos, fingerprint, encode_batch, decode, special, special, encode_template, True, True
+        str(folder), size, bos, eos, fingerprint, encode_batch, decode, special, special, encode_template, *ends
     )
 
 

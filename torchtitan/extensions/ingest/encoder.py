@@ -13,6 +13,7 @@ import numpy as np
 
 from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import CORPUS_FORMAT
+from torchtitan.datasets.long_text import LONG, LongText, chunks_of
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.datasets.where import Where
 from torchtitan.extensions.ingest.bad_records import BadRecords
@@ -44,13 +45,16 @@ class Encoder:
         where = {"where": self.fields.where.text} if self.fields.where else {}
         return tokenizer_metadata(self.tokenizer) | ends | where
 
-    def read(self, record: dict[str, Any]) -> str | None:
+    def read(self, record: dict[str, Any]) -> str | LongText | None:
         """The text of a record, None if it is blank; ValueError if the field is not text."""
-        text = as_text(record[self.fields.name], self.fields.name)
+        value = record[self.fields.name]
+        text = value if isinstance(value, LongText) else as_text(value, self.fields.name)
         return text if text and not text.isspace() else None
 
-    def encode(self, text: str | None) -> np.ndarray:
+    def encode(self, text: str | LongText | None) -> np.ndarray:
         """The document, int32[n]; an empty one, without ends, for None."""
+        if isinstance(text, LongText) or (text is not None and len(text) > LONG):
+            return self.tokenizer.encode_long(chunks_of(text), self.bos, self.eos)
         ids = self.tokenizer.encode(text) if text is not None else []
         return np.array(self.bos + ids + self.eos, np.int32) if ids else EMPTY
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
+from torchtitan.datasets.long_text import LONG
 from torchtitan.datasets.where import Where, look_up
 from torchtitan.extensions.ingest.bad_records import BadRecords, RecordError
 from torchtitan.tools.errors import UserError
@@ -135,9 +136,11 @@ def as_text(value: Any, text_field: str) -> str:
         return ""
     if not isinstance(value, str):
         raise RecordError("wrong type", f"the field {text_field!r} is a {type(value).__name__}, not text.")
+    start = 0
     try:
-        value.encode()
+        for start in range(0, len(value), LONG):  # a long text is not held twice
+            value[start : start + LONG].encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        what = f"not UTF-8: character {error.start} of {text_field!r} is half of a surrogate pair."
+        what = f"not UTF-8: character {start + error.start} of {text_field!r} is half of a surrogate pair."
         raise RecordError("not UTF-8", what) from error
     return value

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.datasets.corpus import CORPUS_FILE, MAKE_AGAIN, STATE_FILE
+from torchtitan.datasets.long_text import LONG, LongText
 from torchtitan.extensions.ingest.bad_records import DamagedError, RecordError, nested_too_deeply
 from torchtitan.extensions.ingest.open_text import kind_of
 from torchtitan.extensions.ingest.records import IDS, Document, Fields, Span
@@ -166,4 +167,7 @@ def _open_parquet(path: str) -> Any:
 
 
 def _cell(batch: Any, index: int, column: str) -> Any:
-    return batch.column(column)[index].as_py()
+    value = batch.column(column)[index]
+    if value.type in ("string", "large_string") and value.is_valid and len(content := value.as_buffer()) > LONG:
+        return LongText(content)
+    return value.as_py()

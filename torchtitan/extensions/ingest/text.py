@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from torchtitan.datasets.long_text import LONG, LongText
 from torchtitan.datasets.where import MISSING, look_up
 from torchtitan.extensions.ingest.bad_records import DamagedError, RecordError, nested_too_deeply
 from torchtitan.extensions.ingest.open_text import beginning, compression, kind_of, open_text
@@ -52,7 +53,12 @@ def encoded_documents(span: Span, encoder: Any) -> Iterator[np.ndarray]:
 
 def read_documents(span: Span, text_field: str) -> Iterator[str]:
     """The texts of a span in order, empty ones too."""
-    return read_records(span, Fields("text_field", text_field), lambda r: as_text(r[text_field], text_field))
+
+    def read(record: dict[str, Any]) -> str:
+        value = record[text_field]
+        return "".join(value) if isinstance(value, LongText) else as_text(value, text_field)
+
+    return read_records(span, Fields("text_field", text_field), read)
 
 
 def read_records(span: Span, fields: Fields, read: Callable[[dict[str, Any]], Document]) -> Iterator[Document]:
@@ -77,8 +83,9 @@ def _read_txt(span: Span, fields: Fields, read: Callable[[dict[str, Any]], Docum
                 f"NUL byte at byte {nul}: it is no text, or was not written to its end. Fetch it again, or take it out."
             )
             raise RecordError("no text", what)
+        content = content.removeprefix(b"\xef\xbb\xbf")
         try:
-            text = content.decode("utf-8-sig")  # -sig: a byte order mark is not text
+            text = LongText(content) if len(content) > LONG else content.decode()
         except UnicodeDecodeError as error:
             raise RecordError(
                 "not UTF-8",
@@ -211,7 +218,7 @@ def _parse_line(line: bytes, fields: Fields, first: bool) -> dict[str, Any] | No
             f"not UTF-8: byte {error.start} of the line is 0x{line[error.start]:02x}. Convert the file (e.g. iconv -f "
             "latin1 -t utf-8) or take the line out.",
         ) from error
-    if not decoded.strip():
+    if not decoded or decoded.isspace():
         return None
     try:
         record = json.loads(decoded, object_pairs_hook=partial(_object, fields.used))

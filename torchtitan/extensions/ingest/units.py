@@ -229,7 +229,7 @@ def _record_batch(documents: list[np.ndarray]) -> Any:
     from datasets import Features
 
     offsets = np.cumsum([0, *(document.shape[1] for document in documents)]).astype(np.int32)
-    tokens, *roles = np.concatenate(documents, axis=1)
+    tokens, *roles = documents[0] if len(documents) == 1 else np.concatenate(documents, axis=1)
     values = [pa.array(tokens), *(pa.array(row.astype(np.int8)) for row in roles)]
     schema = pa.schema([(name, pa.list_(column.type)) for name, column in zip(("input_ids", "roles"), values)])
     columns = [pa.ListArray.from_arrays(offsets, column) for column in values]
