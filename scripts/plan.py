@@ -84,7 +84,7 @@ def plan_stage(config: JobConfig, world_size: int) -> tuple[str, dict, bool]:
     # Importing PyTorch takes seconds: a mistake in the TOML must not.
     from torchtitan.components.setup import make_plan, model_args
     from torchtitan.datasets.tokenizer import load_tokenizer
-    from torchtitan.extensions.ingest.resolve import resolve_source
+    from torchtitan.extensions.ingest.hygiene import cleaning
     from torchtitan.extensions.ingest.stand_in import MARK
     from torchtitan.extensions.planner.data_report import format_report, report_of
 
@@ -94,7 +94,7 @@ def plan_stage(config: JobConfig, world_size: int) -> tuple[str, dict, bool]:
     args = model_args(config)
     tokenizer = load_tokenizer(config.model.hf_assets_path)
     make_writable("data.cache_folder", Path(config.data.cache_folder).expanduser())
-    plan = make_plan(config, world_size, tokenizer, args, resolve_source)
+    plan = make_plan(config, world_size, tokenizer, args, cleaning(config.evaluation))
     report = report_of(plan, config, world_size, args)
     lines = [format_report(report), *rope]
     made_up = [s["name"] for s in report["sources"] if (Path(s["folder"]) / MARK).is_file()]

@@ -41,6 +41,8 @@ FATES = {  # in the order of the bar
     "below min_length": "#d98880",
     "above max_length": "#a9545c",
     "dropped, too long": "#7d3c47",
+    "text of the evaluation": "#8266b0",
+    "copies of others": "#bfaedb",
     "no part of the mix": "#b9bfc7",
 }
 STYLE: dict[str, Any] = {
@@ -187,6 +189,8 @@ def fates_of(source: dict[str, Any]) -> dict[str, float]:
         "below min_length": left_out["below_min_length"][1],
         "above max_length": left_out["above_max_length"][1],
         "dropped, too long": left_out["dropped"][1],
+        "text of the evaluation": left_out["evaluation"][1],
+        "copies of others": left_out["copies"][1],
     }
     # Beyond max_documents, of a source with weight 0, or of short documents if only long ones have a share. The
     # used documents count with their separators, the corpus without.

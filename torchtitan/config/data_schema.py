@@ -181,6 +181,16 @@ class Data:
     upsampled_weight: Annotated[float, Range(above=0), Decides("rows")] = 0.6
     """The weight of each of them. The other sources keep theirs, and all are then scaled to a sum of 1."""
 
+    drop_duplicates: Annotated[bool, Decides("rows")] = False
+    """Leave out documents with the same tokens as one before them, in their source or in a source above it."""
+
+    decontaminate: Annotated[tuple[str, ...], Decides("nothing")] = ()
+    """Files of text or tokens, relative to data.folder, and "evaluation", which stands for evaluation.texts and
+    evaluation.qa_files: documents that share a run of decontaminate_tokens tokens with them are left out."""
+
+    decontaminate_tokens: Annotated[int, Range(min=8), Decides("nothing")] = 32
+    """How long a run of tokens must be that gives such a document away."""
+
     packing: Annotated[Literal["best_fit", "concat", "single"], Decides("rows")] = "best_fit"
     """best_fit: whole pieces, the longest first, each into the row that it fills best. concat: documents laid end to
     end and cut every seq_len tokens. single: one piece per row. Padding fills the rest of a row, masked."""

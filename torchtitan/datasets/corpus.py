@@ -73,6 +73,8 @@ class Corpus:
         self.max_token_id = max_token_id
         self.has_roles = roles is not None
         self.left_out = left_out or {}
+        self.hashes: np.ndarray | None = None
+        self.excluded: np.ndarray | None = None
         self._values = [values for _, values in shards]
         self._roles = roles or []
         self._bounds = [bounds if bounds.ndim == 2 else (bounds[:-1], bounds[1:]) for bounds, _ in shards]

@@ -46,6 +46,11 @@ def check_data(config: JobConfig) -> None:
             raise UserError(f"Every source has weight = 0{when} ({names}): at least one must be above 0.")
     _check_strategy(config)
     _check_positions(config)
+    if config.data.decontaminate_tokens != Data().decontaminate_tokens and not config.data.decontaminate:
+        raise UserError(
+            "data.decontaminate_tokens is read with data.decontaminate alone, which names the texts that are not to be "
+            "trained on: name some, or leave it out."
+        )
 
 
 def check_sources(data: Data) -> None:

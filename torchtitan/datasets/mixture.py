@@ -10,7 +10,7 @@ data.strategy acts in three functions: piece_limit (cut_*), _weights (domain_*) 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -79,6 +79,12 @@ class LeftOut:
     truncated: tuple[int, int]
     """Documents cut short by long_document = "truncate", and the tokens cut off."""
 
+    evaluation: tuple[int, int] = (0, 0)
+    """With text of the evaluation, under data.decontaminate."""
+
+    copies: tuple[int, int] = (0, 0)
+    """Of documents before them, in this source or an earlier one; left out under data.drop_duplicates alone."""
+
 
 @dataclass(frozen=True)
 class _Eligible:
@@ -92,22 +98,31 @@ class _Eligible:
 
 
 def build_streams(
-    data: Data, lengths: Sequence[np.ndarray], separators: Sequence[int], seq_len: int, steps: int
+    data: Data,
+    lengths: Sequence[np.ndarray],
+    separators: Sequence[int],
+    seq_len: int,
+    steps: int,
+    excluded: Sequence[np.ndarray | None] = (),
+    hashes: Sequence[np.ndarray | None] = (),
 ) -> tuple[list[Stream], list[LeftOut]]:
     """The streams of data.sources (of those with a weight) and what each source leaves out.
 
     lengths: int64[n] per source, tokens of its documents. separators: how many tokens follow each document of a source.
-    steps: of the stage. They decide Stream.share where there is a curve, and nothing else.
+    steps: of the stage. They decide Stream.share where there is a curve, and nothing else. excluded, hashes: of each
+    corpus (corpus.Corpus).
     UserError if a source has nothing left, or its documents do not have the lengths that are asked for.
     """
+    unknown = [None] * len(data.sources)
     eligible = [
-        _apply_filters(source, data, tokens, separator, seq_len)
-        for source, tokens, separator in zip(data.sources, lengths, separators, strict=True)
+        _apply_filters(source, data, tokens, separator, seq_len, out)
+        for source, tokens, separator, out in zip(data.sources, lengths, separators, excluded or unknown, strict=True)
     ]
-    long = [e.lengths > long_threshold(source, data) for source, e in zip(data.sources, eligible)]
-    long_shares = [int(e.used[which].sum()) / max(1, int(e.used.sum())) for which, e in zip(long, eligible)]
     at = schedule_steps(data) or [0]
     is_read = np.any([_weights(data, step) for step in at], axis=0)
+    eligible = _without_copies(data, eligible, hashes or unknown, is_read)
+    long = [e.lengths > long_threshold(source, data) for source, e in zip(data.sources, eligible)]
+    long_shares = [int(e.used[which].sum()) / max(1, int(e.used.sum())) for which, e in zip(long, eligible)]
     for source, read, tokens, left in zip(data.sources, is_read, lengths, eligible):
         if read and len(left.documents) == 0:
             raise UserError(_nothing_left(source, data, tokens[: source.max_documents], left, seq_len))
@@ -186,12 +201,16 @@ def check_epochs(data: Data, streams: Sequence[Stream], read: Sequence[int]) -> 
             )
 
 
-def _apply_filters(source: Source, data: Data, tokens: np.ndarray, separator: int, seq_len: int) -> _Eligible:
+def _apply_filters(
+    source: Source, data: Data, tokens: np.ndarray, separator: int, seq_len: int, excluded: np.ndarray | None
+) -> _Eligible:
     beyond = tokens[source.max_documents :] if source.max_documents is not None else tokens[:0]
     tokens = tokens[: source.max_documents]
     longest = source.max_length if source.max_length is not None else np.iinfo(np.int64).max
     short, long = tokens < max(1, source.min_length), tokens > longest
     fits = ~short & ~long
+    held_out = fits & (np.zeros(len(tokens), bool) if excluded is None else excluded[: len(tokens)])
+    fits &= ~held_out
     limit = piece_limit(source, data, seq_len)
     dropped = np.zeros(len(tokens), bool)
     used, bound = tokens, limit
@@ -209,11 +228,35 @@ def _apply_filters(source: Source, data: Data, tokens: np.ndarray, separator: in
         dropped=(int(dropped.sum()), int(tokens[dropped].sum())),
         beyond_max_documents=(len(beyond), int(beyond.sum())),
         truncated=(int(cut.sum()), int((tokens - used)[cut].sum())),
+        evaluation=(int(held_out.sum()), int(tokens[held_out].sum())),
     )
     # A separator is left out if the last piece has no room for it: it separates what shares a row.
     room = separator if bound is None else np.where((used - 1) % bound + 1 + separator <= bound, separator, 0)
     used = np.where(cut, used, used + room)
     return _Eligible(np.flatnonzero(keep).astype(np.int32), tokens[keep], used[keep], limit, left_out)
+
+
+def _without_copies(
+    data: Data, eligible: Sequence[_Eligible], hashes: Sequence[np.ndarray | None], is_read: np.ndarray
+) -> list[_Eligible]:
+    """Counts the documents that are copies of one before, in the order of the sources, and leaves them out if
+    data.drop_duplicates says so."""
+    known = [
+        h[e.documents] if h is not None and read else np.zeros(0, np.uint64)
+        for e, h, read in zip(eligible, hashes, is_read)
+    ]
+    together = np.concatenate(known)
+    first = np.zeros(len(together), bool)
+    first[np.unique(together, return_index=True)[1]] = True
+    result = []
+    for e, h, keep in zip(eligible, hashes, np.split(first, np.cumsum([len(h) for h in known])[:-1])):
+        if h is not None and len(keep):
+            copies = (int((~keep).sum()), int(e.lengths[~keep].sum()))
+            e = replace(e, left_out=replace(e.left_out, copies=copies))
+            if data.drop_duplicates:
+                e = replace(e, documents=e.documents[keep], lengths=e.lengths[keep], used=e.used[keep])
+        result.append(e)
+    return result
 
 
 def piece_limit(source: Source, data: Data, seq_len: int) -> int | None:
@@ -303,6 +346,8 @@ def _nothing_left(source: Source, data: Data, tokens: np.ndarray, left: _Eligibl
     reasons = [
         (o.below_min_length[0], f"{o.below_min_length[0]} shorter than min_length = {source.min_length}"),
         (o.above_max_length[0], f"{o.above_max_length[0]} longer than max_length = {source.max_length}"),
+        (o.evaluation[0], f"{o.evaluation[0]} with text of the evaluation (data.decontaminate)"),
+        (o.copies[0] if data.drop_duplicates else 0, f"{o.copies[0]} copies of others (data.drop_duplicates)"),
         (o.dropped[0], f'{o.dropped[0]} longer than {bound} tokens, which long_document = "drop" leaves out'),
     ]
     why = ", ".join(text for count, text in reasons if count)

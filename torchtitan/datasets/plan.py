@@ -89,7 +89,9 @@ class Plan:
         rows = steps * rows_per_step
         lengths = [corpus.lengths for corpus in self.corpora]
         counts = [len(ids) for ids in self.separators]
-        self.streams, self.left_out = build_streams(data, lengths, counts, seq_len, steps)
+        self.streams, self.left_out = build_streams(
+            data, lengths, counts, seq_len, steps, [c.excluded for c in self.corpora], [c.hashes for c in self.corpora]
+        )
         if cache is None:
             self.table = build_table(self.streams, data, seq_len, rows, seed, short_window)
         else:
@@ -131,6 +133,7 @@ class Plan:
                 {"name": s.name, "share": share, "corpus": corpus.fingerprint}
                 | {key: value for key, value in source_options(s, "rows").items() if key != "separator"}
                 | ({"separator": separator.tolist()} if len(separator) else {})
+                | ({} if corpus.excluded is None else {"excluded": _digest_of(corpus.excluded)})
                 for s, share, corpus, separator in sources
             ],
         }
@@ -204,3 +207,7 @@ class Plan:
         texts = [f"{self.names[s]} {d}[{a}:{a + n}] (epoch {e})" for s, d, a, n, e in parts]
         more = f" and {len(row.documents) - 8} more" if len(row.documents) > 8 else ""
         return f"documents {', '.join(texts)}{more}"
+
+
+def _digest_of(mask: np.ndarray) -> str:
+    return hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()[:16]

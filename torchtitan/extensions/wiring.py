@@ -20,10 +20,10 @@ def inputs_of(config: JobConfig, world_size: int) -> Any:
     UserError if a stage cannot start.
     """
     from torchtitan.components.setup import prepare_inputs
-    from torchtitan.extensions.ingest.resolve import resolve_source
+    from torchtitan.extensions.ingest.hygiene import cleaning
 
     check_previous_gates(config)
-    return prepare_inputs(config, world_size, resolve_source)
+    return prepare_inputs(config, world_size, cleaning(config.evaluation))
 
 
 def hooks_of(config: JobConfig) -> list[Any]:

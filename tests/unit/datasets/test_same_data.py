@@ -27,6 +27,9 @@ ANOTHER_DATA: dict[str, tuple[dict[str, Any], Any]] = {
     "long_share": ({"strategy": "global_upsampling", "long_threshold": 60}, 0.95),
     "upsampled_sources": ({"strategy": "domain_upsampling", "upsampled_sources": ("long",)}, ("short",)),
     "upsampled_weight": ({"strategy": "domain_upsampling", "upsampled_sources": ("long",)}, 5.0),
+    "drop_duplicates": ({}, True),
+    "decontaminate": ({}, ("evaluation",)),
+    "decontaminate_tokens": ({"decontaminate": ("evaluation",)}, 64),
     "packing": ({}, "concat"),
     "cross_document_attention": ({}, True),
     "anchor_attention": ({}, True),
@@ -80,6 +83,7 @@ def make_plan(data: Data, **options: Any) -> Plan:
     for name, lengths in (("long", random.integers(20, 200, 30)), ("short", random.integers(1, 12, 90))):
         ends = np.concatenate([[0], np.cumsum(lengths)])
         corpora.append(Corpus(name, [(ends, np.arange(1, 1 + ends[-1], dtype=np.int32))], name, None))
+        corpora[-1].hashes = np.arange(len(lengths), dtype=np.uint64) // 2  # as if there were copies
     arguments: dict[str, Any] = {"seq_len": 48, "rows_per_step": 8, "steps": 6, "seed": 5} | options
     return Plan(data, corpora, separators=[TOKENS[source.separator] for source in data.sources], **arguments)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
     limit = min(plan.seq_len, piece_limit(options, plan.data, plan.seq_len) or plan.seq_len)
     cut_off = np.maximum(whole[start == 0] - limit, 0) if options.long_document == "truncate" else np.zeros(1)
     streams = [s for s in plan.streams if s.source == source]
+    left_out = plan.left_out[source]
     threshold = long_threshold(options, plan.data)
     return {
         "name": plan.names[source],
@@ -97,7 +98,8 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
         "documents": len(corpus),
         "tokens": corpus.tokens,
         "longest_document": int(corpus.lengths.max()),
-        "left_out": asdict(plan.left_out[source]),
+        "left_out": asdict(replace(left_out, copies=left_out.copies if plan.data.drop_duplicates else (0, 0))),
+        "copies_kept": (0, 0) if plan.data.drop_duplicates else left_out.copies,
         "conversations_left_out": corpus.left_out,
         "conversations_not_written": _not_written(corpus),
         "bad_records": json_if_present(Path(corpus.folder) / CORPUS_FILE).get("bad_records", {}),
@@ -252,6 +254,8 @@ LEFT_OUT = {
     "dropped": 'dropped by long_document = "drop"',
     "beyond_max_documents": "beyond max_documents",
     "truncated": 'cut short by long_document = "truncate"',
+    "evaluation": "with text of the evaluation, which data.decontaminate names",
+    "copies": "that are copies of others, here or in sources above it",
 }
 """Why documents are left out, by the key of `left_out`."""
 
@@ -354,6 +358,10 @@ def _source_notes(report: dict[str, Any], s: dict[str, Any]) -> Iterator[str]:
         )
     for key, count in (s["conversations_not_written"] or {}).items():
         yield _of_conversations(name, key, count)
+    documents, tokens = s["copies_kept"]
+    if documents:
+        what = f"{documents:,} documents ({tokens:,} tokens) that are copies of others, here or in sources above it"
+        yield f"{name} has {what}; data.drop_duplicates = true leaves them out"
     for key, reason in LEFT_OUT.items():
         documents, tokens = s["left_out"][key]
         if documents:
