@@ -4,20 +4,21 @@ Filters, the long-document policy and the length strategies all come down to str
 a source's documents, read again and again in new orders, with a share of the stage's tokens. A source whose long
 documents are upsampled is two streams, its long and its short documents, and one with length_bins a stream per bin, so
 that these shares hold like any other. A schedule moves the shares: a stream then has a curve (curriculum.py).
-data.strategy acts in three functions: piece_limit (cut_*), _weights (domain_*) and _split_share (*_upsampling).
+data.strategy acts in three functions: piece_limit of eligible.py (cut_*), _weights (domain_*) and _split_share
+(*_upsampling).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.curriculum import integral, length_shares_at, resolve, schedule_steps, weights_at
+from torchtitan.datasets.eligible import Eligible, LeftOut, apply_filters, nothing_left, without_copies
 from torchtitan.datasets.same_data import BY_LENGTH, normalize
-from torchtitan.tools.constants import CUT_AT
 from torchtitan.tools.errors import UserError
 
 ANY_LENGTH = int(np.iinfo(np.int64).max)
@@ -65,38 +66,6 @@ class Stream:
         return f"up to {self.up_to:,}" if self.over < 0 else f"{self.over + 1:,} to {self.up_to:,}"
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """What a source's options leave out of every epoch: (documents, tokens) by reason."""
-
-    below_min_length: tuple[int, int]
-    above_max_length: tuple[int, int]
-    dropped: tuple[int, int]
-    """Longer than a row (or chunk_length) under long_document = "drop"."""
-
-    beyond_max_documents: tuple[int, int]
-
-    truncated: tuple[int, int]
-    """Documents cut short by long_document = "truncate", and the tokens cut off."""
-
-    evaluation: tuple[int, int] = (0, 0)
-    """With text of the evaluation, under data.decontaminate."""
-
-    copies: tuple[int, int] = (0, 0)
-    """Of documents before them, in this source or an earlier one; left out under data.drop_duplicates alone."""
-
-
-@dataclass(frozen=True)
-class _Eligible:
-    """The documents of a source that may be read, and how much of each."""
-
-    documents: np.ndarray  # int32[n]
-    lengths: np.ndarray  # int64[n], whole, without the separator
-    used: np.ndarray  # int64[n], what the long-document policy leaves of that
-    limit: int | None  # longest piece
-    left_out: LeftOut
-
-
 def build_streams(
     data: Data,
     lengths: Sequence[np.ndarray],
@@ -115,17 +84,17 @@ def build_streams(
     """
     unknown = [None] * len(data.sources)
     eligible = [
-        _apply_filters(source, data, tokens, separator, seq_len, out)
+        apply_filters(source, data, tokens, separator, seq_len, out)
         for source, tokens, separator, out in zip(data.sources, lengths, separators, excluded or unknown, strict=True)
     ]
     at = schedule_steps(data) or [0]
     is_read = np.any([_weights(data, step) for step in at], axis=0)
-    eligible = _without_copies(data, eligible, hashes or unknown, is_read)
+    eligible = without_copies(data, eligible, hashes or unknown, is_read)
     long = [e.lengths > long_threshold(source, data) for source, e in zip(data.sources, eligible)]
     long_shares = [int(e.used[which].sum()) / max(1, int(e.used.sum())) for which, e in zip(long, eligible)]
     for source, read, tokens, left in zip(data.sources, is_read, lengths, eligible):
         if read and len(left.documents) == 0:
-            raise UserError(_nothing_left(source, data, tokens[: source.max_documents], left, seq_len))
+            raise UserError(nothing_left(source, data, tokens[: source.max_documents], left, seq_len))
     _check_upsampled(data, eligible, long_shares, is_read)
     parts = [_parts(i, data, long_shares) for i in range(len(data.sources))]
     table = resolve(lambda step: _shares(data, step, long_shares), at)
@@ -147,7 +116,7 @@ def build_streams(
 
 
 def _check_upsampled(
-    data: Data, eligible: Sequence[_Eligible], long_shares: Sequence[float], is_read: np.ndarray
+    data: Data, eligible: Sequence[Eligible], long_shares: Sequence[float], is_read: np.ndarray
 ) -> None:
     """UserError if documents are to be upsampled and there are none."""
     if data.strategy in BY_LENGTH:
@@ -169,7 +138,7 @@ def _check_upsampled(
             )
 
 
-def _empty_bin(source: Source, stream: Stream, left: _Eligible) -> str:
+def _empty_bin(source: Source, stream: Stream, left: Eligible) -> str:
     edges = [-1, *source.length_bins, np.inf]
     counts = np.histogram(left.lengths, np.array(edges) + 1)[0]
     have = ", ".join(f"{n:,} in bin {number}" for number, n in enumerate(counts) if n)
@@ -199,72 +168,6 @@ def check_epochs(data: Data, streams: Sequence[Stream], read: Sequence[int]) -> 
                 f"({source.max_epochs / epochs:.3g} times its share would do) or training.steps, give it more text, or "
                 "raise max_epochs."
             )
-
-
-def _apply_filters(
-    source: Source, data: Data, tokens: np.ndarray, separator: int, seq_len: int, excluded: np.ndarray | None
-) -> _Eligible:
-    beyond = tokens[source.max_documents :] if source.max_documents is not None else tokens[:0]
-    tokens = tokens[: source.max_documents]
-    longest = source.max_length if source.max_length is not None else np.iinfo(np.int64).max
-    short, long = tokens < max(1, source.min_length), tokens > longest
-    fits = ~short & ~long
-    held_out = fits & (np.zeros(len(tokens), bool) if excluded is None else excluded[: len(tokens)])
-    fits &= ~held_out
-    limit = piece_limit(source, data, seq_len)
-    dropped = np.zeros(len(tokens), bool)
-    used, bound = tokens, limit
-    if source.long_document != "split":
-        bound = min(limit or seq_len, seq_len)
-        if source.long_document == "drop":
-            dropped = fits & (tokens > bound)
-        else:
-            used = np.minimum(tokens, bound)
-    keep = fits & ~dropped
-    cut = keep & (used < tokens)
-    left_out = LeftOut(
-        below_min_length=(int(short.sum()), int(tokens[short].sum())),
-        above_max_length=(int(long.sum()), int(tokens[long].sum())),
-        dropped=(int(dropped.sum()), int(tokens[dropped].sum())),
-        beyond_max_documents=(len(beyond), int(beyond.sum())),
-        truncated=(int(cut.sum()), int((tokens - used)[cut].sum())),
-        evaluation=(int(held_out.sum()), int(tokens[held_out].sum())),
-    )
-    # A separator is left out if the last piece has no room for it: it separates what shares a row.
-    room = separator if bound is None else np.where((used - 1) % bound + 1 + separator <= bound, separator, 0)
-    used = np.where(cut, used, used + room)
-    return _Eligible(np.flatnonzero(keep).astype(np.int32), tokens[keep], used[keep], limit, left_out)
-
-
-def _without_copies(
-    data: Data, eligible: Sequence[_Eligible], hashes: Sequence[np.ndarray | None], is_read: np.ndarray
-) -> list[_Eligible]:
-    """Counts the documents that are copies of one before, in the order of the sources, and leaves them out if
-    data.drop_duplicates says so."""
-    known = [
-        h[e.documents] if h is not None and read else np.zeros(0, np.uint64)
-        for e, h, read in zip(eligible, hashes, is_read)
-    ]
-    together = np.concatenate(known)
-    first = np.zeros(len(together), bool)
-    first[np.unique(together, return_index=True)[1]] = True
-    result = []
-    for e, h, keep in zip(eligible, hashes, np.split(first, np.cumsum([len(h) for h in known])[:-1])):
-        if h is not None and len(keep):
-            copies = (int((~keep).sum()), int(e.lengths[~keep].sum()))
-            e = replace(e, left_out=replace(e.left_out, copies=copies))
-            if data.drop_duplicates:
-                e = replace(e, documents=e.documents[keep], lengths=e.lengths[keep], used=e.used[keep])
-        result.append(e)
-    return result
-
-
-def piece_limit(source: Source, data: Data, seq_len: int) -> int | None:
-    """Tokens of the longest piece of a document before packing; None: packing alone cuts (concat)."""
-    limits = [n for n in (source.chunk_length, CUT_AT.get(data.strategy)) if n is not None]
-    if data.packing != "concat":  # concat cuts documents where rows end
-        limits.append(seq_len)
-    return min(limits) if limits else None
 
 
 def _weights(data: Data, step: float) -> list[float]:
@@ -328,7 +231,7 @@ def _split_share(index: int, data: Data, weights: list[float], long_shares: list
     return weight * wanted, weight * (1 - wanted)
 
 
-def _pieces(eligible: _Eligible, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _pieces(eligible: Eligible, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(documents, lengths) int32[P] of the pieces of some eligible documents, bool[n]."""
     documents, used, limit = eligible.documents[which], eligible.used[which], eligible.limit
     if limit is None or int(used.max(initial=0)) <= limit:
@@ -338,21 +241,3 @@ def _pieces(eligible: _Eligible, which: np.ndarray) -> tuple[np.ndarray, np.ndar
     lengths = np.full(int(counts.sum()), limit, np.int32)
     lengths[last] = used - (counts - 1) * limit
     return np.repeat(documents, counts), lengths
-
-
-def _nothing_left(source: Source, data: Data, tokens: np.ndarray, left: _Eligible, seq_len: int) -> str:
-    o = left.left_out
-    bound = min(piece_limit(source, data, seq_len) or seq_len, seq_len)
-    reasons = [
-        (o.below_min_length[0], f"{o.below_min_length[0]} shorter than min_length = {source.min_length}"),
-        (o.above_max_length[0], f"{o.above_max_length[0]} longer than max_length = {source.max_length}"),
-        (o.evaluation[0], f"{o.evaluation[0]} with text of the evaluation (data.decontaminate)"),
-        (o.copies[0] if data.drop_duplicates else 0, f"{o.copies[0]} copies of others (data.drop_duplicates)"),
-        (o.dropped[0], f'{o.dropped[0]} longer than {bound} tokens, which long_document = "drop" leaves out'),
-    ]
-    why = ", ".join(text for count, text in reasons if count)
-    lengths = f" Its documents have {int(tokens.min())} to {int(tokens.max())} tokens." if len(tokens) else ""
-    return (
-        f"Data source {source.name!r} has no document left to read: of {len(tokens)}, {why or 'none has a token'}."
-        f"{lengths} Change these options, or take the source out."
-    )

@@ -18,7 +18,8 @@ from torchtitan.config.checks import dp_degree
 from torchtitan.config.schema import JobConfig
 from torchtitan.datasets.corpus import ASSISTANT, CONVERSATIONS_LEFT_OUT, CORPUS_FILE, ROLES, Corpus
 from torchtitan.datasets.dealing import deal, imbalance, undealt
-from torchtitan.datasets.mixture import Stream, long_threshold, piece_limit
+from torchtitan.datasets.eligible import piece_limit
+from torchtitan.datasets.mixture import Stream, long_threshold
 from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.tokenizer import json_if_present
 from torchtitan.extensions.planner.schedule_report import (

@@ -1,0 +1,127 @@
+"""Which documents of a source a stage may read, and how much of each: filters, copies, the long-document policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from torchtitan.config.data_schema import Data, Source
+from torchtitan.tools.constants import CUT_AT
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What a source's options leave out of every epoch: (documents, tokens) by reason."""
+
+    below_min_length: tuple[int, int]
+    above_max_length: tuple[int, int]
+    dropped: tuple[int, int]
+    """Longer than a row (or chunk_length) under long_document = "drop"."""
+
+    beyond_max_documents: tuple[int, int]
+
+    truncated: tuple[int, int]
+    """Documents cut short by long_document = "truncate", and the tokens cut off."""
+
+    evaluation: tuple[int, int] = (0, 0)
+    """With text of the evaluation, under data.decontaminate."""
+
+    copies: tuple[int, int] = (0, 0)
+    """Of documents before them, in this source or an earlier one; left out under data.drop_duplicates alone."""
+
+
+@dataclass(frozen=True)
+class Eligible:
+    """The documents of a source that may be read, and how much of each."""
+
+    documents: np.ndarray  # int32[n]
+    lengths: np.ndarray  # int64[n], whole, without the separator
+    used: np.ndarray  # int64[n], what the long-document policy leaves of that
+    limit: int | None  # longest piece
+    left_out: LeftOut
+
+
+def apply_filters(
+    source: Source, data: Data, tokens: np.ndarray, separator: int, seq_len: int, excluded: np.ndarray | None
+) -> Eligible:
+    beyond = tokens[source.max_documents :] if source.max_documents is not None else tokens[:0]
+    tokens = tokens[: source.max_documents]
+    longest = source.max_length if source.max_length is not None else np.iinfo(np.int64).max
+    short, long = tokens < max(1, source.min_length), tokens > longest
+    fits = ~short & ~long
+    held_out = fits & (np.zeros(len(tokens), bool) if excluded is None else excluded[: len(tokens)])
+    fits &= ~held_out
+    limit = piece_limit(source, data, seq_len)
+    dropped = np.zeros(len(tokens), bool)
+    used, bound = tokens, limit
+    if source.long_document != "split":
+        bound = min(limit or seq_len, seq_len)
+        if source.long_document == "drop":
+            dropped = fits & (tokens > bound)
+        else:
+            used = np.minimum(tokens, bound)
+    keep = fits & ~dropped
+    cut = keep & (used < tokens)
+    left_out = LeftOut(
+        below_min_length=(int(short.sum()), int(tokens[short].sum())),
+        above_max_length=(int(long.sum()), int(tokens[long].sum())),
+        dropped=(int(dropped.sum()), int(tokens[dropped].sum())),
+        beyond_max_documents=(len(beyond), int(beyond.sum())),
+        truncated=(int(cut.sum()), int((tokens - used)[cut].sum())),
+        evaluation=(int(held_out.sum()), int(tokens[held_out].sum())),
+    )
+    # A separator is left out if the last piece has no room for it: it separates what shares a row.
+    room = separator if bound is None else np.where((used - 1) % bound + 1 + separator <= bound, separator, 0)
+    used = np.where(cut, used, used + room)
+    return Eligible(np.flatnonzero(keep).astype(np.int32), tokens[keep], used[keep], limit, left_out)
+
+
+def without_copies(
+    data: Data, eligible: Sequence[Eligible], hashes: Sequence[np.ndarray | None], is_read: np.ndarray
+) -> list[Eligible]:
+    """Counts the documents that are copies of one before, in the order of the sources, and leaves them out if
+    data.drop_duplicates says so."""
+    known = [
+        h[e.documents] if h is not None and read else np.zeros(0, np.uint64)
+        for e, h, read in zip(eligible, hashes, is_read)
+    ]
+    together = np.concatenate(known)
+    first = np.zeros(len(together), bool)
+    first[np.unique(together, return_index=True)[1]] = True
+    result = []
+    for e, h, keep in zip(eligible, hashes, np.split(first, np.cumsum([len(h) for h in known])[:-1])):
+        if h is not None and len(keep):
+            copies = (int((~keep).sum()), int(e.lengths[~keep].sum()))
+            e = replace(e, left_out=replace(e.left_out, copies=copies))
+            if data.drop_duplicates:
+                e = replace(e, documents=e.documents[keep], lengths=e.lengths[keep], used=e.used[keep])
+        result.append(e)
+    return result
+
+
+def piece_limit(source: Source, data: Data, seq_len: int) -> int | None:
+    """Tokens of the longest piece of a document before packing; None: packing alone cuts (concat)."""
+    limits = [n for n in (source.chunk_length, CUT_AT.get(data.strategy)) if n is not None]
+    if data.packing != "concat":  # concat cuts documents where rows end
+        limits.append(seq_len)
+    return min(limits) if limits else None
+
+
+def nothing_left(source: Source, data: Data, tokens: np.ndarray, left: Eligible, seq_len: int) -> str:
+    o = left.left_out
+    bound = min(piece_limit(source, data, seq_len) or seq_len, seq_len)
+    reasons = [
+        (o.below_min_length[0], f"{o.below_min_length[0]} shorter than min_length = {source.min_length}"),
+        (o.above_max_length[0], f"{o.above_max_length[0]} longer than max_length = {source.max_length}"),
+        (o.evaluation[0], f"{o.evaluation[0]} with text of the evaluation (data.decontaminate)"),
+        (o.copies[0] if data.drop_duplicates else 0, f"{o.copies[0]} copies of others (data.drop_duplicates)"),
+        (o.dropped[0], f'{o.dropped[0]} longer than {bound} tokens, which long_document = "drop" leaves out'),
+    ]
+    why = ", ".join(text for count, text in reasons if count)
+    lengths = f" Its documents have {int(tokens.min())} to {int(tokens.max())} tokens." if len(tokens) else ""
+    return (
+        f"Data source {source.name!r} has no document left to read: of {len(tokens)}, {why or 'none has a token'}."
+        f"{lengths} Change these options, or take the source out."
+    )
