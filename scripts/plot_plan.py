@@ -3,10 +3,11 @@
     python scripts/plot_plan.py outputs/demo --out plan.png
     python scripts/plot_plan.py original.json cut_4k.json --out lengths.png
 
-Upper left: each source's share of the tokens, asked for and got, and how often it is read. Upper right: what becomes of
-its tokens. Lower left: tokens by length, of whole documents upwards and of the parts in rows downwards. Documents are
-weighted by the source's share, so that the two halves differ by filters, cutting and upsampling alone. Lower right: how
-much more work the busiest rank has than the mean rank, with rows in slot order and with rows as they are dealt.
+Upper left: each source's share of the tokens, asked for and got, and how often it is read; a thin line spans the shares
+at the points of a schedule. Upper right: what becomes of its tokens. Lower left: tokens by length, of whole documents
+upwards and of the parts in rows downwards. Documents are weighted by the source's share, so that the two halves differ
+by filters, cutting and upsampling alone. Lower right: how much more work the busiest rank has than the mean rank, with
+rows in slot order and with rows as they are dealt.
 """
 
 from __future__ import annotations
@@ -149,12 +150,16 @@ def draw_one(page: SubFigure, height: float, name: str, report: dict[str, Any]) 
 
 def draw_shares(axes: Axes, report: dict[str, Any]) -> None:
     sources = report["sources"]
-    most = max(report["padding"], *(s["share"] for s in sources), *(s["share_asked"] for s in sources))
-    for y, source in enumerate(sources):
+    ends = [max(s["share"], s["share_asked"], *asked_at_points(report, s["name"])) for s in sources]
+    most = max(report["padding"], *ends)
+    for y, (source, end) in enumerate(zip(sources, ends)):
         axes.barh(y, source["share"], 0.66, color=color(y))
         axes.plot([source["share_asked"]] * 2, [y - 0.42, y + 0.42], color=INK, linewidth=1.6)
+        moving = asked_at_points(report, source["name"])
+        if moving:
+            axes.plot([min(moving), max(moving)], [y, y], color=INK, linewidth=0.9, marker="|", markersize=5)
         text = f"{source['share']:.1%}  ·  {epochs_text(source)}"
-        axes.text(max(source["share"], source["share_asked"]) + 0.02 * most, y, text, va="center", fontsize=8.5)
+        axes.text(end + 0.02 * most, y, text, va="center", fontsize=8.5)
     padding, y = report["padding"], len(sources)
     axes.barh(y, padding, 0.66, color="white", edgecolor=FAINT, hatch="/////", linewidth=0.5)
     text = f"{padding:.1%} of the rows" if padding >= 0.005 else f"{padding:.3%} of the rows"
@@ -168,12 +173,23 @@ def draw_shares(axes: Axes, report: dict[str, Any]) -> None:
     axes.set_title("Share of the tokens (line: asked for)  ·  epochs")
 
 
+def asked_at_points(report: dict[str, Any], name: str) -> list[float]:
+    """The share of a source at the points of the schedules; empty if none of its streams moves."""
+    schedule = report.get("schedule") or {"streams": []}  # older reports have none
+    moving = {stream["documents"]: stream["asked"] for stream in schedule["streams"] if stream["source"] == name}
+    entries = next(s["epochs"] for s in report["sources"] if s["name"] == name)
+    still = sum(entry["share_asked"] for entry in entries if entry["documents"] not in moving)
+    return [sum(at_point) + still for at_point in zip(*moving.values())]
+
+
 def epochs_text(source: dict[str, Any]) -> str:
     entries = source["epochs"]
     if not entries:
         return "not read"
     if len(entries) == 1 and entries[0]["documents"] == "all":
         return f"{number(entries[0]['epochs'])}×"
+    if len(entries) > 2:  # length_bins, from the shortest
+        return " / ".join(number(e["epochs"]) for e in entries) + "×"
     return ", ".join(f"{e['documents']} {number(e['epochs'])}×" for e in entries)
 
 

@@ -12,7 +12,7 @@ import torchtitan.components.changes as changes_module
 from tests.unit.config.test_manager import other_value
 from torchtitan.components.changes import BY_CONTENT, changed_keys, changed_since, differences
 from torchtitan.config import JobConfig, as_tables
-from torchtitan.config.data_schema import Data, Source
+from torchtitan.config.data_schema import Data, Point, Source
 from torchtitan.config.keys import keys_of
 from torchtitan.config.manager import from_tables
 from torchtitan.config.toml_file import known_keys
@@ -161,4 +161,15 @@ def test_the_printed_difference_of_a_mixture() -> None:
         "data source books: 25.0%, path books.jsonl -> 50.0%, path b, min_length 5",
         f"data source code: 75.0%, path {code.path} -> none",
         "data source web: none -> 50.0%, path w",
+    ]
+
+
+def test_the_printed_difference_of_a_schedule_has_the_shares_at_its_points() -> None:
+    books, code = SOURCES
+    points = (Point(0, 1.0), Point(100, 3.0))
+    now = (dataclasses.replace(books, weight=1.0, schedule=points), dataclasses.replace(code, weight=1.0))
+    lines = differences(manifest(make()), make(**{"data.sources": now}), {"rope": {"theta": 1e4}})
+    assert lines == [
+        "data source books: 25.0% -> 50.0% at step 0, 75.0% at step 100",
+        "data source code: 75.0% -> 50.0% at step 0, 25.0% at step 100",
     ]

@@ -24,7 +24,7 @@ from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.tokenizer import json_if_present
 from torchtitan.extensions.planner.schedule_report import (
     WINDOW,
-    asked_of,
+    asked_before,
     schedule_notes,
     schedule_report,
     tokens_before,
@@ -155,11 +155,9 @@ def _worst_window(plan: Plan, mine: np.ndarray, streams: Sequence[Stream]) -> fl
     """How far the share of a source (whose parts are `mine`) is from what is asked of its streams in the worst WINDOW
     consecutive steps."""
     width = min(WINDOW, plan.steps)
-    begins = np.arange(plan.steps - width + 1)
-    asked = sum((asked_of(stream, begins, begins + width) for stream in streams), np.zeros(len(begins)))
     of_source, of_all = (tokens_before(plan, column) for column in (plan.table.length * mine, plan.table.length))
-    share = (of_source[width:] - of_source[:-width]) / (of_all[width:] - of_all[:-width])
-    return float(np.abs(share - asked).max())
+    too_many = of_source - sum(asked_before(plan, stream, of_all) for stream in streams)
+    return float(np.abs((too_many[width:] - too_many[:-width]) / (of_all[width:] - of_all[:-width])).max())
 
 
 def _histogram(lengths: np.ndarray) -> dict[str, dict[str, int]]:

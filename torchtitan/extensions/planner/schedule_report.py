@@ -19,7 +19,7 @@ COLUMNS = ("asked", "asked_around", "share_around")
 
 
 def schedule_report(plan: Plan) -> dict[str, Any] | None:
-    """What the schedules ask for at their points (the last step's end if they lie beyond), and the shares in the WINDOW
+    """What the schedules ask for at their points (at the stage's end, if they lie beyond), and the shares in the WINDOW
     steps around each, asked and got; None without a schedule."""
     points = np.array(schedule_steps(plan.data))
     if not len(points):
@@ -34,14 +34,17 @@ def schedule_report(plan: Plan) -> dict[str, Any] | None:
         counted = np.zeros_like(plan.table.length)
         parts = plan.parts_of(stream)
         counted[parts] = plan.table.length[parts]
-        mine = tokens_before(plan, counted)
+        asked, got = (
+            (before[ends] - before[begins]) / (of_all[ends] - of_all[begins])
+            for before in (asked_before(plan, stream, of_all), tokens_before(plan, counted))
+        )
         streams.append(
             {
                 "source": plan.names[stream.source],
                 "documents": stream.name,
                 "asked": np.interp(at, *stream.curve.T).tolist(),
-                "asked_around": asked_of(stream, begins, ends).tolist(),
-                "share_around": ((mine[ends] - mine[begins]) / (of_all[ends] - of_all[begins])).tolist(),
+                "asked_around": asked.tolist(),
+                "share_around": got.tolist(),
             }
         )
     return {
@@ -58,11 +61,12 @@ def tokens_before(plan: Plan, tokens: np.ndarray) -> np.ndarray:
     return np.cumsum(np.append(0, np.add.reduceat(tokens, begins, dtype=np.int64)))
 
 
-def asked_of(stream: Stream, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """float64[n]: the mean share that is asked of a stream from step begins[i] to before ends[i]."""
+def asked_before(plan: Plan, stream: Stream, of_all: np.ndarray) -> np.ndarray:
+    """float64[steps + 1]: how many of the tokens before each step should be a stream's. of_all: int64[steps + 1]."""
     if stream.curve is None:
-        return np.full(len(begins), stream.share)
-    return (integral(stream.curve, ends) - integral(stream.curve, begins)) / (ends - begins)
+        return stream.share * of_all
+    shares = np.diff(integral(stream.curve, np.arange(plan.steps + 1)))
+    return np.cumsum(np.append(0, shares * np.diff(of_all)))
 
 
 def schedule_notes(report: dict[str, Any]) -> Iterator[str]:
