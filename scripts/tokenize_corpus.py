@@ -59,6 +59,9 @@ class Single:
     messages_field: str = ""
     """Or: field that holds a conversation, for the chat template of the tokenizer's folder."""
 
+    messages_format: Literal["auto", "openai", "sharegpt", "alpaca"] = "auto"
+    """What that field holds; auto: found out."""
+
     on_bad_record: Literal["stop", "skip"] = "stop"
     """skip: leave out records that cannot be read, and count them."""
 
@@ -121,6 +124,7 @@ def sources_of(arguments: Arguments) -> tuple[list[Source], Data, str]:
             text_field=one.text_field,
             where=one.where,
             messages_field=one.messages_field,
+            messages_format=one.messages_format,
             on_bad_record=one.on_bad_record,
             max_bad_share=one.max_bad_share,
             hub_subset=one.hub_subset,

@@ -74,7 +74,12 @@ class Source:
 
     messages_field: Annotated[str, Decides("documents")] = ""
     """Instead of text_field: the field that holds a conversation, a list of messages with role and content (usually
-    "messages"). The model's chat template makes the text, and only the assistant's responses have a loss."""
+    "messages"), ShareGPT's from and value ("conversations"), or Alpaca's "instruction". The model's chat template makes
+    the text, and only the assistant's responses have a loss."""
+
+    messages_format: Annotated[Literal["auto", "openai", "sharegpt", "alpaca"], Decides("documents")] = "auto"
+    """What messages_field holds: messages with role and content, with from and value, or an instruction that has input
+    and output beside it. auto: what each record shows; the log says which."""
 
     on_bad_record: Annotated[Literal["stop", "skip"], Decides("documents")] = "stop"
     """What happens at a record of text that cannot be read (broken JSON, no such field, a conversation that the chat

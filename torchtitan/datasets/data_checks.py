@@ -113,6 +113,11 @@ def _check_source(source: Source, where: str, config: JobConfig) -> None:
         )
     _check_lengths(source, where, config.data)
     _check_points(source, where, config.data)
+    if source.messages_format != "auto" and not source.messages_field:
+        raise UserError(
+            f'{where}: messages_format = "{source.messages_format}" is read with messages_field, which is not set: '
+            'name the field of the conversation ("instruction" of Alpaca), or leave it out.'
+        )
     if source.messages_field and source.long_document == "split":
         raise UserError(
             f'{where}: a conversation (messages_field = "{source.messages_field}") that is longer than a row cannot be '

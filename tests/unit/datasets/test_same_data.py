@@ -51,6 +51,7 @@ ANOTHER_SOURCE: dict[str, tuple[dict[str, Any], Any]] = {
     "ignore_fields": ({}, ("labels",)),
     "text_field": ({}, "body"),
     "where": ({}, "score > 1"),
+    "messages_format": ({}, "sharegpt"),
     "messages_field": ({}, "messages"),
     "on_bad_record": ({}, "skip"),
     "max_bad_share": ({"on_bad_record": "skip"}, 0.5),

@@ -17,7 +17,6 @@ Calls of tools are given to the template in the form that it takes (tool_calls.p
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from bisect import bisect_left
@@ -32,6 +31,7 @@ from torchtitan.datasets.corpus import ASSISTANT, CORPUS_FORMAT
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.datasets.where import Where
 from torchtitan.extensions.ingest.bad_records import BadRecords
+from torchtitan.extensions.ingest.chat_shapes import ALPACA, conversation
 from torchtitan.extensions.ingest.chat_template import MARKS, ChatTemplate
 from torchtitan.extensions.ingest.encoder import tokenizer_metadata
 from torchtitan.extensions.ingest.message_weights import WEIGHTS, is_trained, trained_marks
@@ -49,8 +49,6 @@ _SAID = (*THOUGHTS, "tool_calls", "function_call")
 
 _BESIDE = ("system", "system_prompt", *WEIGHTS)
 """Fields of a record that others read beside the messages, and that are not read here."""
-
-_ROLES = ("system", "developer", "user", "tool", "assistant")
 
 
 @dataclass(frozen=True)
@@ -73,10 +71,14 @@ class ChatEncoder:
         messages_field: str,
         where: Where | None = None,
         bad: BadRecords | None = None,
+        shape: str = "auto",
     ) -> None:
-        self.fields = Fields("messages_field", messages_field, ("tools", *_BESIDE), where, bad or BadRecords())
+        beside = ("tools", *dict.fromkeys((*ALPACA, *_BESIDE)))
+        self.fields = Fields("messages_field", messages_field, beside, where, bad or BadRecords())
         self.key = [CORPUS_FORMAT, tokenizer.fingerprint, "chat", CHAT_FORMAT, template.fingerprint, messages_field]
         self.key += [["where", where.text]] if where else []
+        self.key += [["messages_format", shape]] if shape != "auto" else []
+        self._shape = shape
         source = {"messages_field": messages_field, "chat_template": template.fingerprint}
         self.metadata = tokenizer_metadata(tokenizer) | source | ({"where": where.text} if where else {})
         self._tokenizer = tokenizer
@@ -89,7 +91,7 @@ class ChatEncoder:
 
     def read(self, record: dict[str, Any]) -> Rendered | None:
         """A record's conversation as text, None for one that is left out; ValueError says what is wrong with it."""
-        messages, tools = _conversation(record, self.fields.name)
+        messages, tools, shape = conversation(record, self.fields.name, self._shape)
         asked = [is_trained(message, number, self.fields.name) for number, message in enumerate(messages, 1)]
         trained = [is_asked is not False for is_asked, m in zip(asked, messages) if _is_answer(m)]
         spelled = forms(messages, tools)
@@ -111,7 +113,8 @@ class ChatEncoder:
             self._changed += 1
             return None
         self._note_not_written(text, messages, tools)
-        self._note_not_read(record, asked, messages)
+        self._note_not_read(record, asked, messages, read=("system",) if shape != "openai" else ())
+        self._shapes[shape] += 1
         self._changed += bool(ends) or messages is not spelled[0][0] or not all(trained)
         if not all(trained):
             responses = self._trained(text, responses, messages, tools, trained)
@@ -156,13 +159,14 @@ class ChatEncoder:
         a key that the template does not write, by key; and of how many older versions made other tokens."""
         counts = self.fields.where.counts() if self.fields.where else {"left_out": {}}
         counts["left_out"] |= self._left_out
-        counts |= {"not_written": dict(self._not_written), "changed": self._changed}
+        counts |= {"not_written": dict(self._not_written), "changed": self._changed, "formats": dict(self._shapes)}
         self._reset()
         return counts | {"message_weights": True} | self.fields.bad.counts()
 
     def _reset(self) -> None:
         self._left_out: Counter[str] = Counter()
         self._not_written: Counter[str] = Counter()
+        self._shapes: Counter[str] = Counter()
         self._changed = 0
 
     def _reason(self, messages: Messages, tools: Tools) -> str:
@@ -274,10 +278,14 @@ class ChatEncoder:
             unwritten |= {key for key in THOUGHTS if "".join(str(message.get(key) or "").split()) not in dense}
         self._not_written.update(unwritten)
 
-    def _note_not_read(self, record: dict[str, Any], asked: list[bool | None], messages: Messages) -> None:
+    def _note_not_read(
+        self, record: dict[str, Any], asked: list[bool | None], messages: Messages, read: tuple[str, ...]
+    ) -> None:
         """Count what stands beside the messages and is not read, and conversations that ask to train other messages
         than the assistant's."""
-        self._not_written.update(f"{key} beside the messages" for key in _BESIDE if _holds(record, key))
+        self._not_written.update(
+            f"{key} beside the messages" for key in _BESIDE if key not in read and _holds(record, key)
+        )
         if any(is_asked and not _is_answer(m) for is_asked, m in zip(asked, messages)):
             self._not_written["to be trained, not the assistant's"] += 1
 
@@ -329,48 +337,6 @@ def _holds(message: dict[str, Any], key: str) -> bool:
 def _holds_more(message: dict[str, Any], key: str) -> bool:
     """Whether it has what _check_written does not look for: thoughts as text may stand there under another key too."""
     return _holds(message, key) and not (key in THOUGHTS and isinstance(message[key], str))
-
-
-def _conversation(record: dict[str, Any], field: str) -> tuple[Messages, Tools]:
-    """Messages and tools of a record; ValueError says what is wrong with them."""
-    value = record[field]
-    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
-        what = "an empty list" if value == [] else f"a {type(value).__name__}"
-        raise ValueError(
-            f"the field {field!r} is {what}, where messages should be: a list of objects with role and content."
-        )
-    messages = []
-    for number, message in enumerate(value, 1):
-        role = message.get("role")
-        if not isinstance(role, str) or role not in _ROLES:
-            hint = ""
-            if "from" in message:
-                hint = " These are ShareGPT's from and value: rename them, human to user and gpt to assistant."
-            raise ValueError(
-                f"message {number} of {field!r} has the role {role!r}; known are {', '.join(_ROLES)}.{hint}"
-            )
-        content = message.get("content")
-        texts_only = isinstance(content, list) and all(
-            isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
-        )
-        if not (content is None or isinstance(content, str) or texts_only):
-            raise ValueError(
-                f"message {number} of {field!r}: its content must be text, or a list of parts with text."
-                + (" Write a tool's answer as JSON text." if role == "tool" else "")
-            )
-        if texts_only:  # templates that know only texts would write the list's spelling
-            content = "".join(part["text"] for part in content)
-        present = {key: inner for key, inner in message.items() if inner is not None}
-        messages.append(present | {"content": "" if content is None else content})
-    tools = record.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"the field 'tools' is not JSON: {error}.") from error
-    if tools and not isinstance(tools, list):
-        raise ValueError(f"the field 'tools' is a {type(tools).__name__}, not a list of tools.")
-    return messages, tools or None
 
 
 def _check_text(values: Any, field: str) -> None:

@@ -72,7 +72,8 @@ def make_encoder(source: Source, tokenizer: Tokenizer, data: Data) -> Any:
         from torchtitan.extensions.ingest.chat import ChatEncoder
         from torchtitan.extensions.ingest.chat_template import load_chat_template
 
-        return ChatEncoder(tokenizer, load_chat_template(tokenizer), source.messages_field, where, bad)
+        template = load_chat_template(tokenizer)
+        return ChatEncoder(tokenizer, template, source.messages_field, where, bad, source.messages_format)
     ends = []
     for wanted, token, name in ((data.add_bos, tokenizer.bos_id, "bos"), (data.add_eos, tokenizer.eos_id, "eos")):
         if wanted and token is None:

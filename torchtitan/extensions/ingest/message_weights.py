@@ -19,13 +19,18 @@ def is_trained(message: dict[str, Any], number: int, field: str) -> bool | None:
     for key, value in said.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise ValueError(
-                f"message {number} of {field!r}: {key} = {json.dumps(value)[:60]}, but a message is trained (1, true) "
+                f"message {number} of {field!r}: {key} = {_spelled(value)[:60]}, but a message is trained (1, true) "
                 "or not (0, false). Write one of these, or rename the key if it means something else."
             )
     if len(set(said.values())) > 1:
-        both = " and ".join(f"{key} = {json.dumps(value)}" for key, value in said.items())
+        both = " and ".join(f"{key} = {_spelled(value)}" for key, value in said.items())
         raise ValueError(f"message {number} of {field!r}: {both} do not agree whether it is trained.")
     return bool(next(iter(said.values()))) if said else None
+
+
+def _spelled(value: Any) -> str:
+    """As JSON, or as Python has it (a column can hold bytes, dates and decimals)."""
+    return json.dumps(value, default=repr)
 
 
 def trained_marks(text: str, responses: list[list[Span]], answers: Messages, trained: list[bool]) -> list[Span] | None:

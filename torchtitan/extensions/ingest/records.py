@@ -101,7 +101,10 @@ class Fields:
             return 'Conversations are read with messages_field = "messages".'
         if self.key == "messages_field":
             hint = "A conversation is a list of messages, each with role and content."
-            if {"instruction", "prompt", "chosen", "output", "completion", "response"} & set(names):
+            for other in ("messages", "conversations", "instruction"):
+                if other in names:
+                    return f'Set messages_field = "{other}".'
+            if {"prompt", "chosen", "completion", "response"} & set(names):
                 return f"{hint} Rewrite these records so (a question as user, its answer as assistant)."
             return f"{hint} Set {self.key} to the field that has it."
         return f"Set {self.key} to the right one."

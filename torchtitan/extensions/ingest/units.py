@@ -307,6 +307,10 @@ def finish(corpus: CorpusInProgress, metadata: dict[str, Any], max_bad_share: fl
         if "left_out" in done[0]:
             not_written: Counter[str] = sum((Counter(done[i].get("not_written", {})) for i in units), Counter())
             metadata |= {"left_out": dict(left_out), "not_written": dict(not_written)}
+            formats: Counter[str] = sum((Counter(done[i].get("formats", {})) for i in units), Counter())
+            if set(formats) - {"openai"}:
+                logger.info("%s: conversations were read as %s", corpus.source, dict(formats))
+            metadata["message_formats"] = dict(formats)
             metadata["message_weights"] = all(done[i].get("message_weights") for i in units)
             if any(done[i].get("changed") for i in units):
                 metadata["fingerprint"] += "-2"  # an older version made other tokens or roles of the same files

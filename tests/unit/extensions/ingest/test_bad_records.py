@@ -184,13 +184,13 @@ def test_an_archive_that_is_cut(tokenizer: Tokenizer, data: Data, source: Source
 def test_conversations_that_the_template_refuses(data: Data, source: Source, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(assets(tmp_path / "assets", TEMPLATES["trimmed"]))
     good = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
-    strange = {"messages": [{"from": "human", "value": "?"}]}
+    strange = {"messages": [{"from": "robot", "value": "?"}]}
     lines = [json.dumps(record) for record in (good, strange, {"messages": "text"}, good)]
     (Path(source.path) / "a.jsonl").write_text("\n".join(lines))
     made = tokenize_source(replace(source, messages_field="messages"), tokenizer, data, 1)
     bad = metadata(made)["bad_records"]
-    assert (metadata(made)["documents"], bad["reasons"], bad["of"]) == (2, {"refused": 2}, 4)
-    assert "a.jsonl line 2" in bad["examples"][0][0] and "ShareGPT" in bad["examples"][0][2]
+    assert (metadata(made)["documents"], bad["reasons"], bad["of"]) == (2, {"refused": 1, "unknown speaker": 1}, 4)
+    assert "a.jsonl line 2" in bad["examples"][0][0] and "'robot'" in bad["examples"][0][2]
 
 
 def test_clean_text_gives_the_same_corpus_either_way(

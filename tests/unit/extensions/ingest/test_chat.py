@@ -298,8 +298,8 @@ BAD: dict[str, tuple[str, Any, str]] = {
     ),
     "ShareGPT": (
         TEMPLATES["chatml"],
-        {"messages": [{"from": "human", "value": "x"}]},
-        "role None.*human to user and gpt to assistant",
+        {"messages": [{"from": "narrator", "value": "x"}]},
+        "line 2: message 1 of 'messages' is from 'narrator'; known are human",
     ),
     "a text": (TEMPLATES["chatml"], {"messages": "hello"}, "line 2: the field 'messages' is a str"),
     "no messages": (TEMPLATES["chatml"], {"messages": []}, "line 2: the field 'messages' is an empty list"),
@@ -307,7 +307,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "Alpaca": (
         TEMPLATES["chatml"],
         {"instruction": "Add 2 and 3.", "input": "", "output": "5"},
-        "line 2: no field 'messages'; .*'output'. A conversation is a list of messages.* Rewrite these records so",
+        "line 2: no field 'messages'; .*'output'. Set messages_field = \"instruction\"",
     ),
     "preferences": (
         TEMPLATES["chatml"],
