@@ -23,7 +23,7 @@ from torchtitan.config import JobConfig, load_config
 from torchtitan.extensions.cluster.check_config import check_tables
 from torchtitan.extensions.cluster.rope_report import REFUSED, is_refused, rope_report
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import check_can_be_written, make_writable
+from torchtitan.tools.folders import check_can_be_written
 
 USUAL_WORLD_SIZE = 8
 MOST_PROCESSES = 1024
@@ -93,7 +93,6 @@ def plan_stage(config: JobConfig, world_size: int) -> tuple[str, dict, bool]:
         config = replace(config, rope=replace(config.rope, theta=None))
     args = model_args(config)
     tokenizer = load_tokenizer(config.model.hf_assets_path)
-    make_writable("data.cache_folder", Path(config.data.cache_folder).expanduser())
     plan = make_plan(config, world_size, tokenizer, args, cleaning(config.evaluation))
     report = report_of(plan, config, world_size, args)
     lines = [format_report(report), *rope]

@@ -4,6 +4,7 @@ Training does the same by itself; this does it on machines without GPUs, on seve
 python scripts/tokenize_corpus.py --config-file stage.toml --shard-index 3 --num-shards 8     (one of 8 shards)
 python scripts/tokenize_corpus.py --path "books/*.jsonl" --assets ./assets/tokenizer --out-name books
 A run that was stopped continues where it was. Shards may run in any order, at once, and twice.
+--check reads and checks everything, but tokenizes and writes nothing; exit code 2: tokenizing would end with an error.
 """
 # Not called tokenize.py: Python puts scripts/ first on sys.path and that name would hide the standard library's module.
 
@@ -22,10 +23,11 @@ from torchtitan.config.checks import check_ranges
 from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import open_corpus
 from torchtitan.datasets.data_checks import check_sources
-from torchtitan.datasets.tokenizer import load_tokenizer
+from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.extensions.ingest.check import check_source
 from torchtitan.extensions.ingest.find_text import is_tokenized_source
 from torchtitan.extensions.ingest.remote import local_source
-from torchtitan.extensions.ingest.resolve import open_in_place
+from torchtitan.extensions.ingest.resolve import open_in_place, resolve_source
 from torchtitan.extensions.ingest.token_tables import find_tables
 from torchtitan.extensions.ingest.tokenize import tokenize_shard
 from torchtitan.tools.errors import UserError
@@ -99,6 +101,9 @@ class Arguments:
     source: str | None = None
     """Name of the only source of config_file to tokenize; unset: all of them."""
 
+    check: bool = False
+    """Read all records, and tokenize and write nothing: what is there, and what is wrong with it."""
+
     shard_index: int = 0
     """Which of the num_shards parts of the work to do, counted from 0."""
 
@@ -147,6 +152,27 @@ def sources_of(arguments: Arguments) -> tuple[list[Source], Data, str]:
     return wanted, config.data, config.model.hf_assets_path
 
 
+def print_check(given: Source, tokenizer: Tokenizer, data: Data, num_proc: int | None) -> bool:
+    """Print what is found in a source; whether it can be tokenized, or read."""
+    lines, wrong = [], ""
+    try:
+        source = local_source(given, tokenizer, data)
+        if isinstance(source, Path):
+            lines = [f"its text is not here; {source} was made of it"]
+        elif (corpus := open_in_place(source, tokenizer, data)) is not None:
+            lines = [f"tokens that are read in place: {len(corpus):,} documents, {corpus.tokens:,} tokens"]
+        elif is_tokenized_source(source, data) and not find_tables(source, data):
+            corpus = resolve_source(source, tokenizer, data)
+            lines = [f"tokenized already: {len(corpus):,} documents, {corpus.tokens:,} tokens"]
+        else:
+            lines, wrong = check_source(source, tokenizer, data, num_proc)
+    except UserError as error:
+        wrong = str(error)
+    print("\n".join([f"{given.name}: {given.path}", *(f"    {line}" for line in lines)]))
+    print(f"    tokenizing would end with an error: {wrong}" if wrong else "    can be read")
+    return not wrong
+
+
 def main() -> None:
     """Tokenize; exit code 1 and one paragraph for a mistake of the user."""
     arguments = tyro.cli(Arguments)
@@ -157,6 +183,9 @@ def main() -> None:
         check_ranges(JobConfig(data=replace(data, sources=tuple(sources))))
         check_sources(replace(data, sources=tuple(sources)))
         tokenizer = load_tokenizer(assets)
+        if arguments.check:
+            bad = [source for source in sources if not print_check(source, tokenizer, data, arguments.num_proc)]
+            sys.exit(2 if bad else 0)
         for given in sources:
             source = local_source(given, tokenizer, data)
             if isinstance(source, Path):

@@ -34,7 +34,7 @@ from torchtitan.datasets.corpus import ASSISTANT, Corpus
 from torchtitan.datasets.mixture import Stream, build_streams, check_epochs
 from torchtitan.datasets.row_table import RowTable, build_table, load_table, save_table
 from torchtitan.datasets.same_data import data_keys, shares, source_options
-from torchtitan.tools.folders import lock
+from torchtitan.tools.folders import lock, make_writable
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,8 @@ class Plan:
     def _kept_table(self, cache: Path, rows: int) -> RowTable:
         folder = cache / "plans" / f"{self.fingerprint}-{rows}"
         if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            what = f"It does not hold the plan of this stage, {folder.name}, which scripts/plan.py can make before."
+            make_writable("data.cache_folder", folder.parent, what)
             with lock(folder.parent, folder.name):  # of several ranks one builds it and the others wait
                 if not folder.is_dir():
                     pieces = sum(len(stream.lengths) for stream in self.streams)

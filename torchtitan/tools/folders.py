@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -31,8 +32,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def make_writable(key: str, folder: Path) -> None:
-    """Make the folder if it is missing; UserError that names the TOML `key` if it cannot be made or written to."""
+def make_writable(key: str, folder: Path, lacks: str = "") -> None:
+    """Make the folder if it is missing; UserError that names the TOML `key` if it cannot be made or written to.
+
+    lacks: a sentence on what has to be written there.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -42,7 +46,17 @@ def make_writable(key: str, folder: Path) -> None:
         why = f"{nearest} is a file, not a folder" if nearest.is_file() else str(error.strerror)
         raise UserError(
             f"{key} = {folder} cannot be written to: {why}. Name a folder that this user may make and write to."
+            f"{f' {lacks}' if lacks else ''}"
         ) from None
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder; of one that is missing, whether it can be made (then it is)."""
+    try:
+        make_writable("", folder)
+    except UserError:
+        return False
+    return True
 
 
 def check_can_be_written(file: Path, option: str = "") -> None:
@@ -140,7 +154,10 @@ def new_folder(out: Path) -> Path:
 
 @contextlib.contextmanager
 def lock(cache: Path, name: str) -> Iterator[None]:
-    """Hold the file lock cache/.NAME.lock; logs every 30 s that it waits. The system frees it when its owner dies."""
+    """Hold the file lock cache/.NAME.lock; logs every 30 s that it waits. The system frees it when its owner dies.
+
+    In a folder that cannot be written to nothing is held: nothing can be made there twice.
+    """
     import filelock
 
     held = filelock.FileLock(cache / f".{name}.lock")
@@ -152,6 +169,10 @@ def lock(cache: Path, name: str) -> Iterator[None]:
         except filelock.Timeout:
             what = "a rank of this run, or another run, works on %s: waiting for it (%.0f s so far)"
             logger.info(what, cache / name, time.monotonic() - started)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            break
     try:
         yield
     finally:

@@ -138,6 +138,40 @@ def test_what_can_be_asked_wrongly(run: Callable[..., str], stage: Path, words: 
     assert all(part in message for part in parts), message
 
 
+def test_check_reads_all_and_writes_nothing(run: Callable[..., str], stage: Path) -> None:
+    """It ends with 2 where tokenizing would end with an error, and with 0 where it would not."""
+    here = stage.parent
+    assert run("--config-file", stage, "--check", "--num-proc", 1) == "0"
+    lines = ['{"text": "one"}', '{"text": "cut', "", '{"text": " "}', '{"body": "x"}', '{"text": "two"}']
+    (here / "web.jsonl").write_text("\n".join(lines))
+    assert run("--config-file", stage, "--check", "--num-proc", 2) == "2"
+    with_skip = stage.read_text() + 'on_bad_record = "skip"\nmax_bad_share = '
+    for share, code in (("0.4", "0"), ("0.39", "2")):
+        stage.write_text(with_skip + share)
+        assert run("--config-file", stage, "--check", "--num-proc", 1) == code
+    (here / "web.jsonl").write_bytes('{"text": "one"}'.encode("utf-16"))
+    assert run("--config-file", stage, "--check", "--num-proc", 1) == "2"
+    assert sorted(path.name for path in here.iterdir()) == ["books.jsonl", "stage.toml", "web.jsonl"]
+
+
+def test_what_check_prints(run: Callable[..., str], stage: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (stage.parent / "web.jsonl").write_text('{"text": "one"}\n{"text": "cut\n{"text": " "}\n')
+    run("--config-file", stage, "--check", "--num-proc", 1)
+    printed = capsys.readouterr().out
+    size = (stage.parent / "web.jsonl").stat().st_size
+    for part in (
+        "books: books.jsonl",
+        "2 documents, 0 blank records",
+        "can be read",
+        f"1 files of text (1 .jsonl), {size} bytes",
+        "1 documents, 1 blank records",
+        "1 bad records: broken JSON",
+        "web.jsonl line 2: broken JSON: Invalid control",
+        "would end with an error: 1 of 3 records (33.333%) are bad (1 broken JSON), and on_bad_record is stop",
+    ):
+        assert part in printed, printed
+
+
 def test_a_script_that_is_killed_goes_on(stage: Path, run: Callable[..., str]) -> None:
     """As a user does it: the whole program, its workers too, ended by SIGKILL, and started again."""
     texts = [f"document {i} " + "some words of it " * 3000 for i in range(400)]

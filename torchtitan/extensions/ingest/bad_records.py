@@ -80,6 +80,14 @@ class BadRecords:
         self._examples: list[list[str]] = []
 
 
+def by_part(counts: dict[str, Any], paths: list[str]) -> dict[str, Any]:
+    """The counts of a unit whose parts are of files with these paths, with a part's number in place of each path: the
+    same unit may be of files with other names."""
+    for example in counts.get("bad", {}).get("examples", ()):
+        example[0] = paths.index(example[0])
+    return counts
+
+
 def records_in(counts: Mapping[str, Any]) -> int:
     """Records that a unit has read, good, bad and left out."""
     bad = sum(n for reason, n in counts.get("bad", {}).get("reasons", {}).items() if reason != DAMAGED)

@@ -50,6 +50,10 @@ def is_tokenized_source(source: Source, data: Data) -> bool:
     return not is_hub(source) and is_tokenized(path) and not is_text_folder(path, field, source.format == "text")
 
 
+class NoTextError(UserError):
+    """There is no text where a source's path leads."""
+
+
 def find_text_files(source: Source, data: Data) -> list[Path]:
     """The files of source.path, sorted. In a folder, hidden files and what TIERS leaves out are passed over."""
     path = source_path(source, data)
@@ -63,7 +67,7 @@ def find_text_files(source: Source, data: Data) -> list[Path]:
             files = [p for p in files if p not in set(about)]
             logger.info("%s: passed over in %s: %s", source.name, source.path, ", ".join(sorted(p.name for p in about)))
         if not files:
-            raise UserError(f"No file matches {where} (looked for {path.absolute()}; data.folder = {data.folder!r}).")
+            raise NoTextError(f"No file matches {where} (looked for {path.absolute()}; data.folder = {data.folder!r}).")
         if wrong := sorted(p for p in files if _tier(p) is None):
             raise UserError(
                 f"{wrong[0].name} in {where} has the extension {wrong[0].suffix!r}; text is read from "
@@ -101,7 +105,7 @@ def _in_folder(source: Source, path: Path, where: str) -> list[Path]:
     others.update(p.name for p in about)
     if not files:
         content = f"only {', '.join(sorted(others)[:8])}" if others else "nothing"
-        raise UserError(
+        raise NoTextError(
             f"There is no {', '.join(RECORDS)}, .json or source code file in {where}; the folder holds {content}."
         )
     if others:

@@ -171,7 +171,8 @@ def _commit(request: Request, cache: Path) -> str:
                 answer = {"commit": _ask_for_commit(request)}
             except UnreachableError as error:
                 answer = {"commit": "", "why": str(error)}
-            write_text(file, json.dumps(answer | {"time": time.time()}))
+            with contextlib.suppress(OSError):  # read-only: each process asks for itself
+                write_text(file, json.dumps(answer | {"time": time.time()}))
     if not answer["commit"]:
         raise UnreachableError(answer["why"])
     return str(answer["commit"])

@@ -48,7 +48,8 @@ def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
         return corpus
     if not is_tokenized_source(source, data):
         # The folder was just found by the content of its text, which is not checked a second time.
-        return open_corpus(tokenize_source(given, tokenizer, data), tokenizer.fingerprint, check_text=False)
+        made = tokenize_source(given, tokenizer, data, may_be_less=False)
+        return open_corpus(made, tokenizer.fingerprint, check_text=False)
     refuse_column_keys(source, f"{path} was written by scripts/tokenize_corpus.py, or for a trial")
     metadata = read_json(path / CORPUS_FILE, MAKE_AGAIN) if (path / CORPUS_FILE).is_file() else {}
     check_where(source, path, metadata)

@@ -25,7 +25,7 @@ import numpy as np
 
 from torchtitan.config.data_schema import Data, Source
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import hash_file, lock, read_json, write_text
+from torchtitan.tools.folders import hash_file, is_writable, lock, read_json, write_text
 from torchtitan.tools.urls import join_url
 
 logger = logging.getLogger(__name__)
@@ -190,14 +190,15 @@ def hash_files(paths: list[Path], cache: Path) -> list[SourceFile]:
     known, fresh = read_kept()
     if not any(fresh):  # a thousand ranks need not wait for each other
         return list(map(hashed, paths, stats, fresh))
-    with lock(cache, name):
+    writable = is_writable(cache)
+    with lock(cache, name) if writable else contextlib.nullcontext():
         known, fresh = read_kept()
         size = sum(stat.st_size for stat, new in zip(stats, fresh) if new)
         if size >= 1 << 30:
             logger.info("hashing %.1f GB in %d files, once", size / 1e9, sum(fresh))
         with ThreadPoolExecutor(8) as pool:  # hashlib releases the interpreter lock
             files = list(pool.map(hashed, paths, stats, fresh))
-        if any(fresh):
+        if any(fresh) and writable:
             write_text(kept, json.dumps({f.path: [f.size, f.mtime_ns, f.ctime_ns, f.sha256] for f in files}))
     return files
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from torchtitan.extensions.ingest.token_layouts import TokenFile
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import lock, make_writable, written
+from torchtitan.tools.folders import is_writable, lock, written
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,9 @@ def index_files(files: Sequence[TokenFile], cut: Cut, cache: Path) -> list[Token
     kept = [_read(cache, *key) for key in keys]
     if all(index is not None for index in kept):  # a thousand ranks need not wait for each other
         return [index for index in kept if index is not None]
-    make_writable("data.cache_folder", cache)
-    (cache / "token_index").mkdir(exist_ok=True)
+    writable = is_writable(cache / "token_index")
+    if not writable:
+        logger.info("the ids of %d files are looked at, at every start: %s cannot be written to", len(files), cache)
     with lock(cache, "token-index-" + hashlib.sha256("".join(name for name, _ in keys).encode()).hexdigest()[:16]):
         if total >= 1 << 30:
             how = "a sample of its ids is" if sampled else "its ids are"
@@ -80,7 +81,8 @@ def index_files(files: Sequence[TokenFile], cut: Cut, cache: Path) -> list[Token
                 index = _index(file, cut, sampled)
                 if _key(file, cut, sampled) != (name, state):
                     raise UserError(f"{file.path} was changed while it was read; start again when it is complete.")
-                _write(cache, name, state, index)
+                if writable:
+                    _write(cache, name, state, index)
             return index
 
         with ThreadPoolExecutor(8) as pool:  # NumPy and hashlib release the interpreter lock

@@ -22,10 +22,11 @@ import numpy as np
 
 from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.tokenizer import Tokenizer
-from torchtitan.extensions.ingest.bad_records import BadRecordError, DamagedError, bad_in_all, check_share
+from torchtitan.extensions.ingest.bad_records import BadRecordError, DamagedError, bad_in_all, by_part, check_share
 from torchtitan.extensions.ingest.convert_tables import TablePart, TokenReader, parts_of, read_part
+from torchtitan.extensions.ingest.deleted_text import check_none_deleted, corpus_of_deleted_text
 from torchtitan.extensions.ingest.encoder import make_encoder
-from torchtitan.extensions.ingest.find_text import find_text_files
+from torchtitan.extensions.ingest.find_text import NoTextError, find_text_files
 from torchtitan.extensions.ingest.open_text import kind_of, whole_suffix
 from torchtitan.extensions.ingest.records import LINES, TABLES, Span
 from torchtitan.extensions.ingest.remote import local_source, remote_metadata
@@ -52,7 +53,7 @@ from torchtitan.extensions.ingest.units import (
 )
 from torchtitan.extensions.ingest.workers import Progress, WorkerKilledError, cores, run_units
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import lock, make_writable
+from torchtitan.tools.folders import is_writable, lock, make_writable
 
 logger = logging.getLogger(__name__)
 
@@ -60,22 +61,31 @@ TEN_TIMES = 10
 """A source is given up early if too many of its records are bad even if the rest has so many times as many per byte."""
 
 
-def tokenize_source(source: Source, tokenizer: Tokenizer, data: Data, num_proc: int | None = None) -> Path:
+def tokenize_source(
+    source: Source, tokenizer: Tokenizer, data: Data, num_proc: int | None = None, may_be_less: bool = True
+) -> Path:
     """The folder of a source's corpus in data.cache_folder; the source is tokenized if the folder is missing.
 
     source.path is text (a file, folder or glob, find_text.py), a folder of MDS shards, or hub:NAME.
     Documents keep the order of the sorted files and of the documents in them, whatever num_proc (default: the cores
     this process may use). Empty documents are left out and counted. A run that was killed is continued. If several
-    processes ask for the same corpus, one works and the others wait. UserError for what cannot be read.
+    processes ask for the same corpus, one works and the others wait. UserError for what cannot be read; without
+    may_be_less also if the files are those of a finished corpus except some that are gone.
     """
-    folder = tokenize_shard(source, tokenizer, data, 0, 1, num_proc)
+    folder = tokenize_shard(source, tokenizer, data, 0, 1, num_proc, may_be_less)
     if folder is None:
         raise UserError(f"Part of the unfinished corpus of {source.name!r} was deleted while it was made: start again.")
     return folder
 
 
 def tokenize_shard(
-    source: Source, tokenizer: Tokenizer, data: Data, index: int, count: int, num_proc: int | None = None
+    source: Source,
+    tokenizer: Tokenizer,
+    data: Data,
+    index: int,
+    count: int,
+    num_proc: int | None = None,
+    may_be_less: bool = True,
 ) -> Path | None:
     """Shard `index` of `count` of tokenize_source's work: units index, index + count, ... of the same folder.
 
@@ -85,32 +95,52 @@ def tokenize_shard(
     if not 0 <= index < count:
         raise UserError(f"--shard-index {index} with --num-shards {count}: the index counts from 0 to {count - 1}.")
     cache = Path(data.cache_folder).expanduser().absolute()
-    make_writable("data.cache_folder", cache)
+    is_writable(cache)  # makes it, if it can; a finished corpus is all that is needed of it
     try:
         if isinstance(local := local_source(source, tokenizer, data), Path):
             return local
-        material = _material(local, tokenizer, data, cache)
+        material = material_of(local, tokenizer, data, cache)
         if isinstance(material, Path):
             return material
+        if made := made_folder(cache, material.name, source.on_bad_record == "skip"):
+            return made
+        lacks = f"It does not hold {material.name}, the corpus of data source {source.name!r} ({material.what})."
+        make_writable("data.cache_folder", cache, lacks)
+        if not may_be_less:
+            check_none_deleted(source, cache, material.metadata)
         where_from = remote_metadata(source, local, tokenizer, data)
         material = replace(material, metadata=material.metadata | where_from)
         return _tokenize(material, source, cache, index, count, num_proc or cores())
     except OSError as error:
         raise UserError(
             f"Tokenizing data source {source.name!r} into data.cache_folder = {cache} failed: {error}. Are its files "
-            f"readable, and is there room ({shutil.disk_usage(cache).free / 2**30:.2f} GiB are free)? Finished units "
+            f"readable, and is there room ({_free(cache) / 2**30:.2f} GiB are free)? Finished units "
             "are kept: start again to continue."
         ) from error
 
 
-def _material(source: Source, tokenizer: Tokenizer, data: Data, cache: Path) -> Material | Path:
-    """What must be tokenized; or, if the hub cannot be reached, the finished corpus of an earlier run."""
+def _free(folder: Path) -> int:
+    """Bytes that are free in a folder, or in the first above it that exists."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def material_of(
+    source: Source,
+    tokenizer: Tokenizer,
+    data: Data,
+    cache: Path,
+    of_files: Callable[..., Material] | None = None,
+    instead: Callable[[Any], Any] = lambda encoder: encoder,
+) -> Material | Path:
+    """What must be tokenized; or, if the hub cannot be reached or the text is gone, the finished corpus of an earlier
+    run. of_files, instead: in place of _of_files, and of the encoder of text."""
+    of_files = of_files or _of_files
     if not is_hub(source) and (tables := find_tables(source, data)):
-        return _of_tables(source, tables, tokenizer, data, cache)
+        return _of_tables(source, tables, tokenizer, data, cache, of_files)
     if is_hub(source):
         from torchtitan.extensions.ingest.hub import hub_material
 
-        return hub_material(source, data, cache, make_encoder(source, tokenizer, data))
+        return hub_material(source, data, cache, instead(make_encoder(source, tokenizer, data)))
     path = source_path(source, data).absolute()
     if any("index.json" in names for _, _, names in os.walk(path)):
         from torchtitan.extensions.ingest.mds import find_mds, read_index
@@ -130,9 +160,14 @@ def _material(source: Source, tokenizer: Tokenizer, data: Data, cache: Path) -> 
             def whole(target: int) -> list[tuple[str, list[Any]]]:
                 return [(shard.path, [shard]) for shard in shards]
 
-            return _of_files(source, cache, reader, paths, kind, what, whole, read)
-    encoder = make_encoder(source, tokenizer, data)
-    files = find_text_files(source, data)
+            return of_files(source, cache, reader, paths, kind, what, whole, read)
+    encoder = instead(make_encoder(source, tokenizer, data))
+    try:
+        files = find_text_files(source, data)
+    except NoTextError:
+        if corpus := corpus_of_deleted_text(source, data, cache, encoder.metadata):
+            return corpus
+        raise
     refuse_column_keys(source, f"{files[0]} is text")
     if source.where and (plain := [file for file in files if kind_of(file) not in (*LINES, *TABLES)]):
         raise UserError(
@@ -153,10 +188,12 @@ def _material(source: Source, tokenizer: Tokenizer, data: Data, cache: Path) -> 
             return [Span(file, 0, size, size)]
 
     what = f"{len(files)} files of text"
-    return _of_files(source, cache, encoder, files, encoder.fields.name, what, spans, encoded_documents)
+    return of_files(source, cache, encoder, files, encoder.fields.name, what, spans, encoded_documents)
 
 
-def _of_tables(source: Source, tables: Tables, tokenizer: Tokenizer, data: Data, cache: Path) -> Material:
+def _of_tables(
+    source: Source, tables: Tables, tokenizer: Tokenizer, data: Data, cache: Path, of_files: Callable[..., Material]
+) -> Material:
     reader = TokenReader(tables.columns, tokenizer, *ends_of(source, tables.columns, tokenizer, data))
 
     def parts(target: int) -> list[tuple[str, list[TablePart]]]:
@@ -164,7 +201,7 @@ def _of_tables(source: Source, tables: Tables, tokenizer: Tokenizer, data: Data,
 
     what = f"{len(tables.files)} files of tokens, which cannot be mapped"
     kind = json.dumps(["tokens", tables.columns.key])
-    return _of_files(source, cache, reader, list(tables.files), kind, what, parts, read_part)
+    return of_files(source, cache, reader, list(tables.files), kind, what, parts, read_part)
 
 
 def _of_files(
@@ -209,8 +246,6 @@ def _of_files(
 def _tokenize(material: Material, source: Source, cache: Path, index: int, count: int, num_proc: int) -> Path | None:
     name = material.name
     skips = source.on_bad_record == "skip"
-    if made := made_folder(cache, name, skips):
-        return made
     # A shard's lock is held while its units are made: of two processes with the same shard, like the ranks of a job
     # (shard 0 of 1), one works and the other waits. Different shards work at the same time; only the last renaming
     # needs all their units, and finish() has a lock of its own for that. Units are right without any lock: on network
@@ -269,10 +304,7 @@ def _make_units(
 
     def work(unit: int) -> Counts:
         def closing() -> Counts:
-            counts = material.closing()
-            for example in counts.get("bad", {}).get("examples", ()):  # a unit does not know the names of its files
-                example[0] = corpus.paths[unit].index(example[0])
-            return counts
+            return by_part(material.closing(), corpus.paths[unit])
 
         documents = (document for part in units[unit] for document in material.documents(part))
         return unit_counts(corpus, unit) or write_unit(corpus, unit, documents, closing)  # perhaps done by now

@@ -153,7 +153,8 @@ def _delete_unfinished(cache: Path, name: str) -> None:
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:  # what hub.py has downloaded
-            left.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                left.unlink()
 
 
 def begin(corpus: CorpusInProgress) -> dict[int, Counts] | None:

@@ -79,28 +79,30 @@ def _run_one(index: int) -> Counts:
 class Progress:
     """Logs a line about the work at its beginning, and then with a unit that is done every LOG_SECONDS.
 
-    units, size: of all the work; size in bytes of the source. done, size_done: what of it was done before.
+    units, size: of all the work; size in bytes of the source. done, size_done: what of it was done before. counted:
+    what the units are rated by.
     """
 
-    def __init__(self, title: str, units: int, size: int, done: int, size_done: int) -> None:
+    def __init__(self, title: str, units: int, size: int, done: int, size_done: int, counted: str = "tokens") -> None:
+        self.counted = counted
         self.title, self.units, self.size = title, units, size
         self.done, self.size_done, self._size_before = done, size_done, size_done
-        self.tokens = 0
+        self.count = 0
         self._start = time.monotonic()
         self._log()
 
-    def advance(self, size: int, tokens: int) -> None:
+    def advance(self, size: int, count: int) -> None:
         """One more unit is done."""
         self.done += 1
         self.size_done += size
-        self.tokens += tokens
+        self.count += count
         if time.monotonic() - self._logged >= LOG_SECONDS:
             self._log()
 
     def _log(self) -> None:
         self._logged = time.monotonic()
         seconds = max(self._logged - self._start, 1e-9)
-        text = f"{self.title}: {self.done} of {self.units} units, {self.tokens / seconds:,.0f} tokens/s"
+        text = f"{self.title}: {self.done} of {self.units} units, {self.count / seconds:,.0f} {self.counted}/s"
         speed = (self.size_done - self._size_before) / seconds
         left = f", about {(self.size - self.size_done) / speed / 60:.1f} minutes left" if speed > 0 else ""
         logger.info(text + left)
