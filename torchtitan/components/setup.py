@@ -171,6 +171,8 @@ def make_plan(
     """The data plan of the stage. UserError for a corpus of another tokenizer."""
     data, cache = config.data, Path(config.data.cache_folder).expanduser()
     vocab_size, mixed = args.vocab_size, config.rope.mixed_window
+    if not cache.is_dir():  # one that is there may be read-only, if it holds what is needed
+        make_writable("data.cache_folder", cache)
     corpora = [open_source(source, tokenizer, data) for source in data.sources]
     for source, corpus in zip(data.sources, corpora, strict=True):
         if corpus.max_token_id is not None and corpus.max_token_id >= vocab_size:
