@@ -38,7 +38,7 @@ from torchtitan.extensions.ingest.token_tables import (
 )
 from torchtitan.tools.constants import IGNORED_LABEL
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import lock, make_writable
+from torchtitan.tools.folders import is_writable, lock
 
 logger = logging.getLogger(__name__)
 
@@ -171,8 +171,9 @@ def _indexes(tables: Tables, cache: Path) -> list[TableIndex]:
     if all(index is not None for index in kept):
         return [index for index in kept if index is not None]
     _check_mappable(tables)
-    make_writable("data.cache_folder", cache)
-    (cache / "token_index").mkdir(exist_ok=True)
+    writable = is_writable(cache / "token_index")
+    if not writable:
+        logger.info("the rows of %d files are looked at, at every start: %s cannot be written to", len(files), cache)
     with lock(cache, "token-index-" + hashlib.sha256("".join(name for name, _ in keys).encode()).hexdigest()[:16]):
         if total >= 1 << 30:
             how = "a sample of its ids is" if sampled else "its rows are"
@@ -185,7 +186,8 @@ def _indexes(tables: Tables, cache: Path) -> list[TableIndex]:
                 if key(file) != (name, state):
                     raise UserError(f"{file} was changed while it was read; start again when it is complete.")
                 about = {field: getattr(index, field) for field in _ABOUT}
-                write_kept(cache, name, state, about, bounds=index.bounds, first=index.first, last=index.last)
+                if writable:
+                    write_kept(cache, name, state, about, bounds=index.bounds, first=index.first, last=index.last)
             return index
 
         with ThreadPoolExecutor(4) as pool:
