@@ -52,6 +52,15 @@ class Single:
     format: Literal["auto", "text"] = "auto"
     """text: leave out files of token ids beside the text, which are read in place otherwise."""
 
+    ids_field: str = ""
+    """Column of tokenized rows (Parquet, Arrow, MDS) that holds the token ids; unset: found out."""
+
+    mask_field: str = ""
+    """Column of such rows that is 1 for tokens to train on."""
+
+    labels_field: str = ""
+    """Or: column of such rows with labels."""
+
     text_field: str = "text"
     """Field of a jsonl, parquet or hub record that holds the text."""
 
@@ -126,6 +135,9 @@ def sources_of(arguments: Arguments) -> tuple[list[Source], Data, str]:
             name=one.out_name,
             path=one.path,
             format=one.format,
+            ids_field=one.ids_field,
+            mask_field=one.mask_field,
+            labels_field=one.labels_field,
             text_field=one.text_field,
             where=one.where,
             messages_field=one.messages_field,

@@ -26,6 +26,18 @@ def error_of(**data: Any) -> str:
 DATA: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "min over max": ({}, {"min_length": 9, "max_length": 8}, ["min_length = 9", "max_length = 8"]),
     "chunk over row": ({}, {"chunk_length": 10**7}, ["chunk_length = 10000000", "training.seq_len"]),
+    "a column of two meanings": (
+        {},
+        {"mask_field": "m", "ignore_fields": ("m",)},
+        ["mask_field and ignore_fields", "'m'"],
+    ),
+    "columns and a conversation": (
+        {},
+        {"ids_field": "ids", "messages_field": "messages", "long_document": "drop"},
+        ["ids_field speaks of tokenized rows", "messages_field = 'messages'", "leave one of them out"],
+    ),
+    "columns of files of ids": ({}, {"labels_field": "l", "format": "npy"}, ["labels_field", 'format = "npy"']),
+    "columns of the hub": ({}, {"ignore_fields": ("l",), "path": "hub:a/b"}, ["ignore_fields", "hub:a/b", "download"]),
     "raised twice": ({}, {"upsample": 2.0, "upsample_to": 0.5}, ["upsample", "upsample_to", "one of them"]),
     "raised by both": ({"strategy": "per_source_upsampling"}, {"upsample": 2.0}, ["per_source_upsampling"]),
     "anchors and all": (

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from torchtitan.datasets.corpus import open_corpus
@@ -97,6 +99,14 @@ def test_files_of_token_ids_are_read_in_place(run: Callable[..., str], tmp_path:
     (tmp_path / "a.txt").write_text("text")
     assert 'set format to "text"' in run("--path", tmp_path, *words)
     assert "text: 1 documents" in run("--path", tmp_path, *words, "--format", "text", "--num-proc", 1)
+    rows = pa.table({"ids": [[5, 6], [7], [8, 9]], "gold": [[0, 1], [1], [0, 1]]})
+    with pa.ipc.new_file(str(tmp_path / "rows.arrow"), rows.schema) as out:
+        out.write_table(rows)
+    pq.write_table(rows, tmp_path / "rows.parquet")
+    words += ["--ids-field", "ids", "--num-proc", 1]
+    for kind, said in (("arrow", "rows.arrow is read in place: 3 documents"), ("parquet", "3 documents, 8 tokens in")):
+        assert said in run("--path", tmp_path / f"rows.{kind}", *words)
+    assert "2 documents, 4 tokens" in run("--path", tmp_path / "rows.parquet", *words, "--mask-field", "gold")
 
 
 def test_shards_of_a_stage(run: Callable[..., str], stage: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -30,7 +30,7 @@ from torchtitan.tools.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-PIECE = 1 << 22  # ids that are looked at together
+PIECE = 1 << 20  # ids that are looked at together
 SUFFIXES = (".parquet", ".arrow")
 KEYS = ("ids_field", "mask_field", "labels_field", "ignore_fields")
 """Keys of a source that speak of the columns of tokenized rows."""

@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -200,6 +202,13 @@ def test_long_documents_are_cut_and_short_ones_left_out(tmp_path: Path):
     assert with_bos[0] == tokenizer.bos_id and with_bos[1:].equal(expected[0][:-1])
     with pytest.raises(UserError, match="None of the 4 documents of --text has 99,999 tokens"):
         long_documents([tmp_path], tokenizer, 99_999, 16)
+
+
+def test_tokenized_rows_of_others_are_read_without_their_padding(tmp_path: Path):
+    rows = {"input_ids": [[7, 7, *range(9), 7]] * 2, "attention_mask": [[0, 0] + [1] * 9 + [0]] * 2}
+    pq.write_table(pa.table(rows | {"labels": [[-100] * 8 + [6, 7, 8, -100]] * 2}), tmp_path / "rows.parquet")
+    found = long_documents([tmp_path / "rows.parquet"], load_tokenizer(TOKENIZER), 9, 16)
+    assert [ids.tolist() for ids in found] == [list(range(9))] * 2
 
 
 def test_the_command_line_measures_writes_and_draws(model: Transformer, folder: Path, script, tmp_path: Path, capsys):
