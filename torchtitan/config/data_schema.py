@@ -7,6 +7,23 @@ from typing import Annotated, Literal
 
 from torchtitan.config.keys import Decides, Range
 
+SyntheticTask = Literal[
+    "needle",
+    "needle_keys",
+    "needle_values",
+    "needle_queries",
+    "variables",
+    "key_value",
+    "common_words",
+    "documents",
+    "quotes",
+    "occurrences",
+    "chunk_order",
+    "paragraph_order",
+    "fill_middle",
+]
+"""What a synthetic document asks for (docs/synthetic.md)."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -136,6 +153,38 @@ class Source:
 
     separator: Annotated[str, Decides("rows")] = ""
     """Text after each document, as ordinary tokens (UltraLong's "<s>"), beside or instead of BOS and EOS."""
+
+    kind: Annotated[Literal["data", "synthetic"], Decides("documents")] = "data"
+    """synthetic: the documents are made, with questions about distant parts of themselves (docs/synthetic.md); path,
+    which may be left out, names the text in which facts are hidden. The keys that follow are of such a source."""
+
+    tasks: Annotated[tuple[SyntheticTask, ...], Decides("documents")] = ()
+    """What is asked for in the documents, one task in each."""
+
+    task_shares: Annotated[tuple[float, ...], Range(above=0), Decides("documents")] = ()
+    """Shares of the tasks in the source's tokens, relative to each other. Empty: equal."""
+
+    make_tokens: Annotated[int | None, Range(min=1), Decides("documents")] = None
+    """How many tokens to make."""
+
+    lengths: Annotated[tuple[int, ...], Range(min=64), Decides("documents")] = ()
+    """The shortest and the longest document in tokens, BOS and EOS included; lengths are log-uniform between them."""
+
+    seed: Annotated[int, Range(min=0), Decides("documents")] = 0
+    """Decides all that is drawn."""
+
+    train_on: Annotated[Literal["all", "answer"], Decides("documents")] = "all"
+    """Tokens that have a loss: all of a document, or its answer and the EOS behind it."""
+
+    fim_rate: Annotated[float, Range(min=0, max=1), Decides("documents")] = 0.5
+    """Share of the documents of the task fill_middle whose middle is moved to the end; the others are left as they
+    are."""
+
+    fim_spm_rate: Annotated[float, Range(min=0, max=1), Decides("documents")] = 0.5
+    """Share of those that are suffix, prefix, middle; the others are prefix, suffix, middle."""
+
+    fim_markers: Annotated[tuple[str, ...], Decides("documents")] = ()
+    """Texts before prefix, suffix and middle, for a tokenizer without tokens for them."""
 
     max_epochs: Annotated[float | None, Range(above=0), Decides("nothing")] = None
     """Refuse a plan that reads the source more often than this. Unset: it is repeated in a new order, and the report

@@ -11,6 +11,7 @@ from torchtitan.config.data_schema import Data, Source
 from torchtitan.config.schema import JobConfig
 from torchtitan.datasets.curriculum import schedule_steps, weights_at
 from torchtitan.datasets.same_data import BY_LENGTH, reads_threshold
+from torchtitan.datasets.synthetic_checks import check_in_stage, check_synthetic
 from torchtitan.datasets.where import Where
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.urls import check_not_collapsed, check_url, is_url, join_url
@@ -63,7 +64,7 @@ def check_sources(data: Data) -> None:
         check_not_collapsed(path, where)
     for i, source in enumerate(data.sources):
         for key in ("name", "path"):
-            if not getattr(source, key).strip():
+            if not getattr(source, key).strip() and (key == "name" or source.kind != "synthetic"):
                 other = source.path if key == "name" else source.name
                 which = f" ({other})" if other.strip() else ""
                 raise UserError(
@@ -93,6 +94,8 @@ def _check_source(source: Source, where: str, config: JobConfig) -> None:
             '"stop" the run ends at the first bad record. Leave it out, or set on_bad_record.'
         )
     _check_columns(source, where)
+    check_synthetic(source, where)
+    check_in_stage(source, where, config)
     if source.max_length is not None and source.min_length > source.max_length:
         raise UserError(
             f"{where}: min_length = {source.min_length} is more than max_length = {source.max_length}, so that no "

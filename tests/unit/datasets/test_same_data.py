@@ -70,6 +70,16 @@ ANOTHER_SOURCE: dict[str, tuple[dict[str, Any], Any]] = {
     "length_shares": (BINS, (0.5, 0.5)),
     "schedule": ({}, (Point(0, 0.1), Point(5, 3.0))),
     "separator": ({}, "###"),
+    "kind": ({}, "synthetic"),
+    "tasks": ({}, ("needle",)),
+    "task_shares": ({}, (1.0,)),
+    "make_tokens": ({}, 1000),
+    "lengths": ({}, (64, 128)),
+    "seed": ({}, 1),
+    "train_on": ({}, "answer"),
+    "fim_rate": ({}, 1.0),
+    "fim_spm_rate": ({}, 1.0),
+    "fim_markers": ({}, ("<P>", "<S>", "<M>")),
     "max_epochs": ({}, 99.0),
 }
 ANOTHER_POINT: dict[str, Any] = {"step": 4, "weight": 0.2, "length_shares": (0.5, 0.5)}

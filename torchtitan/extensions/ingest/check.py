@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ def check_source(
     """What is in a source of text, in lines for people; and why tokenizing it would end with an error, "" if it would
     not. UserError for what is wrong with the source as a whole. A hub dataset is downloaded."""
     cache = Path(data.cache_folder).expanduser().absolute()
+    if source.kind == "synthetic":
+        if not source.path:
+            return ["its documents are made, and no text is read"], ""
+        source = replace(source, kind="data")  # its text
     try:
         material = material_of(source, tokenizer, data, cache, _unhashed, _NotEncoding)
         if isinstance(material, Path):

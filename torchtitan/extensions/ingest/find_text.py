@@ -45,9 +45,11 @@ SPLITS = {"train": "train", "training": "train", "test": "test"} | dict.fromkeys
 
 def is_tokenized_source(source: Source, data: Data) -> bool:
     """Whether the source is a folder of tokens rather than text."""
+    if source.kind == "synthetic" or is_hub(source):
+        return False
     path = source_path(source, data)
     field = (source.messages_field or source.text_field).split(".")[0].removesuffix("[]")
-    return not is_hub(source) and is_tokenized(path) and not is_text_folder(path, field, source.format == "text")
+    return is_tokenized(path) and not is_text_folder(path, field, source.format == "text")
 
 
 class NoTextError(UserError):

@@ -46,7 +46,7 @@ def local_source(source: Source, tokenizer: Tokenizer, data: Data) -> Source | P
     cannot be fetched.
     """
     url = join_url(data.folder, source.path)
-    if not url:
+    if not url or not source.path:  # a synthetic source may have none
         return source
     check_url(url, f"data source {source.name!r}")
     cache = Path(data.cache_folder).expanduser().absolute()

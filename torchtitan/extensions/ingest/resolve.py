@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 def resolve_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
     """The corpus of a source: its tokens, or what tokenize_source makes of its text in data.cache_folder."""
+    if source.kind == "synthetic":
+        made = tokenize_source(source, tokenizer, data, may_be_less=False)
+        return open_corpus(made, tokenizer.fingerprint, check_text=False)
     given, local = source, local_source(source, tokenizer, data)
     if isinstance(local, Path):
         return open_corpus(local, tokenizer.fingerprint, check_text=False)
@@ -96,6 +99,8 @@ def _is_mds(path: Path) -> bool:
 def token_files_of(source: Source, data: Data) -> list[Path]:
     """The files of token ids that a source is read from in place; [] if it is something else. UserError if a key that
     speaks of such files is given, and the source is something else."""
+    if source.kind == "synthetic":
+        return []
     path = source_path(source, data)
     tokenized = is_tokenized_source(source, data)
     if tokenized and source.format != "auto":

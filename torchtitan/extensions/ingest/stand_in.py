@@ -41,6 +41,8 @@ def folders_of(config: JobConfig) -> dict[Path, Source]:
     if not config.data.sources:
         raise UserError("The configuration has no [[data.sources]]: name a stage's TOML with --job.config_file.")
     for number, source in enumerate(config.data.sources):
+        if source.kind == "synthetic":
+            continue  # is made
         named = f'Data source "{source.name}"'
         elsewhere = f"Give it one for this trial, here and to scripts/plan.py: --data.sources.{number}.path NAME."
         if is_hub(source) or join_url(config.data.folder, source.path) or any(c in source.path for c in "*?["):

@@ -66,7 +66,8 @@ def tokenize_source(
 ) -> Path:
     """The folder of a source's corpus in data.cache_folder; the source is tokenized if the folder is missing.
 
-    source.path is text (a file, folder or glob, find_text.py), a folder of MDS shards, or hub:NAME.
+    source.path is text (a file, folder or glob, find_text.py), a folder of MDS shards, or hub:NAME; of a synthetic
+    source, text to make documents with.
     Documents keep the order of the sorted files and of the documents in them, whatever num_proc (default: the cores
     this process may use). Empty documents are left out and counted. A run that was killed is continued. If several
     processes ask for the same corpus, one works and the others wait. UserError for what cannot be read; without
@@ -135,6 +136,10 @@ def material_of(
     """What must be tokenized; or, if the hub cannot be reached or the text is gone, the finished corpus of an earlier
     run. of_files, instead: in place of _of_files, and of the encoder of text."""
     of_files = of_files or _of_files
+    if source.kind == "synthetic":
+        from torchtitan.extensions.ingest.synthetic.source import synthetic_material
+
+        return synthetic_material(source, tokenizer, data, cache)
     if not is_hub(source) and (tables := find_tables(source, data)):
         return _of_tables(source, tables, tokenizer, data, cache, of_files)
     if is_hub(source):

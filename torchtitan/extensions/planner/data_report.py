@@ -101,6 +101,7 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
         "longest_document": int(corpus.lengths.max()),
         "left_out": asdict(replace(left_out, copies=left_out.copies if plan.data.drop_duplicates else (0, 0))),
         "copies_kept": (0, 0) if plan.data.drop_duplicates else left_out.copies,
+        "synthetic": _metadata(corpus).get("synthetic"),
         "conversations_left_out": corpus.left_out,
         "conversations_not_written": _not_written(corpus),
         "bad_records": json_if_present(Path(corpus.folder) / CORPUS_FILE).get("bad_records", {}),
@@ -124,10 +125,14 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
     }
 
 
+def _metadata(corpus: Corpus) -> dict[str, Any]:
+    return json_if_present(Path(corpus.folder) / CORPUS_FILE)
+
+
 def _not_written(corpus: Corpus) -> dict[str, int] | None:
     """How many conversations have a key of a message that the chat template does not write, by key; None if the corpus
     is of an older version, which did not look."""
-    metadata = json_if_present(Path(corpus.folder) / CORPUS_FILE) if corpus.has_roles else {}
+    metadata = _metadata(corpus) if corpus.has_roles else {}
     if metadata.get("messages_field") and not metadata.get("message_weights"):
         return None
     return metadata.get("not_written", {})
@@ -324,6 +329,12 @@ def _of_conversations(name: str, key: str, count: int) -> str:
 def _source_notes(report: dict[str, Any], s: dict[str, Any]) -> Iterator[str]:
     """What of one source is repeated, uneven, masked or left out."""
     name = s["name"]
+    if s["synthetic"]:
+        yield (
+            f"{name} is synthetic ({', '.join(s['synthetic']['tasks'])}): {s['share']:.2%} of the tokens and "
+            f"{s['trained_tokens'] / max(1, report['trained_tokens']):.2%} of the labels; needles, RULER and HELMET's "
+            "recall have its form, so judge the model by other tasks too"
+        )
     most = max(s["epochs"], key=lambda entry: entry["epochs"], default=None)
     if most and most["epochs"] > REPEATED:
         which = "" if most["documents"] == "all" else f" ({most['documents']})"
