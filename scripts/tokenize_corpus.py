@@ -64,6 +64,15 @@ class Single:
     text_field: str = "text"
     """Field of a jsonl, parquet or hub record that holds the text."""
 
+    group_by: str = ""
+    """Field whose equal values make one document of several records."""
+
+    part_order: str = "path"
+    """Field that these, or the files of "files[].content", are sorted by."""
+
+    part_header: str = ""
+    """Text before each of them."""
+
     where: str = ""
     """Only records for which this expression holds (docs/data.md)."""
 
@@ -139,6 +148,9 @@ def sources_of(arguments: Arguments) -> tuple[list[Source], Data, str]:
             mask_field=one.mask_field,
             labels_field=one.labels_field,
             text_field=one.text_field,
+            group_by=one.group_by,
+            part_order=one.part_order,
+            part_header=one.part_header,
             where=one.where,
             messages_field=one.messages_field,
             messages_format=one.messages_format,

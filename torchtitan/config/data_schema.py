@@ -84,7 +84,17 @@ class Source:
     """Columns of tokenized rows that are not read, though their names say something about the loss."""
 
     text_field: Annotated[str, Decides("documents")] = "text"
-    """Field of a jsonl, json, parquet or hub record that holds the text; "a.b": the field b of the object a."""
+    """Field of a jsonl, json, parquet or hub record that holds the text; "a.b": the field b of the object a;
+    "files[].content": the files of the list `files` make one document."""
+
+    group_by: Annotated[str, Decides("documents")] = ""
+    """Field whose equal values make one document of several records, such as repo_name, wherever they stand."""
+
+    part_order: Annotated[str, Decides("documents")] = "path"
+    """Field that the records of a group, or the files of "files[].content", are sorted by. Empty: as they stand."""
+
+    part_header: Annotated[str, Decides("documents")] = ""
+    """Text before each of them, such as "<file_sep>{path}\n", in which {path} is that field of it."""
 
     where: Annotated[str, Decides("documents")] = ""
     """Only records for which this holds, such as "meta.source == 'books' and score >= 0.65" (docs/data.md)."""

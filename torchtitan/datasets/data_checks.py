@@ -116,6 +116,7 @@ def _check_source(source: Source, where: str, config: JobConfig) -> None:
         )
     _check_lengths(source, where, config.data)
     _check_points(source, where, config.data)
+    _check_parts(source, where)
     if source.messages_format != "auto" and not source.messages_field:
         raise UserError(
             f'{where}: messages_format = "{source.messages_format}" is read with messages_field, which is not set: '
@@ -245,6 +246,36 @@ def _check_columns(source: Source, where: str) -> None:
             f"{where}: {first} is read for tokenized Parquet, Arrow and MDS, and {given} says that the source is "
             "something else: leave one of them out. Of a dataset of the hub, download the files and name their folder."
         )
+
+
+def _check_parts(source: Source, where: str) -> None:
+    """UserError for keys of documents of several parts that contradict each other or have no effect."""
+    outer, mark, inner = source.text_field.partition("[].")
+    listed = bool(mark)
+    if "[]" in source.text_field and (not outer or not inner or "[]" in outer + inner):
+        raise UserError(
+            f"{where}: text_field = {source.text_field!r}: write the list, [] and one field of its objects, as in "
+            '"files[].content".'
+        )
+    for key in ("part_order", "part_header"):
+        if getattr(source, key) != getattr(Source(), key) and not (listed or source.group_by):
+            raise UserError(
+                f"{where}: {key} = {getattr(source, key)!r} is read with group_by, or a text_field such as "
+                '"files[].content": leave it out.'
+            )
+    others = {
+        'text_field = "files[].content"': listed,
+        "messages_field": source.messages_field,
+        'on_bad_record = "skip"': source.on_bad_record == "skip",
+        "a path of the hub": source.path.startswith("hub:"),
+    }
+    for other, given in others.items():
+        if source.group_by and given:
+            raise UserError(
+                f"{where}: group_by = {source.group_by!r} cannot be used with {other}: leave out one of them."
+            )
+    if listed and source.messages_field:
+        raise UserError(f"{where}: text_field is not read with messages_field: leave one of them out.")
 
 
 def _check_strategy(config: JobConfig) -> None:

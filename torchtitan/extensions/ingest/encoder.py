@@ -17,6 +17,7 @@ from torchtitan.datasets.long_text import LONG, LongText, chunks_of
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.datasets.where import Where
 from torchtitan.extensions.ingest.bad_records import BadRecords
+from torchtitan.extensions.ingest.parts import LIST, Parts, list_field, parts_of
 from torchtitan.extensions.ingest.records import Fields, as_text
 from torchtitan.tools.errors import UserError
 
@@ -31,23 +32,39 @@ class Encoder:
     fields: Fields
     bos: list[int]
     eos: list[int]
+    parts: Parts | None = None
 
     @property
     def key(self) -> list[Any]:
         """What the tokens depend on beside the content, as JSON."""
         where = [["where", self.fields.where.text]] if self.fields.where else []
-        return [CORPUS_FORMAT, self.tokenizer.fingerprint, bool(self.bos), bool(self.eos), *where]
+        parts = [["parts", *self._parts.values()]] if self.parts else []
+        return [CORPUS_FORMAT, self.tokenizer.fingerprint, bool(self.bos), bool(self.eos), *where, *parts]
 
     @property
     def metadata(self) -> dict[str, Any]:
         """The same in words, for corpus.json."""
-        ends = {"add_bos": bool(self.bos), "add_eos": bool(self.eos), "text_field": self.fields.name}
+        ends = {"add_bos": bool(self.bos), "add_eos": bool(self.eos), "text_field": self.fields.name} | self._parts
         where = {"where": self.fields.where.text} if self.fields.where else {}
         return tokenizer_metadata(self.tokenizer) | ends | where
+
+    @property
+    def _parts(self) -> dict[str, str]:
+        """The keys of the source that say how parts of a document are put together, {} if each is one text."""
+        if not (parts := self.parts):
+            return {}
+        text_field = self.fields.name + (f"{LIST}{parts.text}" if parts.text else "")
+        keys = {"text_field": text_field, "group_by": parts.group_by}
+        return keys | {"part_order": parts.order, "part_header": parts.header}
 
     def read(self, record: dict[str, Any]) -> str | LongText | None:
         """The text of a record, None if it is blank; ValueError if the field is not text."""
         value = record[self.fields.name]
+        if self.parts and self.parts.text:
+            value = self.parts.joined(value, self.fields.name)
+        elif self.parts:
+            for check in (self.parts.group, self.parts.rank, self.parts.head):
+                check(record)
         text = value if isinstance(value, LongText) else as_text(value, self.fields.name)
         return text if text and not text.isspace() else None
 
@@ -83,7 +100,11 @@ def make_encoder(source: Source, tokenizer: Tokenizer, data: Data) -> Any:
                 f"data.add_{name} = false, or name the token in one of these files."
             )
         ends.append([token] if wanted and token is not None else [])
-    return Encoder(tokenizer, Fields("text_field", source.text_field, where=where, bad=bad), *ends)
+    parts = parts_of(source)
+    also = parts.fields if parts and source.group_by else ()
+    name = list_field(source.text_field)[0] or source.text_field
+    fields = Fields("text_field", name, where=where, bad=bad, also=also, nulls=bool(parts))
+    return Encoder(tokenizer, fields, ends[0], ends[1], parts)
 
 
 def tokenizer_metadata(tokenizer: Tokenizer) -> dict[str, Any]:

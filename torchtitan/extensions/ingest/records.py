@@ -30,7 +30,7 @@ class Fields:
     """Which fields of a record are read: `name`, the value of the source's key `key`, perhaps "a.b", the field b of the
     object a; and those of `beside` that the record has. where: of which records. bad: what becomes of
     those that cannot be read. also: (name, key of the source) of other fields that are needed, and looked up by whoever
-    reads the record."""
+    reads the record. nulls: those of columns are kept."""
 
     key: str
     name: str
@@ -38,6 +38,7 @@ class Fields:
     where: Where | None = None
     bad: BadRecords = field(default_factory=BadRecords, compare=False)
     also: tuple[tuple[str, str], ...] = ()
+    nulls: bool = False
 
     def keeps(self, record: Mapping[str, Any]) -> bool:
         """Whether `where` takes the record; RecordError if it cannot compare its values."""
@@ -87,12 +88,13 @@ class Fields:
             )
 
     def of_columns(self, value: Callable[[str], Any], columns: Sequence[str]) -> dict[str, Any] | None:
-        """A row as a record, without nulls; None if `where` leaves it out. value(column): that of the row."""
+        """A row as a record, without nulls unless they are kept; None if `where` leaves it out. value(column): that of
+        the row."""
         if self.where:
             roots = [name for name in columns if any(f"{f}.".startswith(f"{name}.") for f in self.where.fields)]
             if not self.keeps({name: value(name) for name in roots}):
                 return None
-        record = {name: without_nulls(value(name)) for name in columns}
+        record = {name: value(name) if self.nulls else without_nulls(value(name)) for name in columns}
         return record if self.name in record else record | {self.name: look_up(record, self.name)}
 
     def hint(self, names: Iterable[str]) -> str:

@@ -72,6 +72,11 @@ def check_where(source: Source, path: Path, metadata: dict[str, Any]) -> None:
             f'Data source {source.name!r} has on_bad_record = "skip", which is about records of text, but {path} holds '
             "tokens: leave it out, or name the text."
         )
+    if source.group_by and metadata.get("group_by") != source.group_by and not (path / MARK).is_file():
+        raise UserError(
+            f"Data source {source.name!r} has group_by = {source.group_by!r}, but {path} is tokenized: leave it out, "
+            "or name the text."
+        )
     if source.where and metadata.get("where") != source.where.strip() and not (path / MARK).is_file():
         raise UserError(
             f"Data source {source.name!r} has where = {source.where!r}, but {path} is tokenized, and its documents "

@@ -76,7 +76,7 @@ def find_tables(source: Source, data: Data) -> Tables | None:
         if source.messages_field and source.messages_field.split(".")[0] in kinds:
             return None  # conversations, with tokens of somebody beside them
         columns = choose_columns(source, kinds, types, str(files[0]))
-        text = source.text_field.split(".")[0]
+        text = source.text_field.split(".")[0].removesuffix("[]")
         if columns is not None and not saved and text in kinds:
             raise UserError(
                 f"{files[0]} of data source {source.name!r} has text, in the column {text!r}, and tokens, in "

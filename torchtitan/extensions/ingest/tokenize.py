@@ -27,6 +27,7 @@ from torchtitan.extensions.ingest.convert_tables import TablePart, TokenReader, 
 from torchtitan.extensions.ingest.deleted_text import check_none_deleted, corpus_of_deleted_text
 from torchtitan.extensions.ingest.encoder import make_encoder
 from torchtitan.extensions.ingest.find_text import NoTextError, find_text_files
+from torchtitan.extensions.ingest.grouping import grouped_material, refuse_group_by
 from torchtitan.extensions.ingest.open_text import kind_of, whole_suffix
 from torchtitan.extensions.ingest.records import LINES, TABLES, Span
 from torchtitan.extensions.ingest.remote import local_source, remote_metadata
@@ -100,7 +101,7 @@ def tokenize_shard(
     try:
         if isinstance(local := local_source(source, tokenizer, data), Path):
             return local
-        material = material_of(local, tokenizer, data, cache)
+        material = material_of(local, tokenizer, data, cache, num_proc=num_proc)
         if isinstance(material, Path):
             return material
         if made := made_folder(cache, material.name, source.on_bad_record == "skip"):
@@ -132,15 +133,18 @@ def material_of(
     cache: Path,
     of_files: Callable[..., Material] | None = None,
     instead: Callable[[Any], Any] = lambda encoder: encoder,
+    num_proc: int | None = None,
 ) -> Material | Path:
     """What must be tokenized; or, if the hub cannot be reached or the text is gone, the finished corpus of an earlier
     run. of_files, instead: in place of _of_files, and of the encoder of text."""
+    grouped = bool(source.group_by) and of_files is None
     of_files = of_files or _of_files
     if source.kind == "synthetic":
         from torchtitan.extensions.ingest.synthetic.source import synthetic_material
 
         return synthetic_material(source, tokenizer, data, cache)
     if not is_hub(source) and (tables := find_tables(source, data)):
+        refuse_group_by(source, f"{source.path} holds tokens")
         return _of_tables(source, tables, tokenizer, data, cache, of_files)
     if is_hub(source):
         from torchtitan.extensions.ingest.hub import hub_material
@@ -152,6 +156,7 @@ def material_of(
         from torchtitan.extensions.ingest.mds_rows import mds_reader
 
         if indexes := find_mds(path):
+            refuse_group_by(source, f"{source.path} is a folder of MDS shards")
             if source.on_bad_record == "skip":
                 raise UserError(
                     f'Data source {source.name!r} has on_bad_record = "skip", which is about records of text, but its '
@@ -174,7 +179,12 @@ def material_of(
             return corpus
         raise
     refuse_column_keys(source, f"{files[0]} is text")
-    if source.where and (plain := [file for file in files if kind_of(file) not in (*LINES, *TABLES)]):
+    plain = [file for file in files if kind_of(file) not in (*LINES, *TABLES)]
+    if plain:
+        refuse_group_by(source, f"{plain[0]} is a text without fields")
+    if grouped:
+        return grouped_material(source, cache, encoder, files, num_proc or cores())
+    if source.where and plain:
         raise UserError(
             f"Data source {source.name!r} has where = {source.where!r}, but {plain[0]} is a text without fields: leave "
             f"where out, or name files of records ({', '.join(LINES + TABLES)})."
