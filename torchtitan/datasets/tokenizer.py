@@ -271,7 +271,10 @@ def _special_id(folder: Path, name: str, ids: dict[str, int]) -> int | None:
             if content is None:
                 return None
             if content not in ids:
-                raise UserError(f"{folder / file} says {name}_token = {content!r}, which the tokenizer does not have.")
+                raise UserError(
+                    f"{folder / file} says {name}_token = {content!r}, which the tokenizer does not have: name one of "
+                    f"its tokens there, or null if it has no {name.upper()}."
+                )
             return ids[content]
     for file in ("generation_config.json", "config.json"):
         value = said = json_if_present(folder / file).get(f"{name}_token_id")

@@ -77,6 +77,11 @@ def find_tables(source: Source, data: Data) -> Tables | None:
             return None  # conversations, with tokens of somebody beside them
         columns = choose_columns(source, kinds, types, str(files[0]))
         text = source.text_field.split(".")[0].removesuffix("[]")
+        if columns is not None and columns.ids == text:
+            raise UserError(
+                f"{files[0]} of data source {source.name!r} holds lists of integers in the column {text!r}, which "
+                f'text_field names: if they are tokens, leave text_field out and set ids_field = "{text}".'
+            )
         if columns is not None and not saved and text in kinds:
             raise UserError(
                 f"{files[0]} of data source {source.name!r} has text, in the column {text!r}, and tokens, in "

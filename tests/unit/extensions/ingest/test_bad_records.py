@@ -17,11 +17,15 @@ import pytest
 
 from tests.unit.extensions.ingest.test_chat import TEMPLATES, assets
 from torchtitan.config.data_schema import Data, Source
+from torchtitan.config.schema import JobConfig
 from torchtitan.datasets.corpus import open_corpus
+from torchtitan.datasets.data_checks import check_data
+from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.extensions.ingest import units
 from torchtitan.extensions.ingest.resolve import resolve_source
 from torchtitan.extensions.ingest.tokenize import tokenize_shard, tokenize_source
+from torchtitan.extensions.planner.data_report import format_report, make_report
 from torchtitan.tools.errors import UserError
 
 BAD = {
@@ -253,3 +257,20 @@ def test_skip_is_about_text(tokenizer: Tokenizer, data: Data, source: Source) ->
     for path in (made, mds):
         with pytest.raises(UserError, match='on_bad_record = "skip", which is about records of text.*leave it out'):
             resolve_source(replace(source, path=str(path)), tokenizer, data)
+
+
+def test_the_report_shows_them(tokenizer: Tokenizer, data: Data, source: Source) -> None:
+    (Path(source.path) / "a.jsonl").write_bytes(b'{"text": "good"}\n' * 9 + BAD["broken JSON"])
+    plan = Plan(replace(data, sources=(source,)), [resolve_source(source, tokenizer, data)], 16, 1, 2, 0)
+    report = json.loads(json.dumps(make_report(plan, 1, 1, 1.0, 1.0)))
+    assert report["sources"][0]["bad_records"]["reasons"] == {"broken JSON": 1}
+    lines = format_report(report).splitlines()
+    said = "warning: left out of dirty: 1 of 10 records (10.000%) are bad (1 broken JSON)"
+    assert f"    {source.path}/a.jsonl line 10: broken JSON: Unterminated" in lines[lines.index(said) + 1]
+
+
+def test_a_limit_without_skip_is_refused() -> None:
+    source = Source(name="a", path="a.jsonl", max_bad_share=0.5)
+    check_data(JobConfig(data=Data(sources=(replace(source, on_bad_record="skip"),))))
+    with pytest.raises(UserError, match='max_bad_share = 0.5 is read with on_bad_record = "skip" only'):
+        check_data(JobConfig(data=Data(sources=(source,))))
