@@ -39,7 +39,7 @@ def join_url(folder: str, path: str) -> str:
     if is_url(path):
         protocol, _, rest = path.partition("://")
         return f"{protocol.lower()}://{rest}"
-    if not is_url(folder) or path.startswith(("/", "~", "hub:")):
+    if not is_url(folder) or not path or path.startswith(("/", "~", "hub:")):
         return ""
     return join_url("", f"{folder.rstrip('/')}/{path.removeprefix('./')}")
 

@@ -30,7 +30,7 @@ from torchtitan.extensions.ingest.encoder import make_encoder
 from torchtitan.extensions.ingest.file_systems import RemoteFile, list_files, open_file_system, refusal, what_failed
 from torchtitan.extensions.ingest.units import folder_name
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import lock, make_writable, read_json, write_text, written
+from torchtitan.tools.folders import is_writable, lock, make_writable, read_json, write_text, written
 from torchtitan.tools.urls import check_url, join_url, without_secrets
 
 logger = logging.getLogger(__name__)
@@ -87,10 +87,14 @@ def local_path(url: str, cache: Path, made: Callable[[str], Path | None] = lambd
     to read, the last state of the files is taken if all are there, with a warning. UserError if one cannot be fetched.
     """
     folder = cache / "remote"
-    make_writable("data.cache_folder", folder)
-    (folder / "files").mkdir(exist_ok=True)
     name = _folder_name(url, url)
     answer_file = folder / f".{name}.json"
+    if not is_writable(folder):
+        if (before := _kept(answer_file)) and (local := _local(before, folder, made)):
+            logger.info("%s: %s cannot be written to, so the server is not asked: going on with %s", url, folder, local)
+            return local
+        make_writable("data.cache_folder", folder)
+    (folder / "files").mkdir(exist_ok=True)
 
     def known() -> str | Path | None:
         answer = _kept(answer_file)

@@ -163,6 +163,7 @@ def test_what_lies_on_a_server_is_what_lies_in_a_folder(
 ) -> None:
     """The same documents in the same order, under the same fingerprint, for every kind of path."""
     monkeypatch.setattr(remote, "ANSWER_SECONDS", 600.0)
+    tokenizer = replace(tokenizer, vocab_size=1000)  # those of the MDS shards
     upload(store, everything, "bucket/deep/down")
     store.files |= {"bucket/deep/down/text/": b"", "bucket/deep/down/text/a/": b""}  # consoles make such folders
     there = replace(data, cache_folder=str(tmp_path / "other"))
@@ -255,6 +256,21 @@ def test_without_the_server_all_files_or_none(store: Store, cache: Path, caplog:
     store.files.clear()
     with pytest.raises(UserError, match="does not exist, or is empty"):  # an answer, unlike silence
         local_path("s3://bucket/x", cache)
+
+
+def test_a_cache_that_cannot_be_written_to(store: Store, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.files = {"bucket/x/a.txt": b"a"}
+    first = local_path("s3://bucket/x", cache)
+    store.files["bucket/x/b.txt"] = b"b"
+    monkeypatch.setattr(remote, "is_writable", lambda folder: False)
+    assert local_path("s3://bucket/x", cache) == first
+
+    def refuse(key: str, folder: Path) -> None:
+        raise UserError(f"{key} = {folder} cannot be written to")
+
+    monkeypatch.setattr(remote, "make_writable", refuse)
+    with pytest.raises(UserError, match="data.cache_folder .* cannot be written to"):
+        local_path("s3://bucket/y", cache)
 
 
 def test_a_server_that_is_down(
@@ -665,5 +681,5 @@ def test_the_script_takes_a_url(
     assert "text: 8 documents" in run("s3://bucket/text")
     shutil.rmtree(cache / "remote")
     assert "s3://bucket/text is tokenized already, in" in run("s3://bucket/text")
-    assert "s3://bucket/saved is tokenized already" in run("s3://bucket/saved")
+    assert "s3://bucket/saved is read in place: 2 documents" in run("s3://bucket/saved")
     assert "s3://bucket/ids/megatron_uint16 is read in place: 4 documents" in run("s3://bucket/ids/megatron_uint16")
