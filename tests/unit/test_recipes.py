@@ -483,7 +483,7 @@ def test_a_rehearsal_keeps_proportions(tmp_path: Path) -> None:
     config = load_config([f"--job.config_file={CONFIGS / 'longrope2_8b/128k.toml'}", *asking])
     small = try_recipe.make_small(config, tmp_path, seq_len=2048, steps=2, processes=6)
     assert not small.evaluation.texts
-    assert [s.max_length for s in small.data.sources] == [128, 1600, 3200]
+    assert [(s.length_bins, s.max_length) for s in small.data.sources] == [((128, 1600), 3200)]
     assert small.rope.original_max_position_embeddings == 128 and len(small.rope.long_factor) == 32
     assert (small.rope.long_factor[0], small.rope.long_factor[-1]) == (1.0, 16.0)
     assert small.parallelism.context_parallel_degree == 2  # of 6 processes and 8 ranks
