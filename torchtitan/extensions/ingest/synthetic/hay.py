@@ -117,7 +117,7 @@ class Hay:
         if not self._next:
             some = list(islice(self._texts, AT_ONCE))
             pieces = self._encode([sentence for sentence, _, _ in some])
-            self._next = [(piece, *numbers) for piece, (_, *numbers) in zip(pieces, some)][::-1]
+            self._next = [(piece, text, reading) for piece, (_, text, reading) in zip(pieces, some)][::-1]
         return self._next[-1]
 
     def take(self, room: int, whole: bool = False) -> list[Piece]:
