@@ -133,8 +133,8 @@ def _batches(part: TablePart, columns: Columns) -> Iterator[tuple[int, Any]]:
     check_names(part.path, file.schema_arrow.names, columns)
     row = sum(file.metadata.row_group(i).num_rows for i in range(part.start))
     group = file.metadata.row_group(part.start)
-    names = [group.column(i).path_in_schema.split(".")[0] for i in range(group.num_columns)]
-    tokens = group.column(names.index(columns.ids)).num_values
+    leaves = map(group.column, range(group.num_columns))  # a column of lists is called "NAME.list.element" here
+    tokens = max(leaf.num_values for leaf in leaves if f"{leaf.path_in_schema}.".startswith(f"{columns.ids}."))
     rows = max(1, group.num_rows * PIECE // max(1, tokens))
     for batch in file.iter_batches(rows, row_groups=list(range(part.start, part.stop)), columns=columns.names):
         yield row, batch

@@ -153,8 +153,9 @@ def lists_of(file: Path | str, batch: Any, columns: Columns, row: int) -> dict[s
             )
         fixed = pa.types.is_fixed_size_list(column.type)
         kind = kind_of_type(column.type)
+        plain = fixed or pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
         number = kind == "ids" or (kind == "list" and kind_of_type(column.type.value_type) == "number")
-        if not number or (name == columns.ids and kind != "ids"):
+        if not (plain and number) or (name == columns.ids and kind != "ids"):
             raise UserError(
                 f"{file}: the column {name!r} is {column.type}, not a list of a number per token. Write it so, or set "
                 f'ignore_fields = ["{name}"] if it says nothing of the loss.'

@@ -270,6 +270,8 @@ def test_other_names(tmp_path: Path, tokenizer: Tokenizer, data: Data) -> None:
         every = resolve(path, tokenizer, data, ids_field="ids", ignore_fields=("where_loss",))
         assert found(every) == plain_documents({"input_ids": rows["ids"]})
         assert not every.has_roles
+    path = WRITERS["parquet"](tmp_path / "dotted", table_of({"a.ids": rows["ids"], "a": ["x"] * 9}))
+    assert found(resolve(path, tokenizer, data, ids_field="a.ids")) == plain_documents({"input_ids": rows["ids"]})
     for guessed in ("tokens", "token_ids"):
         path = WRITERS["file"](tmp_path / guessed, table_of({guessed: rows["ids"], "name": ["x"] * 9}))
         assert found(resolve(path, tokenizer, data)) == plain_documents({"input_ids": rows["ids"]})
@@ -348,6 +350,21 @@ def test_columns_that_are_refused(
         assert str(tmp_path / name) in str(error.value)
         ignored = tuple(more)
         assert found(resolve(path, tokenizer, data, ignore_fields=ignored)) == plain_documents({"input_ids": IDS})
+
+
+def test_types_that_are_no_lists(tmp_path: Path, tokenizer: Tokenizer, data: Data) -> None:
+    views = pa.array(IDS, pa.list_view(pa.int64()))
+    for number, (columns, words) in enumerate(
+        (
+            ({"input_ids": pa.array(IDS), "labels": views}, r"'labels' is list_view<.*not a list of a number"),
+            ({"input_ids": views}, r"'input_ids' is list_view<.*; token ids are a list of integers per row"),
+            ({"input_ids": pa.array(IDS), "labels": [b"a", b"b", b"c"]}, r"'labels' \(binary\) seems to say something"),
+        )
+    ):
+        for name in ("file", "parquet"):
+            path = WRITERS[name](tmp_path / f"{number}-{name}", pa.table(columns))
+            with pytest.raises(UserError, match=words):
+                resolve(path, tokenizer, data)
 
 
 def test_padding_that_no_column_names(tmp_path: Path, tokenizer: Tokenizer, data: Data) -> None:
