@@ -81,8 +81,9 @@ def time_planning(documents: int, tokens: int) -> dict[str, Any]:
     import numpy as np
 
     from torchtitan.config.data_schema import Data, Source
+    from torchtitan.datasets.build_rows import Stage, make_chunks
     from torchtitan.datasets.mixture import build_streams
-    from torchtitan.datasets.row_table import build_table
+    from torchtitan.datasets.table_files import load_table, write_table
 
     random = np.random.default_rng(0)
     lengths = [
@@ -93,11 +94,14 @@ def time_planning(documents: int, tokens: int) -> dict[str, Any]:
     rows = -(-tokens // ROW)
     start = time.perf_counter()
     streams, _ = build_streams(data, lengths, [0] * len(lengths), ROW, steps=1)
-    made = build_table(streams, data, ROW, rows, seed=0)
-    seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as scratch:
+        write_table(make_chunks(Stage(streams, data, ROW, rows, seed=0)), Path(scratch) / "plan")
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        made = load_table(Path(scratch) / "plan")
     return {
         "seconds": seconds,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak,
         "documents": sum(map(len, lengths)),
         "mean": sum(int(n.sum()) for n in lengths) / sum(map(len, lengths)),
         "rows": len(made),

@@ -32,6 +32,11 @@ BY_CONTENT = ("model.flavor", "model.hf_assets_path", "training.seq_len", "train
 """Beside [data] and [rope], the keys that a resumed stage compares by what they lead to: the architecture, the
 tokenizer's fingerprint and Plan.inputs."""
 
+ANOTHER_FORMAT = (
+    " of the data plan (this version of the code lays out other rows: end the stage with the version that began it, or "
+    "make what is left a stage of its own that goes on from its last checkpoint)"
+)
+
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"rope": {"theta": 1}} -> {"rope.theta": 1}."""
@@ -73,7 +78,7 @@ def changed_inputs(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         {tables.get(key, "") + key: value for key, value in inputs.items() if key != "sources"}
         for inputs in (saved, now)
     )
-    result = changes(was, is_now)
+    result = [line + (ANOTHER_FORMAT if line.startswith("format ") else "") for line in changes(was, is_now)]
     if saved.get("rows_per_step") != now.get("rows_per_step"):
         result.append(f"(training.global_batch_size = {saved.get('rows_per_step')} keeps the rows of a step)")
     before, after = saved.get("sources", []), now.get("sources", [])

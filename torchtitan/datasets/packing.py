@@ -1,183 +1,198 @@
-"""Pieces of documents -> rows of at most seq_len tokens, in an order in which any stretch of the stage has its shares.
+"""Pieces of documents -> rows of at most seq_len tokens, a group of rows at a time.
 
-The pieces come merged (reading_order.py) and are packed in groups of some rows, so that a row's contents depend on its
-neighbourhood only, and a longer stage begins like a shorter one. What does not fill a row waits for the next group.
+A group is a run of the mixture's order: of each stream what it is due, of one epoch only, all of it placed. It ends
+early where a stream's epoch ends. What room is left is filled with pieces from a little further on; the row with most
+room may also begin the next epoch of a stream that has ended, and is then the group's last. So a row's contents depend
+on its neighbourhood only, and a longer stage begins like a shorter one.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-
 import numpy as np
+
+from torchtitan.datasets.fill_rows import SPARE_ROWS, LastRow, fill_gaps
+from torchtitan.datasets.reading_order import Mixture
+from torchtitan.datasets.row_parts import Group, Parts, best_fit, is_short_piece
 
 GROUP_ROWS = 128
 """Rows packed together: enough pieces for best-fit to leave little room, few enough to keep the order of the pieces."""
 
-SPARE_ROWS = 4
-"""Rows' worth of further pieces that best-fit packs with a group: the fullest rows are taken, the others wait."""
+GROUP_PIECES = 65_536
+"""About how many pieces are packed together if they are short, so that memory does not grow with the row."""
 
 CHOICE = 32
 """Rows among which the next one is chosen, so that the tokens so far have their shares."""
 
-GROUP_SEED = 2  # apart from the streams' seeds, which end in 1
-_BIN_BITS = 20  # a bin's room and number in one integer
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows as runs of parts: parts offsets[r] to offsets[r + 1] make row r."""
-
-    offsets: np.ndarray
-    """int64[R + 1]"""
-
-    pieces: np.ndarray
-    """int32[N], which of the merged pieces each part is of."""
-
-    lengths: np.ndarray
-    """int32[N], its tokens: the whole piece, unless concat cuts it."""
-
-
-Group = tuple[np.ndarray, np.ndarray, np.ndarray]  # row in the group, piece, tokens of each part; by row
-
-
-def pack(
-    lengths: np.ndarray, packing: str, seq_len: int, rows: int, seed: int, short_window: int | None = None
-) -> Rows:
-    """`rows` rows of the merged pieces (lengths int32[N]); ValueError if these are not enough.
+def make_group(mixture: Mixture, packing: str, seq_len: int, short_window: int | None = None) -> Group:
+    """The next rows of the mixture, whose readers move on; the caller counts the rows that it uses.
 
     short_window: best-fit does not put pieces of at most this many tokens into one row with longer pieces.
-
-    The rows of a group come in a random order, seeded by (seed, group): best-fit makes the fullest first, and concat
-    puts the rows of a long document side by side.
     """
-    packers: dict[str, Callable[[np.ndarray, int], Iterator[Group]]] = {
-        "best_fit": partial(_best_fit_groups, short_window=short_window),
-        "concat": _concat_groups,
-        "single": _single_groups,
-    }
-    counts, pieces, tokens, made = [], [], [], 0
-    for number, (row, piece, count) in enumerate(packers[packing](lengths, seq_len)):
-        size = int(row[-1]) + 1
-        in_order = packing == "single"  # pieces come shuffled, and merged with the right shares
-        place = np.arange(size) if in_order else np.random.default_rng([seed, number, GROUP_SEED]).permutation(size)
-        order = np.argsort(place[row], kind="stable")
-        pieces.append(piece[order].astype(np.int32))
-        tokens.append(count[order].astype(np.int32))
-        counts.append(np.bincount(place[row], minlength=size))
-        made += size
-        if made >= rows:
-            break
-    if made < rows:
-        raise ValueError(f"{len(lengths)} pieces make {made} rows, not {rows}")
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts)[:rows])])
-    return Rows(offsets, np.concatenate(pieces)[: offsets[-1]], np.concatenate(tokens)[: offsets[-1]])
+    budget = group_tokens(mixture, packing, seq_len)
+    spare = budget * SPARE_ROWS / GROUP_ROWS if packing == "best_fit" else 0.0
+    stream, piece, length, may_wait = _supply(mixture, budget + spare)
+    parts = Parts(mixture)
+    if packing == "best_fit":
+        return _best_fit(parts, stream, piece, length, may_wait, seq_len, max(1, budget // seq_len), short_window)
+    if packing == "concat":
+        return _concat(parts, stream, piece, length, seq_len)
+    _add(parts, stream, piece, length, np.arange(len(piece)))
+    return parts.group(in_order=True)
 
 
-def tokens_wanted(rows: int, seq_len: int) -> int:
-    """Tokens of merged pieces that are enough for `rows` rows under every packing."""
-    # Each group takes what fills it and leaves less than half of what it had, in at most GROUP_ROWS + SPARE_ROWS rows.
-    return (-(-rows // GROUP_ROWS) * GROUP_ROWS + 2 * (GROUP_ROWS + SPARE_ROWS)) * seq_len
+def group_tokens(mixture: Mixture, packing: str, seq_len: int) -> int:
+    """Tokens in a group that no end of an epoch cuts short."""
+    shares = mixture.shares(np.array([mixture.row]))[0]
+    pieces = [share * len(r.whole.lengths) / r.stream.tokens for share, r in zip(shares, mixture.readers)]
+    mean = 1 / sum(pieces)
+    if packing == "single":
+        return int(GROUP_ROWS * mean) + 1
+    return min(GROUP_ROWS * seq_len, max(seq_len, int(GROUP_PIECES * mean)))
 
 
-def best_fit(lengths: list[int], room: int) -> list[int]:
-    """The bin of each length: the one in which the least room is left over, or a new bin if none has room.
+def _supply(mixture: Mixture, budget: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(stream, piece, tokens) int64[N], in the order of the mixture: what is due in the next `budget` tokens, or until
+    the first epoch ends; and bool[N], what need not be packed now: no epoch ends, and it has not waited already."""
+    readers, horizon = mixture.readers, 2 * budget
+    for reader in readers:
+        if reader.left == 0:
+            reader.begin()
+    ends = [float(mixture.when(s, np.array([float(r.left)]), horizon)[0]) for s, r in enumerate(readers)]
+    first = int(np.argmin(ends))
+    span = mixture.until_change(budget)
+    if ends[first] <= span:
+        span = max(0.0, ends[first])
+    elif ends[first] < 2 * span:  # so that no small group is left at the end
+        span = ends[first] / 2
+    due = mixture.due(span)
+    is_end = ends[first] <= span
+    if is_end:
+        due[first] = readers[first].left
+    found = []
+    for s, reader in enumerate(readers):
+        pieces, lengths = reader.look(due[s])
+        middles = np.cumsum(lengths) - 0.5 * lengths
+        count = max(int(np.searchsorted(middles, due[s], side="right")), int(reader.cut > 0))
+        times = mixture.when(s, middles, horizon)
+        if reader.cut:
+            times[0] = -np.inf
+        found.append((count, pieces, lengths, times))
+    if not any(count for count, *_ in found):  # no piece is as short as that
+        nearest = int(np.argmin([times[0] for *_, times in found]))
+        found[nearest] = (1, *found[nearest][1:])
+    columns: list[tuple[np.ndarray, ...]] = []
+    for s, (count, pieces, lengths, times) in enumerate(found):
+        may_wait = (np.arange(count) >= readers[s].waiting) & (not is_end)
+        readers[s].take(np.ones(count, bool), lengths[:count])
+        columns.append((times[:count], np.full(count, s), pieces[:count], lengths[:count], may_wait))
+    times, *rest = (np.concatenate(column) for column in zip(*columns))
+    order = np.argsort(times, kind="stable")
+    stream, piece, length, may_wait = (column[order] for column in rest)
+    return stream, piece, length, may_wait
 
-    Lengths in decreasing order make it best-fit decreasing (Ding et al., arXiv 2404.10830): at most 11/9 of the fewest
-    bins and 1 more. O(n log bins), for bins in the hundreds.
+
+def _add(parts: Parts, stream: np.ndarray, piece: np.ndarray, length: np.ndarray, row: np.ndarray) -> None:
+    for s in range(len(parts.mixture.readers)):
+        mine = np.flatnonzero(stream == s)
+        parts.add(s, piece[mine], length[mine], row[mine], mine)
+
+
+def _best_fit(
+    parts: Parts,
+    stream: np.ndarray,
+    piece: np.ndarray,
+    length: np.ndarray,
+    may_wait: np.ndarray,
+    seq_len: int,
+    rows: int,
+    short_window: int | None,
+) -> Group:
+    # Pieces that have waited choose their rows first.
+    by_length = np.lexsort((-length, may_wait))
+    bins = np.zeros(len(length), np.int64)
+    short: list[bool] = []  # of each bin
+    for is_short in (False, True):
+        kind = by_length[is_short_piece(length[by_length], short_window) == is_short]
+        if len(kind):
+            bins[kind] = np.array(best_fit(length[kind].tolist(), seq_len)) + len(short)
+            short += [is_short] * (int(bins[kind].max()) + 1 - len(short))
+    stays = _let_wait(parts.mixture, stream, piece, length, bins, may_wait, seq_len, rows)
+    kept = stays[bins]
+    bins = (np.cumsum(stays) - 1)[bins]
+    _add(parts, stream[kept], piece[kept], length[kept], bins[kept])
+    room = seq_len - np.bincount(bins[kept], weights=length[kept]).astype(np.int64)
+    emptiest, is_short_row = int(np.argmax(room)), np.array(short)[stays]
+    last = LastRow(parts, emptiest, seq_len, short_window, is_short_row[emptiest])
+    room[emptiest] -= last.fill(int(room[emptiest]))
+    fill_gaps(parts, room, is_short_row, last)
+    return parts.group(emptiest if last.begun.any() else None)
+
+
+def _let_wait(
+    mixture: Mixture,
+    stream: np.ndarray,
+    piece: np.ndarray,
+    length: np.ndarray,
+    bins: np.ndarray,
+    may_wait: np.ndarray,
+    seq_len: int,
+    rows: int,
+) -> np.ndarray:
+    """bool[bins]: which rows to make, `rows` if possible. The emptiest others wait, if their pieces may and no share
+    suffers: these come first in the next group."""
+    count = int(bins.max()) + 1
+    tokens = np.bincount(bins * len(mixture.readers) + stream, length, count * len(mixture.readers))
+    tokens = tokens.reshape(count, -1)
+    sums, filled = tokens.sum(axis=0), tokens.sum(axis=1)
+    may = (np.bincount(bins, ~may_wait, count) == 0) & (filled < seq_len)
+    stays = np.ones(count, bool)
+    candidates = np.flatnonzero(may)
+    for row in candidates[np.argsort(filled[candidates], kind="stable")][: max(0, count - rows)].tolist():
+        without = sums - tokens[row]
+        off, off_without = (float(np.abs(mixture.due(float(t.sum())) - t).max()) for t in (sums, without))
+        if off_without <= max(off, seq_len / 4):
+            stays[row], sums = False, without
+    for s, reader in enumerate(mixture.readers):
+        back = (stream == s) & ~stays[bins]
+        reader.put_in_front(piece[back], int(length[back].sum()))
+    return stays
+
+
+def _concat(parts: Parts, stream: np.ndarray, piece: np.ndarray, length: np.ndarray, seq_len: int) -> Group:
+    ends = np.cumsum(length)
+    rows = -(-int(ends[-1]) // seq_len)
+    stops = np.union1d(ends, np.arange(seq_len, int(ends[-1]), seq_len))
+    starts = np.concatenate([[0], stops[:-1]])
+    which = np.searchsorted(ends, starts, side="right")
+    _add(parts, stream[which], piece[which], stops - starts, starts // seq_len)
+    last = LastRow(parts, rows - 1, seq_len)
+    last.fill(rows * seq_len - int(ends[-1]), cut=True)
+    return parts.group(rows - 1 if last.begun.any() else None)
+
+
+def order_rows(tokens: np.ndarray, shares: np.ndarray, behind: np.ndarray, seq_len: int) -> np.ndarray:
+    """int64[R]: an order of rows in which the tokens so far have the streams' shares, and padding is spread evenly.
+
+    tokens: float64[R, S], of each stream in each row. shares: float64[R, S], what the R rows should have. behind:
+    float64[S], how many tokens of each stream were read beyond its share before. Every row is chosen among the first
+    CHOICE that are left.
     """
-    rooms: list[int] = []  # sorted: room left << _BIN_BITS | bin
-    bins = []
-    made = 0
-    for length in lengths:
-        at = bisect_left(rooms, length << _BIN_BITS)
-        if at < len(rooms):
-            left = rooms.pop(at) - (length << _BIN_BITS)
+    sums = tokens.sum(axis=1, keepdims=True)
+    columns = np.concatenate([tokens, sums - sums.mean(), sums], axis=1)
+    scale = 65536 / seq_len  # whole numbers, so that every machine chooses the same
+    targets = np.concatenate([shares, np.zeros((len(tokens), 1))], axis=1)
+    behind = np.rint(np.append(behind, 0.0) * scale)
+    here, left = np.arange(len(tokens))[:CHOICE], columns[:CHOICE].copy()
+    chosen = np.empty(len(tokens), np.int64)
+    for i in range(len(tokens)):
+        after = np.rint((left[:, :-1] - left[:, -1:] * targets[i]) * scale) + behind
+        best = int((after**2).sum(axis=1).argmin())
+        chosen[i], behind = here[best], after[best]
+        new = i + CHOICE
+        if new < len(tokens):
+            here[best], left[best] = new, columns[new]
         else:
-            left = (room - length) << _BIN_BITS | made
-            made += 1
-        bins.append(left & (1 << _BIN_BITS) - 1)
-        if left >> _BIN_BITS:
-            insort(rooms, left)
-    return bins
-
-
-def _best_fit_groups(lengths: np.ndarray, seq_len: int, short_window: int | None = None) -> Iterator[Group]:
-    ends = np.cumsum(lengths, dtype=np.int64)
-    waiting = np.zeros(0, np.int64)
-    begin = 0
-    while begin < len(lengths):
-        wanted = (GROUP_ROWS + SPARE_ROWS) * seq_len - int(lengths[waiting].sum())
-        end = int(np.searchsorted(ends, (ends[begin - 1] if begin else 0) + wanted)) + 1
-        pieces = np.concatenate([waiting, np.arange(begin, min(end, len(lengths)))])
-        is_new = pieces >= begin
-        begin = end
-        # Pieces that have waited choose their rows first, and these rows come first: none waits for long.
-        by_length = np.lexsort((-lengths[pieces], is_new))
-        pieces, is_new = pieces[by_length], is_new[by_length]
-        bins = np.empty(len(pieces), np.int64)
-        made = 0
-        for kind in _kinds(lengths[pieces], short_window):
-            bins[kind] = np.array(best_fit(lengths[pieces][kind].tolist(), seq_len)) + made
-            made = int(bins[kind].max()) + 1
-        filled = np.bincount(bins, weights=lengths[pieces]).astype(np.int64)
-        all_new = np.bincount(bins, weights=~is_new) == 0
-        rank = np.empty(len(filled), np.int64)
-        rank[np.lexsort((-filled, all_new))] = np.arange(len(filled))
-        row = rank[bins]
-        # within a row the order of the merge, not that of the lengths
-        order = np.lexsort((pieces, row))
-        row, pieces = row[order], pieces[order]
-        taken = int(np.searchsorted(row, GROUP_ROWS))
-        waiting = np.sort(pieces[taken:])
-        yield row[:taken], pieces[:taken], lengths[pieces[:taken]]
-
-
-def _kinds(lengths: np.ndarray, short_window: int | None) -> list[np.ndarray]:
-    """Masks of the pieces that may share rows; none is empty."""
-    if short_window is None:
-        return [np.ones(len(lengths), bool)]
-    return [kind for kind in (lengths <= short_window, lengths > short_window) if kind.any()]
-
-
-def _concat_groups(lengths: np.ndarray, seq_len: int) -> Iterator[Group]:
-    ends = np.cumsum(lengths, dtype=np.int64)
-    size = GROUP_ROWS * seq_len
-    for begin in range(0, int(ends[-1]) // size * size, size):
-        cuts = np.arange(begin, begin + size + 1, seq_len)
-        first, last = np.searchsorted(ends, begin, side="right"), np.searchsorted(ends, begin + size, side="left")
-        stops = np.union1d(np.minimum(ends[first : last + 1], begin + size), cuts[1:])
-        starts = np.concatenate([[begin], stops[:-1]])
-        yield (starts - begin) // seq_len, np.searchsorted(ends, starts, side="right"), stops - starts
-
-
-def _single_groups(lengths: np.ndarray, seq_len: int) -> Iterator[Group]:
-    for begin in range(0, len(lengths), GROUP_ROWS):
-        pieces = np.arange(begin, min(begin + GROUP_ROWS, len(lengths)))
-        yield np.arange(len(pieces)), pieces, lengths[pieces]
-
-
-def order_rows(tokens: np.ndarray, shares: np.ndarray, seq_len: int, count: int) -> np.ndarray:
-    """int64[count]: the order in which rows are read, so that the tokens read so far have the streams' shares.
-
-    tokens: int64[R, S], tokens of each stream in each row. Every row is chosen among the first CHOICE that are left
-    (the oldest if it makes no difference, or if the oldest has waited for 2 * CHOICE rows), so R must be at least
-    count + CHOICE, and a longer stage begins the same.
-    """
-    excess = tokens - shares * tokens.sum(axis=1, keepdims=True)
-    # Whole numbers, so that every machine chooses the same: sums of products below 2^53 have no rounding.
-    excess = np.rint(excess * (65536 / seq_len))
-    squares = (excess**2).sum(axis=1)
-    here, candidates, here_squares = np.arange(CHOICE), excess[:CHOICE].copy(), squares[:CHOICE].copy()
-    behind = np.zeros(tokens.shape[1])
-    chosen = np.empty(count, np.int64)
-    for i in range(count):
-        best = int((here_squares + 2.0 * (candidates @ behind)).argmin()) if here[0] + 2 * CHOICE > i else 0
-        chosen[i] = here[best]
-        behind += candidates[best]
-        for kept, all_rows in ((here, None), (candidates, excess), (here_squares, squares)):
-            kept[best:-1] = kept[best + 1 :]
-            kept[-1] = i + CHOICE if all_rows is None else all_rows[i + CHOICE]
+            here[best], left[best] = here[-1], left[-1]
+            here, left = here[:-1], left[:-1]
     return chosen

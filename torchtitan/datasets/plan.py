@@ -30,15 +30,18 @@ from typing import Any
 import numpy as np
 
 from torchtitan.config.data_schema import Data
+from torchtitan.datasets.build_rows import Stage, check_needed, make_chunks
 from torchtitan.datasets.corpus import ASSISTANT, Corpus
-from torchtitan.datasets.mixture import Stream, build_streams, check_epochs
-from torchtitan.datasets.row_table import RowTable, build_table, load_table, save_table
+from torchtitan.datasets.mixture import Stream, build_streams
+from torchtitan.datasets.reading_state import digest, first_epochs, piece_bounds, state_after
+from torchtitan.datasets.row_table import RowTable
 from torchtitan.datasets.same_data import data_keys, shares, source_options
+from torchtitan.datasets.table_files import join, load_table, write_table
 from torchtitan.tools.folders import lock, make_writable
 
 logger = logging.getLogger(__name__)
 
-PLAN_FORMAT = 2
+PLAN_FORMAT = 3
 """Version of the function (seed, step, slot) -> row; raised whenever the same inputs give other rows."""
 
 
@@ -75,6 +78,8 @@ class Plan:
         sentence_end_ids: Sequence[int] = (),
         cache: Path | None = None,
         short_window: int | None = None,
+        read: Sequence[np.ndarray | None] = (),
+        first_step: int = 0,
     ) -> None:
         self.data = data
         self.corpora = list(corpora)
@@ -82,35 +87,81 @@ class Plan:
         self.seq_len = seq_len
         self.rows_per_step = rows_per_step
         self.steps = steps
+        self.first_step = first_step
         self.seed = seed
         self.separators = [np.array(ids, np.int32) for ids in separators or [()] * len(self.names)]
         self.sentence_end_ids = tuple(sentence_end_ids)
         self.short_window = short_window
-        rows = steps * rows_per_step
+        self.read = list(read) or [None] * len(self.corpora)
+        for name, corpus, tokens in zip(self.names, self.corpora, self.read, strict=True):
+            if tokens is not None and tokens.shape != corpus.lengths.shape:
+                raise ValueError(f"read: {len(tokens)} documents of source {name}, which has {len(corpus)}")
         lengths = [corpus.lengths for corpus in self.corpora]
         counts = [len(ids) for ids in self.separators]
         self.streams, self.left_out = build_streams(
             data, lengths, counts, seq_len, steps, [c.excluded for c in self.corpora], [c.hashes for c in self.corpora]
         )
-        if cache is None:
-            self.table = build_table(self.streams, data, seq_len, rows, seed, short_window)
-        else:
-            self.table = self._kept_table(cache, rows)
-        if any(source.max_epochs is not None for source in data.sources):  # counting goes through all parts
-            check_epochs(data, self.streams, [self.tokens_of(stream) for stream in self.streams])
+        stage = self._stage()
+        self.start = stage.read
+        check_needed(stage)
+        self.table = join(make_chunks(stage)) if cache is None else self._kept_table(cache, stage)
 
-    def _kept_table(self, cache: Path, rows: int) -> RowTable:
-        folder = cache / "plans" / f"{self.fingerprint}-{rows}"
+    def _stage(self) -> Stage:
+        with_roles = [i for i, corpus in enumerate(self.corpora) if corpus.has_roles]
+        bounds = [piece_bounds(source, self.data, self.seq_len) for source in self.data.sources]
+        separators = [len(ids) for ids in self.separators]
+        first, start = first_epochs(
+            self.streams, self.read, [c.lengths for c in self.corpora], separators, bounds, with_roles
+        )
+        return Stage(
+            streams=self.streams,
+            data=self.data,
+            seq_len=self.seq_len,
+            rows=max(0, self.steps - self.first_step) * self.rows_per_step,
+            seed=self.seed,
+            short_window=self.short_window,
+            rows_per_step=self.rows_per_step,
+            first_row=self.first_step * self.rows_per_step,
+            first=first,
+            read=start,
+            has_label=self._has_label if with_roles else None,
+            with_roles=with_roles,
+        )
+
+    def _has_label(self, source: int, document: int, start: int, length: int) -> bool:
+        roles = self.corpora[source].roles(document)[start + 1 : start + length]
+        return bool((roles == ASSISTANT).any())
+
+    def _kept_table(self, cache: Path, stage: Stage) -> RowTable:
+        folder = cache / "plans" / f"{self.fingerprint}-{stage.rows}"
         if not folder.is_dir():
             what = f"It does not hold the plan of this stage, {folder.name}, which scripts/plan.py can make before."
             make_writable("data.cache_folder", folder.parent, what)
             with lock(folder.parent, folder.name):  # of several ranks one builds it and the others wait
                 if not folder.is_dir():
                     pieces = sum(len(stream.lengths) for stream in self.streams)
-                    logger.info("planning %d rows from %d pieces of documents", rows, pieces)
-                    table = build_table(self.streams, self.data, self.seq_len, rows, self.seed, self.short_window)
-                    save_table(table, folder)
+                    logger.info("planning %d rows from %d pieces of documents", stage.rows, pieces)
+                    write_table(make_chunks(stage), folder)
         return load_table(folder)
+
+    def read_until(self, step: int) -> list[np.ndarray]:
+        """int64[n] per source: how many tokens of each document are read, from its beginning, in the epoch that is
+        under way after `step` steps; all of a document if that is its length. With it as `read` a plan goes on."""
+        if not self.first_step <= step <= self.steps:
+            raise IndexError(f"after step {step} of a plan of steps {self.first_step} to {self.steps}")
+        lengths = [corpus.lengths for corpus in self.corpora]
+        rows = (step - self.first_step) * self.rows_per_step
+        return state_after(self.table, rows, self.streams, self.start, lengths)
+
+    @property
+    def rows_without_labels(self) -> int:
+        """Rows that are left out because nothing in them is trained on."""
+        return len(np.unique(self.table.unlabelled[:, 0]))
+
+    @property
+    def tokens_without_labels(self) -> int:
+        """Tokens of these rows."""
+        return int(self.table.unlabelled[:, 6].sum())
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -130,6 +181,8 @@ class Plan:
             "rows_per_step": self.rows_per_step,
             **data_keys(self.data),
             **({} if self.short_window is None else {"short_window": self.short_window}),
+            **({} if digest(self.read) is None else {"read_before": digest(self.read)}),
+            **({"first_step": self.first_step} if self.first_step else {}),
             "sources": [
                 {"name": s.name, "share": share, "corpus": corpus.fingerprint}
                 | {key: value for key, value in source_options(s, "rows").items() if key != "separator"}
@@ -152,25 +205,32 @@ class Plan:
 
     def tokens_of(self, stream: Stream) -> int:
         """Tokens of a stream in all rows."""
-        return int(self.table.length[self.parts_of(stream)].sum(dtype=np.int64))
+        return int(self.table.tokens[next(i for i, s in enumerate(self.streams) if s is stream)])
+
+    def _index(self, step: int, slot: int) -> int:
+        """Of a row in the table."""
+        if 0 <= step < self.first_step:
+            raise IndexError(f"step {step} is before step {self.first_step}, where this plan begins")
+        if not (0 <= step < self.steps and 0 <= slot < self.rows_per_step):
+            raise IndexError(f"step {step}, slot {slot} of {self.steps} steps of {self.rows_per_step} rows")
+        return (step - self.first_step) * self.rows_per_step + slot
 
     def row(self, step: int, slot: int) -> Row:
         """The row in a slot of a step; reads no tokens."""
-        if not (0 <= step < self.steps and 0 <= slot < self.rows_per_step):
-            raise IndexError(f"step {step}, slot {slot} of {self.steps} steps of {self.rows_per_step} rows")
-        index = step * self.rows_per_step + slot
-        t = self.table
+        index, t = self._index(step, slot), self.table
         parts = slice(*t.offsets[index : index + 2])
         return Row(t.source[parts], t.document[parts], t.epoch[parts], t.start[parts], t.length[parts])
 
     def work(self, step: int) -> np.ndarray:
         """int64[rows_per_step]: (query, key) pairs of each row of a step."""
-        return np.asarray(self.table.work[step * self.rows_per_step : (step + 1) * self.rows_per_step])
+        begin = self._index(step, 0)
+        return np.asarray(self.table.work[begin : begin + self.rows_per_step])
 
     def tokens_in_step(self, step: int) -> int:
         """Tokens of a step's rows, padding not counted."""
-        begin, end = self.table.offsets[[step * self.rows_per_step, (step + 1) * self.rows_per_step]]
-        return int(self.table.length[begin:end].sum(dtype=np.int64))
+        begin = self._index(step, 0)
+        parts = slice(*self.table.offsets[[begin, begin + self.rows_per_step]])
+        return int(self.table.length[parts].sum(dtype=np.int64))
 
     def tokens(self, row: Row) -> np.ndarray:
         """int32[sum of the row's lengths], read from the corpora; no padding."""

@@ -11,7 +11,6 @@ from tests.unit.conftest import DOMAINS, domain_data
 from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.mixture import Stream, build_streams, check_epochs
-from torchtitan.datasets.reading_order import merge
 from torchtitan.tools.errors import UserError
 
 SEQ_LEN = 32768
@@ -145,50 +144,6 @@ def test_a_separator_follows_each_document_where_it_has_room(separator: int) -> 
         assert left_out.truncated == ((2, 4 + 16) if policy == "truncate" else (0, 0))
     data = Data(sources=(Source(name="a", path="a"),), packing="concat")
     assert build_streams(data, lengths, [separator], 16, 1)[0][0].lengths.tolist() == (lengths[0] + separator).tolist()
-
-
-def test_every_window_of_the_merge_has_the_shares(domains: Domains) -> None:
-    streams = streams_of(domains, strategy="per_source_upsampling")
-    merged = merge(streams, 100_000_000, seed=3)
-    assert merged.lengths.sum() >= 100_000_000
-    tokens = np.zeros((len(streams), len(merged.lengths) + 1))
-    tokens[merged.stream, np.arange(1, len(merged.lengths) + 1)] = merged.lengths
-    tokens = np.cumsum(tokens, axis=1)
-    for stream, counted in zip(streams, tokens):
-        # half a piece of its own, and what others are ahead or behind
-        assert np.abs(counted - stream.share * tokens.sum(axis=0)).max() <= len(streams) * SEQ_LEN / 2
-
-
-def test_an_epoch_of_a_stream_has_each_piece_once_in_an_order_of_its_own(domains: Domains) -> None:
-    streams = streams_of(domains)
-    merged = merge(streams, 200_000_000, seed=3)
-    for number, stream in enumerate(streams):
-        mine = merged.stream == number
-        pieces, epochs = merged.piece[mine], merged.epoch[mine]
-        assert (np.diff(epochs) >= 0).all()
-        orders = [pieces[epochs == e] for e in range(epochs[-1])]
-        for order in orders:
-            assert (np.sort(order) == np.arange(len(stream.lengths))).all()
-        assert len({tuple(order) for order in orders}) == len(orders)
-        assert (merged.lengths[mine] == stream.lengths[pieces]).all()
-    assert merged.epoch[merged.stream == 3][-1] >= 2
-
-
-def test_a_longer_merge_begins_the_same_and_a_seed_changes_it(domains: Domains) -> None:
-    streams = streams_of(domains)
-    long, short, other = merge(streams, 50_000_000, 3), merge(streams, 1_000_000, 3), merge(streams, 1_000_000, 4)
-    n = len(short.piece)
-    for name in ("stream", "piece", "epoch", "lengths"):
-        assert (getattr(long, name)[:n] == getattr(short, name)).all()
-    assert (other.piece[:50] != short.piece[:50]).any()
-
-
-def test_another_sources_options_do_not_reorder_this_one(domains: Domains) -> None:
-    a = merge(streams_of(domains), 10_000_000, 3)
-    b = merge(streams_of(domains, books__min_length=5000), 10_000_000, 3)
-    mine = [m.piece[m.stream == 2] for m in (a, b)]
-    n = min(map(len, mine))
-    assert n > 100 and (mine[0][:n] == mine[1][:n]).all()
 
 
 BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {

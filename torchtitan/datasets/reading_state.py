@@ -1,0 +1,123 @@
+"""What has been read of each source: where a stage goes on in the epoch that other rows have begun.
+
+A state is int64[n] per source: how many tokens of each document were read, from its beginning, in the epoch that is
+under way; its length or more: all of it. None: nothing. Parts of a document take its tokens in the order of reading, so
+what was read is always its beginning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from torchtitan.config.data_schema import Data, Source
+from torchtitan.datasets.eligible import piece_limit
+from torchtitan.datasets.mixture import Stream
+from torchtitan.datasets.reading_order import Pieces
+from torchtitan.datasets.row_table import RowTable
+
+_AT_ONCE = 1 << 24  # parts of a table
+
+
+def digest(read: Sequence[np.ndarray | None]) -> str | None:
+    """Hex, of a state; None if nothing was read."""
+    if not any(tokens is not None and tokens.any() for tokens in read):
+        return None
+    result = hashlib.sha256()
+    for tokens in read:
+        used = b"" if tokens is None or not tokens.any() else np.ascontiguousarray(tokens, "<i8").tobytes()
+        result.update(len(used).to_bytes(8, "little") + used)
+    return result.hexdigest()[:16]
+
+
+def piece_bounds(source: Source, data: Data, seq_len: int) -> tuple[int | None, int | None]:
+    """(longest piece, tokens up to which a separator has room)."""
+    limit = piece_limit(source, data, seq_len)
+    return limit, limit if source.long_document == "split" else min(limit or seq_len, seq_len)
+
+
+def first_epochs(
+    streams: Sequence[Stream],
+    read: Sequence[np.ndarray | None],
+    lengths: Sequence[np.ndarray],
+    separators: Sequence[int],
+    bounds: Sequence[tuple[int | None, int | None]],
+    with_roles: Sequence[int],
+) -> tuple[list[Pieces | None], list[np.ndarray]]:
+    """What the first epoch of each stream is made of (None: a whole one), and int64[n] per source, what is read of each
+    document of these. read: a state. The rest per source; with_roles: sources of conversations."""
+    first: list[Pieces | None] = []
+    start = [np.zeros(len(n), np.int64) if r is None else r.copy() for n, r in zip(lengths, read)]
+    for stream in streams:
+        i = stream.source
+        first.append(_rest(stream, start[i], lengths[i], separators[i], *bounds[i], whole_only=i in with_roles))
+        if first[-1] is None:
+            start[i][stream.documents] = 0
+    return first, start
+
+
+def _rest(
+    stream: Stream,
+    read: np.ndarray,
+    lengths: np.ndarray,
+    separator: int,
+    limit: int | None,
+    bound: int | None,
+    whole_only: bool,
+) -> Pieces | None:
+    """What is left of a stream's epoch; None if that is all of it, or nothing, so that a new one begins.
+
+    read, lengths: int64[n], of the source's documents. separator: how many tokens follow each. limit: of pieces.
+    bound: up to which the separator has room (mixture.py). whole_only: documents that are begun count as read.
+    """
+    first = np.flatnonzero(np.concatenate([[True], stream.documents[1:] != stream.documents[:-1]]))
+    documents = stream.documents[first]
+    used = np.add.reduceat(stream.lengths, first, dtype=np.int64)
+    begun, whole = read[documents], lengths[documents]
+    if not begun.any():
+        return None
+    left = np.minimum(used, whole) - begun
+    left[(begun > 0) & whole_only] = 0
+    keep = left > 0
+    if not keep.any():
+        return None
+    documents, begun, left = documents[keep], begun[keep], left[keep]
+    fits = True if bound is None else (left - 1) % bound + 1 + separator <= bound
+    left += np.where((used >= whole)[keep] & fits, separator, 0)
+    counts = np.ones(len(left), np.int64) if limit is None else -(-left // limit)
+    pieces = np.full(int(counts.sum()), limit or 0, np.int32)
+    pieces[np.cumsum(counts) - 1] = left - (counts - 1) * (limit or 0)
+    return Pieces(np.repeat(documents, counts), pieces, np.repeat((counts > 1) | (begun > 0), counts))
+
+
+def state_after(
+    table: RowTable, rows: int, streams: Sequence[Stream], start: Sequence[np.ndarray], lengths: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """The state after the first `rows` rows of a table that began with the state `start`.
+
+    Documents that no stream reads keep theirs.
+    """
+    result = [np.array(tokens) for tokens in start]
+    end = int(table.offsets[rows])
+    out = table.unlabelled[table.unlabelled[:, 1] < rows]
+    for s, stream in enumerate(streams):
+        state, mine = result[stream.source], np.zeros(len(lengths[stream.source]), bool)
+        mine[stream.documents] = True
+        epoch = -1
+        runs = [
+            [getattr(table, name)[a : min(end, a + _AT_ONCE)] for name in ("source", "document", "epoch", "length")]
+            for a in range(0, end, _AT_ONCE)
+        ]
+        runs = [[c[(run[0] == stream.source)] for c in run[1:]] for run in runs]
+        runs = [[c[mine[run[0]]] for c in run] for run in runs]
+        left_out = out[out[:, 2] == s]
+        runs.append([left_out[:, 3], left_out[:, 4], left_out[:, 6]])
+        epoch = max((int(run[1].max()) for run in runs if len(run[1])), default=0)
+        if epoch > 0:
+            state[stream.documents] = 0
+        for document, epochs, length in runs:
+            now = epochs == epoch
+            state += np.bincount(document[now], length[now], len(state)).astype(np.int64)
+    return [np.minimum(state, n) for state, n in zip(result, lengths)]
