@@ -323,7 +323,7 @@ def test_every_check_of_the_tables_runs_once(folder: Path, assets: Path, monkeyp
     assert "nothing" in message
     of_tables = ("check_tables", "check_config", "check_ranges", "check_data", "check_rope", "check_evaluation")
     assert {name: calls[name] for name in of_tables} == dict.fromkeys(of_tables, 1)
-    of_items = {"_check_range", "_check_source"}
+    of_items = {"_check_range", "_check_ranges", "_check_local", "_check_source"}
     assert not [name for name, n in calls.items() if "check_" in name and n > 1 and name not in of_items]
 
 
