@@ -278,15 +278,15 @@ def _tokenize(material: Material, source: Source, cache: Path, index: int, count
         try:
             mine = range(index, len(units), count)
             _make_units(corpus, material, units, mine, done, num_proc, source.max_bad_share)
-        except BadRecordError as error:
+        except UserError as error:
+            with contextlib.suppress(OSError):  # not empty: what is done is used again once the text is mended
+                corpus.aside.rmdir()
+            if not isinstance(error, BadRecordError):
+                raise
             raise UserError(
                 f'{error} What is done is kept: start again once that is mended, or set on_bad_record = "skip" for '
                 f"data source {source.name!r} to have such records left out and counted."
             ) from error
-        except UserError:
-            with contextlib.suppress(OSError):  # not empty: what is done is used again once the text is mended
-                corpus.aside.rmdir()
-            raise
         except WorkerKilledError as error:
             raise UserError(
                 f"Tokenizing data source {source.name!r} failed: {error} Perhaps the system killed it because "
