@@ -14,7 +14,7 @@ import numpy as np
 from torchtitan.config.data_schema import Data
 from torchtitan.datasets.curriculum import integral
 from torchtitan.datasets.mixture import Stream, check_epochs
-from torchtitan.datasets.packing import GROUP_ROWS, group_tokens, make_group, order_rows
+from torchtitan.datasets.packing import make_group, order_rows
 from torchtitan.datasets.reading_order import Mixture, Pieces, Reader, curve_of
 from torchtitan.datasets.row_parts import Group
 from torchtitan.datasets.row_table import PADDING_SEGMENT, RowTable
@@ -34,6 +34,9 @@ class Stage:
     """How many rows to make."""
 
     seed: int
+    salt: Sequence[int] = ()
+    """Comes to the seed, so that a stage that goes on from other rows has new orders."""
+
     short_window: int | None = None
     rows_per_step: int = 1
     first_row: int = 0
@@ -42,8 +45,8 @@ class Stage:
     first: Sequence[Pieces | None] = ()
     """Per stream, what the first epoch is made of, if it is not a whole one."""
 
-    read: Sequence[np.ndarray] = ()
-    """Per source int64[n], tokens of each document that are read before the first epoch goes on."""
+    read: Sequence[np.ndarray | None] = ()
+    """Per source int64[n], tokens of each document that are read before the first epoch goes on; None: nothing."""
 
     has_label: Callable[[int, int, int, int], bool] | None = None
     """(source, document, start, length) -> whether a token of the part, other than its first, is trained on."""
@@ -57,19 +60,15 @@ def make_chunks(stage: Stage) -> Iterator[RowTable]:
 
     In `twice` and `unlabelled` rows are counted from the table's beginning.
     """
-    seeds = [stage.seed, *([stage.first_row] if stage.first_row else [])]
     first = stage.first or [None] * len(stage.streams)
-    readers = [Reader(stream, seeds, pieces) for stream, pieces in zip(stage.streams, first)]
-    packing = stage.data.packing
-    mixture = Mixture(readers, stage.rows_per_step, stage.first_row, float(stage.seq_len))
-    if packing == "single":
-        mixture.per_row = group_tokens(mixture, packing, stage.seq_len) / GROUP_ROWS
+    readers = [Reader(stream, [stage.seed, *stage.salt], pieces) for stream, pieces in zip(stage.streams, first)]
+    mixture = Mixture(readers, stage.rows_per_step, stage.first_row, _tokens_per_row(stage))
     starts = _Starts(stage)
     made = number = unlabelled_rows = 0
     read = np.zeros(len(readers), np.int64)
     left_out = 0  # tokens, since the last row that was made
     while made < stage.rows:
-        group = make_group(mixture, packing, stage.seq_len, stage.short_window)
+        group = make_group(mixture, stage.data.packing, stage.seq_len, stage.short_window)
         group, tokens = _ordered(group, mixture, stage, number)
         number += 1
         start = starts.next(group)
@@ -107,9 +106,16 @@ def _too_much(stage: Stage, tokens: np.ndarray) -> bool:
 
 def check_needed(stage: Stage) -> None:
     """UserError, before anything is made, if max_epochs is exceeded however rows are filled."""
-    fullest = {"concat": 1.0, "best_fit": 0.5, "single": 0.0}[stage.data.packing]  # rows hold at least that
-    if _too_much(stage, _needed(stage, fullest * stage.seq_len)):
-        check_epochs(stage.data, stage.streams, _needed(stage, stage.seq_len).tolist())
+    least = _tokens_per_row(stage) / (2 if stage.data.packing != "best_fit" else 4)  # rows hold more than that
+    if _too_much(stage, _needed(stage, least)):
+        check_epochs(stage.data, stage.streams, _needed(stage, _tokens_per_row(stage)).tolist())
+
+
+def _tokens_per_row(stage: Stage) -> float:
+    """As the lengths of the pieces let one expect; at most."""
+    if stage.data.packing != "single":
+        return stage.seq_len
+    return 1 / sum(stream.share * len(stream.lengths) / stream.tokens for stream in stage.streams)
 
 
 def _check_read(stage: Stage, tokens: np.ndarray, rows: int) -> None:
@@ -170,7 +176,7 @@ class _Starts:
         sizes = {s: max(int(t.documents.max()) + 1 for t in stage.streams if t.source == s) for s in sources}
         self.read = {s: np.zeros(size, np.int32) for s, size in sizes.items()}
         for source, read in enumerate(stage.read):
-            if source in sizes:
+            if read is not None and source in sizes:
                 self.read[source][:] = read[: sizes[source]]
         self.epochs = [0] * len(stage.streams)
         self.streams = stage.streams

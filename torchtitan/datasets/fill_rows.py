@@ -125,8 +125,9 @@ class LastRow:
 def fill_gaps(parts: Parts, room: np.ndarray, short: np.ndarray, last: LastRow) -> None:
     """Put pieces from further on into the room (int64[R], changed) that the rows have left; an epoch that began in the
     last row goes on there only. A gap is better than a share that suffers."""
-    for _ in range(3):
-        due = parts.mixture.due(float(parts.tokens.sum() + room.sum())) - parts.tokens + last.seq_len / 4
+    for _ in range(8):
+        soon = min(float(room.sum()), last.seq_len / 2)  # what others leave empty is not due
+        due = parts.mixture.due(float(parts.tokens.sum()) + soon) - parts.tokens + last.seq_len / 4
         offers: list[tuple[np.ndarray, ...]] = []
         looked: list[tuple[np.ndarray, np.ndarray]] = []
         for s, reader in enumerate(parts.mixture.readers):

@@ -96,6 +96,7 @@ class Plan:
         for name, corpus, tokens in zip(self.names, self.corpora, self.read, strict=True):
             if tokens is not None and tokens.shape != corpus.lengths.shape:
                 raise ValueError(f"read: {len(tokens)} documents of source {name}, which has {len(corpus)}")
+        self.read_before = digest(self.read)
         lengths = [corpus.lengths for corpus in self.corpora]
         counts = [len(ids) for ids in self.separators]
         self.streams, self.left_out = build_streams(
@@ -117,13 +118,16 @@ class Plan:
             streams=self.streams,
             data=self.data,
             seq_len=self.seq_len,
-            rows=max(0, self.steps - self.first_step) * self.rows_per_step,
+            rows=len(self.planned) * self.rows_per_step,
             seed=self.seed,
             short_window=self.short_window,
             rows_per_step=self.rows_per_step,
             first_row=self.first_step * self.rows_per_step,
             first=first,
             read=start,
+            salt=[self.first_step, int(self.read_before, 16)]
+            if self.read_before
+            else [self.first_step] * bool(self.first_step),
             has_label=self._has_label if with_roles else None,
             with_roles=with_roles,
         )
@@ -154,6 +158,11 @@ class Plan:
         return state_after(self.table, rows, self.streams, self.start, lengths)
 
     @property
+    def planned(self) -> range:
+        """The steps whose rows are in the table."""
+        return range(self.first_step, self.steps)
+
+    @property
     def rows_without_labels(self) -> int:
         """Rows that are left out because nothing in them is trained on."""
         return len(np.unique(self.table.unlabelled[:, 0]))
@@ -181,7 +190,7 @@ class Plan:
             "rows_per_step": self.rows_per_step,
             **data_keys(self.data),
             **({} if self.short_window is None else {"short_window": self.short_window}),
-            **({} if digest(self.read) is None else {"read_before": digest(self.read)}),
+            **({} if self.read_before is None else {"read_before": self.read_before}),
             **({"first_step": self.first_step} if self.first_step else {}),
             "sources": [
                 {"name": s.name, "share": share, "corpus": corpus.fingerprint}

@@ -8,7 +8,7 @@ what was read is always its beginning.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -45,16 +45,19 @@ def first_epochs(
     separators: Sequence[int],
     bounds: Sequence[tuple[int | None, int | None]],
     with_roles: Sequence[int],
-) -> tuple[list[Pieces | None], list[np.ndarray]]:
+) -> tuple[list[Pieces | None], list[np.ndarray | None]]:
     """What the first epoch of each stream is made of (None: a whole one), and int64[n] per source, what is read of each
     document of these. read: a state. The rest per source; with_roles: sources of conversations."""
     first: list[Pieces | None] = []
-    start = [np.zeros(len(n), np.int64) if r is None else r.copy() for n, r in zip(lengths, read)]
+    start = [None if tokens is None else tokens.copy() for tokens in read]
     for stream in streams:
-        i = stream.source
-        first.append(_rest(stream, start[i], lengths[i], separators[i], *bounds[i], whole_only=i in with_roles))
+        i, so_far = stream.source, start[stream.source]
+        if so_far is None:
+            first.append(None)
+            continue
+        first.append(_rest(stream, so_far, lengths[i], separators[i], *bounds[i], whole_only=i in with_roles))
         if first[-1] is None:
-            start[i][stream.documents] = 0
+            so_far[stream.documents] = 0
     return first, start
 
 
@@ -93,31 +96,38 @@ def _rest(
 
 
 def state_after(
-    table: RowTable, rows: int, streams: Sequence[Stream], start: Sequence[np.ndarray], lengths: Sequence[np.ndarray]
+    table: RowTable,
+    rows: int,
+    streams: Sequence[Stream],
+    start: Sequence[np.ndarray | None],
+    lengths: Sequence[np.ndarray],
 ) -> list[np.ndarray]:
     """The state after the first `rows` rows of a table that began with the state `start`.
 
     Documents that no stream reads keep theirs.
     """
-    result = [np.array(tokens) for tokens in start]
-    end = int(table.offsets[rows])
-    out = table.unlabelled[table.unlabelled[:, 1] < rows]
+    result = [np.zeros(len(n), np.int64) if tokens is None else tokens.copy() for n, tokens in zip(lengths, start)]
     for s, stream in enumerate(streams):
-        state, mine = result[stream.source], np.zeros(len(lengths[stream.source]), bool)
-        mine[stream.documents] = True
-        epoch = -1
-        runs = [
-            [getattr(table, name)[a : min(end, a + _AT_ONCE)] for name in ("source", "document", "epoch", "length")]
-            for a in range(0, end, _AT_ONCE)
-        ]
-        runs = [[c[(run[0] == stream.source)] for c in run[1:]] for run in runs]
-        runs = [[c[mine[run[0]]] for c in run] for run in runs]
-        left_out = out[out[:, 2] == s]
-        runs.append([left_out[:, 3], left_out[:, 4], left_out[:, 6]])
-        epoch = max((int(run[1].max()) for run in runs if len(run[1])), default=0)
+        state = result[stream.source]
+        epoch = max((int(epochs.max(initial=0)) for _, epochs, _ in _parts_of(table, rows, s, stream)), default=0)
         if epoch > 0:
             state[stream.documents] = 0
-        for document, epochs, length in runs:
+        for documents, epochs, tokens in _parts_of(table, rows, s, stream):
             now = epochs == epoch
-            state += np.bincount(document[now], length[now], len(state)).astype(np.int64)
+            state += np.bincount(documents[now], tokens[now], len(state)).astype(np.int64)
     return [np.minimum(state, n) for state, n in zip(result, lengths)]
+
+
+def _parts_of(table: RowTable, rows: int, number: int, stream: Stream) -> Iterator[tuple[np.ndarray, ...]]:
+    """(document, epoch, length) of the parts of a stream in the first rows, many at a time; of rows left out too."""
+    mine = np.zeros(int(stream.documents[-1]) + 1, bool)  # documents come in order
+    mine[stream.documents] = True
+    end = int(table.offsets[rows])
+    for begin in range(0, end, _AT_ONCE):
+        run = slice(begin, min(end, begin + _AT_ONCE))
+        part = np.flatnonzero(table.source[run] == stream.source)
+        document = table.document[run][part]
+        part = part[(document < len(mine)) & mine[np.minimum(document, len(mine) - 1)]]
+        yield table.document[run][part], table.epoch[run][part], table.length[run][part]
+    out = table.unlabelled[(table.unlabelled[:, 1] < rows) & (table.unlabelled[:, 2] == number)]
+    yield out[:, 3], out[:, 4], out[:, 6]

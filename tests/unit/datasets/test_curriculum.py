@@ -60,8 +60,10 @@ def windows(tokens: np.ndarray, width: int = 100) -> np.ndarray:
 def test_each_bin_has_its_share_of_the_tokens_in_every_window(domains: Domains, packing: str) -> None:
     plan = make_plan(domains, domain_data(packing=packing, **BINS))
     shares = windows(counted(plan))
-    assert shares.sum(axis=2) == pytest.approx(np.tile([0.35, 0.25, 0.25, 0.15], (101, 1)), abs=0.005)
-    assert shares[:, 1] == pytest.approx(np.tile([0.05, 0.075, 0.125], (101, 1)), abs=0.005)
+    # concat lays documents of up to 500,000 tokens down whole: half of one at both ends of a window
+    most = 0.005 if packing == "best_fit" else 500_000 / (100 * plan.rows_per_step * plan.seq_len)
+    assert shares.sum(axis=2) == pytest.approx(np.tile([0.35, 0.25, 0.25, 0.15], (101, 1)), abs=most)
+    assert shares[:, 1] == pytest.approx(np.tile([0.05, 0.075, 0.125], (101, 1)), abs=most)
     assert [plan.tokens_of(s) for s in plan.streams[1:4]] == counted(plan)[:, 1].sum(axis=0).tolist()
     assert [s.name for s in plan.streams] == ["all", "up to 4,096", "4,097 to 16,384", "over 16,384", "all", "all"]
 

@@ -54,7 +54,7 @@ def make_report(
 
     flops_per_token, flops_per_pair: of the model, forward and backward, linear layers and attention (models/work.py).
     """
-    rows = plan.steps * plan.rows_per_step
+    rows = len(plan.table)
     tokens = int(plan.table.length.sum(dtype=np.int64))
     pairs_of_whole_rows = rows * (plan.seq_len * (plan.seq_len + 1) // 2)
     sources = [_source_report(plan, source, tokens) for source in range(len(plan.names))]
@@ -62,8 +62,11 @@ def make_report(
         "fingerprint": plan.fingerprint,
         "inputs": plan.inputs,
         "long_threshold": plan.data.long_threshold,
-        "steps": plan.steps,
+        "steps": len(plan.planned),
         "rows": rows,
+        "rows_without_labels": plan.rows_without_labels,
+        "tokens_without_labels": plan.tokens_without_labels,
+        "rows_with_a_document_twice": len(plan.table.twice),
         "tokens": tokens,
         "trained_tokens": sum(source["trained_tokens"] for source in sources),
         "padding_tokens": rows * plan.seq_len - tokens,
@@ -159,7 +162,7 @@ def _roles_report(corpus: Corpus, document: np.ndarray, start: np.ndarray, lengt
 def _worst_window(plan: Plan, mine: np.ndarray, streams: Sequence[Stream]) -> float:
     """How far the share of a source (whose parts are `mine`) is from what is asked of its streams in the worst WINDOW
     consecutive steps."""
-    width = min(WINDOW, plan.steps)
+    width = min(WINDOW, len(plan.planned))
     of_source, of_all = (tokens_before(plan, column) for column in (plan.table.length * mine, plan.table.length))
     too_many = of_source - sum(asked_before(plan, stream, of_all) for stream in streams)
     return float(np.abs((too_many[width:] - too_many[:-width]) / (of_all[width:] - of_all[:-width])).max())
@@ -179,7 +182,8 @@ def _busiest_over_mean(
     plan: Plan, dp_degree: int, local_batch_size: int, flops_per_token: float, flops_per_pair: float
 ) -> dict[str, Any]:
     """Work of the busiest rank over the ranks' mean, averaged over steps: before rows are dealt to ranks, and after."""
-    picked = np.unique(np.linspace(0, plan.steps - 1, min(plan.steps, STEPS_DEALT)).astype(np.int64))
+    planned = plan.planned
+    picked = np.unique(np.linspace(planned[0], planned[-1], min(len(planned), STEPS_DEALT)).astype(np.int64))
     sums = np.zeros((2, 2, 2))  # attention's work or all, before or after, in the step or by micro-batch
     for step in picked:
         pairs = plan.work(int(step))
@@ -203,8 +207,8 @@ def unigram_nats(plan: Plan) -> float:
 
     That is the entropy of the frequencies of the tokens that the loss is on, counted in rows spread over the plan.
     """
-    rows = plan.steps * plan.rows_per_step
-    picked = np.linspace(0, rows - 1, min(rows, math.ceil(UNIGRAM_SAMPLE / plan.seq_len))).astype(np.int64)
+    rows, first = len(plan.table), plan.first_step * plan.rows_per_step
+    picked = first + np.linspace(0, rows - 1, min(rows, math.ceil(UNIGRAM_SAMPLE / plan.seq_len))).astype(np.int64)
     picked_rows = (plan.row(*divmod(int(index), plan.rows_per_step)) for index in picked)
     tokens = [plan.tokens(row)[plan.trained(row)] for row in picked_rows]
     counts = np.unique(np.concatenate(tokens), return_counts=True)[1]
@@ -302,6 +306,16 @@ def _notes(report: dict[str, Any]) -> Iterator[str]:
         yield (
             f'warning: data.anchor_attention with positions = "{inputs["positions"]}": in the paper, positions run on '
             'through a row ("continue")'
+        )
+    if report["rows_without_labels"]:
+        yield (
+            f"left out: {report['rows_without_labels']:,} rows in which nothing is trained on (prompts that fill a "
+            f"row, documents of one token): {report['tokens_without_labels']:,} tokens, which count as read"
+        )
+    if report["rows_with_a_document_twice"]:
+        yield (
+            f"warning: {report['rows_with_a_document_twice']:,} rows hold a document twice: a source's share of a row "
+            "is more than all its documents"
         )
     if balance["ranks"] > 1:
         yield (

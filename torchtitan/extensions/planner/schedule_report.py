@@ -24,8 +24,9 @@ def schedule_report(plan: Plan) -> dict[str, Any] | None:
     points = np.array(schedule_steps(plan.data))
     if not len(points):
         return None
-    at = np.unique(np.minimum(points, plan.steps))
-    begins, ends = np.maximum(at - WINDOW // 2, 0), np.minimum(at + WINDOW // 2, plan.steps)
+    at = np.unique(np.clip(points, plan.first_step, plan.steps))
+    begins, ends = np.maximum(at - WINDOW // 2, plan.first_step), np.minimum(at + WINDOW // 2, plan.steps)
+    first, last = begins - plan.first_step, ends - plan.first_step
     of_all = tokens_before(plan, plan.table.length)
     streams = []
     for stream in plan.streams:
@@ -35,7 +36,7 @@ def schedule_report(plan: Plan) -> dict[str, Any] | None:
         parts = plan.parts_of(stream)
         counted[parts] = plan.table.length[parts]
         asked, got = (
-            (before[ends] - before[begins]) / (of_all[ends] - of_all[begins])
+            (before[last] - before[first]) / (of_all[last] - of_all[first])
             for before in (asked_before(plan, stream, of_all), tokens_before(plan, counted))
         )
         streams.append(
@@ -56,7 +57,7 @@ def schedule_report(plan: Plan) -> dict[str, Any] | None:
 
 
 def tokens_before(plan: Plan, tokens: np.ndarray) -> np.ndarray:
-    """int64[steps + 1]: the tokens before each step, and in all; `tokens` has those of each part that are counted."""
+    """int64[steps + 1]: the tokens before each planned step, and in all; `tokens` has those of each part that count."""
     begins = plan.table.offsets[:: plan.rows_per_step][:-1]
     return np.cumsum(np.append(0, np.add.reduceat(tokens, begins, dtype=np.int64)))
 
@@ -65,7 +66,7 @@ def asked_before(plan: Plan, stream: Stream, of_all: np.ndarray) -> np.ndarray:
     """float64[steps + 1]: how many of the tokens before each step should be a stream's. of_all: int64[steps + 1]."""
     if stream.curve is None:
         return stream.share * of_all
-    shares = np.diff(integral(stream.curve, np.arange(plan.steps + 1)))
+    shares = np.diff(integral(stream.curve, np.arange(plan.first_step, plan.steps + 1)))
     return np.cumsum(np.append(0, shares * np.diff(of_all)))
 
 
