@@ -7,7 +7,8 @@
 # Overrides hold for every stage; job.dump_folder gets a folder for each. SBATCH OPTIONS hold for every stage too, and
 # override those of env.sh and of the stage's TOML file (stage.sbatch). A stage starts when the previous stage has ended
 # well (afterok); if that has failed, the later jobs are cancelled (--kill-on-invalid-dep). --dry-run prints the commands,
-# and on stderr the RoPE that each stage will have, with what training would refuse about it; the exit code is then 2.
+# and on stderr the RoPE that each stage will have, with what training would refuse about it (the exit code is then 2),
+# and where its data go on.
 # Paths are relative to the current folder. The jobs' numbers are printed in the order of the stages.
 #
 # --evaluate adds a job with evaluate.sbatch after each stage, also after a stage that has ended and whose newest
@@ -21,7 +22,7 @@ set -u
 source "$REPO/scripts/setup.sh"
 
 dry=false evaluate=false evaluation_options=() arguments=()
-usage() { sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 if [[ $# -eq 0 ]]; then usage >&2; exit 1; fi
 while [[ $# -gt 0 && $1 != -- ]]; do
     case $1 in

@@ -82,20 +82,26 @@ def choose_world_size(config: JobConfig, asked: int | None, ngpu: str | None) ->
 def plan_stage(config: JobConfig, world_size: int) -> tuple[str, dict, bool]:
     """The report as text and as JSON values; whether training would refuse the RoPE."""
     # Importing PyTorch takes seconds: a mistake in the TOML must not.
-    from torchtitan.components.setup import make_plan, model_args
+    from torchtitan.components.data_start import describe
+    from torchtitan.components.setup import OpenSource, make_plan, model_args
     from torchtitan.datasets.tokenizer import load_tokenizer
     from torchtitan.extensions.ingest.hygiene import cleaning
     from torchtitan.extensions.ingest.stand_in import MARK
     from torchtitan.extensions.planner.data_report import format_report, report_of
+    from torchtitan.extensions.planner.planned_start import planned_start
+
+    def opener(config: JobConfig) -> OpenSource:
+        return cleaning(config.evaluation)
 
     rope = rope_report(config)
     if config.rope.theta == "auto":  # the previous stage may not have been trained; rows do not depend on the base
         config = replace(config, rope=replace(config.rope, theta=None))
     args = model_args(config)
     tokenizer = load_tokenizer(config.model.hf_assets_path)
-    plan = make_plan(config, world_size, tokenizer, args, cleaning(config.evaluation))
-    report = report_of(plan, config, world_size, args)
-    lines = [format_report(report), *rope]
+    begin, text = planned_start(config, world_size, opener)
+    plan = make_plan(config, world_size, tokenizer, args, opener(config), begin)
+    report = report_of(plan, config, world_size, args, begin.read)
+    lines = [format_report(report), *([f"data: {text}"] if text else []), *describe(begin, plan), *rope]
     made_up = [s["name"] for s in report["sources"] if (Path(s["folder"]) / MARK).is_file()]
     if made_up:
         which = "all sources" if len(made_up) == len(report["sources"]) else ", ".join(made_up)

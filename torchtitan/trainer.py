@@ -114,7 +114,8 @@ class Trainer:
         manifest = self.inputs.manifest(self.config, self.step, self.tokens_seen)
         manifest["bad_loss"] = self.bad_loss_policy.state()
         self._call("saving", manifest)
-        return self.checkpointer.save(self.state(), manifest, last)
+        files = self.inputs.data_start.files(self.inputs.plan, self.step) if self.rank == 0 else {}
+        return self.checkpointer.save(self.state(), manifest, last, files)
 
     def pause(self, what: str) -> None:
         """Tell all hooks that until the next step this rank is busy with `what`: "saving", "evaluating", ..."""

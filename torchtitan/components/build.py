@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torchtitan.attention.backends import choose_backend
 from torchtitan.components.changes import differences
 from torchtitan.components.checkpoint import Checkpointer, damage_of_all, load, saved_parts, set_random_state
+from torchtitan.components.data_start import describe
 from torchtitan.components.loss import train_micro_batch
 from torchtitan.components.manifest import read_manifest
 from torchtitan.components.metrics import MetricsLogger
@@ -93,7 +94,7 @@ def load_state(
     path = None
     if checkpointer:
         checkpointer.prepare()
-        path = checkpointer.find()
+        path = checkpointer.find(inputs.plan.first_step)
         group = checkpointer.group
     if path:
         tensors = state()
@@ -103,6 +104,8 @@ def load_state(
         return read_manifest(path)
     if inputs.start:
         _start_from(inputs.start, config, inputs, model, state(), group)
+        for line in describe(inputs.data_start, inputs.plan):
+            logger.info(f"  {line}")
     elif config.checkpoint.initial_load_in_hf:
         load_weights(model, Path(config.model.hf_assets_path))
         logger.info(f"weights from {config.model.hf_assets_path}")

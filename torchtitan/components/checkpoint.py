@@ -17,11 +17,12 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -40,7 +41,7 @@ from torchtitan.components.manifest import (
 )
 from torchtitan.config.schema import Checkpoint
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import partial_of, sync, write_text
+from torchtitan.tools.folders import partial_of, sync, write_text, written
 from torchtitan.tools.logging import logger
 
 OVERHEAD = 1.02  # a checkpoint is its tensors, their names and checksums
@@ -58,10 +59,13 @@ class WholeWriter(FileSystemWriter):
         needed: int = 0,
         retries: int = 0,
         retry_seconds: float = 0.0,
+        more_files: Mapping[str, bytes] = MappingProxyType({}),
     ):
-        """needed: bytes that must be free, or 0 to write without a check; retries: how many times a rank retries."""
+        """needed: bytes that must be free, or 0 to write without a check; retries: how many times a rank retries.
+        more_files: name -> content of what the coordinator writes beside the tensors."""
         self.target, self.manifest, self.needed = target, manifest, needed
         self.retries, self.retry_seconds = retries, retry_seconds
+        self.more_files = more_files
         self.files: dict[str, list[int]] = {}
         self.partial = partial_of(target)
         super().__init__(str(self.partial), single_file_per_rank=single_file_per_rank)
@@ -124,6 +128,10 @@ class WholeWriter(FileSystemWriter):
             for part in sorted(self.partial.glob("checksums-*.json")):
                 self.files |= json.loads(part.read_text())
                 part.unlink()
+            for name, content in self.more_files.items():
+                with written(self.partial / name, durable=True) as aside:
+                    aside.write_bytes(content)
+                self.files[name] = size_and_crc(self.partial / name)
             _write_json(self.partial / MANIFEST, self.manifest | {"files": self.files})
             self.partial.rename(self.target)
         sync(self.target.parent)
@@ -148,8 +156,15 @@ class Checkpointer:
                     shutil.rmtree(left)
         dist.barrier(self.group)
 
-    def save(self, state: dict[str, Any], manifest: dict[str, Any], last: bool = False) -> bool:
-        """Collective. Waits for a save under way first. state: {part: {name: tensor}}; manifest: JSON with `step`.
+    def save(
+        self,
+        state: dict[str, Any],
+        manifest: dict[str, Any],
+        last: bool = False,
+        more_files: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> bool:
+        """Collective. Waits for a save under way first. state: {part: {name: tensor}}; manifest: JSON with `step`;
+        more_files: of rank 0, see WholeWriter.
 
         False if it failed and the run goes on (checkpoint.on_failed_save). last: the last save of a run, of which a
         failure is a UserError in any case.
@@ -162,6 +177,7 @@ class Checkpointer:
             needed=int(size * OVERHEAD),
             retries=self.config.save_retries,
             retry_seconds=self.config.retry_seconds,
+            more_files=more_files,
         )
         if self.config.async_mode == "async":
             # async_save copies the state before it returns; the rest happens in DCP's thread
@@ -219,14 +235,16 @@ class Checkpointer:
                     return
                 threading.Thread(target=shutil.rmtree, args=(path, True)).start()
 
-    def find(self) -> Path | None:
+    def find(self, first_step: int = 0) -> Path | None:
         """Collective. The checkpoint to resume from: load_step, or the newest undamaged one; None if there is none.
+
+        first_step: of the plan; earlier checkpoints are not resumed from.
 
         Each rank reads a share of the files; a damaged checkpoint is skipped with a warning that names the file.
         Checkpoints later than the returned one are renamed to step-N.replaced: they are damaged, or belong to steps
         that this run takes back. Once it saves, they must not be resumed from nor counted by keep_latest_k.
         """
-        choices = self.config.load_step, complete_steps(self.folder)
+        choices = self.config.load_step, [step for step in complete_steps(self.folder) if step >= first_step]
         load_step, steps = _from_rank0(choices, self.group)
         check_load_step(self.folder, load_step, steps)
         for step in [load_step] if load_step >= 0 else reversed(steps):

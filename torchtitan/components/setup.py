@@ -14,10 +14,12 @@ import torch.distributed as dist
 
 from torchtitan.attention.backends import choose_backend
 from torchtitan.attention.varlen import check_window
-from torchtitan.components.changes import changed_inputs, changed_keys, changes, flat, shown
+from torchtitan.components.changes import flat, shown
+from torchtitan.components.data_start import DataStart, data_start
 from torchtitan.components.lineage import check_previous, lineage
-from torchtitan.components.manifest import check_load_step, complete_steps, digest, newest_manifest
+from torchtitan.components.manifest import digest
 from torchtitan.components.metrics import import_wandb
+from torchtitan.components.resumed import check_resumable, own_manifest
 from torchtitan.components.stage_rope import StageRope, check_stage_rope, rope_of_weights
 from torchtitan.components.start import Start, check_start, find_start, hugging_face_start
 from torchtitan.config import JobConfig, as_tables
@@ -62,6 +64,9 @@ class StageInputs:
     stages_before: list[dict[str, Any]]
     """lineage() of the previous stage, the first stage first."""
 
+    data_start: DataStart
+    """Where the plan begins."""
+
     rope_before: RopeArgs | None = None
     """RoPE of the weights that the run starts, or started, from."""
 
@@ -87,6 +92,7 @@ class StageInputs:
             "tokenizer": self.tokenizer.fingerprint,
             "seq_len": config.training.seq_len,
             "plan": self.plan.inputs,
+            "data_changes": list(self.data_start.changes),
             "ends_of_turn": list(self.ends_of_turn),
             "begins_with_bos": self.begins_with_bos,
             "world_size": dist.get_world_size(),
@@ -105,7 +111,7 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
     """UserError for everything that can be wrong with a stage whose tables have been checked."""
     assets = Path(config.model.hf_assets_path)
     tokenizer = load_tokenizer(assets)
-    resumed = _own_manifest(config)
+    resumed = own_manifest(config)
     check_previous(config, resumed)
     start = None if resumed else find_start(config)
     stages_before = resumed.get("stages_before", []) if resumed else lineage(start.manifest if start else None)
@@ -128,9 +134,10 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
         config_json(args, config.checkpoint.export_dtype, original_config(assets))
         check_token_ids(assets, args.vocab_size)
     _check_model(config, args, tokenizer)
-    plan = make_plan(config, world_size, tokenizer, args, open_source)
+    begin = data_start(config, resumed, start)
+    plan = make_plan(config, world_size, tokenizer, args, open_source, begin)
     if resumed:
-        _check_resumable(config, resumed, args, tokenizer, plan)
+        check_resumable(config, resumed, args, tokenizer, plan, begin)
     if config.metrics.enable_wandb:
         import_wandb()
     make_writable("job.dump_folder", Path(config.job.dump_folder))
@@ -142,7 +149,7 @@ def prepare_inputs(config: JobConfig, world_size: int, open_source: OpenSource) 
     ends = ends_of_turn(plan.corpora, tokenizer, [*before, *manifest.get("ends_of_turn", [])])
     bos = begins_with_bos(plan.corpora, tokenizer.bos_id)
     bos = manifest.get("begins_with_bos") if bos is None else bos
-    return StageInputs(tokenizer, args, plan, rope, start, stages_before, rope_before, ends, bos, weights_digest)
+    return StageInputs(tokenizer, args, plan, rope, start, stages_before, begin, rope_before, ends, bos, weights_digest)
 
 
 def _check_model(config: JobConfig, args: TransformerArgs, tokenizer: Tokenizer) -> None:
@@ -166,9 +173,16 @@ def _check_model(config: JobConfig, args: TransformerArgs, tokenizer: Tokenizer)
 
 
 def make_plan(
-    config: JobConfig, world_size: int, tokenizer: Tokenizer, args: TransformerArgs, open_source: OpenSource
+    config: JobConfig,
+    world_size: int,
+    tokenizer: Tokenizer,
+    args: TransformerArgs,
+    open_source: OpenSource,
+    begin: DataStart | None = None,
 ) -> Plan:
-    """The data plan of the stage. UserError for a corpus of another tokenizer."""
+    """The data plan of the stage; begin: where it begins, if its chain has read something before. UserError for a
+    corpus of another tokenizer."""
+    begin = begin or DataStart()
     data, cache = config.data, Path(config.data.cache_folder).expanduser()
     vocab_size, mixed = args.vocab_size, config.rope.mixed_window
     if not cache.is_dir():  # one that is there may be read-only, if it holds what is needed
@@ -191,6 +205,8 @@ def make_plan(
         sentence_end_ids=sentence_end_ids(tokenizer) if data.positions == "longrecipe" else (),
         cache=cache,
         short_window=args.rope.scaling.original_max_position_embeddings if mixed else None,  # type: ignore[union-attr]
+        read=[begin.read.now(corpus) for corpus in corpora],
+        first_step=begin.first_step,
     )
 
 
@@ -229,31 +245,3 @@ def check_agreed(inputs: StageInputs, group: dist.ProcessGroup) -> None:
                 "see the same files: data, cache, assets and checkpoints on a shared file system, or the same on every "
                 "node; and nothing may change there while they start."
             )
-
-
-def _own_manifest(config: JobConfig) -> dict[str, Any] | None:
-    """The manifest of this stage's own newest checkpoint that can be read; None if there is none."""
-    if not config.checkpoint.enable:
-        return None
-    folder = Path(config.job.dump_folder) / config.checkpoint.folder
-    steps = complete_steps(folder)
-    check_load_step(folder, config.checkpoint.load_step, steps)
-    return newest_manifest(config)[1]
-
-
-def _check_resumable(
-    config: JobConfig, manifest: dict[str, Any], args: TransformerArgs, tokenizer: Tokenizer, plan: Plan
-) -> None:
-    """UserError for a checkpoint folder of another model or of other data, which would be overwritten."""
-    folder = Path(config.job.dump_folder) / config.checkpoint.folder
-    steps = complete_steps(folder)
-    differences = changes(flat(complete(manifest["architecture"])), flat(as_json(args)))
-    if manifest["tokenizer"] != tokenizer.fingerprint:
-        differences.append("the tokenizer")
-    differences += changed_inputs(manifest["plan"], plan.inputs) + changed_keys(manifest, config)
-    if differences:
-        raise UserError(
-            f"{folder} holds checkpoints of another run ({', '.join(f'step {s}' for s in steps[-3:])}), which this one "
-            f"would resume from and overwrite. Changed: {'; '.join(differences)}. Set that back, choose another "
-            "job.dump_folder, or delete that folder."
-        )

@@ -287,6 +287,12 @@ def check_start_keys(config: JobConfig) -> None:
             "checkpoint.exclude_from_loading is about checkpoint.initial_load_path, which is not set; stage.carry says "
             "what a stage takes from the previous one."
         )
+    if not stage.continue_data and not (stage.after or checkpoint.initial_load_path):
+        raise UserError(
+            "stage.continue_data = false is about the data of the checkpoint from which a stage starts, but neither "
+            "stage.after nor checkpoint.initial_load_path is set: leave it out. The first stage of a chain begins its "
+            "sources anew."
+        )
     if (stage.gates or checkpoint.last_save_in_hf) and not checkpoint.enable:
         key = "stage.gates" if stage.gates else "checkpoint.last_save_in_hf"
         raise UserError(f"{key} needs the last checkpoint, but checkpoint.enable = false.")

@@ -276,6 +276,10 @@ class Data:
     target_seq_len: Annotated[int | None, Range(min=1), Decides("rows")] = None
     """The length that pose, longrecipe, cream and random train for."""
 
+    changed_at_step: Annotated[int, Range(min=0), Decides("rows")] = 0
+    """The other keys of [data] hold from this step of the stage on: the checkpoint of exactly this step is resumed with
+    them, and what had been read until then is not read again in its epoch. 0: they hold for the whole stage."""
+
     cache_folder: Annotated[str, Decides("nothing")] = "./data_cache"
     """Folder for tokenized text and plans, named by content and tokenizer."""
 

@@ -588,8 +588,12 @@ class Stage:
     """Where the previous stage wrote, if not to the job.dump_folder of its file."""
 
     carry: Annotated[tuple[Literal["model", "optimizer"], ...], Decides("start")] = ("model", "optimizer")
-    """What is taken from the previous stage or from checkpoint.initial_load_path. The schedule, the step counter and
-    the data always begin anew."""
+    """What is taken from the previous stage or from checkpoint.initial_load_path. The schedule and the step counter
+    always begin anew."""
+
+    continue_data: Annotated[bool, Decides("rows")] = True
+    """Read each source on from where it stopped in the checkpoint that the stage starts from: nothing is read again
+    before all has been read. false: the order of every source begins anew."""
 
     run_chain: bool = False
     """Run the previous stages that have not ended, in order, and then this one (run_train.sh). Other overrides hold for

@@ -47,10 +47,25 @@ def check_data(config: JobConfig) -> None:
             raise UserError(f"Every source has weight = 0{when} ({names}): at least one must be above 0.")
     _check_strategy(config)
     _check_positions(config)
+    _check_change(config)
     if config.data.decontaminate_tokens != Data().decontaminate_tokens and not config.data.decontaminate:
         raise UserError(
             "data.decontaminate_tokens is read with data.decontaminate alone, which names the texts that are not to be "
             "trained on: name some, or leave it out."
+        )
+
+
+def _check_change(config: JobConfig) -> None:
+    step, steps = config.data.changed_at_step, config.training.steps
+    if step >= steps:
+        raise UserError(
+            f"data.changed_at_step = {step}, but training.steps = {steps}: no step is left for the other keys of "
+            f"[data]. Name an earlier step, or raise training.steps."
+        )
+    if step and not config.checkpoint.enable:
+        raise UserError(
+            f"data.changed_at_step = {step} resumes the checkpoint of that step, but checkpoint.enable = false: set it "
+            "to true, or leave changed_at_step out."
         )
 
 

@@ -52,6 +52,7 @@ def data_keys(data: Data) -> dict[str, Any]:
         "long_share": by_length,
         "upsampled_sources": by_domain,
         "upsampled_weight": by_domain,
+        "changed_at_step": data.changed_at_step > 0,
     }
     result = {name: value for name, value in values.items() if read.get(name, True)}
     if by_domain:  # upsampled_weight stands beside the weights as they are, of which shares() are compared

@@ -35,6 +35,7 @@ ANOTHER_DATA: dict[str, tuple[dict[str, Any], Any]] = {
     "anchor_attention": ({}, True),
     "positions": ({}, "continue"),
     "target_seq_len": ({"positions": "random", "target_seq_len": 100}, 200),
+    "changed_at_step": ({}, 1),
     "cache_folder": ({}, "/elsewhere"),
     "num_workers": ({}, 7),
 }
@@ -99,12 +100,13 @@ def make_plan(data: Data, **options: Any) -> Plan:
         corpora.append(Corpus(name, [(ends, np.arange(1, 1 + ends[-1], dtype=np.int32))], name, None))
         corpora[-1].hashes = np.arange(len(lengths), dtype=np.uint64) // 2  # as if there were copies
     arguments: dict[str, Any] = {"seq_len": 48, "rows_per_step": 8, "steps": 6, "seed": 5} | options
+    arguments["first_step"] = data.changed_at_step  # as components/setup.py calls it
     return Plan(data, corpora, separators=[TOKENS[source.separator] for source in data.sources], **arguments)
 
 
 def batches(plan: Plan) -> list[list[Any]]:
     """All tensors of all batches."""
-    made = [micro_batch(plan, step, list(range(plan.rows_per_step))) for step in range(plan.steps)]
+    made = [micro_batch(plan, step, list(range(plan.rows_per_step))) for step in range(plan.first_step, plan.steps)]
     values = [[getattr(batch, f.name) for f in fields(PackedBatch)] for batch in made]
     return [[v if v is None else v.tolist() for v in row] for row in values]
 

@@ -2,10 +2,10 @@
 
     python -m torchtitan.extensions.cluster.rope_report <arguments of torchtitan.train>
 
-prints it for every stage up to the one that the arguments name, as multinode/submit.sh --dry-run does; the exit code is
-2 if one of them would be refused. A stage goes on from its own or the previous stage's checkpoint, if there is one; if
-not, from what the previous stage's TOML leads to. PyTorch, which computes the frequencies, is imported when it is asked
-for; a login node without it is told so.
+prints it for every stage up to the one that the arguments name, as multinode/submit.sh --dry-run does, and where its
+data go on; the exit code is 2 if one of them would be refused. A stage goes on from its own or the previous stage's
+checkpoint, if there is one; if not, from what the previous stage's TOML leads to. PyTorch, which computes the
+frequencies, is imported when it is asked for; a login node without it is told so.
 """
 
 from __future__ import annotations
@@ -107,6 +107,25 @@ def _weights(config: JobConfig, earlier: Sequence[JobConfig]) -> tuple[Any, str]
     return rope and replace((start and start.args) or model, rope=rope), ""
 
 
+def data_line(config: JobConfig) -> list[str]:
+    """Where the data of a stage that starts from another one go on: at most one line. Opens no corpus."""
+    if not (config.stage.after and config.stage.continue_data) or importlib.util.find_spec("torch") is None:
+        return []
+    from torchtitan.components.data_start import data_start
+    from torchtitan.components.start import find_start
+
+    try:
+        resumed = _resumed(config)
+        begin = data_start(config, resumed, None if resumed else find_start(config))
+    except UserError:
+        return [
+            f"data: every source goes on where {config.stage.after} will stop, which has no finished checkpoint; "
+            "scripts/plan.py computes how far that is, by its plan"
+        ]
+    read = ", ".join(f"{corpus.name} {corpus.epochs:.2f}" for corpus in begin.read.corpora.values())
+    return [f"data: {begin.note or f'epochs so far at its beginning: {read}'}"]
+
+
 def main(args: list[str]) -> int:
     """Print the report of each stage; exit code 1 for a mistake, 2 if a stage would be refused."""
     code = 0
@@ -114,7 +133,7 @@ def main(args: list[str]) -> int:
     try:
         stages = [stage.config for stage in chain(args)]
         for number, config in enumerate(stages):
-            lines = rope_report(config, stages[:number])
+            lines = [*rope_report(config, stages[:number]), *data_line(config)]
             print("\n".join(f"stage {config.stage.name}: {line}" for line in lines))
             code = REFUSED if is_refused(lines) else code
     except UserError as error:

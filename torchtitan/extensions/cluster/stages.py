@@ -38,7 +38,8 @@ def chain(args: list[str]) -> list[ChainedStage]:
             raise UserError(f"{files[-1]} has stage.after = {after}, which does not exist.")
         files.append(Path(after))
         after = load_config(["--job.config_file", after]).stage.after
-    for key, what in (("stage.name", "the name"), ("stage.after_dump_folder", "the folder before it")):
+    of_one = ("stage.name", "the name"), ("stage.after_dump_folder", "the folder before it")
+    for key, what in (*of_one, ("data.changed_at_step", "a step")):
         if len(files) > 1 and flag_value(args, key) is not None:
             raise UserError(
                 f"--{key} is {what} of one stage, and {path} is the last of a chain of {len(files)}, which would not "
@@ -50,6 +51,8 @@ def chain(args: list[str]) -> list[ChainedStage]:
     stages: list[ChainedStage] = []
     for file in reversed(files):
         arguments = ["--job.config_file", str(file), *shared]
+        if not stages and len(files) > 1:  # the first stage has no data to go on with, which is refused of a lone one
+            arguments = without_flags(arguments, "stage.continue_data", "stage.no_continue_data")
         if file == files[0] and first_after is not None:
             arguments += ["--stage.after", first_after]
         if top is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -19,16 +19,12 @@ from torchtitan.config.schema import JobConfig
 from torchtitan.datasets.corpus import ASSISTANT, CONVERSATIONS_LEFT_OUT, CORPUS_FILE, ROLES, Corpus
 from torchtitan.datasets.dealing import deal, imbalance, undealt
 from torchtitan.datasets.eligible import piece_limit
-from torchtitan.datasets.mixture import Stream, long_threshold
+from torchtitan.datasets.mixture import long_threshold
 from torchtitan.datasets.plan import Plan
+from torchtitan.datasets.read_so_far import ReadSoFar, read_until
 from torchtitan.datasets.tokenizer import json_if_present
-from torchtitan.extensions.planner.schedule_report import (
-    WINDOW,
-    asked_before,
-    schedule_notes,
-    schedule_report,
-    tokens_before,
-)
+from torchtitan.extensions.planner.overlap import OVERLAPS, chain_note, chain_numbers, from_step
+from torchtitan.extensions.planner.schedule_report import WINDOW, schedule_notes, schedule_report, worst_window
 from torchtitan.models.transformer import TransformerArgs
 from torchtitan.models.work import training_flops, work_of
 from torchtitan.tools.folders import write_text
@@ -48,20 +44,28 @@ REPEATED = 4.0
 
 
 def make_report(
-    plan: Plan, dp_degree: int, local_batch_size: int, flops_per_token: float, flops_per_pair: float
+    plan: Plan,
+    dp_degree: int,
+    local_batch_size: int,
+    flops_per_token: float,
+    flops_per_pair: float,
+    before: ReadSoFar | None = None,
 ) -> dict[str, Any]:
-    """The report as JSON values. dp_degree: how many ranks read different rows.
+    """The report as JSON values. dp_degree: how many ranks read different rows. before: what the chain had read before.
 
     flops_per_token, flops_per_pair: of the model, forward and backward, linear layers and attention (models/work.py).
     """
+    before = before or ReadSoFar()
+    after = read_until(before, plan, plan.steps)
     rows = len(plan.table)
     tokens = int(plan.table.length.sum(dtype=np.int64))
     pairs_of_whole_rows = rows * (plan.seq_len * (plan.seq_len + 1) // 2)
-    sources = [_source_report(plan, source, tokens) for source in range(len(plan.names))]
+    sources = [_source_report(plan, i, tokens) | chain_numbers(plan, i, before, after) for i in range(len(plan.names))]
     return {
         "fingerprint": plan.fingerprint,
         "inputs": plan.inputs,
         "long_threshold": plan.data.long_threshold,
+        "first_step": plan.first_step,
         "steps": len(plan.planned),
         "rows": rows,
         "rows_without_labels": plan.rows_without_labels,
@@ -74,6 +78,7 @@ def make_report(
         "attention_work": float(plan.table.work.sum(dtype=np.float64)) / pairs_of_whole_rows,
         "imbalance": _busiest_over_mean(plan, dp_degree, local_batch_size, flops_per_token, flops_per_pair),
         "unigram_nats": unigram_nats(plan),
+        **{key: sum(s[key] * s["tokens_read"] for s in sources) / tokens for key in OVERLAPS},
         "sources": sources,
         "schedule": schedule_report(plan),
     }
@@ -118,7 +123,7 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
         "truncated_tokens": int(cut_off.sum()),
         "long_threshold": threshold,
         "long_share": float(length[whole > threshold].sum(dtype=np.int64) / max(1, tokens)),
-        "worst_window": _worst_window(plan, mine, streams),
+        "worst_window": worst_window(plan, mine, streams),
         "epochs": [
             {"documents": s.name, "tokens": s.tokens, "share_asked": s.share, "epochs": plan.tokens_of(s) / s.tokens}
             for s in streams
@@ -157,15 +162,6 @@ def _roles_report(corpus: Corpus, document: np.ndarray, start: np.ndarray, lengt
         counts += read * np.bincount(roles, minlength=len(ROLES))
         trained += read * int((roles[1:] == ASSISTANT).sum())
     return {"trained_tokens": trained, "tokens_by_role": dict(zip(ROLES, counts.tolist()))}
-
-
-def _worst_window(plan: Plan, mine: np.ndarray, streams: Sequence[Stream]) -> float:
-    """How far the share of a source (whose parts are `mine`) is from what is asked of its streams in the worst WINDOW
-    consecutive steps."""
-    width = min(WINDOW, len(plan.planned))
-    of_source, of_all = (tokens_before(plan, column) for column in (plan.table.length * mine, plan.table.length))
-    too_many = of_source - sum(asked_before(plan, stream, of_all) for stream in streams)
-    return float(np.abs((too_many[width:] - too_many[:-width]) / (of_all[width:] - of_all[:-width])).max())
 
 
 def _histogram(lengths: np.ndarray) -> dict[str, dict[str, int]]:
@@ -216,7 +212,9 @@ def unigram_nats(plan: Plan) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def report_of(plan: Plan, config: JobConfig, world_size: int, args: TransformerArgs) -> dict[str, Any]:
+def report_of(
+    plan: Plan, config: JobConfig, world_size: int, args: TransformerArgs, before: ReadSoFar | None = None
+) -> dict[str, Any]:
     """make_report for a stage's ranks and its model's FLOPs."""
     work = work_of(args)
     return make_report(
@@ -225,6 +223,7 @@ def report_of(plan: Plan, config: JobConfig, world_size: int, args: TransformerA
         config.training.local_batch_size,
         flops_per_token=training_flops(work.parameters, 1, work.width, 0),
         flops_per_pair=training_flops(work.parameters, 0, work.width, 1),
+        before=before,
     )
 
 
@@ -234,7 +233,8 @@ class DataReport(Hook):
     def started(self, trainer: Any) -> None:
         """On rank 0 only."""
         if trainer.rank == 0:
-            report = report_of(trainer.inputs.plan, trainer.config, dist.get_world_size(), trainer.inputs.args)
+            inputs, ranks = trainer.inputs, dist.get_world_size()
+            report = report_of(inputs.plan, trainer.config, ranks, inputs.args, inputs.data_start.read)
             write_text(trainer.dump_folder / "plan.json", json.dumps(report, indent=1) + "\n")
             for line in format_report(report).splitlines():
                 logger.info(line)
@@ -274,8 +274,8 @@ def format_report(report: dict[str, Any]) -> str:
     width = max(12, *(len(s["name"]) for s in sources))
     lines = [
         f"data plan {report['fingerprint']}: {report['steps']} steps of {inputs['rows_per_step']} rows of "
-        f"{inputs['seq_len']} tokens; {report['tokens']:,} tokens, {report['padding']:.3%} padding; unigram "
-        f"cross-entropy {report['unigram_nats']:.3f} nats",
+        f"{inputs['seq_len']} tokens{from_step(report)}; {report['tokens']:,} tokens, {report['padding']:.3%} padding; "
+        f"unigram cross-entropy {report['unigram_nats']:.3f} nats",
         f"strategy {inputs['strategy']}, packing {inputs['packing']}, positions {inputs['positions']}, "
         f"cross-document attention {'on' if inputs['cross_document_attention'] else 'off'}"
         f"{', rows with an anchor' if inputs['anchor_attention'] else ''}: attention is "
@@ -349,6 +349,7 @@ def _source_notes(report: dict[str, Any], s: dict[str, Any]) -> Iterator[str]:
             f"{s['trained_tokens'] / max(1, report['trained_tokens']):.2%} of the labels; needles, RULER and HELMET's "
             "recall have its form, so judge the model by other tasks too"
         )
+    yield from chain_note(s)
     most = max(s["epochs"], key=lambda entry: entry["epochs"], default=None)
     if most and most["epochs"] > REPEATED:
         which = "" if most["documents"] == "all" else f" ({most['documents']})"

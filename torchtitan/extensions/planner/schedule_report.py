@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,15 @@ def asked_before(plan: Plan, stream: Stream, of_all: np.ndarray) -> np.ndarray:
     return np.cumsum(np.append(0, shares * np.diff(of_all)))
 
 
+def worst_window(plan: Plan, mine: np.ndarray, streams: Sequence[Stream]) -> float:
+    """How far the share of a source (whose parts are `mine`) is from what is asked of its streams in the worst WINDOW
+    consecutive steps."""
+    width = min(WINDOW, len(plan.planned))
+    of_source, of_all = (tokens_before(plan, column) for column in (plan.table.length * mine, plan.table.length))
+    too_many = of_source - sum(asked_before(plan, stream, of_all) for stream in streams)
+    return float(np.abs((too_many[width:] - too_many[:-width]) / (of_all[width:] - of_all[:-width])).max())
+
+
 def schedule_notes(report: dict[str, Any]) -> Iterator[str]:
     """Each moving stream at the points of the schedules."""
     schedule = report["schedule"]
@@ -77,8 +86,9 @@ def schedule_notes(report: dict[str, Any]) -> Iterator[str]:
         return
     if schedule["beyond_the_stage"]:
         steps = ", ".join(f"{step:,}" for step in schedule["beyond_the_stage"])
+        last = report["first_step"] + report["steps"]
         yield (
-            f"warning: a schedule has points at the steps {steps}, after the stage's last, {report['steps']:,}: the "
+            f"warning: a schedule has points at the steps {steps}, after the stage's last, {last:,}: the "
             "stage ends on the way to them"
         )
     for stream in schedule["streams"]:

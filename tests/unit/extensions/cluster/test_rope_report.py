@@ -72,9 +72,10 @@ def test_a_stage_that_is_resumed_is_warned_as_training_warns(stages: Path, monke
 
 def test_every_stage_of_a_chain_with_its_overrides(stages: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["--job.config_file", "second.toml", "--training.seq_len", "32768", "--rope.theta", "4e6"]) == 0
-    first, second = capsys.readouterr().out.splitlines()
+    first, second, data = capsys.readouterr().out.splitlines()
     assert first.startswith("stage first: RoPE: theta 4e+06; positions reach 32,768; the weights have theta 500000")
     assert second.startswith("stage second: RoPE: theta 4e+06; positions reach 32,768; the weights have theta 4e+06")
+    assert data.startswith("stage second: data: every source goes on where ") and "first.toml will stop" in data
     assert main(["--job.config_file", "second.toml"]) == 2, "the second is refused"
     capsys.readouterr()
     assert main(["--job.config_file", "missing.toml"]) == 1
