@@ -74,8 +74,9 @@ def lengths_only(name: str, lengths: np.ndarray) -> Corpus:
 # 1. Planning
 
 
-def time_planning(documents: int, tokens: int) -> dict[str, Any]:
-    """In a separate process on one core: seconds to make the plan, and that process's peak memory."""
+def time_planning(documents: int, tokens: int, row: int = ROW, length: int | None = None) -> dict[str, Any]:
+    """In a separate process on one core: seconds to make the plan, and that process's peak memory. length: of every
+    document, in one source, instead of STAGE_SOURCES."""
     core = min(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
     import numpy as np
@@ -91,11 +92,13 @@ def time_planning(documents: int, tokens: int) -> dict[str, Any]:
         for mean, deviation, share, _ in STAGE_SOURCES.values()
     ]
     data = Data(sources=tuple(Source(name, name, values[3]) for name, values in STAGE_SOURCES.items()))
-    rows = -(-tokens // ROW)
+    if length is not None:
+        lengths, data = [np.full(documents, length)], Data(sources=(Source("short", "short"),))
+    rows = -(-tokens // row)
     start = time.perf_counter()
-    streams, _ = build_streams(data, lengths, [0] * len(lengths), ROW, steps=1)
+    streams, _ = build_streams(data, lengths, [0] * len(lengths), row, steps=1)
     with tempfile.TemporaryDirectory() as scratch:
-        write_table(make_chunks(Stage(streams, data, ROW, rows, seed=0)), Path(scratch) / "plan")
+        write_table(make_chunks(Stage(streams, data, row, rows, seed=0)), Path(scratch) / "plan")
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         made = load_table(Path(scratch) / "plan")
@@ -106,13 +109,15 @@ def time_planning(documents: int, tokens: int) -> dict[str, Any]:
         "mean": sum(int(n.sum()) for n in lengths) / sum(map(len, lengths)),
         "rows": len(made),
         "parts": len(made.length),
-        "padding": 1 - int(made.length.sum(dtype="int64")) / (rows * ROW),
+        "padding": 1 - int(made.length.sum(dtype="int64")) / (rows * row),
     }
 
 
 def planning(args: argparse.Namespace) -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         got = pool.submit(time_planning, args.documents, args.stage_tokens).result()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:  # a peak of its own
+        short = pool.submit(time_planning, args.short_documents, args.short_rows << 22, 4 << 20, 12).result()
     table(
         f"Planning a stage of {args.stage_tokens / 1e9:g} billion tokens from {got['documents']:,} document lengths in "
         f"{len(STAGE_SOURCES)} weighted sources (mean {got['mean']:.0f} tokens), best_fit, one core:",
@@ -123,6 +128,12 @@ def planning(args: argparse.Namespace) -> None:
             (f"rows of {ROW:,}", f"{got['rows']:,}", ""),
             ("parts of documents in them", f"{got['parts']:,}", ""),
             ("padding", f"{got['padding']:.3%}", ""),
+            (
+                f"{short['rows']} rows of 4M, {args.short_documents:,} documents of 12 tokens: seconds",
+                f"{short['seconds']:.1f}",
+                "",
+            ),
+            ("their peak memory", f"{short['peak_gib']:.2f} GiB", "1 GiB"),
         ],
     )
 
@@ -362,6 +373,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--documents", type=whole, default=10_000_000, help="planning: document lengths")
     parser.add_argument("--stage-tokens", type=whole, default=20_000_000_000, help="planning: tokens of the stage")
+    parser.add_argument("--short-documents", type=whole, default=1_000_000, help="planning: documents of 12 tokens")
+    parser.add_argument("--short-rows", type=whole, default=24, help="planning: rows of 4M tokens for these")
     parser.add_argument("--steps", type=whole, default=40, help="imbalance: steps")
     parser.add_argument("--packing-documents", type=whole, default=10_000, help="packing: documents")
     parser.add_argument("--tokens", type=whole, default=100_000_000, help="reading: tokens of the corpus on disk")

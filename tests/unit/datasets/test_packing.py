@@ -99,8 +99,8 @@ def test_an_order_makes_good_what_was_behind() -> None:
     assert (order[:5] < 10).all()
 
 
-def test_a_million_short_documents_are_one_corpus() -> None:
-    """Groups are small where pieces are short: one row of 4M tokens at a time (docs/data.md has the memory)."""
+def test_rows_of_hundreds_of_thousands_of_documents() -> None:
+    """Groups are small where pieces are short: one row of 4M tokens at a time (scripts/benchmarks/data.py: memory)."""
     corpus = lengths_only(np.full(400_000, 12))
     plan = make_plan([corpus], 4 << 20, 2)
     assert (np.add.reduceat(plan.table.length, plan.table.offsets[:-1]) > (4 << 20) - 12).all()
