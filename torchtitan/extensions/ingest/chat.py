@@ -80,6 +80,7 @@ class ChatEncoder:
         self.key += [["messages_format", shape]] if shape != "auto" else []
         self._shape = shape
         source = {"messages_field": messages_field, "chat_template": template.fingerprint}
+        source |= {"messages_format": shape} if shape != "auto" else {}
         self.metadata = tokenizer_metadata(tokenizer) | source | ({"where": where.text} if where else {})
         self._tokenizer = tokenizer
         self._template = template

@@ -18,7 +18,7 @@ from torchtitan.extensions.ingest.token_rows import Lists, RowError, documents_o
 from torchtitan.extensions.ingest.token_tables import (
     PIECE,
     check_ids,
-    check_names,
+    check_schema,
     damaged,
     lists_of,
     pieces_of,
@@ -123,14 +123,14 @@ def _batches(part: TablePart, columns: Columns) -> Iterator[tuple[int, Any]]:
     row = 0
     if not part.path.endswith(".parquet"):
         arrow = ArrowFile(part.path)
-        check_names(part.path, arrow.schema.names, columns)
+        check_schema(part.path, arrow.schema, columns)
         for batch in arrow.batches:
             for piece in pieces_of(batch, len(batch.column(columns.ids).values) if len(batch) else 0):
                 yield row, piece
                 row += len(piece)
         return
     file = pq.ParquetFile(part.path)
-    check_names(part.path, file.schema_arrow.names, columns)
+    check_schema(part.path, file.schema_arrow, columns)
     row = sum(file.metadata.row_group(i).num_rows for i in range(part.start))
     group = file.metadata.row_group(part.start)
     leaves = map(group.column, range(group.num_columns))  # a column of lists is called "NAME.list.element" here

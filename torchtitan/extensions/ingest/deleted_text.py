@@ -96,7 +96,8 @@ def _corpora(cache: Path, path: str) -> Iterator[tuple[Path, dict[str, Any]]]:
 def _differences(source: Source, made: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """What a corpus was made with that the options of a source do not say, or otherwise."""
     options = {"tokenizer", "chat_template", "where", "messages_field", "text_field", "add_bos", "add_eos", "format"}
-    options |= {"synthetic"} | wanted.keys() - {"tokenizer_folder", "vocab_size", "path", "fingerprint", "files"}
+    options |= {"synthetic", "group_by", "part_order", "part_header", "messages_format"}
+    options |= wanted.keys() - {"tokenizer_folder", "vocab_size", "path", "fingerprint", "files"}
     different = [f"{k} = {made.get(k)!r}" for k in sorted(options) if made.get(k) != wanted.get(k)]
     if made.get("bad_records") and source.on_bad_record == "stop":
         different.append("on_bad_record = 'skip'")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import CORPUS_FILE, STATE_FILE, is_tokenized
-from torchtitan.extensions.ingest.open_text import compression, kind_of
+from torchtitan.extensions.ingest.open_text import compression, kind_of, whole_suffix
 from torchtitan.extensions.ingest.source_files import files_below, is_hub, matching_files, source_path
 from torchtitan.extensions.ingest.tables import is_text_folder, saved_files
 from torchtitan.tools.errors import UserError
@@ -99,6 +99,13 @@ def _in_folder(source: Source, path: Path, where: str) -> list[Path]:
     corpora = {p.parent for p in below if p.name == CORPUS_FILE}
     below = [p for p in below if p.parent not in corpora]
     about = [p for p in below if ABOUT.fullmatch(p.name)]
+    if loud := next(
+        (p for p in below if _tier(p) is None and _tier(Path(str(p).lower())) == 0 and p not in about), None
+    ):
+        raise UserError(
+            f"{loud} in {where} would be passed over, because of the capitals in its suffix: rename it (to "
+            f"*{whole_suffix(loud).lower()}), or name the others by a glob."
+        )
     data = [p for p in below if p not in set(about)]
     tiers = [_tier(p) for p in data]
     first = min((tier for tier in tiers if tier is not None), default=None)

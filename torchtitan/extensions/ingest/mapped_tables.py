@@ -1,7 +1,7 @@
 """Tokenized Arrow files of others, read in place: nothing is copied.
 
 Every row is looked at once. What was found, such as where documents lie, is kept in data.cache_folder/token_index for
-as long as the file's size and time stay the same.
+as long as the file's size and times stay the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import ASSISTANT, Corpus
 from torchtitan.datasets.mapped import ArrowFile, FileState, MappedNumbers
 from torchtitan.datasets.tokenizer import Tokenizer
-from torchtitan.extensions.ingest.source_files import source_path
+from torchtitan.extensions.ingest.source_files import file_state, source_path
 from torchtitan.extensions.ingest.token_columns import Columns
 from torchtitan.extensions.ingest.token_files import TokenCorpus
 from torchtitan.extensions.ingest.token_index import MOST_BYTES, read_kept, write_kept
@@ -30,7 +30,7 @@ from torchtitan.extensions.ingest.token_tables import (
     PIECE,
     Tables,
     check_ids,
-    check_names,
+    check_schema,
     damaged,
     ends_of,
     lists_of,
@@ -164,7 +164,7 @@ def _indexes(tables: Tables, cache: Path) -> list[TableIndex]:
     def key(file: Path) -> tuple[str, list[Any]]:
         stat = file.stat()
         what = ["table", INDEX_FORMAT, str(file), columns.key, sampled]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24], [[stat.st_size, stat.st_mtime_ns]]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24], [file_state(stat)]
 
     keys = list(map(key, files))
     kept = [_read(cache, *k) for k in keys]
@@ -209,7 +209,7 @@ def _check_mappable(tables: Tables) -> None:
     for file in tables.files:
         try:
             arrow = ArrowFile(file)
-            check_names(file, arrow.schema.names, tables.columns)
+            check_schema(file, arrow.schema, tables.columns)
             batch = next((batch for batch in arrow.batches if len(batch)), None)
             if batch is not None:
                 lists_of(file, batch.slice(0, 1), tables.columns, 0)
@@ -244,7 +244,7 @@ def _index(file: Path, columns: Columns, sampled: bool) -> TableIndex:
     row = number = 0
     try:
         arrow = ArrowFile(file)
-        check_names(file, arrow.schema.names, columns)
+        check_schema(file, arrow.schema, columns)
         every = max(1, arrow.state.size // (8 * PIECE * SAMPLES)) if sampled else 1
         for batch in arrow.batches:
             count = 0

@@ -20,7 +20,7 @@ from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.convert_tables import TokenReader
 from torchtitan.extensions.ingest.encoder import make_encoder
 from torchtitan.extensions.ingest.mds import MdsShard, array_of, parse_encoding, samples_of
-from torchtitan.extensions.ingest.token_columns import IDS, Columns, choose_columns
+from torchtitan.extensions.ingest.token_columns import IDS, Columns, check_added, choose_columns
 from torchtitan.extensions.ingest.token_rows import Lists
 from torchtitan.extensions.ingest.token_tables import ends_of, refuse_column_keys
 from torchtitan.tools.errors import UserError
@@ -71,6 +71,8 @@ def mds_reader(
                 raise UserError(f"{shard.path} has no column {name!r}, which other shards of its source have.")
             if shard.encodings[name] != "bytes":
                 parse_encoding(shard.path, name, shard.encodings[name])
+        added = shard.encodings.keys() - encodings.keys() - {SPANS}
+        check_added(shard.path, {name: _kind(source, name, shard.encodings[name]) for name in added}, columns)
     dtype = _dtype_of_bytes(source, shards, columns, tokenizer) if encodings[columns.ids] == "bytes" else ""
     found = f" (bytes, found out to be of {np.dtype(dtype).name})" if dtype else ""
     logger.info("%s: MDS shards of tokens, %s%s", source.name, columns.describe(), found)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-from torchtitan.datasets.long_text import LONG
+from torchtitan.datasets.long_text import LONG, LongText
 from torchtitan.datasets.where import Where, look_up
 from torchtitan.extensions.ingest.bad_records import BadRecords, RecordError
 from torchtitan.tools.errors import UserError
@@ -92,7 +92,9 @@ class Fields:
         the row."""
         if self.where:
             roots = [name for name in columns if any(f"{f}.".startswith(f"{name}.") for f in self.where.fields)]
-            if not self.keeps({name: value(name) for name in roots}):
+            looked_at = {name: value(name) for name in roots}
+            texts = {name: "".join(text) for name, text in looked_at.items() if isinstance(text, LongText)}
+            if not self.keeps(looked_at | texts):
                 return None
         record = {name: value(name) if self.nulls else without_nulls(value(name)) for name in columns}
         return record if self.name in record else record | {self.name: look_up(record, self.name)}

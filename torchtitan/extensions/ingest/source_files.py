@@ -148,8 +148,8 @@ def _walk(folder: Path, hidden: bool = False, above: tuple[str, ...] = ()) -> It
 
 
 def _files(paths: list[Path]) -> list[Path]:
-    """The files among the paths; of those in a folder that several links lead to, each once. UserError for a link that
-    leads nowhere."""
+    """The files among the paths; of those in a folder that several links lead to, each once, and no link to another of
+    them. UserError for a link that leads nowhere."""
     real: dict[Path, str] = {}
     files: dict[tuple[str, str], Path] = {}
     for path in sorted(paths):
@@ -162,7 +162,7 @@ def _files(paths: list[Path]) -> list[Path]:
             if path.parent not in real:
                 real[path.parent] = os.path.realpath(path.parent)
             files.setdefault((real[path.parent], path.name), path)
-    return list(files.values())
+    return [p for p in files.values() if not p.is_symlink() or os.path.split(os.path.realpath(p)) not in files]
 
 
 def hash_files(paths: list[Path], cache: Path) -> list[SourceFile]:
@@ -178,12 +178,12 @@ def hash_files(paths: list[Path], cache: Path) -> list[SourceFile]:
         known: dict[str, Any] = {}
         with contextlib.suppress(FileNotFoundError, UserError):  # missing, or cut short by a loss of power
             known = read_json(kept)
-        return known, [known.get(str(p), [])[:3] != _state(s) for p, s in zip(paths, stats)]
+        return known, [known.get(str(p), [])[:3] != file_state(s) for p, s in zip(paths, stats)]
 
     def hashed(path: Path, stat: os.stat_result, new: bool) -> SourceFile:
-        size, mtime_ns, ctime_ns = _state(stat)
+        size, mtime_ns, ctime_ns = file_state(stat)
         file = SourceFile(str(path), size, mtime_ns, hash_file(path) if new else known[str(path)][3], ctime_ns)
-        if new and _state(path.stat()) != _state(stat):
+        if new and file_state(path.stat()) != file_state(stat):
             raise ChangedError(f"{path} was changed while it was being read; start again when it is complete.")
         return file
 
@@ -203,14 +203,15 @@ def hash_files(paths: list[Path], cache: Path) -> list[SourceFile]:
     return files
 
 
-def _state(stat: os.stat_result) -> list[int]:
+def file_state(stat: os.stat_result) -> list[int]:
+    """What shows that a file was changed: its size, and both its times."""
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def check_file_unchanged(file: SourceFile) -> None:
     """ChangedError if the file has another size or time than when it was hashed. If only something about it is new
     (rights, links), it is read again."""
-    size, mtime_ns, ctime_ns = _state(os.stat(file.path))
+    size, mtime_ns, ctime_ns = file_state(os.stat(file.path))
     same = (size, mtime_ns) == (file.size, file.mtime_ns)
     if not same or (ctime_ns != file.ctime_ns and hash_file(file.path) != file.sha256):
         raise ChangedError(f"{file.path} was changed while it was being tokenized; start again when it is complete.")

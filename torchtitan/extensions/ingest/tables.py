@@ -58,12 +58,13 @@ def read_table(span: Span, fields: Fields, read: Callable[[dict[str, Any]], Docu
         row, schema = span.start, arrow_schema(span.path)
         columns = fields.columns({field.name: field.type for field in schema}, span.path)
         batches = _rows(_arrow_batches(span.path), span.start, span.stop)
+    long = fields.name if fields.key == "text_field" else ""
     with _damage(span.path, lambda: row):
         for batch in batches:
             for index in range(len(batch)):
                 row += 1
                 try:
-                    record = fields.of_columns(partial(_cell, batch, index), columns)
+                    record = fields.of_columns(partial(_cell, batch, index, long), columns)
                     if record is None:
                         continue
                     document = read(record)
@@ -166,8 +167,14 @@ def _open_parquet(path: str) -> Any:
         raise DamagedError(f"{path} is not a Parquet file that can be read: {error}.") from error
 
 
-def _cell(batch: Any, index: int, column: str) -> Any:
+def _cell(batch: Any, index: int, long: str, column: str) -> Any:
+    """A value of a column; a LongText only of the column `long`."""
     value = batch.column(column)[index]
-    if value.type in ("string", "large_string") and value.is_valid and len(content := value.as_buffer()) > LONG:
+    if (
+        column == long
+        and value.type in ("string", "large_string")
+        and value.is_valid
+        and len(content := value.as_buffer()) > LONG
+    ):
         return LongText(content)
     return value.as_py()

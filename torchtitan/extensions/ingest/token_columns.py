@@ -192,6 +192,19 @@ def choose_columns(source: Source, kinds: Mapping[str, str], types: Mapping[str,
     return Columns(ids, tuple(said), tuple(unread), not source.ids_field, end, source.document_start)
 
 
+def check_added(place: str, kinds: Mapping[str, str], columns: Columns) -> None:
+    """UserError, which begins with `place`, if a file with the columns `kinds` has one that the first of its source
+    lacks, and that may say something about the loss: only those of the first are read."""
+    for name in kinds.keys() - {*columns.names, *columns.unread}:
+        means = KNOWN.get(name, "") if kinds[name] in ("ids", "list", "bytes") else ""
+        if means or _about_loss(name, kinds[name]):
+            raise UserError(
+                f"{place} has the column {name!r}, which seems to say something about the loss, and the first file of "
+                "its source lacks it, so that it would not be read. Make the files that have it a source of their own, "
+                f'by a glob (there ignore_fields = ["{name}"], if it says nothing).'
+            )
+
+
 def _about_loss(name: str, kind: str) -> bool:
     if kind in ("ids", "list", "bytes"):
         return bool(LIST_ABOUT_LOSS.search(name))

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from torchtitan.extensions.ingest.source_files import file_state
 from torchtitan.extensions.ingest.token_layouts import TokenFile
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import is_writable, lock, written
@@ -96,7 +97,7 @@ def _key(file: TokenFile, cut: Cut, sampled: bool) -> tuple[str, list[Any]]:
     what = [INDEX_FORMAT, *map(str, paths), file.layout, file.dtype, file.begin, searched, sampled]
     stats = [path.stat() for path in paths]
     name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
-    return name, [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+    return name, [file_state(stat) for stat in stats]
 
 
 def _read(cache: Path, name: str, state: list[Any]) -> TokenIndex | None:
@@ -122,7 +123,7 @@ def read_kept(cache: Path, name: str, state: list[Any]) -> dict[str, Any] | None
 
 
 def write_kept(cache: Path, name: str, state: list[Any], about: dict[str, Any], **arrays: np.ndarray) -> None:
-    """Keep what is known of a file whose size and time are `state`. about: JSON."""
+    """Keep what is known of files whose sizes and times are `state`. about: JSON."""
     text = json.dumps({"state": state} | about)
     with written(cache / "token_index" / f"{name}.npz", durable=True, unique=True) as path, open(path, "wb") as file:
         np.savez(file, about=np.array(text), **arrays)  # type: ignore[arg-type]

@@ -92,6 +92,9 @@ def documents_of(columns: Columns, lists: Mapping[str, Lists]) -> Documents:
     else:
         for name in (name for name, kind in columns.said if kind == "special"):
             _check_special(name, beside[name], values, bounds, starts, stops)
+        for name, kind in columns.said:
+            if kind in ("numbers", "positions"):
+                _check_last(name, kind, beside[name], values, bounds, starts, stops)
     rows = np.searchsorted(bounds, starts, side="right") - 1
     return Documents(starts + first, stops + first, trained, rows, empty, unlabelled)
 
@@ -254,4 +257,26 @@ def _check_special(
                 f"{name} shows the special token {ids[at]} several times at an end of the row, which looks like "
                 f"padding, and no column says which tokens are trained. Write an attention_mask with 0 for padding, or "
                 f'labels; or set ignore_fields = ["{name}"] to train on them.',
+            )
+
+
+def _check_last(
+    name: str, kind: str, said: np.ndarray, ids: np.ndarray, bounds: np.ndarray, starts: np.ndarray, stops: np.ndarray
+) -> None:
+    """RowError if a row seems to have padding that no other column names: documents of one id over and over that have
+    the number -1, or 0 behind another number; or, by positions, that are one token each, at the end of the row."""
+    number = said[starts]
+    before = np.append(False, np.isin(starts[1:], stops[:-1]) & ~np.isin(starts[1:], bounds))  # in the row
+    if kind == "numbers":
+        seems = (number == -1) | ((number == 0) & before & (np.append(0, number[:-1]) != 0))
+    else:
+        one = stops - starts == 1
+        seems = one & before & np.append(False, one[:-1]) & np.isin(stops, bounds)
+        seems[1:] &= ids[starts[1:]] == ids[starts[:-1]]
+    for start, stop in zip(starts[seems].tolist(), stops[seems].tolist()):
+        if (ids[start:stop] == ids[start]).all():
+            raise RowError(
+                _row(bounds, start),
+                f"{name} holds {said[start]} for tokens that are all {ids[start]}, which looks like padding, and no "
+                "column says so. Write an attention_mask with 0 for padding, or labels of -100 there.",
             )

@@ -24,7 +24,7 @@ from torchtitan.extensions.ingest.find_text import ABOUT, check_splits
 from torchtitan.extensions.ingest.source_files import files_below, is_hub, matching_files, source_path
 from torchtitan.extensions.ingest.stand_in import MARK
 from torchtitan.extensions.ingest.tables import saved_files
-from torchtitan.extensions.ingest.token_columns import Columns, choose_columns, kind_of_type
+from torchtitan.extensions.ingest.token_columns import Columns, check_added, choose_columns, kind_of_type
 from torchtitan.extensions.ingest.token_rows import Lists
 from torchtitan.tools.errors import UserError
 
@@ -69,7 +69,8 @@ def find_tables(source: Source, data: Data) -> Tables | None:
             return None
     if not files:
         return None
-    schema = schema_of(files[0])
+    if (schema := _first_schema(source, files)) is None:
+        return None
     kinds = {field.name: kind_of_type(field.type) for field in schema}
     types = {field.name: str(field.type) for field in schema}
     if not source.ids_field:
@@ -92,6 +93,12 @@ def find_tables(source: Source, data: Data) -> Tables | None:
         columns = choose_columns(source, kinds, types, str(files[0]))
     if columns is None:
         return None
+    if source.text_field != Source.text_field and not source.ids_field:
+        raise UserError(
+            f"{files[0]} of data source {source.name!r} holds tokens, in the column {columns.ids!r}, and no column "
+            f'{source.text_field!r} (text_field): leave text_field out to read the tokens, or set format = "text" and '
+            f"text_field to its text; it has {', '.join(kinds)}."
+        )
     if path.is_dir() and not saved:
         other = next((p for p in below if p.name.endswith((".jsonl", ".txt", ".jsonl.gz", ".jsonl.zst"))), None)
         if other is not None and not ABOUT.fullmatch(other.name):
@@ -108,6 +115,18 @@ def find_tables(source: Source, data: Data) -> Tables | None:
                 "read twice if they hold the same rows: name those of one kind by a glob."
             )
     return Tables(tuple(p.absolute() for p in files), columns)
+
+
+def _first_schema(source: Source, files: Sequence[Path]) -> Any:
+    """The schema of the first file; of the first that can be read, if damaged ones are left out; None if there is
+    none."""
+    for file in files:
+        try:
+            return schema_of(file)
+        except UserError:
+            if source.on_bad_record == "stop":
+                raise
+    return None
 
 
 def schema_of(file: Path) -> Any:
@@ -130,13 +149,15 @@ def damaged(file: Path | str, error: BaseException) -> UserError:
     return UserError(f"{file} is damaged, or no {what} file: {why}. Copy or make it again, or take it out.")
 
 
-def check_names(file: Path | str, names: Sequence[str], columns: Columns) -> None:
-    """UserError unless a file with the columns `names` has those that are read."""
+def check_schema(file: Path | str, schema: Any, columns: Columns) -> None:
+    """UserError unless a file with this pyarrow schema has the columns that are read, and no other about the loss."""
+    names = schema.names
     if missing := next((name for name in columns.names if name not in names), None):
         raise UserError(
             f"{file} has no column {missing!r}, which other files of its source have; it has "
             f"{', '.join(names) or 'none'}. Name files of one kind by a glob."
         )
+    check_added(str(file), {field.name: kind_of_type(field.type) for field in schema}, columns)
 
 
 def lists_of(file: Path | str, batch: Any, columns: Columns, row: int) -> dict[str, Lists]:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan.config.data_schema import Data, Source
+from torchtitan.datasets.corpus import CORPUS_FILE
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.bad_records import BadRecordError, DamagedError, bad_in_all, by_part, check_share
 from torchtitan.extensions.ingest.convert_tables import TablePart, TokenReader, parts_of, read_part
@@ -54,7 +55,7 @@ from torchtitan.extensions.ingest.units import (
 )
 from torchtitan.extensions.ingest.workers import Progress, WorkerKilledError, cores, run_units
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import is_writable, lock, make_writable
+from torchtitan.tools.folders import is_writable, lock, make_writable, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ def tokenize_shard(
         if isinstance(material, Path):
             return material
         if made := made_folder(cache, material.name, source.on_bad_record == "skip"):
+            _check_made(made, source)
             return made
         lacks = f"It does not hold {material.name}, the corpus of data source {source.name!r} ({material.what})."
         make_writable("data.cache_folder", cache, lacks)
@@ -119,6 +121,14 @@ def tokenize_shard(
             f"readable, and is there room ({_free(cache) / 2**30:.2f} GiB are free)? Finished units "
             "are kept: start again to continue."
         ) from error
+
+
+def _check_made(made: Path, source: Source) -> None:
+    """UserError if more bad records were left out of a finished corpus than the source allows by now."""
+    if source.on_bad_record == "skip" and (about := read_json(made / CORPUS_FILE)).get("bad_records"):
+        check_share(
+            source.name, about["bad_records"], sum(file["size"] for file in about["files"]), source.max_bad_share
+        )
 
 
 def _free(folder: Path) -> int:
@@ -283,10 +293,9 @@ def _tokenize(material: Material, source: Source, cache: Path, index: int, count
                 corpus.aside.rmdir()
             if not isinstance(error, BadRecordError):
                 raise
-            raise UserError(
-                f'{error} What is done is kept: start again once that is mended, or set on_bad_record = "skip" for '
-                f"data source {source.name!r} to have such records left out and counted."
-            ) from error
+            skip = f', or set on_bad_record = "skip" for data source {source.name!r} to have such records left out and'
+            way_out = "" if source.group_by else f"{skip} counted"
+            raise UserError(f"{error} What is done is kept: start again once that is mended{way_out}.") from error
         except WorkerKilledError as error:
             raise UserError(
                 f"Tokenizing data source {source.name!r} failed: {error} Perhaps the system killed it because "

@@ -221,6 +221,8 @@ def test_too_many(tokenizer: Tokenizer, data: Data, source: Source) -> None:
         raise AssertionError("it was tokenized before")
 
     made = tokenize_source(replace(source, max_bad_share=0.01), replace(tokenizer, _encode_batch=refuse), data, 1)
+    with pytest.raises(UserError, match="max_bad_share = 0.009"):  # of a finished corpus too
+        tokenize_source(replace(source, max_bad_share=0.009), tokenizer, data, 1)
     assert documents(made) == expected(["good"] * 99)
 
 

@@ -92,6 +92,17 @@ def test_other_options_and_several_corpora_are_named(
     assert tokenize_source(skip, tokenizer, data, 1) == second
 
 
+def test_a_grouped_corpus_is_not_that_of_its_records(
+    source: Source, tokenizer: Tokenizer, data: Data, tmp_path: Path
+) -> None:
+    grouped = replace(source, group_by="score", part_order="")
+    made = tokenize_source(grouped, tokenizer, data, 1)
+    shutil.rmtree(tmp_path / "text")
+    with pytest.raises(UserError, match=f"{made} .*group_by = 'score'.*Set these back"):
+        tokenize_source(source, tokenizer, data, 1)
+    assert tokenize_source(grouped, tokenizer, data, 1) == made
+
+
 def test_part_of_the_text_is_another_source(source: Source, tokenizer: Tokenizer, data: Data, tmp_path: Path) -> None:
     made = resolve_source(source, tokenizer, data)
     gone = tmp_path / "text" / "b.jsonl"

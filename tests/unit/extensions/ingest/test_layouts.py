@@ -140,7 +140,7 @@ def test_what_is_not_whole_or_not_what_its_name_says(read: Callable[..., list[st
         (tmp_path / name).write_bytes(content)
         refused(read, name, *words)
     pq.write_table(pa.table({"input_ids": [[1, 2], [3]]}), tmp_path / "tokens.parquet")
-    refused(read, "tokens.parquet", "'input_ids' holds lists of integers", 'ids_field = "input_ids"')
+    refused(read, "tokens.parquet", "'input_ids' holds lists of integers", 'ids_field = "input_ids"', format="text")
     refused(read, "a.jsonl", "UTF-16", num_proc=2)
 
 

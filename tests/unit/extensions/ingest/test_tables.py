@@ -224,3 +224,30 @@ def test_parts_of_a_corpus_do_not_depend_on_the_writer(
     for index in range(len(ROWS)):
         first, *others = (corpus.document(index) for corpus in corpora)
         assert all(np.array_equal(first, other) for other in others)
+
+
+def test_where_over_a_long_text(read: Callable[..., list[str]], tmp_path: Path) -> None:
+    """A long text in a column is not held as a str, but it is compared as one."""
+    long = "lorem ipsum " * 100_000
+    pq.write_table(pa.table({"text": [long, "short"], "other": ["a", long]}), tmp_path / "a.parquet")
+    assert read("a.parquet", where="'lorem' in text") == [long]
+    assert read("a.parquet", where="text != 'short'") == [long]
+    assert read("a.parquet", where="other == 'a'") == [long]
+
+
+def test_no_file_is_read_twice_or_lost_by_its_name(read: Callable[..., list[str]], tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "a" / "a.jsonl").symlink_to("b.jsonl")
+    (tmp_path / "a" / "latest.jsonl").symlink_to(tmp_path / "a" / "b.jsonl")
+    assert read("a") == read("a/*.jsonl") == read("a/latest.jsonl") == ["one"]
+    (tmp_path / "a" / "c.JSONL").write_text('{"text": "two"}\n')
+    refused(read, "a", "c.JSONL", "rename it")
+
+
+def test_a_damaged_first_file_is_left_out(read: Callable[..., list[str]], tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    pq.write_table(pa.table({"text": ["one", "two"]}), tmp_path / "a" / "b.parquet")
+    (tmp_path / "a" / "a.parquet").write_bytes(b"PAR1 cut")
+    refused(read, "a", "a.parquet is damaged")
+    assert read("a", on_bad_record="skip", max_bad_share=0.9) == ["one", "two"]

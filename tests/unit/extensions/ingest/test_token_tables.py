@@ -7,6 +7,7 @@ The oracle, plain_documents, goes through the rows token by token.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -375,6 +376,60 @@ def test_padding_that_no_column_names(tmp_path: Path, tokenizer: Tokenizer, data
     assert found(resolve(WRITERS["file"](tmp_path / "b", table_of(rows)), tokenizer, data)) == plain_documents(rows)
 
 
+@pytest.mark.parametrize(
+    "name, said, padded",
+    [
+        ("segment_ids", [1, 1, 2, 0, 0], True),
+        ("segment_ids", [1, 1, 2, 2, 0], True),
+        ("segment_ids", [0, 0, 1, 1, 1], False),  # documents are numbered from 0 on
+        ("document_ids", [0, 0, 1, -1, -1], True),
+        ("document_ids", [3, 3, 1, -7, -7], False),  # by a hash
+        ("position_ids", [0, 1, 2, 0, 0], True),
+        ("position_ids", [0, 1, 2, 0, 1], False),
+        ("position_ids", [0, 0, 0, 1, 2], False),
+    ],
+)
+def test_padding_of_packed_rows(
+    name: str, said: list[int], padded: bool, tmp_path: Path, tokenizer: Tokenizer, data: Data
+) -> None:
+    rows = {"input_ids": [[1, 2, 3, 4, 5], [1, 2, 3, 9, 9]], name: [said, said]}
+    ends = {"add_bos": False, "add_eos": False}
+    for write in ("file", "parquet"):
+        path = WRITERS[write](tmp_path / write, table_of(rows))
+        if padded:
+            with pytest.raises(UserError, match=f"row [01]: {name} holds .* looks like padding.*attention_mask"):
+                resolve(path, tokenizer, replace(data, **ends))
+        else:
+            cuts = [
+                0,
+                *(k for k in range(1, 5) if (said[k] == 0 if name == "position_ids" else said[k] != said[k - 1])),
+                5,
+            ]
+            expected = [row[a:b] for row in rows["input_ids"] for a, b in zip(cuts, cuts[1:])]
+            assert [ids for ids, _ in found(resolve(path, tokenizer, replace(data, **ends)))] == expected
+        labels = {"labels": [[-100, 2, 3, 4, 5], [-100, 2, 3, -100, -100]]}
+        labelled = resolve(WRITERS[write](tmp_path / f"{write}-labels", table_of(rows | labels)), tokenizer, data)
+        assert all(9 not in ids for ids, _ in found(labelled))
+
+
+@pytest.mark.parametrize("column", ["labels", "loss_mask", "my_mask"])
+def test_files_of_which_only_some_say_what_is_trained(
+    column: str, tmp_path: Path, tokenizer: Tokenizer, data: Data
+) -> None:
+    for write in ("file", "zstd", "parquet"):
+        first = WRITERS[write](tmp_path / write, table_of({"input_ids": IDS}))
+        more = WRITERS[write](tmp_path / f"{write}-more", table_of({"input_ids": IDS, column: IDS}))
+        more.rename(first.with_name(f"second{more.suffix}"))
+        with pytest.raises(UserError, match=f"second.* has the column '{column}', .*lacks it.*by a glob"):
+            resolve(first.parent, tokenizer, data)
+
+
+def test_a_misspelt_text_field_reads_no_tokens(tmp_path: Path, tokenizer: Tokenizer, data: Data) -> None:
+    path = WRITERS["file"](tmp_path / "rows", table_of({"input_ids": IDS, "content": ["a", "b", "c"]}))
+    with pytest.raises(UserError, match="no column 'contents' .text_field.*leave text_field out.*content"):
+        resolve(path, tokenizer, data, text_field="contents")
+
+
 def test_ids_that_are_none(tmp_path: Path, tokenizer: Tokenizer, data: Data) -> None:
     for number, (rows, words) in enumerate(
         [
@@ -476,6 +531,14 @@ def test_a_changed_file_is_looked_at_again(tmp_path: Path, tokenizer: Tokenizer,
     WRITERS["file"](tmp_path / "rows", table_of({"input_ids": other}))
     second = resolve(path, tokenizer, data)
     assert found(second) == plain_documents({"input_ids": other}) and first.fingerprint != second.fingerprint
+    times = path.stat()
+    moved = [[9, 2], [4, 5, 3], IDS[2]]
+    path.write_bytes(WRITERS["file"](tmp_path / "moved", table_of({"input_ids": moved})).read_bytes())
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as an editor or rsync may set it back
+    assert path.stat().st_size == times.st_size
+    assert found(resolve(path, tokenizer, data)) == plain_documents({"input_ids": moved})
+    shutil.rmtree(tmp_path / "rows")
+    WRITERS["file"](tmp_path / "rows", table_of({"input_ids": other}))
     bare = resolve(path, tokenizer, replace(data, add_bos=False, add_eos=False))
     assert found(bare) == plain_documents({"input_ids": other}, ends=False)
     assert bare.fingerprint != second.fingerprint
