@@ -96,7 +96,7 @@ def time_planning(documents: int, tokens: int, row: int = ROW, length: int | Non
         lengths, data = [np.full(documents, length)], Data(sources=(Source("short", "short"),))
     rows = -(-tokens // row)
     start = time.perf_counter()
-    streams, _ = build_streams(data, lengths, [0] * len(lengths), row, steps=1)
+    streams, _ = build_streams(data, lengths, [0] * len(lengths), row, range(1))
     with tempfile.TemporaryDirectory() as scratch:
         write_table(make_chunks(Stage(streams, data, row, rows, seed=0)), Path(scratch) / "plan")
         seconds = time.perf_counter() - start

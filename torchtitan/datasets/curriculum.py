@@ -90,3 +90,9 @@ def integral(curve: np.ndarray, steps: np.ndarray) -> np.ndarray:
     left = np.searchsorted(at, steps, side="right") - 1
     beyond = np.asarray(steps, np.float64) - at[left]
     return np.asarray(areas[left] + beyond * (share[left] + slopes[left] * beyond / 2))
+
+
+def mean(curve: np.ndarray, steps: range) -> float:
+    """The share of a curve over these steps."""
+    begin, end = integral(curve, np.array([steps.start, steps.stop]))
+    return float(end - begin) / max(1, len(steps))

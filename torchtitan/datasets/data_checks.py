@@ -207,8 +207,6 @@ def _even(count: int) -> list[float]:
 
 def _check_points(source: Source, where: str, data: Data) -> None:
     """schedule."""
-    if source.schedule:  # until row_table.py reads curves
-        raise UserError(f"{where}: schedule is not read yet.")
     steps = [point.step for point in source.schedule]
     if any(first >= second for first, second in zip(steps, steps[1:])):
         raise UserError(

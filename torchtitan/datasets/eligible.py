@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from torchtitan.config.data_schema import Data, Source
+from torchtitan.datasets.same_data import BY_LENGTH
 from torchtitan.tools.constants import CUT_AT
+from torchtitan.tools.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -124,4 +126,45 @@ def nothing_left(source: Source, data: Data, tokens: np.ndarray, left: Eligible,
     return (
         f"Data source {source.name!r} has no document left to read: of {len(tokens)}, {why or 'none has a token'}."
         f"{lengths} Change these options, or take the source out."
+    )
+
+
+def long_threshold(source: Source, data: Data) -> int:
+    """Documents of more tokens are long where upsampling tells documents apart, and in the report."""
+    return data.long_threshold if source.long_threshold is None else source.long_threshold
+
+
+def check_upsampled(
+    data: Data, eligible: Sequence[Eligible], long_shares: Sequence[float], is_read: np.ndarray
+) -> None:
+    """UserError if documents are to be upsampled and there are none."""
+    if data.strategy in BY_LENGTH:
+        if not any(read and long for read, long in zip(is_read, long_shares)):
+            raise UserError(
+                f'data.strategy = "{data.strategy}" upsamples documents of more than data.long_threshold = '
+                f"{data.long_threshold} tokens (or a source's own long_threshold), but no source has one. Lower the "
+                "threshold."
+            )
+        return
+    for source, left, long, read in zip(data.sources, eligible, long_shares, is_read):
+        key = "upsample_to" if source.upsample_to is not None else "upsample"
+        if read and not long and getattr(source, key) is not None:
+            threshold = "data.long_threshold" if source.long_threshold is None else "its long_threshold"
+            raise UserError(
+                f"Data source {source.name!r}: {key} upsamples documents of more than {threshold} = "
+                f"{long_threshold(source, data)} tokens, but it has none: its longest has {int(left.lengths.max())}. "
+                f"Lower the threshold, or take {key} out."
+            )
+
+
+def empty_bin(source: Source, kind: str, lengths: str, left: Eligible) -> str:
+    """What is wrong with a bin (kind and lengths as in mixture.Stream) that no document left fits."""
+    edges = [-1, *source.length_bins, np.inf]
+    counts = np.histogram(left.lengths, np.array(edges) + 1)[0]
+    have = ", ".join(f"{n:,} in bin {number}" for number, n in enumerate(counts) if n)
+    return (
+        f"Data source {source.name!r}: length_shares asks for documents of {kind} of length_bins = "
+        f"{list(source.length_bins)} ({lengths} tokens), but it has none: its documents have "
+        f"{int(left.lengths.min()):,} to {int(left.lengths.max()):,} tokens ({have}). Set that share to 0, or change "
+        "length_bins."
     )

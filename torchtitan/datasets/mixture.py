@@ -15,10 +15,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from torchtitan.config.data_schema import Data, Source
-from torchtitan.datasets.curriculum import integral, length_shares_at, resolve, schedule_steps, weights_at
-from torchtitan.datasets.eligible import Eligible, LeftOut, apply_filters, nothing_left, without_copies
-from torchtitan.datasets.same_data import BY_LENGTH, normalize
+from torchtitan.config.data_schema import Data
+from torchtitan.datasets.curriculum import length_shares_at, mean, resolve, schedule_steps, weights_at
+from torchtitan.datasets.eligible import (
+    Eligible,
+    LeftOut,
+    apply_filters,
+    check_upsampled,
+    empty_bin,
+    long_threshold,
+    nothing_left,
+    without_copies,
+)
+from torchtitan.datasets.same_data import normalize
 from torchtitan.tools.errors import UserError
 
 ANY_LENGTH = int(np.iinfo(np.int64).max)
@@ -71,15 +80,15 @@ def build_streams(
     lengths: Sequence[np.ndarray],
     separators: Sequence[int],
     seq_len: int,
-    steps: int,
+    steps: range,
     excluded: Sequence[np.ndarray | None] = (),
     hashes: Sequence[np.ndarray | None] = (),
 ) -> tuple[list[Stream], list[LeftOut]]:
     """The streams of data.sources (of those with a weight) and what each source leaves out.
 
     lengths: int64[n] per source, tokens of its documents. separators: how many tokens follow each document of a source.
-    steps: of the stage. They decide Stream.share where there is a curve, and nothing else. excluded, hashes: of each
-    corpus (corpus.Corpus).
+    steps: that are planned; they decide Stream.share where there is a curve, and nothing else. excluded, hashes: of
+    each corpus (corpus.Corpus).
     UserError if a source has nothing left, or its documents do not have the lengths that are asked for.
     """
     unknown = [None] * len(data.sources)
@@ -95,7 +104,7 @@ def build_streams(
     for source, read, tokens, left in zip(data.sources, is_read, lengths, eligible):
         if read and len(left.documents) == 0:
             raise UserError(nothing_left(source, data, tokens[: source.max_documents], left, seq_len))
-    _check_upsampled(data, eligible, long_shares, is_read)
+    check_upsampled(data, eligible, long_shares, is_read)
     parts = [_parts(i, data, long_shares) for i in range(len(data.sources))]
     table = resolve(lambda step: _shares(data, step, long_shares), at)
     of_parts = np.split(table[:, 1:], np.cumsum([len(p) for p in parts])[:-1], axis=1)
@@ -107,52 +116,13 @@ def build_streams(
             which = (left.lengths > over) & (left.lengths <= up_to)
             documents, pieces = _pieces(left, which)
             curve = None if (share == share[0]).all() else np.stack([table[:, 0], share], axis=1)
-            mean = float(share[0] if curve is None else integral(curve, np.array(steps)) / steps)
-            stream = Stream(index, kind, mean, documents, pieces, int(left.used[which].sum()), over, up_to, curve)
+            of_stage = float(share[0]) if curve is None else mean(curve, steps)
+            epoch = int(left.used[which].sum())
+            stream = Stream(index, kind, of_stage, documents, pieces, epoch, over, up_to, curve)
             if not which.any():
-                raise UserError(_empty_bin(data.sources[index], stream, left))
+                raise UserError(empty_bin(data.sources[index], kind, stream.name, left))
             streams.append(stream)
     return streams, [e.left_out for e in eligible]
-
-
-def _check_upsampled(
-    data: Data, eligible: Sequence[Eligible], long_shares: Sequence[float], is_read: np.ndarray
-) -> None:
-    """UserError if documents are to be upsampled and there are none."""
-    if data.strategy in BY_LENGTH:
-        if not any(read and long for read, long in zip(is_read, long_shares)):
-            raise UserError(
-                f'data.strategy = "{data.strategy}" upsamples documents of more than data.long_threshold = '
-                f"{data.long_threshold} tokens (or a source's own long_threshold), but no source has one. Lower the "
-                "threshold."
-            )
-        return
-    for source, left, long, read in zip(data.sources, eligible, long_shares, is_read):
-        key = "upsample_to" if source.upsample_to is not None else "upsample"
-        if read and not long and getattr(source, key) is not None:
-            threshold = "data.long_threshold" if source.long_threshold is None else "its long_threshold"
-            raise UserError(
-                f"Data source {source.name!r}: {key} upsamples documents of more than {threshold} = "
-                f"{long_threshold(source, data)} tokens, but it has none: its longest has {int(left.lengths.max())}. "
-                f"Lower the threshold, or take {key} out."
-            )
-
-
-def _empty_bin(source: Source, stream: Stream, left: Eligible) -> str:
-    edges = [-1, *source.length_bins, np.inf]
-    counts = np.histogram(left.lengths, np.array(edges) + 1)[0]
-    have = ", ".join(f"{n:,} in bin {number}" for number, n in enumerate(counts) if n)
-    return (
-        f"Data source {source.name!r}: length_shares asks for documents of {stream.kind} of length_bins = "
-        f"{list(source.length_bins)} ({stream.name} tokens), but it has none: its documents have "
-        f"{int(left.lengths.min()):,} to {int(left.lengths.max()):,} tokens ({have}). Set that share to 0, or change "
-        "length_bins."
-    )
-
-
-def long_threshold(source: Source, data: Data) -> int:
-    """Documents of more tokens are long where upsampling tells documents apart, and in the report."""
-    return data.long_threshold if source.long_threshold is None else source.long_threshold
 
 
 def check_epochs(data: Data, streams: Sequence[Stream], read: Sequence[int]) -> None:

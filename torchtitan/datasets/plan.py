@@ -99,9 +99,8 @@ class Plan:
         self.read_before = digest(self.read)
         lengths = [corpus.lengths for corpus in self.corpora]
         counts = [len(ids) for ids in self.separators]
-        self.streams, self.left_out = build_streams(
-            data, lengths, counts, seq_len, steps, [c.excluded for c in self.corpora], [c.hashes for c in self.corpora]
-        )
+        excluded, hashes = [c.excluded for c in self.corpora], [c.hashes for c in self.corpora]
+        self.streams, self.left_out = build_streams(data, lengths, counts, seq_len, self.planned, excluded, hashes)
         stage = self._stage()
         self.start = stage.read
         check_needed(stage)

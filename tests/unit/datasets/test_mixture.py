@@ -20,7 +20,7 @@ Domains = dict[str, Corpus]
 
 def streams_of(domains: Domains, seq_len: int = SEQ_LEN, **options: Any) -> list[Stream]:
     lengths = [corpus.lengths for corpus in domains.values()]
-    return build_streams(domain_data(**options), lengths, [0] * len(lengths), seq_len, 1)[0]
+    return build_streams(domain_data(**options), lengths, [0] * len(lengths), seq_len, range(1))[0]
 
 
 def shares_by_source(streams: list[Stream]) -> list[float]:
@@ -107,7 +107,7 @@ def test_filters_and_policies_account_for_every_token() -> None:
 
     def left(**options: Any) -> tuple[dict[int, list[int]], Any]:
         data = Data(sources=(Source(name="a", path="a", **options),))
-        streams, left_out = build_streams(data, [lengths], [0], 16, 1)
+        streams, left_out = build_streams(data, [lengths], [0], 16, range(1))
         pieces: dict[int, list[int]] = {}
         for document, length in zip(streams[0].documents.tolist(), streams[0].lengths.tolist()):
             pieces.setdefault(document, []).append(length)
@@ -139,11 +139,12 @@ def test_a_separator_follows_each_document_where_it_has_room(separator: int) -> 
     }
     for policy, pieces in expected.items():
         data = Data(sources=(Source(name="a", path="a", long_document=policy),))  # type: ignore[arg-type]
-        streams, (left_out,) = build_streams(data, lengths, [separator], 16, 1)
+        streams, (left_out,) = build_streams(data, lengths, [separator], 16, range(1))
         assert streams[0].lengths.tolist() == pieces
         assert left_out.truncated == ((2, 4 + 16) if policy == "truncate" else (0, 0))
     data = Data(sources=(Source(name="a", path="a"),), packing="concat")
-    assert build_streams(data, lengths, [separator], 16, 1)[0][0].lengths.tolist() == (lengths[0] + separator).tolist()
+    (stream,), _ = build_streams(data, lengths, [separator], 16, range(1))
+    assert stream.lengths.tolist() == (lengths[0] + separator).tolist()
 
 
 BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -163,7 +164,7 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 def test_a_source_with_nothing_left(name: str) -> None:
     options, words = BAD[name]
     with pytest.raises(UserError) as error:
-        build_streams(Data(sources=(Source(name="a", path="a", **options),)), [np.array([40, 100])], [0], 16, 1)
+        build_streams(Data(sources=(Source(name="a", path="a", **options),)), [np.array([40, 100])], [0], 16, range(1))
     for word in words:
         assert word in str(error.value)
 

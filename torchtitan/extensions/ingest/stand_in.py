@@ -11,7 +11,7 @@ import numpy as np
 from torchtitan.config import JobConfig
 from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.corpus import ASSISTANT
-from torchtitan.datasets.mixture import long_threshold
+from torchtitan.datasets.eligible import long_threshold
 from torchtitan.extensions.ingest.source_files import is_hub, source_path
 from torchtitan.tools.errors import UserError
 from torchtitan.tools.urls import join_url

@@ -18,8 +18,7 @@ from torchtitan.config.checks import dp_degree
 from torchtitan.config.schema import JobConfig
 from torchtitan.datasets.corpus import ASSISTANT, CONVERSATIONS_LEFT_OUT, CORPUS_FILE, ROLES, Corpus
 from torchtitan.datasets.dealing import deal, imbalance, undealt
-from torchtitan.datasets.eligible import piece_limit
-from torchtitan.datasets.mixture import long_threshold
+from torchtitan.datasets.eligible import long_threshold, piece_limit
 from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.read_so_far import ReadSoFar, read_until
 from torchtitan.datasets.tokenizer import json_if_present
