@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -95,6 +97,14 @@ def text(name: str, content: bytes) -> Make:
         return {"data__sources__0__path": spoiled / name}
 
     return make
+
+
+def labelled(path: Path) -> Overrides:
+    """The stage with tokenized rows that have labels, one of them longer than any row."""
+    lengths = 9, 9999
+    labels = [[-100] * (n - 1) + [5] for n in lengths]
+    pq.write_table(pa.table({"input_ids": [[5] * n for n in lengths], "labels": labels}), path)
+    return {"data__sources__0__path": path}
 
 
 def asset(name: str, content: bytes | None, **overrides: Any) -> Make:
@@ -207,6 +217,10 @@ CASES: dict[str, tuple[Make, list[str]]] = {
             data__sources__0__messages_field="messages", data__sources__0__long_document="drop", data__packing="concat"
         ),
         ['packing = "concat"', '"best_fit"'],
+    ),
+    "rows with labels that would be cut": (
+        lambda spoiled, assets: labelled(spoiled / "rows.parquet"),
+        ["'text' has labels", "1 of its 2 documents are longer than", '"drop"', '"truncate"', '"split"'],
     ),
     "too little text": (
         lambda spoiled, assets: (

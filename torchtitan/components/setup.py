@@ -28,6 +28,7 @@ from torchtitan.config.data_schema import Data, Source
 from torchtitan.config.schema import Training
 from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.ends_of_turn import begins_with_bos, ends_of_turn, named_ends
+from torchtitan.datasets.masked_documents import check_masked
 from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.positions import sentence_end_ids
 from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
@@ -194,6 +195,7 @@ def make_plan(
                 f'Source "{source.name}" holds token {corpus.max_token_id}, but the model\'s vocabulary ends at '
                 f"{vocab_size - 1}: data.sources.path = {source.path} was made with another tokenizer."
             )
+    check_masked(data, corpora, config.training.seq_len)
     return Plan(
         data,
         corpora,

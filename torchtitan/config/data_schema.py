@@ -137,9 +137,10 @@ class Source:
     chunk_length: Annotated[int | None, Range(min=1), Decides("rows")] = None
     """Longest piece of a document, in tokens, if it should be shorter than a row. Pieces do not see each other."""
 
-    long_document: Annotated[Literal["split", "truncate", "drop"], Decides("rows")] = "split"
+    long_document: Annotated[Literal["split", "truncate", "drop"] | None, Decides("rows")] = None
     """What happens to a document longer than a row (or chunk_length). split: it is cut into pieces, and every token is
-    used. truncate: only its beginning is used. drop: it is left out."""
+    used. truncate: only its beginning is used. drop: it is left out. Unset: split, but refused if only some of its
+    tokens have a loss."""
 
     upsample: Annotated[float | None, Range(min=1), Decides("rows")] = None
     """How many times as often documents of more than long_threshold tokens occur as shorter ones."""

@@ -137,7 +137,7 @@ def _check_source(source: Source, where: str, config: JobConfig) -> None:
             f'{where}: messages_format = "{source.messages_format}" is read with messages_field, which is not set: '
             'name the field of the conversation ("instruction" of Alpaca), or leave it out.'
         )
-    if source.messages_field and source.long_document == "split":
+    if source.messages_field and source.long_document in (None, "split"):
         raise UserError(
             f'{where}: a conversation (messages_field = "{source.messages_field}") that is longer than a row cannot be '
             'split, because its second part would answer what it does not see: set long_document = "drop" (left out, '

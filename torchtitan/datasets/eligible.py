@@ -58,7 +58,7 @@ def apply_filters(
     limit = piece_limit(source, data, seq_len)
     dropped = np.zeros(len(tokens), bool)
     used, bound = tokens, limit
-    if source.long_document != "split":
+    if source.long_document in ("truncate", "drop"):
         bound = min(limit or seq_len, seq_len)
         if source.long_document == "drop":
             dropped = fits & (tokens > bound)

@@ -97,7 +97,7 @@ def build_streams(
         for source, tokens, separator, out in zip(data.sources, lengths, separators, excluded or unknown, strict=True)
     ]
     at = schedule_steps(data) or [0]
-    is_read = np.any([_weights(data, step) for step in at], axis=0)
+    is_read = sources_read(data)
     eligible = without_copies(data, eligible, hashes or unknown, is_read)
     long = [e.lengths > long_threshold(source, data) for source, e in zip(data.sources, eligible)]
     long_shares = [int(e.used[which].sum()) / max(1, int(e.used.sum())) for which, e in zip(long, eligible)]
@@ -123,6 +123,11 @@ def build_streams(
                 raise UserError(empty_bin(data.sources[index], kind, stream.name, left))
             streams.append(stream)
     return streams, [e.left_out for e in eligible]
+
+
+def sources_read(data: Data) -> np.ndarray:
+    """bool per source: whether it has a weight at some step."""
+    return np.asarray(np.any([_weights(data, step) for step in schedule_steps(data) or [0]], axis=0))
 
 
 def check_epochs(data: Data, streams: Sequence[Stream], read: Sequence[int]) -> None:

@@ -35,7 +35,7 @@ def digest(read: Sequence[np.ndarray | None]) -> str | None:
 def piece_bounds(source: Source, data: Data, seq_len: int) -> tuple[int | None, int | None]:
     """(longest piece, tokens up to which a separator has room)."""
     limit = piece_limit(source, data, seq_len)
-    return limit, limit if source.long_document == "split" else min(limit or seq_len, seq_len)
+    return limit, min(limit or seq_len, seq_len) if source.long_document in ("truncate", "drop") else limit
 
 
 def first_epochs(

@@ -63,6 +63,8 @@ def data_keys(data: Data) -> dict[str, Any]:
 def source_options(source: Source, *decisions: Decision) -> dict[str, Any]:
     """The keys of a source that decide one of these and are set, except its name and weights, which shares() has."""
     source = replace(source, schedule=tuple(replace(p, weight=None) for p in source.schedule if p.length_shares))
+    if source.long_document == "split":  # as if it were unset
+        source = replace(source, long_document=None)
     options, default = (keys_that_decide(table, *decisions) for table in (source, Source()))
     return {k: v for k, v in options.items() if v != default[k] and k not in ("name", "weight")}
 

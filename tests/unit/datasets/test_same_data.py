@@ -136,6 +136,10 @@ def test_what_a_key_of_a_source_decides(key: str) -> None:
     check_decision(keys_of(Source)[key].decides, stage({}, options), stage({}, options | {key: value}))
 
 
+def test_to_split_is_the_same_said_or_not() -> None:
+    check_decision(None, stage({}, {}), stage({}, {"long_document": "split"}))
+
+
 @pytest.mark.parametrize("key", ANOTHER_POINT)
 def test_what_a_key_of_a_point_decides(key: str) -> None:
     first, second = Point(0, 1.0, (0.2, 0.8)), Point(5, 3.0, (0.8, 0.2))
