@@ -18,22 +18,22 @@ class LastRow:
         self.parts, self.row, self.seq_len, self.short_window, self.short = parts, row, seq_len, short_window, short
         self.mixture = parts.mixture
         self.shares = self.mixture.shares(np.array([self.mixture.row]))[0]
-        # A stream whose share of a row is more than its epoch cannot but have documents twice in it.
+        # A stream whose share of a row is more than its epoch must have documents twice in it.
         self.tiny = [s * seq_len > r.stream.tokens for s, r in zip(self.shares, self.mixture.readers)]
         self.begun = np.zeros(len(self.shares), bool)
 
     def fill(self, room: int, cut: bool = False) -> int:
-        """Put what is due into it, epoch after epoch; returns how many tokens. cut: fill it wholly and cut the last
-        piece."""
+        """Put what is due into it, epoch after epoch. cut: fill it wholly and cut the last piece. Returns how many
+        tokens were put into it."""
         left = room
-        for whatever in (False, True) if cut else (False,):
+        for ahead in (False, True) if cut else (False,):
             while left > 0:
                 ended = [reader.left == 0 for reader in self.mixture.readers]
                 added = self._begin_epochs(left)
-                added += self._add_due(left - added, cut, whatever)
+                added += self._add_due(left - added, cut, ahead)
                 left -= added
                 now = [reader.left == 0 for reader in self.mixture.readers]
-                if not added or (now == ended and not whatever):
+                if not added or (now == ended and not ahead):
                     break
         return room - left
 
@@ -83,12 +83,12 @@ class LastRow:
                 return pieces, lengths, may
             wanted = 2 * int(lengths.sum()) + missing
 
-    def _add_due(self, room: int, cut: bool, whatever: bool) -> int:
-        """What is due, or, with `whatever`, what comes next."""
+    def _add_due(self, room: int, cut: bool, ahead: bool) -> int:
+        """What is due; with `ahead`, what comes next whether it is due or not. Returns how many tokens."""
         offers: list[tuple[np.ndarray, ...]] = []
         looked: list[tuple[np.ndarray, np.ndarray]] = []
         for s, (reader, due) in enumerate(zip(self.mixture.readers, self._due(room))):
-            wanted = float(room) if whatever else min(due, room)
+            wanted = float(room) if ahead else min(due, room)
             if reader.left == 0 or wanted <= 0 or self.shares[s] <= 0:
                 wanted = 0.0
             pieces, lengths, may = self._look(s, wanted)

@@ -179,7 +179,7 @@ def order_rows(tokens: np.ndarray, shares: np.ndarray, behind: np.ndarray, seq_l
     CHOICE that are left.
     """
     sums = tokens.sum(axis=1, keepdims=True)
-    columns = np.concatenate([tokens, sums - sums.mean(), sums], axis=1)
+    columns = np.concatenate([tokens, (sums - sums.mean()) / 2, sums], axis=1)  # shares count more than padding
     scale = 65536 / seq_len  # whole numbers, so that every machine chooses the same
     targets = np.concatenate([shares, np.zeros((len(tokens), 1))], axis=1)
     behind = np.rint(np.append(behind, 0.0) * scale)

@@ -7,7 +7,7 @@ The words of this room, from the text to the step:
     document  what an author wrote, or one conversation; a corpus is a list of documents.
     piece     a document, or a cut of it that is packed as a whole: at most a row, or chunk_length (mixture.py).
     stream    the pieces of one source, or of its documents of some lengths, with a share of the tokens (mixture.py).
-    group     the 128 rows that are packed together (packing.py).
+    group     the rows that are packed together, at most some 128 (packing.py).
     part      the tokens of one piece in one row: the whole piece, unless concat cuts it.
     row       seq_len tokens: parts, then padding.
     slot      the place of a row in its step's global batch.
