@@ -21,9 +21,11 @@ import tyro
 from torchtitan.config import JobConfig, load_config
 from torchtitan.config.checks import check_ranges
 from torchtitan.config.data_schema import Data, Source
+from torchtitan.config.schema import Training
 from torchtitan.datasets.corpus import open_corpus
 from torchtitan.datasets.data_checks import check_sources
 from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
+from torchtitan.extensions.cluster.check_config import check_tables
 from torchtitan.extensions.ingest.check import check_source
 from torchtitan.extensions.ingest.find_text import is_tokenized_source
 from torchtitan.extensions.ingest.remote import local_source
@@ -114,7 +116,8 @@ class Arguments:
     single: tyro.conf.OmitArgPrefixes[Single]
 
     config_file: str | None = None
-    """TOML file of a stage: its sources, tokenizer, BOS/EOS policy and cache folder are used."""
+    """TOML file of a stage: its sources, tokenizer, BOS/EOS policy and cache folder are used. With keys of [training],
+    it is checked first, as training does."""
 
     source: str | None = None
     """Name of the only source of config_file to tokenize; unset: all of them."""
@@ -172,6 +175,10 @@ def sources_of(arguments: Arguments) -> tuple[list[Source], Data, str]:
             f"--source {arguments.source}: {arguments.config_file} has no such source; it has "
             f"{', '.join(names) or 'none'}."
         )
+    if config.training != Training():  # a whole stage, which training must take too; else data alone
+        p = config.parallelism
+        others = p.data_parallel_replicate_degree * p.context_parallel_degree * p.tensor_parallel_degree
+        check_tables(config, others * max(1, p.data_parallel_shard_degree))
     wanted = [source for source in config.data.sources if arguments.source in (None, source.name)]
     return wanted, config.data, config.model.hf_assets_path
 

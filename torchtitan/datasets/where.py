@@ -53,13 +53,13 @@ class Where:
 
     def keeps(self, record: Mapping[str, Any]) -> bool:
         """Whether the record is one of the source's. ValueError if its values cannot be compared so."""
+        self._records += 1
+        self._lacking.update(name for name in self.fields if look_up(record, name) is None)
         try:
             kept = self._truth(self._value(record), self.text)
         except ValueError as error:
             raise ValueError(f"where = {self.text!r}: {error}") from error
-        self._records += 1
         self._left_out += not kept
-        self._lacking.update(name for name in self.fields if look_up(record, name) is None)
         return kept
 
     def counts(self) -> dict[str, Any]:

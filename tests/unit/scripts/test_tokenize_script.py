@@ -164,6 +164,30 @@ def test_check_reads_all_and_writes_nothing(run: Callable[..., str], stage: Path
     assert sorted(path.name for path in here.iterdir()) == ["books.jsonl", "stage.toml", "web.jsonl"]
 
 
+@pytest.mark.parametrize("words", [[], ["--check"]])
+def test_what_training_would_refuse_is_refused_first(run: Callable[..., str], stage: Path, words: list[str]) -> None:
+    """If the TOML is of a whole stage; one of data alone is taken."""
+    text = stage.read_text()
+    for keys, of_source, part in (
+        ("seq_len = 64", "chunk_length = 128", "chunk_length = 128 is more than training.seq_len = 64"),
+        ("steps = 500", 'messages_field = "messages"', 'long_document = "drop"'),
+        ("steps = 5\n[lr_scheduler]\nwarmup_steps = 900", "", "warmup_steps"),
+    ):
+        stage.write_text(f"{text}{of_source}\n[training]\n{keys}\n")
+        message = run("--config-file", stage, "--num-proc", 1, *words)
+        assert message.startswith("error: ") and part in message
+        assert not made(stage)
+    stage.write_text(text + "chunk_length = 1_000_000\n")
+    assert "error" not in run("--config-file", stage, "--num-proc", 1, *words)
+
+
+def test_a_typo_in_where_is_named(run: Callable[..., str], stage: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (stage.parent / "web.jsonl").write_text('{"text": "one", "score": 1}\n{"text": "two", "score": 2}\n')
+    stage.write_text(stage.read_text() + 'where = "scor > 0.5"\n')
+    assert run("--config-file", stage, "--check", "--num-proc", 1) == "2"
+    assert "with an error: where names the field 'scor', which none of the 2 records has" in capsys.readouterr().out
+
+
 def test_what_check_prints(run: Callable[..., str], stage: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (stage.parent / "web.jsonl").write_text('{"text": "one"}\n{"text": "cut\n{"text": " "}\n')
     run("--config-file", stage, "--check", "--num-proc", 1)

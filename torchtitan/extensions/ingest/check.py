@@ -85,14 +85,14 @@ def check_source(
 
 
 def _wrong(source: Source, bad: dict[str, Any], totals: Counter[str], lacking: Counter[str], size: int) -> str:
+    if never := [field for field, count in lacking.items() if count == totals["records"]]:
+        return f"where names the field {never[0]!r}, which none of the {totals['records']:,} records has"
     if bad and source.on_bad_record == "stop":
         return f"{bad['in_words']}, and on_bad_record is stop"
     try:
         check_share(source.name, bad, size, source.max_bad_share)
     except UserError as error:
         return str(error)
-    if never := [field for field, count in lacking.items() if count == totals["records"]]:
-        return f"where names the field {never[0]!r}, which none of the {totals['records']:,} records has"
     return "" if totals["documents"] else "there is no document with text"
 
 

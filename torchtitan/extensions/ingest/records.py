@@ -101,8 +101,12 @@ class Fields:
 
     def hint(self, names: Iterable[str]) -> str:
         """What to do about a record that has the fields `names` but lacks `self.name`."""
-        if self.key == "text_field" and "messages" in names:
-            return 'Conversations are read with messages_field = "messages".'
+        if self.key == "text_field":
+            chat = next((name for name in ("messages", "conversations") if name in names), None)
+            if chat is None and {"instruction", "output"} <= set(names):
+                chat = "instruction"
+            if chat is not None:
+                return f'Conversations are read with messages_field = "{chat}".'
         if self.key == "messages_field":
             hint = "A conversation is a list of messages, each with role and content."
             for other in ("messages", "conversations", "instruction"):

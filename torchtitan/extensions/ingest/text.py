@@ -109,6 +109,11 @@ def _read_lines(span: Span, fields: Fields, read: Callable[[dict[str, Any]], Doc
         while (at < span.stop or compression(span.path)) and (line := file.readline(MOST_BYTES)):
             lines += 1
             is_first, at = at == 0, at + len(line)
+            if is_first and line.removeprefix(b"\xef\xbb\xbf").strip() == b"{":
+                raise DamagedError(
+                    f"{span.path} line 1: this file is one object over several lines, and each line is read as a "
+                    "record. Write one object per line, or, in a .json file, one array of objects."
+                )
             try:
                 if len(line) == MOST_BYTES:
                     at += _rest_of_line(file)
@@ -143,13 +148,15 @@ def _read_array(span: Span, fields: Fields, read: Callable[[dict[str, Any]], Doc
     line = 1
     with open_text(span.path) as file:
         try:
-            for record, line in _array_items(io.TextIOWrapper(file, "utf-8-sig", newline=""), fields.used):
+            items = _array_items(io.TextIOWrapper(file, "utf-8-sig", newline=""), fields.used)
+            for number, (record, line) in enumerate(items, 1):
                 try:
                     if (chosen := _chosen(record, fields)) is None:
                         continue
                     document = read(chosen)
                 except (ValueError, RecursionError) as error:
-                    fields.bad.add(span.path, lambda: f"line {line}", _as_record_error(error))  # noqa: B023
+                    place = f"line {line} (record {number} of the array)"  # which may be one line
+                    fields.bad.add(span.path, lambda: place, _as_record_error(error))  # noqa: B023
                 else:
                     yield document
         except UnicodeDecodeError as error:

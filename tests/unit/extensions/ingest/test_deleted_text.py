@@ -158,7 +158,6 @@ else:
         sys.exit("it can be written to")
     except OSError:
         pass
-    (folder / "text" / "a.jsonl").chmod  # the text is read-only too
     plan(text, ids)
     named = resolve_source(text, tokenizer, data).folder
     resolve_source(Source(name="named", path=named), tokenizer, data)

@@ -125,12 +125,15 @@ BAD = {
     "line.jsonl.gz": (gzip.compress(LINES + b'{"text": 3}\n'), "line.jsonl.gz line 21", "int"),
     "deep.jsonl": (b'{"text": "a"}\n' + b"[" * 100_000, "deep.jsonl line 2", "nested too deeply"),
     "deep.json": (b"[\n" + b"[" * 100_000, "deep.json line 2", "nested too deeply"),
-    "object.json": (b'{\n"data": []}', "object.json line 1", "one array of objects"),
+    "object.json": (b'{\n"data": []}', "object.json line 1", "over several lines", "one array of objects"),
     "open.json": (b'[{"text": "a"},\n {"text": "b"}', "open.json line 2", "']'"),
     "comma.json": (b'[{"text": "a"},\n]', "comma.json line 2", "broken JSON"),
     "broken.json": (b'[{"text": "a"},\n\n{"text": "b" "c"}]' + b" " * 99, "broken.json line 3", "delimiter"),
     "more.json": (b'[{"text": "a"}]\n[{"text": "b"}]', "more.json line 2", "follows"),
-    "number.json": (b'[{"text": "a"},\n7]', "number.json line 2", "int"),
+    "number.json": (b'[{"text": "a"},\n7]', "number.json line 2 (record 2 of", "int"),
+    "one line.json": (b'[{"text": "a"}, {"text": "b"}, {"text": 3}]', "line 1 (record 3 of the array)", "int"),
+    "sharegpt.jsonl": (b'{"conversations": [], "id": 1}', 'messages_field = "conversations"'),
+    "alpaca.jsonl": (b'{"instruction": "a", "output": "b"}', 'messages_field = "instruction"'),
     "latin.json": (b'[{"text": "caf\xe9"}]', "latin.json", "UTF-8"),
 }
 
