@@ -62,7 +62,10 @@ def make_chunks(stage: Stage) -> Iterator[RowTable]:
     """
     first = stage.first or [None] * len(stage.streams)
     readers = [Reader(stream, [stage.seed, *stage.salt], pieces) for stream, pieces in zip(stage.streams, first)]
-    mixture = Mixture(readers, stage.rows_per_step, stage.first_row, _tokens_per_row(stage))
+    # By the first step's shares: those of the whole stage depend on its length, and the rows must not.
+    step = stage.first_row / stage.rows_per_step
+    at_first = [float(np.interp(step, *curve_of(stream).T)) for stream in stage.streams]
+    mixture = Mixture(readers, stage.rows_per_step, stage.first_row, _tokens_per_row(stage, at_first))
     starts = _Starts(stage)
     made = number = unlabelled_rows = 0
     read = np.zeros(len(readers), np.int64)
@@ -106,16 +109,17 @@ def _too_much(stage: Stage, tokens: np.ndarray) -> bool:
 
 def check_needed(stage: Stage) -> None:
     """UserError, before anything is made, if max_epochs is exceeded however rows are filled."""
-    least = _tokens_per_row(stage) / (2 if stage.data.packing != "best_fit" else 4)  # rows hold more than that
+    mean = [stream.share for stream in stage.streams]
+    least = _tokens_per_row(stage, mean) / (2 if stage.data.packing != "best_fit" else 4)  # rows hold more than that
     if _too_much(stage, _needed(stage, least)):
-        check_epochs(stage.data, stage.streams, _needed(stage, _tokens_per_row(stage)).tolist())
+        check_epochs(stage.data, stage.streams, _needed(stage, _tokens_per_row(stage, mean)).tolist())
 
 
-def _tokens_per_row(stage: Stage) -> float:
-    """As the lengths of the pieces let one expect; at most."""
+def _tokens_per_row(stage: Stage, shares: Sequence[float]) -> float:
+    """As the lengths of the pieces let one expect, if the streams have these shares; at most."""
     if stage.data.packing != "single":
         return stage.seq_len
-    return 1 / sum(stream.share * len(stream.lengths) / stream.tokens for stream in stage.streams)
+    return 1 / sum(share * len(s.lengths) / s.tokens for share, s in zip(shares, stage.streams))
 
 
 def _check_read(stage: Stage, tokens: np.ndarray, rows: int) -> None:

@@ -154,7 +154,7 @@ class Plan:
             raise IndexError(f"after step {step} of a plan of steps {self.first_step} to {self.steps}")
         lengths = [corpus.lengths for corpus in self.corpora]
         rows = (step - self.first_step) * self.rows_per_step
-        return state_after(self.table, rows, self.streams, self.start, lengths)
+        return state_after(self.table, rows, self.streams, self.start, lengths, self.read)
 
     @property
     def planned(self) -> range:

@@ -101,15 +101,20 @@ def state_after(
     streams: Sequence[Stream],
     start: Sequence[np.ndarray | None],
     lengths: Sequence[np.ndarray],
+    read: Sequence[np.ndarray | None],
 ) -> list[np.ndarray]:
-    """The state after the first `rows` rows of a table that began with the state `start`.
+    """The state after the first `rows` rows of a table that was made with the state `read` and began at `start`.
 
-    Documents that no stream reads keep theirs.
+    Documents of which these rows read no stream keep theirs: an epoch that is full ends only where the next one begins,
+    since the stage after may have other streams, of which it is a part.
     """
     result = [np.zeros(len(n), np.int64) if tokens is None else tokens.copy() for n, tokens in zip(lengths, start)]
     for s, stream in enumerate(streams):
         state = result[stream.source]
-        epoch = max((int(epochs.max(initial=0)) for _, epochs, _ in _parts_of(table, rows, s, stream)), default=0)
+        epoch = max(int(epochs.max(initial=-1)) for _, epochs, _ in _parts_of(table, rows, s, stream))
+        before = read[stream.source]
+        if epoch < 0 and before is not None:
+            state[stream.documents] = before[stream.documents]
         if epoch > 0:
             state[stream.documents] = 0
         for documents, epochs, tokens in _parts_of(table, rows, s, stream):

@@ -62,9 +62,7 @@ class Ledger:
             np.zeros(len(n), np.int64) if state is None else state[i].copy() for i, n in enumerate(self.lengths)
         ]
         self.epoch = [0] * len(plan.streams)
-        for s in range(len(plan.streams)):
-            if self.finished(s):
-                self.begin(s)
+        self.full = [self.finished(s) for s in range(len(plan.streams))]
         self.ends = [0] * len(plan.streams)
         self.behind = np.zeros((len(plan.table), len(plan.streams)))
         self.states = [[read.copy() for read in self.state]]
@@ -85,6 +83,9 @@ class Ledger:
 
     def read(self, where: Any, source: int, document: int, epoch: int, start: int, length: int) -> int:
         s = self.stream_of[source, document]
+        if self.full[s]:  # an epoch that is full ends where the next one begins
+            self.begin(s)
+            self.full[s] = False
         if epoch != self.epoch[s]:
             assert epoch == self.epoch[s] + 1 and self.finished(s), (where, s, self.epoch[s], epoch)
             self.begin(s)
