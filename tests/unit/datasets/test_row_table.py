@@ -148,7 +148,7 @@ def test_shares_follow_their_curves(name: str, packing: str) -> None:
         plan.streams, plan.steps, plan.rows_per_step = streams, 120, 8
         plan.table = join(make_chunks(Stage(streams, plan.data, 1024, 960, 0, rows_per_step=8)))
         ledger = Ledger(plan)
-        assert np.abs(ledger.behind).max() <= 0.75 * 1024
+        assert np.abs(ledger.behind).max() <= 1024
         step = np.repeat(np.arange(960) // 8, np.diff(plan.table.offsets))
         for s, curve in enumerate(CURVES[name]):
             if 0 in np.array(curve)[:, 1]:
@@ -185,7 +185,7 @@ def test_rows_without_labels_are_left_out(tmp_path: Path) -> None:
         UserError, match="No row in the stage has a token that is trained on: those of 'a' hold prompts"
     ):
         make_plan([np.ones(50, np.int64)], 32, 5, packing="single")
-    make_plan([np.ones(50, np.int64), np.full(9, 9)], 32, 50, (0.9999, 0.0001), packing="single")
+    make_plan([np.ones(50, np.int64), np.full(9, 9)], 32, 20, (0.9, 0.1), packing="single")
 
 
 def test_max_epochs_is_checked_before_the_table() -> None:
