@@ -13,7 +13,7 @@ import numpy as np
 
 from torchtitan.config.data_schema import Data
 from torchtitan.datasets.curriculum import integral
-from torchtitan.datasets.mixture import Stream, check_epochs
+from torchtitan.datasets.mixture import Stream
 from torchtitan.datasets.packing import make_group, order_rows
 from torchtitan.datasets.reading_order import Mixture, Pieces, Reader, curve_of
 from torchtitan.datasets.row_parts import Group
@@ -87,10 +87,11 @@ def make_chunks(stage: Stage) -> Iterator[RowTable]:
         keep = min(int(labelled.sum()), stage.rows - made)
         chunk = _chunk(group, start, labelled, tokens, stage, made, keep, unlabelled_rows)
         read += chunk.tokens
-        _check_read(stage, read, made + keep)
-        yield chunk
         unlabelled_rows += int((~labelled).sum())
         made += keep
+        if not unlabelled_rows:  # or else what is left out counts too, and only the whole table says how much that is
+            _check_read(stage, read, made)
+        yield chunk
 
 
 def _needed(stage: Stage, per_row: float) -> np.ndarray:
@@ -113,6 +114,23 @@ def check_needed(stage: Stage) -> None:
     least = _tokens_per_row(stage, mean) / (2 if stage.data.packing != "best_fit" else 4)  # rows hold more than that
     if _too_much(stage, _needed(stage, least)):
         check_epochs(stage.data, stage.streams, _needed(stage, _tokens_per_row(stage, mean)).tolist())
+
+
+def check_epochs(data: Data, streams: Sequence[Stream], read: Sequence[int]) -> None:
+    """UserError if a stage that reads `read` tokens of each stream reads a source more often than max_epochs."""
+    alone = len({stream.source for stream in streams}) == 1
+    for stream, needed in zip(streams, read, strict=True):
+        source, epochs = data.sources[stream.source], needed / stream.tokens
+        if source.max_epochs is not None and epochs > source.max_epochs:
+            which = "its documents" if stream.kind == "all" else f"its documents ({stream.name})"
+            of_stage = f"{stream.share:.4g} of the stage's {sum(read):,} are {needed:,}"
+            weight = f"its weight ({source.max_epochs / epochs:.3g} times its share would do) or "
+            raise UserError(
+                f"Data source {source.name!r} cannot fill its share: {which} hold {stream.tokens:,} tokens, and "
+                f"{of_stage if len(streams) > 1 else f'the stage reads {needed:,}'}, so that they would be read "
+                f"{epochs:.2f} times, more than max_epochs = {source.max_epochs:g}. Lower "
+                f"{'' if alone else weight}training.steps, give it more text, or raise max_epochs."
+            )
 
 
 def _tokens_per_row(stage: Stage, shares: Sequence[float]) -> float:

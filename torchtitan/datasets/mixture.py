@@ -130,21 +130,6 @@ def sources_read(data: Data) -> np.ndarray:
     return np.asarray(np.any([_weights(data, step) for step in schedule_steps(data) or [0]], axis=0))
 
 
-def check_epochs(data: Data, streams: Sequence[Stream], read: Sequence[int]) -> None:
-    """UserError if a stage that reads `read` tokens of each stream reads a source more often than max_epochs."""
-    for stream, needed in zip(streams, read, strict=True):
-        source, epochs = data.sources[stream.source], needed / stream.tokens
-        if source.max_epochs is not None and epochs > source.max_epochs:
-            which = "its documents" if stream.kind == "all" else f"its documents ({stream.name})"
-            raise UserError(
-                f"Data source {source.name!r} cannot fill its share: {which} hold {stream.tokens:,} tokens, and "
-                f"{stream.share:.4g} of the stage's {sum(read):,} are {needed:,}, so that they would be read "
-                f"{epochs:.2f} times, more than max_epochs = {source.max_epochs:g}. Lower its weight "
-                f"({source.max_epochs / epochs:.3g} times its share would do) or training.steps, give it more text, or "
-                "raise max_epochs."
-            )
-
-
 def _weights(data: Data, step: float) -> list[float]:
     """Of the sources at a step, summing to 1, before lengths are looked at."""
     weights = weights_at(data, step)

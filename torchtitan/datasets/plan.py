@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from torchtitan.config.data_schema import Data
-from torchtitan.datasets.build_rows import Stage, check_needed, make_chunks
+from torchtitan.datasets.build_rows import Stage, check_epochs, check_needed, make_chunks
 from torchtitan.datasets.corpus import ASSISTANT, Corpus
 from torchtitan.datasets.mixture import Stream, build_streams
 from torchtitan.datasets.reading_state import digest, first_epochs, piece_bounds, state_after
@@ -105,6 +105,7 @@ class Plan:
         self.start = stage.read
         check_needed(stage)
         self.table = join(make_chunks(stage)) if cache is None else self._kept_table(cache, stage)
+        check_epochs(data, self.streams, [self.tokens_of(stream) for stream in self.streams])
 
     def _stage(self) -> Stage:
         with_roles = [i for i, corpus in enumerate(self.corpora) if corpus.has_roles]
@@ -212,8 +213,9 @@ class Plan:
         return np.asarray(mine[(lengths > stream.over) & (lengths <= stream.up_to)])
 
     def tokens_of(self, stream: Stream) -> int:
-        """Tokens of a stream in all rows."""
-        return int(self.table.tokens[next(i for i, s in enumerate(self.streams) if s is stream)])
+        """Tokens of a stream that are read: in all rows, and in those that are left out."""
+        number, out = next(i for i, s in enumerate(self.streams) if s is stream), self.table.unlabelled
+        return int(self.table.tokens[number]) + int(out[out[:, 2] == number, 6].sum())
 
     def _index(self, step: int, slot: int) -> int:
         """Of a row in the table."""

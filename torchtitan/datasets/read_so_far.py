@@ -64,7 +64,7 @@ class CorpusRead:
     """That it has."""
 
     tokens_read: int
-    """In all epochs, separators not counted."""
+    """In all epochs, separators not counted; with those in rows that were left out."""
 
     now: Beginnings
     """In the epoch under way."""
@@ -117,8 +117,7 @@ def read_until(before: ReadSoFar, plan: Plan, step: int) -> ReadSoFar:
     """
     corpora = dict(before.corpora)
     of_source = plan.read_until(step)
-    parts = int(plan.table.offsets[(step - plan.first_step) * plan.rows_per_step])
-    source = plan.table.source[:parts]
+    source, *columns = _parts_read(plan, (step - plan.first_step) * plan.rows_per_step)
     eligible = [np.zeros(len(corpus), bool) for corpus in plan.corpora]
     for stream in plan.streams:
         eligible[stream.source][stream.documents] = True
@@ -132,8 +131,7 @@ def read_until(before: ReadSoFar, plan: Plan, step: int) -> ReadSoFar:
         for i in sources:
             np.maximum(now, of_source[i], out=now, where=eligible[i])
             mine = source == i
-            t = plan.table
-            document, start, length = (column[:parts][mine] for column in (t.document, t.start, t.length))
+            document, start, length = (column[mine] for column in columns)
             whole = lengths[document]
             ends = np.minimum(start + length, whole)
             np.maximum.at(ever, document, ends)
@@ -141,6 +139,17 @@ def read_until(before: ReadSoFar, plan: Plan, step: int) -> ReadSoFar:
         name = plan.names[sources[0]] if read or known is None else known.name
         corpora[key] = CorpusRead(name, corpus.tokens, read, beginnings(now, lengths), beginnings(ever, lengths))
     return ReadSoFar(corpora)
+
+
+def _parts_read(plan: Plan, rows: int) -> list[np.ndarray]:
+    """Source, document, start and length, [N] each, of the parts of the first rows of a plan, and of what was left out
+    before them."""
+    t, parts, out = plan.table, int(plan.table.offsets[rows]), plan.table.unlabelled
+    out = out[out[:, 1] < rows]
+    source = np.array([stream.source for stream in plan.streams], t.source.dtype)[out[:, 2]]
+    left_out = source, *(out[:, column].astype(np.int32) for column in (3, 5, 6))
+    in_rows = t.source, t.document, t.start, t.length
+    return [np.concatenate([c[:parts], o]) if len(o) else c[:parts] for c, o in zip(in_rows, left_out, strict=True)]
 
 
 def to_bytes(read: ReadSoFar) -> bytes:

@@ -9,8 +9,9 @@ import pytest
 
 from tests.unit.conftest import DOMAINS, domain_data
 from torchtitan.config.data_schema import Data, Source
+from torchtitan.datasets.build_rows import check_epochs
 from torchtitan.datasets.corpus import Corpus
-from torchtitan.datasets.mixture import Stream, build_streams, check_epochs
+from torchtitan.datasets.mixture import Stream, build_streams
 from torchtitan.tools.errors import UserError
 
 SEQ_LEN = 32768

@@ -13,7 +13,9 @@ from torchtitan.config.data_schema import Data, Source
 from torchtitan.datasets.build_rows import Stage, make_chunks
 from torchtitan.datasets.corpus import ASSISTANT, Corpus
 from torchtitan.datasets.plan import Plan
+from torchtitan.datasets.read_so_far import ReadSoFar, read_until
 from torchtitan.datasets.table_files import join
+from torchtitan.extensions.planner.data_report import make_report
 from torchtitan.tools.errors import UserError
 
 
@@ -186,6 +188,37 @@ def test_rows_without_labels_are_left_out(tmp_path: Path) -> None:
     ):
         make_plan([np.ones(50, np.int64)], 32, 5, packing="single")
     make_plan([np.ones(50, np.int64), np.full(9, 9)], 32, 20, (0.9, 0.1), packing="single")
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_rows_without_labels_count_in_epochs_and_max_epochs(others: int, tmp_path: Path) -> None:
+    """Of documents whose first row is a prompt. Each end that is read stands for all that comes before it."""
+    roles = np.concatenate([np.repeat([0, ASSISTANT], [3000, 20]) for _ in range(20)]).astype(np.int8)
+    offsets = np.arange(21) * 3020
+    chat = Corpus("a", [(offsets, np.zeros(len(roles), np.int32))], "a", None, [roles])
+    other = Corpus("b", [(np.arange(301) * 500, np.zeros(150_000, np.int32))], "b", None)
+    corpora = [chat, *[other] * others]
+
+    def plan_of(most: float | None, cache: Path | None = None) -> Plan:
+        sources = [Source("a", "a", max_epochs=most), Source("b", "b")][: len(corpora)]
+        return Plan(Data(sources=tuple(sources)), corpora, 2048, 4, 50, 0, cache=cache)
+
+    plan = plan_of(None, tmp_path)
+    ends = [d for row in rows_of(plan) for s, d, _, start, length in row if s == 0 and start + length == 3020]
+    in_rows = sum(part[4] for row in rows_of(plan) for part in row if part[0] == 0)
+    count = in_rows + int(plan.table.unlabelled[:, 6].sum())
+    assert 3020 * len(ends) <= count <= 3020 * len(ends) + 20 * 2048 and count > 1.5 * in_rows
+    assert plan.tokens_of(plan.streams[0]) == count
+    after = read_until(ReadSoFar(), plan, plan.steps)
+    assert after.epochs(chat) == pytest.approx(count / 60_400)
+    entry = make_report(plan, 1, 1, 1.0, 1.0)["sources"][0]
+    assert entry["epochs_after"] == entry["epochs"][0]["epochs"] == entry["epochs_used"] == count / 60_400
+    assert entry["tokens_read"] + entry["tokens_without_labels"] == count
+    assert int(plan.table.epoch[plan.table.source == 0].max()) <= count / 60_400
+    for cache in (None, tmp_path, tmp_path / "another"):
+        plan_of(count / 60_400 + 0.01, cache)
+        with pytest.raises(UserError, match=rf"60,400 tokens.* {count:,}.* {count / 60_400:.2f} times"):
+            plan_of(count / 60_400 - 0.01, cache)
 
 
 def test_max_epochs_is_checked_before_the_table() -> None:

@@ -22,6 +22,7 @@ from torchtitan.datasets.eligible import long_threshold, piece_limit
 from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.read_so_far import ReadSoFar, read_until
 from torchtitan.datasets.tokenizer import json_if_present
+from torchtitan.extensions.planner.epochs_report import epoch_notes, epoch_numbers, in_words
 from torchtitan.extensions.planner.overlap import OVERLAPS, chain_note, chain_numbers, from_step
 from torchtitan.extensions.planner.schedule_report import WINDOW, schedule_notes, schedule_report, worst_window
 from torchtitan.models.transformer import TransformerArgs
@@ -37,9 +38,6 @@ TOLERANCE = 0.005
 
 STEPS_DEALT = 1000
 """How many steps, spread over the stage, the imbalance between ranks is averaged over."""
-
-REPEATED = 4.0
-"""Epochs up to which repeated text is almost as good as new (Muennighoff et al., arXiv 2305.16264)."""
 
 
 def make_report(
@@ -123,10 +121,7 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
         "long_threshold": threshold,
         "long_share": float(length[whole > threshold].sum(dtype=np.int64) / max(1, tokens)),
         "worst_window": worst_window(plan, mine, streams),
-        "epochs": [
-            {"documents": s.name, "tokens": s.tokens, "share_asked": s.share, "epochs": plan.tokens_of(s) / s.tokens}
-            for s in streams
-        ],
+        **epoch_numbers(plan, source),
         "documents_by_length_from": _histogram(corpus.lengths),
         "parts_by_length_from": _histogram(length),
     }
@@ -246,9 +241,11 @@ COLUMNS = (
     ("documents", "documents", 11, ","),
     ("tokens", "tokens", 15, ","),
     ("longest", "longest_document", 9, ","),
+    ("used", "documents_used", 11, ","),
+    ("their tokens", "tokens_used", 15, ","),
     ("asked", "share_asked", 7, ".2%"),
     ("share", "share", 7, ".2%"),
-    ("epochs", "epochs", 13, ""),
+    ("epochs", "epochs_used", 8, ""),
     ("long", "long_share", 6, ".1%"),
     ("split", "documents_split", 8, ","),
     ("cut", "documents_split_that_fit", 7, ","),
@@ -282,19 +279,17 @@ def format_report(report: dict[str, Any]) -> str:
         " ".join(["source".ljust(width), *(title.rjust(w) for title, _, w, _ in COLUMNS)]),
     ]
     for s in sources:
-        cells = s | {"epochs": " / ".join(_epochs(e["epochs"]) for e in s["epochs"]) or "0"}
+        cells = s | {"epochs_used": in_words(s["epochs_used"])}
         lines.append(" ".join([s["name"].ljust(width), *(f"{cells[key]:>{w}{kind}}" for _, key, w, kind in COLUMNS)]))
     thresholds = " or ".join(f"{tokens:,}" for tokens in sorted({s["long_threshold"] for s in sources}))
     lines.append(
-        f"(long: share of tokens in documents over {thresholds}; split: documents longer than a piece may be; cut: "
-        "other documents that packing cut; epochs of long / short documents if one of them is raised, or by bin)"
+        "(used: documents that the stage may read, after filters, copies and decontamination, and their tokens with "
+        "separators; epochs: how often these are read; "
+        f"long: share of tokens in documents over {thresholds}; split: documents longer than a piece may be; cut: "
+        "other documents that packing cut)"
     )
     notes = (note for s in sources for note in _source_notes(report, s))
     return "\n".join([*lines, *_notes(report), *schedule_notes(report), *notes])
-
-
-def _epochs(epochs: float) -> str:
-    return f"{epochs:,.2f}" if epochs < 100 else f"{epochs:,.0f}"
 
 
 def _notes(report: dict[str, Any]) -> Iterator[str]:
@@ -349,13 +344,7 @@ def _source_notes(report: dict[str, Any], s: dict[str, Any]) -> Iterator[str]:
             "recall have its form, so judge the model by other tasks too"
         )
     yield from chain_note(s)
-    most = max(s["epochs"], key=lambda entry: entry["epochs"], default=None)
-    if most and most["epochs"] > REPEATED:
-        which = "" if most["documents"] == "all" else f" ({most['documents']})"
-        yield (
-            f"warning: source {name} is read {most['epochs']:.1f} times: its {most['tokens']:,} tokens{which} "
-            f"must make up {most['share_asked']:.1%} of the stage"
-        )
+    yield from epoch_notes(s)
     if s["worst_window"] > TOLERANCE:
         yield (
             f"warning: source {name} is up to {s['worst_window']:.2%} of the tokens off its share in "

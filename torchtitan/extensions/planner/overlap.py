@@ -11,8 +11,9 @@ from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.read_so_far import ReadSoFar
 
 OVERLAPS = ("overlap", "overlap_documents")
-"""Shares of the tokens of a plan, by their key in plan.json: those that the chain had read before the plan began, in
-whichever epoch; and those of documents of which it had read something, which are the rest of long documents too."""
+"""Shares of a plan's tokens, by their key in plan.json: those that earlier stages had read (or this one before its
+data changed), in whichever epoch, and not what the plan itself reads again; and those of documents of which they had
+read something, which are the rest of long documents too."""
 
 
 def chain_numbers(plan: Plan, source: int, before: ReadSoFar, after: ReadSoFar) -> dict[str, float]:
@@ -35,8 +36,8 @@ def chain_note(s: dict[str, Any]) -> Iterator[str]:
     if s["epochs_before"]:
         yield (
             f"{s['name']}: epochs so far {s['epochs_before']:.2f}, {s['epochs_after']:.2f} after this stage; of its "
-            f"tokens here {s['overlap']:.1%} were read before, {s['overlap_documents']:.1%} are of documents begun "
-            "before"
+            f"tokens here {s['overlap']:.1%} were read by earlier stages, {s['overlap_documents']:.1%} are of "
+            "documents that these began"
         )
 
 

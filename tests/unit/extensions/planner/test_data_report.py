@@ -60,6 +60,12 @@ def test_numbers_are_those_of_the_rows(domains: dict[str, Corpus], name: str) ->
             np.add.at(by_step, (index // ROWS, row.sources), row.lengths)
         asked = sum(s.share for s in plan.streams if s.source == source)
         assert entry["worst_window"] == pytest.approx(abs(by_step[:, source].sum() / by_step.sum() - asked))
+        least = 300 if name == "truncate and drop" and source == 2 else 0
+        longest = SEQ_LEN if name == "truncate and drop" and source == 1 else max(lengths)
+        used = [n for n in lengths.tolist() if least <= n <= longest]
+        most = SEQ_LEN if name == "truncate and drop" and source == 0 else longest
+        assert (entry["documents_used"], entry["tokens_used"]) == (len(used), sum(min(n, most) for n in used))
+        assert entry["epochs_used"] == pytest.approx(read / entry["tokens_used"])
         for kind in entry["epochs"]:
             kinds = {True: ("all", "long"), False: ("all", "short")}
             took = sum(n for d, *_, n in mine if kind["documents"] in kinds[bool(lengths[d] > 4096)])
@@ -78,6 +84,10 @@ def test_numbers_are_those_of_the_rows(domains: dict[str, Corpus], name: str) ->
     assert 1 <= imbalance["all_after"] <= imbalance["attention_after"]
     assert imbalance["all_after"] <= imbalance["all_before"] + 1e-9
     text = format_report(report)
+    for entry in report["sources"]:
+        by_length = [f"{e['documents']} {e['epochs']:.2f}" for e in entry["epochs"]]
+        said = f"{entry['name']}: epochs by length of the documents: {'; '.join(by_length)}\n"
+        assert (said in f"{text}\n") == (name == "per source" and len(by_length) == 2)
     assert all(domain in text for domain in DOMAINS) and f"packing {data.packing}" in text
     assert ("dropped by long_document" in text) == (name == "truncate and drop")
 
