@@ -40,7 +40,7 @@ class Single:
     """One source without a TOML file; every key is one of the TOML's."""
 
     path: str | None = None
-    """File, folder or glob of text (docs/data.md), folder of MDS shards, a URL of these, or hub:OWNER/NAME."""
+    """File, folder or glob of text (docs/sources.md), folder of MDS shards, a URL of these, or hub:OWNER/NAME."""
 
     out_name: str = "text"
     """Beginning of the folder's name; a key of content and tokenizer follows."""
@@ -76,7 +76,7 @@ class Single:
     """Text before each of them."""
 
     where: str = ""
-    """Only records for which this expression holds (docs/data.md)."""
+    """Only records for which this expression holds (docs/sources.md)."""
 
     messages_field: str = ""
     """Or: field that holds a conversation, for the chat template of the tokenizer's folder."""

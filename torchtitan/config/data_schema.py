@@ -75,7 +75,7 @@ class Source:
 
     mask_field: Annotated[str, Decides("documents")] = ""
     """Column of tokenized rows that is 1 for the tokens to train on and 0 for others, if it has no usual name such as
-    loss_mask or assistant_masks, which are found out (docs/data.md)."""
+    loss_mask or assistant_masks, which are found out (docs/sources.md)."""
 
     labels_field: Annotated[str, Decides("documents")] = ""
     """Column of tokenized rows with labels, the token's own id or -100 (not shifted), if it is not called labels."""
@@ -97,7 +97,7 @@ class Source:
     """Text before each of them, such as "<file_sep>{path}\n", in which {path} is that field of it."""
 
     where: Annotated[str, Decides("documents")] = ""
-    """Only records for which this holds, such as "meta.source == 'books' and score >= 0.65" (docs/data.md)."""
+    """Only records for which this holds, such as "meta.source == 'books' and score >= 0.65" (docs/sources.md)."""
 
     messages_field: Annotated[str, Decides("documents")] = ""
     """Instead of text_field: the field that holds a conversation, a list of messages with role and content (usually

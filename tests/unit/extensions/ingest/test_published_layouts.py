@@ -1,4 +1,4 @@
-"""The table of docs/data.md: every layout, as its own writer publishes it, is read right to the token.
+"""The table of docs/sources.md: every layout, as its own writer publishes it, is read right to the token.
 
 What is expected is computed here from texts and ids alone: a byte is a token, 256 begins and 257 ends a document. The
 MDS and Megatron files were written by MDSWriter and IndexedDatasetBuilder (data/make_*.py); the rest is written here.
@@ -32,7 +32,7 @@ from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.tokenizer import Tokenizer, load_tokenizer
 from torchtitan.extensions.ingest.resolve import resolve_source
 
-PAGE = Path(__file__).parents[4] / "docs" / "data.md"
+PAGE = Path(__file__).parents[4] / "docs" / "sources.md"
 FIXTURES = Path(__file__).parent / "data"
 TEXTS = ["one", "zwei ä\nlines", "3 " * 40, "vier\t{}", "fünf"]
 IDS = [[10, 11, 12], [256, 5, 6, 257], [7] * 30, [20, 21]]
