@@ -279,9 +279,10 @@ def test_a_schedule_counts_the_steps_of_the_stage_from_its_beginning(domains: Do
     assert [s.share for s in plan.streams] == pytest.approx([e for e in exact.flatten() if e], abs=TOLERANCE)
 
 
-def test_a_longer_stage_with_a_schedule_begins_the_same(domains: Domains) -> None:
+@pytest.mark.parametrize("packing", ["best_fit", "concat", "single"])
+def test_a_longer_stage_with_a_schedule_begins_the_same(domains: Domains, packing: str) -> None:
     """Also where it ends before the last point."""
-    short, long = (make_plan(domains, domain_data(**MOVING), steps=steps) for steps in (60, 200))
+    short, long = (make_plan(domains, domain_data(packing=packing, **MOVING), steps=steps) for steps in (60, 200))
     assert short.fingerprint == long.fingerprint
     parts = short.table.offsets[-1]
     assert (short.table.offsets == long.table.offsets[: 60 * ROWS + 1]).all()
