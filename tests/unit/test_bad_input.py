@@ -226,7 +226,7 @@ CASES: dict[str, tuple[Make, list[str]]] = {
         lambda spoiled, assets: (
             text("a.jsonl", b'{"text": "red"}\n')(spoiled, assets) | {"data__sources__0__max_epochs": 1.0}
         ),
-        ["'text'", "cannot fill its share", "the stage reads 4,032", "max_epochs = 1", "Lower training.steps"],
+        ["'text'", "cannot fill its share", "the stage reads 4,096", "max_epochs = 1", "Lower training.steps"],
     ),
     "nothing long enough": (keys(data__sources__0__min_length=10**6), ["'text'", "no document left", "of 120"]),
     "lengths the wrong way round": (

@@ -178,6 +178,7 @@ def test_an_end_that_is_not_marked_special(tmp_path: Path) -> None:
         "not_written": {},
         "changed": 1,
         "message_weights": True,
+        "formats": {},
     }
 
 
