@@ -191,7 +191,7 @@ def test_what_json_can_hold_wrong(
             for packed in ("", ".gz"):
                 file = f"{name}{suffix}{packed}"
                 (tmp_path / file).write_bytes(gzip.compress(content) if packed else content)
-                line = " " if name == "bytes" and content == array else " line 2: "
+                line = " " if name == "bytes" and content == array else " line 2"
                 refused(read, file, f"{file}{line}", *(word.decode() for word in words))
     (tmp_path / "tail.jsonl").write_bytes(good + b"\n" + bytes(4000))
     refused(read, "tail.jsonl", "line 2", "NUL bytes", "not written to its end")
