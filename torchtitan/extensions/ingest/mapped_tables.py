@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.source_files import file_state, source_path
 from torchtitan.extensions.ingest.token_columns import Columns
 from torchtitan.extensions.ingest.token_files import TokenCorpus
-from torchtitan.extensions.ingest.token_index import MOST_BYTES, read_kept, write_kept
+from torchtitan.extensions.ingest.token_index import MOST_BYTES, kept_indexes
 from torchtitan.extensions.ingest.token_rows import Documents, RowError, documents_of
 from torchtitan.extensions.ingest.token_tables import (
     PIECE,
@@ -38,7 +37,6 @@ from torchtitan.extensions.ingest.token_tables import (
 )
 from torchtitan.tools.constants import IGNORED_LABEL
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import is_writable, lock
 
 logger = logging.getLogger(__name__)
 
@@ -166,40 +164,17 @@ def _indexes(tables: Tables, cache: Path) -> list[TableIndex]:
         what = ["table", INDEX_FORMAT, str(file), columns.key, sampled]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24], [file_state(stat)]
 
-    keys = list(map(key, files))
-    kept = [_read(cache, *k) for k in keys]
-    if all(index is not None for index in kept):
-        return [index for index in kept if index is not None]
-    _check_mappable(tables)
-    writable = is_writable(cache / "token_index")
-    if not writable:
-        logger.info("the rows of %d files are looked at, at every start: %s cannot be written to", len(files), cache)
-    with lock(cache, "token-index-" + hashlib.sha256("".join(name for name, _ in keys).encode()).hexdigest()[:16]):
-        if total >= 1 << 30:
-            how = "a sample of its ids is" if sampled else "its rows are"
-            logger.info("%.1f GB of tokens in %d files: %s looked at, once", total / 1e9, len(files), how)
-
-        def made(file: Path, name: str, state: list[Any]) -> TableIndex:
-            index = _read(cache, name, state)
-            if index is None:
-                index = _index(file, columns, sampled)
-                if key(file) != (name, state):
-                    raise UserError(f"{file} was changed while it was read; start again when it is complete.")
-                about = {field: getattr(index, field) for field in _ABOUT}
-                if writable:
-                    write_kept(cache, name, state, about, bounds=index.bounds, first=index.first, last=index.last)
-            return index
-
-        with ThreadPoolExecutor(4) as pool:
-            return list(pool.map(made, files, *zip(*keys)))
-
-
-_ABOUT = ("shards", "lowest", "highest", "empty", "unlabelled", "sampled", "digest")
-
-
-def _read(cache: Path, name: str, state: list[Any]) -> TableIndex | None:
-    kept = read_kept(cache, name, state)
-    return None if kept is None else TableIndex(**kept)
+    return kept_indexes(
+        files,
+        files,
+        key,
+        lambda file: _index(file, columns, sampled),
+        TableIndex,
+        cache,
+        "a sample of its ids is" if sampled else "its rows are",
+        before=lambda: _check_mappable(tables),
+        threads=4,  # each holds a piece of rows, as ids, labels and masks
+    )
 
 
 def _check_mappable(tables: Tables) -> None:

@@ -12,11 +12,11 @@ import hashlib
 import json
 import logging
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from torchtitan.tools.errors import UserError
 from torchtitan.tools.folders import is_writable, lock, written
 
 logger = logging.getLogger(__name__)
+
+File = TypeVar("File")
+Index = TypeVar("Index")
 
 INDEX_FORMAT = 1
 CHUNK = 1 << 22  # ids that are looked at together
@@ -64,30 +67,63 @@ def index_files(files: Sequence[TokenFile], cut: Cut, cache: Path) -> list[Token
     """The index of each file, from the cache if it has it. UserError for bounds that do not fit the ids."""
     total = sum(file.path.stat().st_size for file in files)
     sampled = total > MOST_BYTES and all(file.beside is not None or cut.token is None for file in files)
-    keys = [_key(file, cut, sampled) for file in files]
-    kept = [_read(cache, *key) for key in keys]
+    return kept_indexes(
+        [file.path for file in files],
+        files,
+        lambda file: _key(file, cut, sampled),
+        lambda file: _index(file, cut, sampled),
+        TokenIndex,
+        cache,
+        "a sample of its ids is" if sampled else "its ids are",
+    )
+
+
+def kept_indexes(
+    paths: Sequence[Path],
+    files: Sequence[File],
+    key: Callable[[File], tuple[str, list[Any]]],
+    look: Callable[[File], Index],
+    kind: Callable[..., Index],
+    cache: Path,
+    how: str,
+    before: Callable[[], None] = lambda: None,
+    threads: int = 8,
+) -> list[Index]:
+    """The index of each file, from the cache if it has it; else what `look` finds, which is kept there.
+
+    key: of a file, the name of its index, and the state that it holds for. kind: the dataclass of the indexes. how: for
+    the log, what of the files is looked at. before: called before any file is.
+    """
+
+    def read(name: str, state: list[Any]) -> Index | None:
+        known = _read(cache, name, state)
+        return None if known is None else kind(**known)
+
+    keys = list(map(key, files))
+    kept = [read(*k) for k in keys]
     if all(index is not None for index in kept):  # a thousand ranks need not wait for each other
         return [index for index in kept if index is not None]
+    before()
     writable = is_writable(cache / "token_index")
     if not writable:
-        logger.info("the ids of %d files are looked at, at every start: %s cannot be written to", len(files), cache)
+        logger.info("%d files: %s looked at, at every start: %s cannot be written to", len(files), how, cache)
     with lock(cache, "token-index-" + hashlib.sha256("".join(name for name, _ in keys).encode()).hexdigest()[:16]):
+        total = sum(path.stat().st_size for path in paths)
         if total >= 1 << 30:
-            how = "a sample of its ids is" if sampled else "its ids are"
             logger.info("%.1f GB of tokens in %d files: %s looked at, once", total / 1e9, len(files), how)
 
-        def made(file: TokenFile, name: str, state: list[Any]) -> TokenIndex:
-            index = _read(cache, name, state)
+        def made(path: Path, file: File, name: str, state: list[Any]) -> Index:
+            index = read(name, state)
             if index is None:
-                index = _index(file, cut, sampled)
-                if _key(file, cut, sampled) != (name, state):
-                    raise UserError(f"{file.path} was changed while it was read; start again when it is complete.")
+                index = look(file)
+                if key(file) != (name, state):
+                    raise UserError(f"{path} was changed while it was read; start again when it is complete.")
                 if writable:
-                    _write(cache, name, state, index)
+                    _write(cache, name, state, vars(index))
             return index
 
-        with ThreadPoolExecutor(8) as pool:  # NumPy and hashlib release the interpreter lock
-            return list(pool.map(made, files, *zip(*keys)))
+        with ThreadPoolExecutor(threads) as pool:  # NumPy and hashlib release the interpreter lock
+            return list(pool.map(made, paths, files, *zip(*keys)))
 
 
 def _key(file: TokenFile, cut: Cut, sampled: bool) -> tuple[str, list[Any]]:
@@ -100,19 +136,8 @@ def _key(file: TokenFile, cut: Cut, sampled: bool) -> tuple[str, list[Any]]:
     return name, [file_state(stat) for stat in stats]
 
 
-def _read(cache: Path, name: str, state: list[Any]) -> TokenIndex | None:
-    kept = read_kept(cache, name, state)
-    return None if kept is None else TokenIndex(**kept)
-
-
-def _write(cache: Path, name: str, state: list[Any], index: TokenIndex) -> None:
-    names = ("lowest", "highest", "found", "empty", "sampled", "digest")
-    about = {name: getattr(index, name) for name in names}
-    write_kept(cache, name, state, about, offsets=index.offsets, first=index.first, last=index.last)
-
-
-def read_kept(cache: Path, name: str, state: list[Any]) -> dict[str, Any] | None:
-    """What write_kept was given, by name; None if it is missing or of another state of the file."""
+def _read(cache: Path, name: str, state: list[Any]) -> dict[str, Any] | None:
+    """What _write was given, by name; None if it is missing or of another state of the file."""
     missing_or_cut_short = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
     path = cache / "token_index" / f"{name}.npz"
     with contextlib.suppress(*missing_or_cut_short), np.load(path, allow_pickle=False) as kept:
@@ -122,11 +147,12 @@ def read_kept(cache: Path, name: str, state: list[Any]) -> dict[str, Any] | None
     return None
 
 
-def write_kept(cache: Path, name: str, state: list[Any], about: dict[str, Any], **arrays: np.ndarray) -> None:
-    """Keep what is known of files whose sizes and times are `state`. about: JSON."""
-    text = json.dumps({"state": state} | about)
+def _write(cache: Path, name: str, state: list[Any], known: dict[str, Any]) -> None:
+    """Keep what is known of files whose sizes and times are `state`: arrays, and what JSON can hold."""
+    arrays = {key: value for key, value in known.items() if isinstance(value, np.ndarray)}
+    about = json.dumps({"state": state} | {key: value for key, value in known.items() if key not in arrays})
     with written(cache / "token_index" / f"{name}.npz", durable=True, unique=True) as path, open(path, "wb") as file:
-        np.savez(file, about=np.array(text), **arrays)  # type: ignore[arg-type]
+        np.savez(file, about=np.array(about), **arrays)  # type: ignore[arg-type]
 
 
 def _index(file: TokenFile, cut: Cut, sampled: bool) -> TokenIndex:
