@@ -31,7 +31,7 @@ class LeftOut:
     """With text of the evaluation, under data.decontaminate."""
 
     copies: tuple[int, int] = (0, 0)
-    """Of documents before them, in this source or an earlier one; left out under data.drop_duplicates alone."""
+    """Of documents before them, in this source or an earlier one, under data.drop_duplicates."""
 
 
 @dataclass(frozen=True)
@@ -81,26 +81,27 @@ def apply_filters(
 
 
 def without_copies(
-    data: Data, eligible: Sequence[Eligible], hashes: Sequence[np.ndarray | None], is_read: np.ndarray
+    eligible: Sequence[Eligible], hashes: Sequence[np.ndarray | None], is_read: np.ndarray
 ) -> list[Eligible]:
-    """Counts the documents that are copies of one before, in the order of the sources, and leaves them out if
-    data.drop_duplicates says so."""
-    known = [
-        h[e.documents] if h is not None and read else np.zeros(0, np.uint64)
-        for e, h, read in zip(eligible, hashes, is_read)
-    ]
-    together = np.concatenate(known)
-    first = np.zeros(len(together), bool)
-    first[np.unique(together, return_index=True)[1]] = True
+    """Leaves out the documents of the sources that are read which are copies of one before; hashes: of each corpus."""
+    known = [h[e.documents] if h is not None and read else None for e, h, read in zip(eligible, hashes, is_read)]
     result = []
-    for e, h, keep in zip(eligible, hashes, np.split(first, np.cumsum([len(h) for h in known])[:-1])):
-        if h is not None and len(keep):
-            copies = (int((~keep).sum()), int(e.lengths[~keep].sum()))
-            e = replace(e, left_out=replace(e.left_out, copies=copies))
-            if data.drop_duplicates:
-                e = replace(e, documents=e.documents[keep], lengths=e.lengths[keep], used=e.used[keep])
+    for e, copy in zip(eligible, copies(known)):
+        if copy is not None:
+            left_out = replace(e.left_out, copies=(int(copy.sum()), int(e.lengths[copy].sum())))
+            e = Eligible(e.documents[~copy], e.lengths[~copy], e.used[~copy], e.limit, left_out)
         result.append(e)
     return result
+
+
+def copies(hashes: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
+    """bool[k] for each uint64[k], the hashes of documents: which are copies of one before, there or in an earlier
+    list. None: they are not known."""
+    known = [h for h in hashes if h is not None]
+    is_copy = np.ones(sum(map(len, known)), bool)
+    is_copy[np.unique(np.concatenate([np.zeros(0, np.uint64), *known]), return_index=True)[1]] = False
+    parts = iter(np.split(is_copy, np.cumsum([len(h) for h in known])[:-1]))
+    return [None if h is None else next(parts) for h in hashes]
 
 
 def piece_limit(source: Source, data: Data, seq_len: int) -> int | None:
@@ -118,7 +119,7 @@ def nothing_left(source: Source, data: Data, tokens: np.ndarray, left: Eligible,
         (o.below_min_length[0], f"{o.below_min_length[0]} shorter than min_length = {source.min_length}"),
         (o.above_max_length[0], f"{o.above_max_length[0]} longer than max_length = {source.max_length}"),
         (o.evaluation[0], f"{o.evaluation[0]} with text of the evaluation (data.decontaminate)"),
-        (o.copies[0] if data.drop_duplicates else 0, f"{o.copies[0]} copies of others (data.drop_duplicates)"),
+        (o.copies[0], f"{o.copies[0]} copies of others (data.drop_duplicates)"),
         (o.dropped[0], f'{o.dropped[0]} longer than {bound} tokens, which long_document = "drop" leaves out'),
     ]
     why = ", ".join(text for count, text in reasons if count)

@@ -98,7 +98,8 @@ def build_streams(
     ]
     at = schedule_steps(data) or [0]
     is_read = sources_read(data)
-    eligible = without_copies(data, eligible, hashes or unknown, is_read)
+    if data.drop_duplicates:
+        eligible = without_copies(eligible, hashes or unknown, is_read)
     long = [e.lengths > long_threshold(source, data) for source, e in zip(data.sources, eligible)]
     long_shares = [int(e.used[which].sum()) / max(1, int(e.used.sum())) for which, e in zip(long, eligible)]
     for source, read, tokens, left in zip(data.sources, is_read, lengths, eligible):

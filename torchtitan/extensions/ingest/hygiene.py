@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,10 +25,10 @@ from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest.find_text import find_text_files
 from torchtitan.extensions.ingest.open_text import kind_of, open_text
 from torchtitan.extensions.ingest.resolve import resolve_source
-from torchtitan.extensions.ingest.source_files import source_path
-from torchtitan.extensions.ingest.workers import LOG_SECONDS, cores
+from torchtitan.extensions.ingest.source_files import hash_files, source_path
+from torchtitan.extensions.ingest.workers import Progress, cores
 from torchtitan.tools.errors import UserError
-from torchtitan.tools.folders import lock, written
+from torchtitan.tools.folders import is_writable, lock, written
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +44,14 @@ _BASE = 0x9E3779B97F4A7C15
 
 def cleaning(evaluation: Evaluation) -> Callable[[Source, Tokenizer, Data], Corpus]:
     """resolve_source, which also finds the copies and the texts of the evaluation among a corpus's documents."""
-    runs: list[np.ndarray] = []  # of the evaluation's texts, read once
+    runs: list[np.ndarray] = []  # of the evaluation's texts
 
     def open_source(source: Source, tokenizer: Tokenizer, data: Data) -> Corpus:
         corpus = resolve_source(source, tokenizer, data)
         cache = Path(data.cache_folder).expanduser().absolute()
         made_here = cache in Path(corpus.folder).absolute().parents
-        if data.drop_duplicates or made_here:  # beside tokenizing, which is slower by far, it costs nothing
+        # Beside tokenizing, which is slower by far, it costs nothing.
+        if data.drop_duplicates or (made_here and is_writable(cache)):
             corpus.hashes = document_hashes(corpus, tokenizer, cache)
         if data.decontaminate:
             if not runs:
@@ -67,7 +67,7 @@ def document_hashes(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> np.nda
     ends = [tokenizer.bos_id, tokenizer.eos_id]
 
     def make() -> np.ndarray:
-        progress = _Progress(f"comparing the documents of {corpus.folder}", corpus.tokens)
+        progress = Progress(f"comparing the documents of {corpus.folder}", len(corpus), corpus.tokens, 0, 0)
         result = np.zeros(len(corpus), np.uint64)
         for index in range(len(corpus)):
             ids = corpus.document(index)
@@ -75,7 +75,7 @@ def document_hashes(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> np.nda
             ids = ids[: len(ids) - int(len(ids) > 0 and ids[-1] == ends[1])]
             digest = hashlib.blake2b(ids.tobytes(), digest_size=8).digest()
             result[index] = int.from_bytes(digest, "little")
-            progress.advance(int(corpus.lengths[index]))
+            progress.advance(len(ids), len(ids))
         return result
 
     return _kept(cache, f"hashes-{corpus.fingerprint}-{ends[0]}-{ends[1]}", make)
@@ -84,10 +84,8 @@ def document_hashes(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> np.nda
 def documents_with_runs(corpus: Corpus, runs: np.ndarray, length: int, cache: Path) -> np.ndarray:
     """bool[n]: the documents that share a run of `length` tokens with a text; runs uint64[k], sorted: of the texts."""
     bits = max(16, min(27, 4 + len(runs).bit_length()))
-    likely = np.zeros(1 << bits, bool)
-    likely[runs >> np.uint64(64 - bits)] = True
 
-    def look(first: int, tokens: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    def look(likely: np.ndarray, first: int, tokens: np.ndarray, stops: np.ndarray) -> np.ndarray:
         hashes = run_hashes(tokens, length)
         hits = np.flatnonzero(likely[hashes >> np.uint64(64 - bits)])
         place = np.searchsorted(runs, hashes[hits])
@@ -97,15 +95,20 @@ def documents_with_runs(corpus: Corpus, runs: np.ndarray, length: int, cache: Pa
 
     def make() -> np.ndarray:
         found = np.zeros(len(corpus), bool)
-        progress = _Progress(f"looking for texts of the evaluation in {corpus.folder}", corpus.tokens)
+        likely = np.zeros(1 << bits, bool)
+        likely[runs >> np.uint64(64 - bits)] = True
+        spans = _spans(corpus.lengths, length)
+        title = f"looking for texts of the evaluation in {corpus.folder}"
+        progress = Progress(title, len(spans), corpus.tokens, 0, 0)
         waiting: list[tuple[int, Future[np.ndarray]]] = []
         with ThreadPoolExecutor(cores()) as pool:
-            for first, tokens, stops in _chunks(corpus, length):
-                waiting.append((len(tokens), pool.submit(look, first, tokens, stops)))
+            for span in spans:
+                tokens, stops = _read(corpus, span)
+                waiting.append((len(tokens), pool.submit(look, likely, span[0], tokens, stops)))
                 if len(waiting) > 2 * cores():
                     size, done = waiting.pop(0)
                     found[done.result()] = True
-                    progress.advance(size)
+                    progress.advance(size, size)
             for _, done in waiting:
                 found[done.result()] = True
         return found
@@ -116,30 +119,34 @@ def documents_with_runs(corpus: Corpus, runs: np.ndarray, length: int, cache: Pa
     return _kept(cache, f"evaluation-{corpus.fingerprint}-{digest}", make)
 
 
-def _chunks(corpus: Corpus, length: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(first document, its and the next documents' tokens, where each ends in them) of about CHUNK tokens; a longer
-    document comes in parts that overlap by all but one token of a run."""
-    parts: list[np.ndarray] = []
+Span = tuple[int, int, int, int | None]
+"""Documents [first, end), and of a long one its tokens [start, stop)."""
+
+
+def _spans(lengths: np.ndarray, length: int) -> list[Span]:
+    """All documents, in spans of about CHUNK tokens; a longer document is several, which overlap by all but one token
+    of a run."""
+    spans: list[Span] = []
     first = held = 0
-    for index in range(len(corpus)):
-        size = int(corpus.lengths[index])
-        if parts and held + size > CHUNK:
-            yield first, np.concatenate(parts), np.cumsum([len(part) for part in parts])
-            parts, held = [], 0
+    for index, size in enumerate(lengths.tolist()):
+        if held and held + size > CHUNK:
+            spans.append((first, index, 0, None))
+            held = 0
         if size > CHUNK:
-            for start in range(0, size - length + 1, CHUNK):
-                part = corpus.document(index, start, min(size, start + CHUNK + length - 1))
-                yield index, part, np.array([len(part)])
+            starts = range(0, size - length + 1, CHUNK)
+            spans += [(index, index + 1, start, min(size, start + CHUNK + length - 1)) for start in starts]
             continue
-        if not parts:
+        if not held:
             first = index
-        elif index != first + len(parts):
-            yield first, np.concatenate(parts), np.cumsum([len(part) for part in parts])
-            parts, held, first = [], 0, index
-        parts.append(corpus.document(index))
         held += size
-    if parts:
-        yield first, np.concatenate(parts), np.cumsum([len(part) for part in parts])
+    return [*spans, (first, len(lengths), 0, None)] if held else spans
+
+
+def _read(corpus: Corpus, span: Span) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of a span, and where each document ends in them."""
+    first, end, start, stop = span
+    parts = [corpus.document(index, start, stop) for index in range(first, end)]
+    return np.concatenate(parts), np.cumsum([len(part) for part in parts])
 
 
 def run_hashes(tokens: np.ndarray, length: int) -> np.ndarray:
@@ -169,7 +176,7 @@ def runs_of_evaluation(evaluation: Evaluation, tokenizer: Tokenizer, data: Data)
 
     UserError if one of them cannot be read, or if all are shorter than that.
     """
-    length, found, texts, short = data.decontaminate_tokens, [np.zeros(0, np.uint64)], 0, 0
+    length, cache = data.decontaminate_tokens, Path(data.cache_folder).expanduser().absolute()
     paths: list[str] = []
     for path in data.decontaminate:
         paths += [*evaluation.texts, *evaluation.qa_files] if path == EVALUATION else [path]
@@ -178,12 +185,25 @@ def runs_of_evaluation(evaluation: Evaluation, tokenizer: Tokenizer, data: Data)
             f'data.decontaminate = ["{EVALUATION}"] stands for evaluation.texts and evaluation.qa_files, but this '
             "stage has neither: name the files, or leave it out."
         )
-    for path in paths:
-        for ids in _token_lists(path, tokenizer, data):
-            texts += 1
-            short += len(ids) < length
-            found.append(run_hashes(ids, length))
-    runs = np.unique(np.concatenate(found))
+    held = [_held_out(path, tokenizer, data) for path in paths]
+    content = [
+        item.fingerprint if isinstance(item, Corpus) else [[file.path, file.sha256] for file in hash_files(item, cache)]
+        for item in held
+    ]
+
+    def make() -> np.ndarray:
+        texts = short = 0
+        found = [np.zeros(0, np.uint64)]
+        for item in held:
+            for ids in _token_lists(item, tokenizer):
+                texts += 1
+                short += len(ids) < length
+                found.append(run_hashes(ids, length))
+        return np.concatenate([np.array([texts, short], np.uint64), np.unique(np.concatenate(found))])
+
+    what = json.dumps([tokenizer.fingerprint, length, content])
+    kept = _kept(cache, f"runs-{hashlib.sha256(what.encode()).hexdigest()[:16]}", make)
+    texts, short, runs = int(kept[0]), int(kept[1]), kept[2:]
     if not len(runs):
         raise UserError(
             f"data.decontaminate_tokens = {length}, but none of the {texts} texts in {', '.join(paths)} is as long: "
@@ -197,14 +217,20 @@ def runs_of_evaluation(evaluation: Evaluation, tokenizer: Tokenizer, data: Data)
     return runs
 
 
-def _token_lists(path: str, tokenizer: Tokenizer, data: Data) -> Iterator[np.ndarray]:
-    """The tokens of each text at a path: of a tokenized folder its documents, of records every text in them."""
+def _held_out(path: str, tokenizer: Tokenizer, data: Data) -> Corpus | list[Path]:
+    """What a path of data.decontaminate names: a tokenized folder, or files of text."""
     source = Source(name="data.decontaminate", path=path)
     if is_tokenized(source_path(source, data)):
-        corpus = open_corpus(source_path(source, data), tokenizer.fingerprint)
-        yield from (corpus.document(index) for index in range(len(corpus)))
+        return open_corpus(source_path(source, data), tokenizer.fingerprint)
+    return find_text_files(source, data)
+
+
+def _token_lists(held: Corpus | list[Path], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """The tokens of each text: of a tokenized folder its documents, of records every text in them."""
+    if isinstance(held, Corpus):
+        yield from (held.document(index) for index in range(len(held)))
         return
-    for file in find_text_files(source, data):
+    for file in held:
         for text in _texts(file):
             yield np.array(tokenizer.encode(text), np.int32)
 
@@ -263,22 +289,6 @@ def _kept(cache: Path, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
             logger.warning("%s cannot be written (%s): it is made again at every start", file, error)
             return make()
     try:
-        return np.asarray(np.load(file))
+        return np.asarray(np.load(file, mmap_mode="r"))
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{file} is damaged ({error}): delete it.") from error
-
-
-class _Progress:
-    """A line in the log every LOG_SECONDS."""
-
-    def __init__(self, title: str, tokens: int) -> None:
-        self.title, self.tokens, self.done = title, tokens, 0
-        self.begun = self.logged = time.monotonic()
-
-    def advance(self, tokens: int) -> None:
-        self.done += tokens
-        now = time.monotonic()
-        if now - self.logged >= LOG_SECONDS:
-            self.logged = now
-            left = (now - self.begun) * (self.tokens - self.done) / max(1, self.done)
-            logger.info("%s: %.0f%%, about %.1f minutes left", self.title, 100 * self.done / self.tokens, left / 60)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torchtitan.datasets.eligible import long_threshold, piece_limit
 from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.read_so_far import ReadSoFar, read_until
 from torchtitan.datasets.tokenizer import json_if_present
-from torchtitan.extensions.planner.epochs_report import epoch_notes, epoch_numbers, in_words
+from torchtitan.extensions.planner.epochs_report import copies_kept, epoch_notes, epoch_numbers, in_words
 from torchtitan.extensions.planner.overlap import OVERLAPS, chain_note, chain_numbers, from_step
 from torchtitan.extensions.planner.schedule_report import WINDOW, schedule_notes, schedule_report, worst_window
 from torchtitan.models.transformer import TransformerArgs
@@ -57,7 +57,11 @@ def make_report(
     rows = len(plan.table)
     tokens = int(plan.table.length.sum(dtype=np.int64))
     pairs_of_whole_rows = rows * (plan.seq_len * (plan.seq_len + 1) // 2)
-    sources = [_source_report(plan, i, tokens) | chain_numbers(plan, i, before, after) for i in range(len(plan.names))]
+    kept = copies_kept(plan)
+    sources = [
+        _source_report(plan, i, tokens) | {"copies_kept": kept[i]} | chain_numbers(plan, i, before, after)
+        for i in range(len(plan.names))
+    ]
     return {
         "fingerprint": plan.fingerprint,
         "inputs": plan.inputs,
@@ -96,7 +100,7 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
     limit = min(plan.seq_len, piece_limit(options, plan.data, plan.seq_len) or plan.seq_len)
     cut_off = np.maximum(whole[start == 0] - limit, 0) if options.long_document == "truncate" else np.zeros(1)
     streams = [s for s in plan.streams if s.source == source]
-    left_out = plan.left_out[source]
+    metadata = json_if_present(Path(corpus.folder) / CORPUS_FILE)
     threshold = long_threshold(options, plan.data)
     return {
         "name": plan.names[source],
@@ -104,12 +108,11 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
         "documents": len(corpus),
         "tokens": corpus.tokens,
         "longest_document": int(corpus.lengths.max()),
-        "left_out": asdict(replace(left_out, copies=left_out.copies if plan.data.drop_duplicates else (0, 0))),
-        "copies_kept": (0, 0) if plan.data.drop_duplicates else left_out.copies,
-        "synthetic": _metadata(corpus).get("synthetic"),
+        "left_out": asdict(plan.left_out[source]),
+        "synthetic": metadata.get("synthetic"),
         "conversations_left_out": corpus.left_out,
-        "conversations_not_written": _not_written(corpus),
-        "bad_records": json_if_present(Path(corpus.folder) / CORPUS_FILE).get("bad_records", {}),
+        "conversations_not_written": _not_written(metadata) if corpus.has_roles else {},
+        "bad_records": metadata.get("bad_records", {}),
         "share_asked": sum(s.share for s in streams),
         "share": tokens / all_tokens,
         "tokens_read": tokens,
@@ -127,14 +130,9 @@ def _source_report(plan: Plan, source: int, all_tokens: int) -> dict[str, Any]:
     }
 
 
-def _metadata(corpus: Corpus) -> dict[str, Any]:
-    return json_if_present(Path(corpus.folder) / CORPUS_FILE)
-
-
-def _not_written(corpus: Corpus) -> dict[str, int] | None:
+def _not_written(metadata: dict[str, Any]) -> dict[str, int] | None:
     """How many conversations have a key of a message that the chat template does not write, by key; None if the corpus
     is of an older version, which did not look."""
-    metadata = _metadata(corpus) if corpus.has_roles else {}
     if metadata.get("messages_field") and not metadata.get("message_weights"):
         return None
     return metadata.get("not_written", {})

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from torchtitan.datasets.eligible import copies
 from torchtitan.datasets.plan import Plan
 
 REPEATED = 4.0
@@ -30,6 +31,21 @@ def epoch_numbers(plan: Plan, source: int) -> dict[str, Any]:
             for _, s in streams
         ],
     }
+
+
+def copies_kept(plan: Plan) -> list[tuple[int, int]]:
+    """Per source, the documents that the stage may read though they are copies of others before them, and their
+    tokens; 0 of corpora whose hashes are not known."""
+    if plan.data.drop_duplicates:
+        return [(0, 0)] * len(plan.corpora)
+    hashes: list[np.ndarray | None] = []
+    lengths = []
+    for source, corpus in enumerate(plan.corpora):
+        read = [s.documents for s in plan.streams if s.source == source]
+        documents = np.unique(np.concatenate(read)) if read and corpus.hashes is not None else np.zeros(0, np.int32)
+        hashes.append(None if corpus.hashes is None else corpus.hashes[documents])
+        lengths.append(corpus.lengths[documents])
+    return [(0, 0) if c is None else (int(c.sum()), int(n[c].sum())) for c, n in zip(copies(hashes), lengths)]
 
 
 def in_words(epochs: float) -> str:

@@ -17,6 +17,7 @@ from torchtitan.datasets.corpus import Corpus
 from torchtitan.datasets.plan import Plan
 from torchtitan.datasets.tokenizer import Tokenizer
 from torchtitan.extensions.ingest import hygiene
+from torchtitan.extensions.planner.epochs_report import copies_kept
 from torchtitan.tools.errors import UserError
 
 WORDS = ["red", "green", "blue", "old", "new", "stone", "river", "house", "bird", "cloud"]
@@ -97,7 +98,7 @@ def test_each_text_is_read_once_and_the_copies_are_counted(
     options = {"sources": sources, "add_bos": ends, "add_eos": ends}
     dirty, clean = Data(**vars(data) | options), Data(**vars(data) | options | {"drop_duplicates": True})
     plan, found = read(dirty, tokenizer)
-    assert len(found) == 9 and [o.copies[0] for o in plan.left_out] == [1, 2]
+    assert len(found) == 9 and [documents for documents, _ in copies_kept(plan)] == [1, 2]
     plan, found = read(clean, tokenizer)
     assert found == {("a", 0), ("a", 1), ("a", 3), ("b", 0), ("b", 2), ("b", 4)}
     a, b = (corpus.lengths for corpus in plan.corpora)
