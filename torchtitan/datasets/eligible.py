@@ -74,10 +74,25 @@ def apply_filters(
         truncated=(int(cut.sum()), int((tokens - used)[cut].sum())),
         evaluation=(int(held_out.sum()), int(tokens[held_out].sum())),
     )
-    # A separator is left out if the last piece has no room for it: it separates what shares a row.
-    room = separator if bound is None else np.where((used - 1) % bound + 1 + separator <= bound, separator, 0)
-    used = np.where(cut, used, used + room)
+    used = np.where(cut, used, used + separator_tokens(used, separator, bound))
     return Eligible(np.flatnonzero(keep).astype(np.int32), tokens[keep], used[keep], limit, left_out)
+
+
+def separator_tokens(used: np.ndarray, separator: int, bound: int | None) -> np.ndarray:
+    """int64[n]: tokens of the separators after so many tokens of documents. One is left out if the last piece, of at
+    most `bound` tokens, has no room for it: it separates what shares a row."""
+    fits = True if bound is None else (used - 1) % bound + 1 + separator <= bound
+    return np.where(fits, separator, np.zeros_like(used))
+
+
+def cut_documents(used: np.ndarray, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """int64[n], into how many pieces of at most `limit` tokens documents are cut; int32[P], the pieces' tokens."""
+    if limit is None or int(used.max(initial=0)) <= limit:
+        return np.ones(len(used), np.int64), used.astype(np.int32)
+    counts = -(-used // limit)
+    lengths = np.full(int(counts.sum()), limit, np.int32)
+    lengths[np.cumsum(counts) - 1] = used - (counts - 1) * limit
+    return counts, lengths
 
 
 def without_copies(

@@ -22,6 +22,7 @@ from torchtitan.datasets.eligible import (
     LeftOut,
     apply_filters,
     check_upsampled,
+    cut_documents,
     empty_bin,
     long_threshold,
     nothing_left,
@@ -194,11 +195,5 @@ def _split_share(index: int, data: Data, weights: list[float], long_shares: list
 
 def _pieces(eligible: Eligible, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(documents, lengths) int32[P] of the pieces of some eligible documents, bool[n]."""
-    documents, used, limit = eligible.documents[which], eligible.used[which], eligible.limit
-    if limit is None or int(used.max(initial=0)) <= limit:
-        return documents, used.astype(np.int32)
-    counts = -(-used // limit)
-    last = np.cumsum(counts) - 1
-    lengths = np.full(int(counts.sum()), limit, np.int32)
-    lengths[last] = used - (counts - 1) * limit
-    return np.repeat(documents, counts), lengths
+    counts, lengths = cut_documents(eligible.used[which], eligible.limit)
+    return np.repeat(eligible.documents[which], counts), lengths

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from torchtitan.config.data_schema import Data, Source
-from torchtitan.datasets.eligible import piece_limit
+from torchtitan.datasets.eligible import cut_documents, piece_limit, separator_tokens
 from torchtitan.datasets.mixture import Stream
 from torchtitan.datasets.reading_order import Pieces
 from torchtitan.datasets.row_table import RowTable
@@ -87,11 +87,8 @@ def _rest(
     if not keep.any():
         return None
     documents, begun, left = documents[keep], begun[keep], left[keep]
-    fits = True if bound is None else (left - 1) % bound + 1 + separator <= bound
-    left += np.where((used >= whole)[keep] & fits, separator, 0)
-    counts = np.ones(len(left), np.int64) if limit is None else -(-left // limit)
-    pieces = np.full(int(counts.sum()), limit or 0, np.int32)
-    pieces[np.cumsum(counts) - 1] = left - (counts - 1) * (limit or 0)
+    left += np.where((used >= whole)[keep], separator_tokens(left, separator, bound), 0)
+    counts, pieces = cut_documents(left, limit)
     return Pieces(np.repeat(documents, counts), pieces, np.repeat((counts > 1) | (begun > 0), counts))
 
 
